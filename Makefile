@@ -1,0 +1,56 @@
+# `make demo` and `make test` set themselves up: nothing has to be installed before.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Two processes with one thread each are faster here than one process with many threads: the
+# tests are small. Override for another machine: make test WORKERS=8
+WORKERS ?= 2
+SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
+	TORCHINDUCTOR_COMPILE_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format typecheck figures clean
+
+help:  ## what there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "natten needs Python 3.10 or newer: make PYTHON=python3.x ..."; exit 1; }
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml setup.py | $(BIN)/python
+	@echo "installing natten and what its tests and demo need (minutes on the first run)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[cpu,profiler,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## attention over a photograph: a table here, the picture in demo.png
+	@$(BIN)/python -m natten.demo
+
+test: lint typecheck  ## everything that CI checks: lint, types, tests (no accelerator needed)
+	@$(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
+		--durations 15
+
+lint: $(INSTALLED)  ## ruff: lint rules and format, changing nothing
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+
+format: $(INSTALLED)  ## ruff: mend what can be mended, then format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+typecheck: $(INSTALLED)  ## mypy on the public surface
+	@$(BIN)/mypy
+
+figures: $(INSTALLED)  ## draw docs/figures again
+	@$(BIN)/python docs/figures.py
+
+clean:  ## remove what builds and runs leave behind, not .venv
+	@rm -rf build dist *.egg-info demo.png .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find natten models tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null \
+		|| true
