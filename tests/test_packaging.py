@@ -1,0 +1,133 @@
+"""What is in the wheel and the sdist, and where `natten.models` is found."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_SOURCE = shutil.ignore_patterns(
+    ".*cache", ".git", ".gitignore", ".hypothesis", ".ipynb_checkpoints", ".venv", "*.egg-info",
+    "*.pyc", "__pycache__", "build", "demo.png", "dist", "runs", "site",
+)  # fmt: skip
+SHIPPED_SUFFIXES = (".py", ".safetensors", "py.typed")
+BUILD = """
+import sys
+from setuptools import build_meta
+print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
+"""
+
+
+@dataclass(frozen=True)
+class Built:
+    tree: Path
+    wheel: Path
+    sdist: Path
+
+
+def build(kind: str, tree: Path, into: Path) -> Path:
+    into.mkdir(parents=True, exist_ok=True)
+    run = subprocess.run(
+        [sys.executable, "-c", BUILD, f"build_{kind}", str(into)],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return into / run.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    # In a copy, because setuptools leaves build/ behind, and whatever lies there enters a wheel.
+    folder = tmp_path_factory.mktemp("packaging")
+    tree = folder / "tree"
+    shutil.copytree(ROOT, tree, ignore=NOT_SOURCE)
+    sdist = build("sdist", tree, folder / "sdist")
+    # The wheel comes from the sdist, the longest way that a file has to survive.
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    unpacked = folder / "unpacked" / sdist.name.removesuffix(".tar.gz")
+    return Built(tree, build("wheel", unpacked, folder / "wheel"), sdist)
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def run_python(code: str, cwd: Path, first_on_path: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(first_on_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_wheel_holds_the_packages_and_nothing_else(built: Built) -> None:
+    shipped = {name for name in files(built.tree / "natten") if name.endswith(SHIPPED_SUFFIXES)}
+    shipped |= {
+        f"models/{name}" for name in files(built.tree / "models") if name.endswith(SHIPPED_SUFFIXES)
+    }
+    names = zipfile.ZipFile(built.wheel).namelist()
+    found = {name for name in names if ".dist-info/" not in name}
+    assert found == {f"natten/{name}" for name in shipped}
+    assert "natten/py.typed" in found
+
+
+def test_sdist_holds_the_whole_tree(built: Built) -> None:
+    with tarfile.open(built.sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert files(built.tree) - names == set()
+
+
+def test_metadata(built: Built) -> None:
+    with zipfile.ZipFile(built.wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        metadata = Parser().parsestr(archive.read(name).decode())
+    # Some clients ask importlib.metadata for a distribution of exactly this name.
+    assert metadata["Name"] == "natten"
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["Requires-Python"] == ">=3.10"
+    extras = {"cpu", "profiler", "notebooks", "docs", "dev", "all"}
+    assert extras <= set(metadata.get_all("Provides-Extra"))
+    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert sorted(line.partition(">")[0] for line in required) == [
+        "einops", "safetensors", "timm", "torch",
+    ]  # fmt: skip
+
+    import natten
+
+    assert natten.__version__ == metadata["Version"]
+
+
+WHERE = "import natten, natten.models as m; print(natten.__file__, m.__file__, sep='\\n')"
+
+
+def test_models_are_found_in_a_bare_checkout(built: Built) -> None:
+    where = run_python(WHERE, cwd=built.tree.parent, first_on_path=built.tree).splitlines()
+    assert where == [
+        str(built.tree / "natten" / "__init__.py"),
+        str(built.tree / "models" / "__init__.py"),
+    ]
+
+
+def test_models_are_found_in_the_wheel(built: Built) -> None:
+    site = built.wheel.parent / "site"
+    with zipfile.ZipFile(built.wheel) as archive:
+        archive.extractall(site)
+    # Also from inside the source tree's parent: nothing there may be picked up instead.
+    where = run_python(WHERE, cwd=built.tree.parent, first_on_path=site).splitlines()
+    assert where == [
+        str(site / "natten" / "__init__.py"),
+        str(site / "natten" / "models" / "__init__.py"),
+    ]
