@@ -212,7 +212,7 @@ def picture(image: Tensor, query: Tensor, key: Tensor, output: Tensor) -> Figure
             bbox={"facecolor": viz.QUERY_COLOR, "edgecolor": "none", "pad": 1.5},
         )  # fmt: skip
 
-    panels = right.subplots(len(positions), len(SETTINGS))
+    panels = right.subplots(len(positions), len(SETTINGS), squeeze=False)
     for name, position, panel_row in zip("ABC", positions, panels):
         for setting, axes in zip(SETTINGS, panel_row):
             weights = viz.attention_weights(query, key, position, **asdict(setting), scale=1.0)
