@@ -1,0 +1,144 @@
+"""Neighborhood attention for PyTorch: 1-D, 2-D and 3-D, fused on GPUs and CPUs.
+
+>>> import torch, natten
+>>> q, k, v = (torch.randn(1, 32, 32, 4, 64) for _ in range(3))
+>>> natten.na2d(q, k, v, kernel_size=7).shape
+torch.Size([1, 32, 32, 4, 64])
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from natten.context import (
+    allow_flex_compile,
+    allow_flex_compile_backprop,
+    are_deterministic_algorithms_enabled,
+    disable_flex_compile,
+    disable_flex_compile_backprop,
+    get_memory_usage_preference,
+    is_flex_compile_allowed,
+    is_flex_compile_backprop_allowed,
+    is_kv_parallelism_in_fused_na_enabled,
+    is_memory_usage_default,
+    is_memory_usage_strict,
+    is_memory_usage_unrestricted,
+    set_memory_usage_preference,
+    use_deterministic_algorithms,
+    use_kv_parallelism_in_fused_na,
+)
+from natten.functional import (
+    attention,
+    explain,
+    merge_attentions,
+    na1d,
+    na2d,
+    na3d,
+)
+from natten.functional.configs import (
+    get_bwd_configs_for_cutlass_blackwell_fmha,
+    get_bwd_configs_for_cutlass_blackwell_fna,
+    get_bwd_configs_for_cutlass_fmha,
+    get_bwd_configs_for_cutlass_fna,
+    get_bwd_configs_for_cutlass_hopper_fmha,
+    get_bwd_configs_for_cutlass_hopper_fna,
+    get_configs_for_cutlass_blackwell_fmha,
+    get_configs_for_cutlass_blackwell_fna,
+    get_configs_for_cutlass_fmha,
+    get_configs_for_cutlass_fna,
+    get_configs_for_cutlass_hopper_fmha,
+    get_configs_for_cutlass_hopper_fna,
+    get_configs_for_flex_fmha,
+    get_configs_for_flex_fna,
+)
+
+if TYPE_CHECKING:
+    from natten.nn import (
+        NeighborhoodAttention1D,
+        NeighborhoodAttention2D,
+        NeighborhoodAttention3D,
+    )
+
+__version__ = "1.0.0.dev0"
+
+# Clients ask this before they rely on fused kernels. Here those are Triton and numba programs
+# without a compiled library: they are always part of the installation, and whether one runs a
+# given call is natten.explain's to say.
+HAS_LIBNATTEN = True
+
+_level = os.environ.get("NATTEN_LOG_LEVEL", "").upper()
+if _level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
+    logging.getLogger("natten").setLevel(_level)
+
+# In a bare checkout, natten.models lies next to this package and not in it.
+_here = Path(__file__).resolve().parent
+if (
+    not (_here / "models").exists()
+    and (_here.parent / "models" / "__init__.py").exists()
+    and (_here.parent / "pyproject.toml").exists()
+):
+    __path__.append(str(_here.parent))
+
+# Imported at first use, so that importing natten stays fast.
+_LAZY = {
+    "NeighborhoodAttention1D": "natten.nn",
+    "NeighborhoodAttention2D": "natten.nn",
+    "NeighborhoodAttention3D": "natten.nn",
+}
+_LAZY_MODULES = ("distributed", "experimental", "flops", "legacy", "models", "nn", "viz")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return import_module(f"natten.{name}")
+    raise AttributeError(f"module 'natten' has no attribute {name!r}")
+
+
+__all__ = [
+    "HAS_LIBNATTEN",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "__version__",
+    "allow_flex_compile",
+    "allow_flex_compile_backprop",
+    "are_deterministic_algorithms_enabled",
+    "attention",
+    "disable_flex_compile",
+    "disable_flex_compile_backprop",
+    "explain",
+    "get_bwd_configs_for_cutlass_blackwell_fmha",
+    "get_bwd_configs_for_cutlass_blackwell_fna",
+    "get_bwd_configs_for_cutlass_fmha",
+    "get_bwd_configs_for_cutlass_fna",
+    "get_bwd_configs_for_cutlass_hopper_fmha",
+    "get_bwd_configs_for_cutlass_hopper_fna",
+    "get_configs_for_cutlass_blackwell_fmha",
+    "get_configs_for_cutlass_blackwell_fna",
+    "get_configs_for_cutlass_fmha",
+    "get_configs_for_cutlass_fna",
+    "get_configs_for_cutlass_hopper_fmha",
+    "get_configs_for_cutlass_hopper_fna",
+    "get_configs_for_flex_fmha",
+    "get_configs_for_flex_fna",
+    "get_memory_usage_preference",
+    "is_flex_compile_allowed",
+    "is_flex_compile_backprop_allowed",
+    "is_kv_parallelism_in_fused_na_enabled",
+    "is_memory_usage_default",
+    "is_memory_usage_strict",
+    "is_memory_usage_unrestricted",
+    "merge_attentions",
+    "na1d",
+    "na2d",
+    "na3d",
+    "set_memory_usage_preference",
+    "use_deterministic_algorithms",
+    "use_kv_parallelism_in_fused_na",
+]

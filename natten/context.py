@@ -1,0 +1,231 @@
+"""Process-wide preferences: determinism, KV parallelism, memory use, compiled FlexAttention.
+
+Every setter takes effect at once, for all threads. What it returns may be used as a context
+manager, which puts the earlier value back::
+
+    natten.set_memory_usage_preference("strict")            # from now on
+
+    with natten.use_deterministic_algorithms(True):         # in this block
+        ...
+
+Backends read the preferences when they run, in the backward pass too, whichever thread runs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from threading import RLock
+from types import TracebackType
+from typing import Any, get_args
+
+import torch
+
+from natten.types import MemoryPreference
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """One immutable state of all preferences; see the setters for their meaning."""
+
+    deterministic: bool = False
+    kv_parallelism: bool = True
+    memory: MemoryPreference = "default"
+    flex_compile: bool = False
+    flex_compile_backprop: bool = False
+
+
+_lock = RLock()
+_preferences = Preferences()
+
+
+class _Change:
+    """A change that is already in effect; leaving it as a context undoes it."""
+
+    def __init__(self, **values: Any) -> None:
+        global _preferences
+        with _lock:
+            self._before = {name: getattr(_preferences, name) for name in values}
+            _preferences = replace(_preferences, **values)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _preferences
+        with _lock:
+            _preferences = replace(_preferences, **self._before)
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be a bool, got {value!r}")
+    return value
+
+
+def preferences() -> Preferences:
+    """The preferences now in effect, torch's determinism included (an immutable snapshot)."""
+    now = _preferences
+    if not now.deterministic and torch.are_deterministic_algorithms_enabled():
+        now = _torch_deterministic(now)
+    return now
+
+
+def _torch_deterministic(now: Preferences) -> Preferences:
+    return replace(now, deterministic=True)
+
+
+def use_deterministic_algorithms(mode: bool = True) -> _Change:
+    """Ask for backward passes that give the same bits on every run.
+
+    ``torch.use_deterministic_algorithms`` has the same effect; either is enough. KV parallelism
+    counts as disabled meanwhile. Backends without a deterministic backward pass decline.
+
+    Args:
+        mode: Whether to be deterministic. The initial state is False.
+
+    Raises:
+        ValueError: ``mode`` is not a bool.
+    """
+    return _Change(deterministic=_flag("mode", mode))
+
+
+def are_deterministic_algorithms_enabled() -> bool:
+    """Whether deterministic algorithms are asked for, here or by torch."""
+    return preferences().deterministic
+
+
+def use_kv_parallelism_in_fused_na(mode: bool = True) -> _Change:
+    """Allow fused backward passes to work on several key tiles of one query tile at once.
+
+    Faster, needs more memory, and sums in no fixed order.
+
+    Args:
+        mode: Whether to allow it. The initial state is True.
+
+    Raises:
+        ValueError: ``mode`` is not a bool.
+        RuntimeError: ``mode`` is True while deterministic algorithms are enabled.
+    """
+    if _flag("mode", mode) and are_deterministic_algorithms_enabled():
+        raise RuntimeError(
+            "KV parallelism is not deterministic and cannot be enabled while deterministic "
+            "algorithms are; disable them first: natten.use_deterministic_algorithms(False), "
+            "torch.use_deterministic_algorithms(False)"
+        )
+    return _Change(kv_parallelism=mode)
+
+
+def is_kv_parallelism_in_fused_na_enabled() -> bool:
+    """Whether KV parallelism is allowed; never while deterministic algorithms are enabled."""
+    now = preferences()
+    return now.kv_parallelism and not now.deterministic
+
+
+def set_memory_usage_preference(pref: MemoryPreference = "default") -> _Change:
+    """Say how much extra memory KV parallelism may use.
+
+    Args:
+        pref: "default", "strict" (little) or "unrestricted" (what is fastest).
+
+    Raises:
+        ValueError: ``pref`` is none of these.
+    """
+    if not isinstance(pref, str) or pref not in get_args(MemoryPreference):
+        raise ValueError(f"pref must be one of {get_args(MemoryPreference)}, got {pref!r}")
+    return _Change(memory=pref)
+
+
+def get_memory_usage_preference() -> MemoryPreference:
+    """The memory preference: "default", "strict" or "unrestricted"."""
+    return _preferences.memory
+
+
+def is_memory_usage_default() -> bool:
+    """Whether the memory preference is "default"."""
+    return _preferences.memory == "default"
+
+
+def is_memory_usage_strict() -> bool:
+    """Whether the memory preference is "strict"."""
+    return _preferences.memory == "strict"
+
+
+def is_memory_usage_unrestricted() -> bool:
+    """Whether the memory preference is "unrestricted"."""
+    return _preferences.memory == "unrestricted"
+
+
+def allow_flex_compile() -> _Change:
+    """Allow ``torch_compile=True``: FlexAttention's forward pass compiled by torch.compile."""
+    return _Change(flex_compile=True)
+
+
+def disable_flex_compile() -> _Change:
+    """Withdraw :func:`allow_flex_compile`; compiled backward passes go with it."""
+    return _Change(flex_compile=False, flex_compile_backprop=False)
+
+
+def is_flex_compile_allowed() -> bool:
+    """Whether FlexAttention's forward pass may be compiled. Initially False."""
+    return _preferences.flex_compile
+
+
+def allow_flex_compile_backprop() -> _Change:
+    """Allow compiled FlexAttention to run where gradients are needed.
+
+    Takes effect together with :func:`allow_flex_compile`, which it does not imply.
+    """
+    return _Change(flex_compile_backprop=True)
+
+
+def disable_flex_compile_backprop() -> _Change:
+    """Withdraw :func:`allow_flex_compile_backprop`."""
+    return _Change(flex_compile_backprop=False)
+
+
+def is_flex_compile_backprop_allowed() -> bool:
+    """Whether compiled FlexAttention may run where gradients are needed. Initially False."""
+    return _preferences.flex_compile_backprop
+
+
+class NattenContext:
+    """The preferences as an object."""
+
+    @staticmethod
+    def get() -> Preferences:
+        """The preferences now in effect."""
+        return preferences()
+
+    @staticmethod
+    def reset() -> None:
+        """Put every preference back to its initial value."""
+        global _preferences
+        with _lock:
+            _preferences = Preferences()
+
+
+__all__ = [
+    "NattenContext",
+    "Preferences",
+    "allow_flex_compile",
+    "allow_flex_compile_backprop",
+    "are_deterministic_algorithms_enabled",
+    "disable_flex_compile",
+    "disable_flex_compile_backprop",
+    "get_memory_usage_preference",
+    "is_flex_compile_allowed",
+    "is_flex_compile_backprop_allowed",
+    "is_kv_parallelism_in_fused_na_enabled",
+    "is_memory_usage_default",
+    "is_memory_usage_strict",
+    "is_memory_usage_unrestricted",
+    "preferences",
+    "set_memory_usage_preference",
+    "use_deterministic_algorithms",
+    "use_kv_parallelism_in_fused_na",
+]

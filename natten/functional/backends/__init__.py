@@ -1,0 +1,2 @@
+"""Implementations of one contract: see :mod:`natten.functional.dispatch`. They do not import each
+other."""

@@ -1,0 +1,85 @@
+"""The tile shapes that each backend accepts, as lists to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from natten import validation
+from natten.functional.dispatch import FMHA, FNA, can_run, load
+from natten.functional.ops import make_problem
+from natten.functional.problem import DEFAULT_CONFIG
+from natten.types import KernelSchedule
+
+_FORWARD = """Tile shapes of the forward pass that backend="{public}" accepts.
+
+Args:
+    query: As {function} takes it.
+    key: Likewise.
+    value: Likewise.
+
+Returns:
+    {entries}; [] where the backend cannot run such tensors. The first is the default.
+"""
+_BACKWARD = _FORWARD.replace("forward", "backward")
+
+
+def _list(
+    backend_name: str, kind: str, backward: bool, query: Tensor, key: Tensor, value: Tensor
+) -> list[Any]:
+    rank = validation.check_qkv(query, key, value, 1 if kind == FMHA else None)
+    # The window does not decide which tiles there are; the largest fits every grid.
+    grid = tuple(max(n, 1) for n in map(max, query.shape[1:-2], key.shape[1:-2]))
+    ones, zeros = (1,) * rank, (0,) * rank
+    scale = validation.check_scale(None, query.shape[-1])
+    parameters = (grid, ones, ones, (False,) * rank, scale, grid, zeros, zeros, 0, 0, backward)
+    problem = make_problem(query, key, value, None, None, None, *parameters)
+    if not can_run(backend_name, problem, DEFAULT_CONFIG):
+        return []
+    backend = load(backend_name)
+    return backend.backward_configs(problem) if backward else backend.configs(problem)
+
+
+def _public(entry: Any, kind: str) -> Any:
+    """One entry with ints for one-axis tiles of attention, and schedules as the enumeration."""
+    first, second = entry
+    if first and isinstance(first[0], (tuple, list)):
+        return _public(first, kind), second if second is None else KernelSchedule(second)
+    return (first[0], second[0]) if kind == FMHA else (tuple(first), tuple(second))
+
+
+def _getter(backend_name: str, kind: str, backward: bool) -> Callable[..., list[Any]]:
+    def getter(query: Tensor, key: Tensor, value: Tensor) -> list[Any]:
+        entries = _list(backend_name, kind, backward, query, key, value)
+        return [_public(entry, kind) for entry in entries]
+
+    family = backend_name if backend_name in ("cutlass", "flex") else f"cutlass_{backend_name}"
+    prefix = "get_bwd_configs_for" if backward else "get_configs_for"
+    getter.__name__ = getter.__qualname__ = f"{prefix}_{family}_{kind}"
+    pair = "(q_tile_size, kv_tile_size)" if kind == FMHA else "(q_tile_shape, kv_tile_shape)"
+    if backend_name == "hopper" and not backward:
+        pair = f"({pair}, KernelSchedule)"
+    getter.__doc__ = (_BACKWARD if backward else _FORWARD).format(
+        public=f"{backend_name}-{kind}",
+        function="attention" if kind == FMHA else "na1d, na2d or na3d",
+        entries=f"A list of {pair}",
+    )
+    return getter
+
+
+get_configs_for_cutlass_fna = _getter("cutlass", FNA, False)
+get_bwd_configs_for_cutlass_fna = _getter("cutlass", FNA, True)
+get_configs_for_cutlass_fmha = _getter("cutlass", FMHA, False)
+get_bwd_configs_for_cutlass_fmha = _getter("cutlass", FMHA, True)
+get_configs_for_cutlass_hopper_fna = _getter("hopper", FNA, False)
+get_bwd_configs_for_cutlass_hopper_fna = _getter("hopper", FNA, True)
+get_configs_for_cutlass_hopper_fmha = _getter("hopper", FMHA, False)
+get_bwd_configs_for_cutlass_hopper_fmha = _getter("hopper", FMHA, True)
+get_configs_for_cutlass_blackwell_fna = _getter("blackwell", FNA, False)
+get_bwd_configs_for_cutlass_blackwell_fna = _getter("blackwell", FNA, True)
+get_configs_for_cutlass_blackwell_fmha = _getter("blackwell", FMHA, False)
+get_bwd_configs_for_cutlass_blackwell_fmha = _getter("blackwell", FMHA, True)
+get_configs_for_flex_fna = _getter("flex", FNA, False)
+get_configs_for_flex_fmha = _getter("flex", FMHA, False)
+
+__all__ = [name for name in dict(globals()) if name.startswith("get_")]

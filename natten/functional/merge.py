@@ -1,0 +1,147 @@
+"""merge_attentions: attention over several contexts, as if they had been one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten import validation
+
+logger = logging.getLogger("natten")
+
+# Below this, launching a handful of small kernels costs less than guarding a compiled function.
+_FUSION_PAYS = 1 << 20
+
+
+def _merge(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(lses[0].dtype, torch.float32)
+    stacked = torch.stack([lse.to(dtype) for lse in lses])
+    nothing = stacked == -torch.inf
+    top = stacked.detach().amax(0)
+    # Where no branch saw a key, there is no maximum to subtract.
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weights = (stacked - top).exp()
+    total = weights.sum(0)
+    seen = total != 0
+    # The inner where keeps infinite derivatives of log out of the backward pass.
+    safe_total = torch.where(seen, total, 1.0)
+    lse = torch.where(seen, top + safe_total.log(), -torch.inf)
+    shares = weights / safe_total
+    # A branch that saw nothing has no say, whatever its output holds.
+    out = sum(
+        share.unsqueeze(-1) * output.to(dtype).masked_fill(none.unsqueeze(-1), 0.0)
+        for share, output, none in zip(shares.unbind(), outputs, nothing.unbind(), strict=True)
+    )
+    return out.to(outputs[0].dtype), lse
+
+
+class _Fused:
+    """_merge through torch.compile; once that fails, without."""
+
+    def __init__(self) -> None:
+        self._compiled: Callable[..., Any] | None = None
+        self._broken = False
+
+    def __call__(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        if not self._broken:
+            try:
+                if self._compiled is None:
+                    self._compiled = torch.compile(_merge, dynamic=True)
+                return self._compiled(outputs, lses)
+            except Exception as error:  # whatever a missing or broken compiler raises
+                self._broken = True
+                logger.warning("merge_attentions runs without torch.compile: %s", error)
+        return _merge(outputs, lses)
+
+
+_fused = _Fused()
+
+
+def _check(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    if not isinstance(outputs, (list, tuple)) or not isinstance(lses, (list, tuple)):
+        raise ValueError(
+            "outputs and lse_tensors must be lists of tensors, got "
+            f"{type(outputs).__name__} and {type(lses).__name__}"
+        )
+    if len(outputs) < 2 or len(outputs) != len(lses):
+        raise ValueError(
+            "outputs and lse_tensors must have the same length of at least 2, got "
+            f"{len(outputs)} and {len(lses)}"
+        )
+    first = outputs[0]
+    for index, (output, lse) in enumerate(zip(outputs, lses, strict=True)):
+        validation.check_is_tensor(f"outputs[{index}]", output)
+        validation.check_is_tensor(f"lse_tensors[{index}]", lse)
+        if output.dim() != 4:
+            raise ValueError(
+                f"outputs[{index}] must have 4 dimensions, [batch, seqlen, heads, head_dim], got "
+                f"shape {tuple(output.shape)}"
+            )
+        if lse.dim() != 3:
+            raise ValueError(
+                f"lse_tensors[{index}] must have 3 dimensions, [batch, seqlen, heads], got shape "
+                f"{tuple(lse.shape)}"
+            )
+        if output.shape != first.shape or output.dtype != first.dtype:
+            raise ValueError(
+                f"outputs[{index}] must match outputs[0], {tuple(first.shape)} {first.dtype}, got "
+                f"{tuple(output.shape)} {output.dtype}"
+            )
+        if lse.shape != output.shape[:-1]:
+            raise ValueError(
+                f"lse_tensors[{index}] must have shape {tuple(output.shape[:-1])}, got "
+                f"{tuple(lse.shape)}"
+            )
+        if output.device != first.device or lse.device != first.device:
+            raise ValueError(
+                f"outputs[{index}] and lse_tensors[{index}] must be on {first.device}, got "
+                f"{output.device} and {lse.device}"
+            )
+
+
+def merge_attentions(
+    outputs: Sequence[Tensor],
+    lse_tensors: Sequence[Tensor],
+    torch_compile: bool = True,
+    *,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Merge attention outputs of the same queries over different keys, as if over all of them.
+
+        lse = log(sum_i exp(lse_i)),    out = sum_i exp(lse_i - lse) * out_i
+
+    computed in float32 (float64 for float64). Exactly differentiable in every output and every
+    logsumexp, for any number of branches.
+
+    Args:
+        outputs: At least two of ``[batch, seqlen, heads, head_dim]``.
+        lse_tensors: As many of ``[batch, seqlen, heads]``; -inf where a branch saw no key, whose
+            output does then not count.
+        torch_compile: Fuse the elementwise operations with torch.compile where it pays (large
+            tensors on a GPU). Without a working compiler the merge runs unfused.
+        return_lse: Also return the merged logsumexp.
+
+    Returns:
+        The merged output in the outputs' dtype; with ``return_lse`` also the logsumexp. A query
+        that saw no key in any branch gets 0 and -inf.
+
+    Raises:
+        ValueError: Lists of different length or of fewer than two tensors, or tensors that do not
+            match.
+    """
+    _check(outputs, lse_tensors)
+    pays = (
+        validation.optional_bool("torch_compile", torch_compile)
+        and not torch.compiler.is_compiling()
+        and outputs[0].is_cuda
+        and outputs[0].numel() >= _FUSION_PAYS
+    )
+    out, lse = (_fused if pays else _merge)(list(outputs), list(lse_tensors))
+    return (out, lse) if return_lse else out
+
+
+__all__ = ["merge_attentions"]

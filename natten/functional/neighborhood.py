@@ -1,0 +1,535 @@
+"""na1d, na2d, na3d over one N-dimensional function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from natten import validation
+from natten.functional.attention import attention
+from natten.functional.dispatch import FMHA, FNA, Explanation, parse_name
+from natten.functional.dispatch import explain as explain_problem
+from natten.functional.merge import merge_attentions
+from natten.functional.ops import autocast, make_problem
+from natten.functional.ops import neighborhood_attention as operator
+from natten.functional.problem import decode_config, encode_config
+from natten.types import AttentionKwargs, BoolOrSequence, IntOrSequence, KernelSchedule
+
+
+class _Plan(NamedTuple):
+    """A validated call: the operator's parameters, and which way it goes."""
+
+    parameters: tuple[Any, ...]  # of the operator, without requires_grad
+    is_full_window: bool
+
+
+# Validated calls by everything that validation looks at. Cleared when full, which shapes that
+# never repeat can cause.
+_plans: dict[tuple[Any, ...], _Plan] = {}
+_MAX_PLANS = 4096
+
+
+def _signature(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+
+
+def _boxes(
+    query: Tensor,
+    key: Tensor,
+    grid: Any,
+    query_origin: Any,
+    key_origin: Any,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The global grid and the origins of the query and key boxes in it."""
+    query_shape, key_shape = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
+    rank = len(query_shape)
+    if grid is None:
+        if query_origin is not None or key_origin is not None:
+            raise ValueError("query_origin and key_origin need grid, the extents of the whole grid")
+        if query_shape != key_shape:
+            raise ValueError(
+                "query and key must have the same token shape (or boxes of one grid=), got "
+                f"{query_shape} and {key_shape}"
+            )
+        return query_shape, (0,) * rank, (0,) * rank
+    extents = validation.int_tuple("grid", grid, rank, minimum=0)
+    origins = []
+    for name, origin, shape in (
+        ("query", query_origin, query_shape),
+        ("key", key_origin, key_shape),
+    ):
+        start = validation.int_tuple(
+            f"{name}_origin", 0 if origin is None else origin, rank, minimum=0
+        )
+        if any(o + n > g for o, n, g in zip(start, shape, extents, strict=True)):
+            raise ValueError(
+                f"{name}'s box must lie inside the grid, got {name}_origin={start}, token shape "
+                f"{shape} and grid={extents}"
+            )
+        origins.append(start)
+    return extents, origins[0], origins[1]
+
+
+def _make_plan(
+    rank: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    window: tuple[Any, ...],
+    scale: Any,
+    backend: Any,
+    knobs: tuple[Any, ...],
+    boxes: tuple[Any, ...],
+) -> _Plan:
+    rank = validation.check_qkv(query, key, value, rank)
+    grid, query_origin, key_origin = _boxes(query, key, *boxes)
+    kernel_size, stride, dilation, is_causal = validation.check_window(grid, *window)
+    validation.check_additional(query, key, value, additional_keys, additional_values)
+    validation.check_rpb(rpb, query, kernel_size, is_causal)
+    checked_knobs = validation.check_knobs(rank, knobs)
+    name = parse_name(backend, FNA)
+    has_context = additional_keys is not None
+    is_full_window = (
+        kernel_size == grid
+        and tuple(query.shape[1:-2]) == grid
+        and tuple(key.shape[1:-2]) == grid
+        and (not any(is_causal) or (rank == 1 and not has_context))
+        and rpb is None
+        # Tile shapes are of the given rank.
+        and all(tile is None for tile in checked_knobs[:5])
+    )
+    parameters = (
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        validation.check_scale(scale, query.shape[-1]),
+        grid,
+        query_origin,
+        key_origin,
+        0,
+        0,
+        name,
+        encode_config(*checked_knobs),
+    )
+    return _Plan(parameters, is_full_window)
+
+
+def _cached_plan(*arguments: Any) -> _Plan:
+    """_make_plan, remembered by shapes, dtypes, devices and the text of the other arguments."""
+    rank, query, key, value, rpb, additional_keys, additional_values, *rest = arguments
+    for tensor in (query, key, value):
+        if not isinstance(tensor, Tensor) or tensor.is_nested:
+            return _make_plan(*arguments)
+    if torch.compiler.is_compiling():
+        return _make_plan(*arguments)
+    identity = (
+        rank,
+        _signature(query),
+        _signature(key),
+        _signature(value),
+        _signature(rpb) if isinstance(rpb, Tensor) else repr(rpb),
+        _signature(additional_keys)
+        if isinstance(additional_keys, Tensor)
+        else repr(additional_keys),
+        _signature(additional_values)
+        if isinstance(additional_values, Tensor)
+        else repr(additional_values),
+        # The text tells 1 from True and 1.0, and holds for lists as well.
+        repr(rest),
+    )
+    try:
+        return _plans[identity]
+    except KeyError:
+        pass
+    except TypeError:
+        # Symbolic sizes of a tracer are not hashable.
+        return _make_plan(*arguments)
+    plan = _make_plan(*arguments)
+    if len(_plans) >= _MAX_PLANS:
+        _plans.clear()
+    _plans[identity] = plan
+    return plan
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.flatten(1, -3) if tensor.dim() > 4 else tensor
+
+
+def _fmha_knobs(parameters: tuple[Any, ...]) -> dict[str, Any]:
+    """attention's arguments that correspond to a call of neighborhood attention."""
+    config = decode_config(parameters[11])
+    return {
+        "scale": parameters[4],
+        "backend": f"{parameters[10]}-{FMHA}" if parameters[10] else None,
+        "backward_use_pt_reduction": config.backward_use_pt_reduction,
+        "run_persistent_kernel": config.run_persistent_kernel,
+        "kernel_schedule": config.kernel_schedule,
+        "torch_compile": config.torch_compile,
+    }
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    parameters: tuple[Any, ...],
+    is_causal: bool,
+    attention_kwargs: AttentionKwargs,
+) -> tuple[Tensor, Tensor]:
+    """natten.attention over flattened tokens, with the user's overrides."""
+    arguments = {**_fmha_knobs(parameters), "is_causal": is_causal, **attention_kwargs}
+    arguments["return_lse"] = True
+    out, lse = attention(_flat(query), _flat(key), _flat(value), **arguments)
+    return out, lse
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    plan: _Plan,
+) -> tuple[Tensor, Tensor]:
+    """The operator, over flattened tokens where the window is everything."""
+    requires_grad = _needs_grad(query, key, value, rpb, additional_keys, additional_values)
+    parameters = plan.parameters
+    tokens = query.shape[1:-2]
+    if plan.is_full_window and len(tokens) > 1:
+        query, key, value = _flat(query), _flat(key), _flat(value)
+        length = (query.shape[1],)
+        one, zero = (1,), (0,)
+        parameters = (length, one, one, (False,), parameters[4], length, zero, zero) + (
+            parameters[8:]
+        )
+    out, lse = operator(
+        query,
+        key,
+        value,
+        rpb,
+        additional_keys,
+        additional_values,
+        None,
+        None,
+        *parameters,
+        requires_grad,
+    )
+    if plan.is_full_window and len(tokens) > 1:
+        out, lse = out.unflatten(1, tokens), lse.unflatten(1, tokens)
+    return out, lse
+
+
+def _run_separately(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    plan: _Plan,
+    attention_kwargs: AttentionKwargs,
+) -> tuple[Tensor, Tensor]:
+    """With the user's attention_kwargs, for whatever is plain attention."""
+    tokens = query.shape[1:-2]
+    parameters = plan.parameters
+    if plan.is_full_window:
+        causal = parameters[3][0]
+        out, lse = _attention(query, key, value, parameters, causal, attention_kwargs)
+    else:
+        out, lse = _run(query, key, value, rpb, None, None, plan)
+        out, lse = _flat(out), lse.flatten(1, -2)
+    if additional_keys is not None:
+        context = _attention(
+            query, additional_keys, additional_values, parameters, False, attention_kwargs
+        )
+        out, lse = merge_attentions([out, context[0]], [lse, context[1]], return_lse=True)
+    return out.unflatten(1, tokens), lse.unflatten(1, tokens)
+
+
+def _neighborhood_attention(
+    rank: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    window: tuple[Any, ...],
+    scale: float | None,
+    attention_kwargs: AttentionKwargs | None,
+    backend: str | None,
+    knobs: tuple[Any, ...],
+    boxes: tuple[Any, ...],
+    try_fuse_additional_kv: bool,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        query, key, value, additional_keys, additional_values = autocast(
+            (query, key, value, additional_keys, additional_values)
+        )
+    tensors = (query, key, value, rpb, additional_keys, additional_values)
+    plan = _cached_plan(rank, *tensors, window, scale, backend, knobs, boxes)
+    applies = plan.is_full_window or additional_keys is not None
+    if attention_kwargs and applies and not try_fuse_additional_kv:
+        out, lse = _run_separately(*tensors, plan, attention_kwargs)
+    else:
+        out, lse = _run(*tensors, plan)
+    return (out, lse) if return_lse else out
+
+
+def neighborhood_attention_generic(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: IntOrSequence,
+    stride: IntOrSequence | None = 1,
+    dilation: IntOrSequence | None = 1,
+    is_causal: BoolOrSequence | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    attention_kwargs: AttentionKwargs | None = None,
+    backend: str | None = None,
+    q_tile_shape: Sequence[int] | None = None,
+    kv_tile_shape: Sequence[int] | None = None,
+    backward_q_tile_shape: Sequence[int] | None = None,
+    backward_kv_tile_shape: Sequence[int] | None = None,
+    backward_kv_splits: Sequence[int] | None = None,
+    backward_use_pt_reduction: bool = False,
+    run_persistent_kernel: bool = True,
+    kernel_schedule: str | KernelSchedule | None = None,
+    torch_compile: bool = False,
+    try_fuse_additional_kv: bool = False,
+    *,
+    return_lse: bool = False,
+    rpb: Tensor | None = None,
+    grid: Sequence[int] | None = None,
+    query_origin: Sequence[int] | None = None,
+    key_origin: Sequence[int] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention over 1, 2 or 3 axes of tokens, as many as the tensors have.
+
+    Every query attends to the window of ``kernel_size`` keys around it (:mod:`natten.window` has
+    the definition), and to all additional keys, in one softmax::
+
+        out = softmax(scale * query @ keys.T + bias) @ values
+
+    Args:
+        query: ``[batch, *tokens, heads, head_dim]``, any floating dtype.
+        key: ``[batch, *tokens, heads_kv, head_dim]``; heads is a multiple of heads_kv.
+        value: ``[batch, *tokens, heads_kv, head_dim_v]``.
+        kernel_size: Window size; at most the number of tokens along the axis.
+        stride: Queries that share one window; at most kernel_size. stride == kernel_size is
+            blocked attention.
+        dilation: Distance of neighbors; kernel_size * dilation is at most the number of tokens.
+        is_causal: Whether queries attend to no later token, for each axis.
+        scale: Factor on the dot products; None means head_dim ** -0.5.
+        additional_keys: ``[batch, context, heads_kv, head_dim]``, seen by every query.
+        additional_values: ``[batch, context, heads_kv, head_dim_v]``.
+        attention_kwargs: Arguments for :func:`natten.attention` where it computes a part: the
+            additional keys, or all where the window is the whole grid. If given and not empty,
+            additional keys are computed separately and merged.
+        backend: None for the first that can run the call, or a name such as "cutlass-fna".
+        q_tile_shape: Query tile of the forward pass, one of
+            ``natten.get_configs_for_cutlass_fna(query, key, value)`` and its like.
+        kv_tile_shape: Key tile that goes with it.
+        backward_q_tile_shape: Query tile of the backward pass.
+        backward_kv_tile_shape: Key tile that goes with it.
+        backward_kv_splits: Key tiles that the backward pass may work on in parallel.
+        backward_use_pt_reduction: Compute the backward pass's row sums with torch.
+        run_persistent_kernel: Persistent tile scheduling, where the backend has both.
+        kernel_schedule: "non", "coop", "pp" (Hopper) or None.
+        torch_compile: Compile FlexAttention, if ``natten.allow_flex_compile()`` allows it.
+        try_fuse_additional_kv: Keep additional keys in one kernel even if attention_kwargs are
+            given, which are then not used.
+        return_lse: Also return the logsumexp.
+        rpb: Relative position bias ``[heads, 2 * kernel_size - 1 for each axis]``; entry
+            ``key position - query position + kernel_size - 1`` of the dilation group is added to
+            the scaled dot product. Bidirectional axes only.
+        grid: Extents of the whole grid, where query and key hold boxes of it. Windows are
+            placed in the grid, and keys outside of the key box are left out.
+        query_origin: Where query's box starts in the grid; default 0.
+        key_origin: Where key's box starts in the grid; default 0.
+
+    Returns:
+        ``[batch, *tokens, heads, head_dim_v]`` in query's dtype, and with ``return_lse`` the
+        natural logarithm of the sum of exponentials, ``[batch, *tokens, heads]`` in float32
+        (float64 for float64). A query with no key gets 0 and -inf. Both are differentiable.
+
+    Raises:
+        ValueError: An argument is wrong by itself, or does not fit the others.
+        NotImplementedError: No backend, or not the one named, runs such a call.
+        RuntimeError: The backend named needs something that this machine lacks.
+
+    References: https://arxiv.org/abs/2204.07143, https://arxiv.org/abs/2209.15001,
+    https://arxiv.org/abs/2504.16922
+    """
+    return _neighborhood_attention(
+        None,
+        query,
+        key,
+        value,
+        rpb,
+        additional_keys,
+        additional_values,
+        (kernel_size, stride, dilation, is_causal),
+        scale,
+        attention_kwargs,
+        backend,
+        (
+            q_tile_shape,
+            kv_tile_shape,
+            backward_q_tile_shape,
+            backward_kv_tile_shape,
+            backward_kv_splits,
+            backward_use_pt_reduction,
+            run_persistent_kernel,
+            kernel_schedule,
+            torch_compile,
+        ),
+        (grid, query_origin, key_origin),
+        try_fuse_additional_kv,
+        return_lse,
+    )
+
+
+_SUMMARY = """{rank}-D neighborhood attention.
+
+:func:`neighborhood_attention_generic` for tensors with {axes} of tokens:
+
+Args:
+    query: ``[batch, {tokens}, heads, head_dim]``, any floating dtype.
+    key: ``[batch, {tokens}, heads_kv, head_dim]``; heads is a multiple of heads_kv.
+    value: ``[batch, {tokens}, heads_kv, head_dim_v]``.
+    kernel_size: Window size; an int stands for every axis.
+
+All other arguments, what is returned and what is raised are as documented there, except for
+sub-grids, which only it has.
+
+Raises:
+    ValueError: The tensors do not have {dims} dimensions, or as documented there.
+"""
+
+
+def _of_rank(rank: int) -> Callable[..., Any]:
+    def function(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: IntOrSequence,
+        stride: IntOrSequence | None = 1,
+        dilation: IntOrSequence | None = 1,
+        is_causal: BoolOrSequence | None = False,
+        scale: float | None = None,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        attention_kwargs: AttentionKwargs | None = None,
+        backend: str | None = None,
+        q_tile_shape: Sequence[int] | None = None,
+        kv_tile_shape: Sequence[int] | None = None,
+        backward_q_tile_shape: Sequence[int] | None = None,
+        backward_kv_tile_shape: Sequence[int] | None = None,
+        backward_kv_splits: Sequence[int] | None = None,
+        backward_use_pt_reduction: bool = False,
+        run_persistent_kernel: bool = True,
+        kernel_schedule: str | KernelSchedule | None = None,
+        torch_compile: bool = False,
+        try_fuse_additional_kv: bool = False,
+        *,
+        return_lse: bool = False,
+        rpb: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return _neighborhood_attention(
+            rank,
+            query,
+            key,
+            value,
+            rpb,
+            additional_keys,
+            additional_values,
+            (kernel_size, stride, dilation, is_causal),
+            scale,
+            attention_kwargs,
+            backend,
+            (
+                q_tile_shape,
+                kv_tile_shape,
+                backward_q_tile_shape,
+                backward_kv_tile_shape,
+                backward_kv_splits,
+                backward_use_pt_reduction,
+                run_persistent_kernel,
+                kernel_schedule,
+                torch_compile,
+            ),
+            _WHOLE_GRID,
+            try_fuse_additional_kv,
+            return_lse,
+        )
+
+    function.__name__ = function.__qualname__ = f"na{rank}d"
+    function.__doc__ = _SUMMARY.format(
+        rank=rank,
+        axes="one axis" if rank == 1 else f"{rank} axes",
+        tokens=", ".join("XYZ"[:rank]),
+        dims=rank + 3,
+    )
+    return function
+
+
+_WHOLE_GRID = (None, None, None)
+
+na1d = _of_rank(1)
+na2d = _of_rank(2)
+na3d = _of_rank(3)
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: IntOrSequence,
+    stride: IntOrSequence | None = 1,
+    dilation: IntOrSequence | None = 1,
+    is_causal: BoolOrSequence | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    *,
+    rpb: Tensor | None = None,
+    torch_compile: bool = False,
+    grid: Sequence[int] | None = None,
+    query_origin: Sequence[int] | None = None,
+    key_origin: Sequence[int] | None = None,
+) -> Explanation:
+    """Who would run :func:`neighborhood_attention_generic` so called, and why the others would not.
+
+    Nothing is computed. ``print(natten.explain(query, key, value, 7))`` shows a table; the result
+    also has the fields ``chosen`` (a name for ``backend=``) and ``decisions``.
+
+    Raises:
+        ValueError, NotImplementedError: As the call itself would, for wrong arguments.
+    """
+    knobs = (None, None, None, None, None, False, True, None, torch_compile)
+    tensors = (query, key, value, rpb, additional_keys, additional_values)
+    window = (kernel_size, stride, dilation, is_causal)
+    boxes = (grid, query_origin, key_origin)
+    parameters = _make_plan(None, *tensors, window, scale, None, knobs, boxes).parameters
+    problem = make_problem(
+        query, key, value, rpb, additional_keys, None, *parameters[:10], _needs_grad(*tensors)
+    )
+    return explain_problem(problem, decode_config(parameters[11]))

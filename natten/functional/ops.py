@@ -1,0 +1,298 @@
+"""The torch.library operators: schema, implementation, fake, autograd, autocast.
+
+One pair of operators serves neighborhood attention of every rank, and dense, causal and varlen
+attention, which are rank-1 problems. Both return fresh contiguous tensors.
+
+    natten::neighborhood_attention           -> out, logsumexp
+    natten::neighborhood_attention_backward  -> gradients of the six inputs, empty if not asked for
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten.functional.dispatch import resolve
+from natten.functional.problem import Config, Problem, decode_config
+
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? additional_keys, "
+    "Tensor? additional_values, Tensor? cumulative_seqlen_q, Tensor? cumulative_seqlen_kv"
+)
+_PARAMETERS = (
+    "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, bool[] is_causal, float scale, "
+    "SymInt[] grid, SymInt[] query_origin, SymInt[] key_origin, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_kv, str backend, str config, bool requires_grad"
+)
+# Tensors before the parameters in the schema; the first six are differentiable.
+_NUM_TENSORS = 8
+
+_library = torch.library.Library("natten", "DEF")
+_library.define(
+    f"neighborhood_attention({_TENSORS}, {_PARAMETERS}) -> (Tensor out, Tensor logsumexp)"
+)
+_library.define(
+    f"neighborhood_attention_backward(Tensor? grad_out, Tensor? grad_logsumexp, {_TENSORS}, "
+    f"Tensor out, Tensor logsumexp, {_PARAMETERS}, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@lru_cache(maxsize=4096)
+def _problem(
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+    head_dim_v: int,
+    num_additional: int,
+    has_rpb: bool,
+    varlen: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    is_causal: tuple[bool, ...],
+    scale: float,
+    grid: tuple[int, ...],
+    query_origin: tuple[int, ...],
+    key_origin: tuple[int, ...],
+    max_seqlen_q: int,
+    max_seqlen_kv: int,
+    requires_grad: bool,
+) -> Problem:
+    return Problem(
+        batch=query_shape[0],
+        query_shape=tuple(query_shape[1:-2]),
+        key_shape=tuple(key_shape[1:-2]),
+        heads=query_shape[-2],
+        heads_kv=key_shape[-2],
+        head_dim=query_shape[-1],
+        head_dim_v=head_dim_v,
+        kernel_size=kernel_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        grid=grid,
+        query_origin=query_origin,
+        key_origin=key_origin,
+        scale=scale,
+        num_additional=num_additional,
+        has_rpb=has_rpb,
+        varlen=varlen,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_kv=max_seqlen_kv,
+        dtype=dtype,
+        device=device,
+        requires_grad=requires_grad,
+    )
+
+
+def make_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    cumulative_seqlen_q: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+    grid: Sequence[int],
+    query_origin: Sequence[int],
+    key_origin: Sequence[int],
+    max_seqlen_q: int,
+    max_seqlen_kv: int,
+    requires_grad: bool,
+) -> Problem:
+    """The problem that a call of the operator states."""
+    return _problem(
+        query.shape,
+        key.shape,
+        value.shape[-1],
+        0 if additional_keys is None else additional_keys.shape[1],
+        rpb is not None,
+        cumulative_seqlen_q is not None,
+        query.dtype,
+        query.device,
+        tuple(kernel_size),
+        tuple(stride),
+        tuple(dilation),
+        tuple(is_causal),
+        scale,
+        tuple(grid),
+        tuple(query_origin),
+        tuple(key_origin),
+        max_seqlen_q,
+        max_seqlen_kv,
+        requires_grad,
+    )
+
+
+def _plan(tensors: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Problem, Config, str]:
+    query, key, value, rpb, additional_keys, _, cumulative_seqlen_q, _ = tensors
+    *window, backend, config, requires_grad = parameters
+    problem = make_problem(
+        query, key, value, rpb, additional_keys, cumulative_seqlen_q, *window, requires_grad
+    )
+    return problem, decode_config(config), backend
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _without_empty_context(tensors: tuple[Any, ...], problem: Problem) -> tuple[Any, ...]:
+    if problem.num_additional or tensors[4] is None:
+        return tensors
+    return (*tensors[:4], None, None, *tensors[6:])
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors, parameters = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:]
+    problem, config, backend_name = _plan(tensors, parameters)
+    backend = resolve(problem, config, backend_name)
+    if not (problem.batch and problem.num_queries and problem.heads) or not (
+        problem.num_keys or problem.num_additional
+    ):
+        query = tensors[0]
+        return (
+            query.new_zeros(problem.output_shape),
+            query.new_full(problem.lse_shape, -torch.inf, dtype=problem.accumulation_dtype),
+        )
+    out, lse = backend.forward(problem, config, *_without_empty_context(tensors, problem))
+    return _contiguous(out), _contiguous(lse)
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    query, value = arguments[0], arguments[2]
+    rows = query.shape[:-1]
+    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((*rows, value.shape[-1])), query.new_empty(rows, dtype=accumulate)
+
+
+def _backward(grad_out: Tensor | None, grad_lse: Tensor | None, *arguments: Any) -> Any:
+    tensors = arguments[:_NUM_TENSORS]
+    out, lse = arguments[_NUM_TENSORS : _NUM_TENSORS + 2]
+    *parameters, needs = arguments[_NUM_TENSORS + 2 :]
+    problem, config, backend_name = _plan(tensors, tuple(parameters))
+    backend = resolve(problem, config, backend_name)
+    inputs = tensors[:6]
+    if (
+        not (problem.batch and problem.num_queries and problem.heads)
+        or not (problem.num_keys or problem.num_additional)
+        or (grad_out is None and grad_lse is None)
+    ):
+        gradients: Any = (None,) * 6
+    else:
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        needed = tuple(n and t is not None for n, t in zip(needs, inputs, strict=True))
+        gradients = backend.backward(
+            problem,
+            config,
+            grad_out,
+            grad_lse,
+            *_without_empty_context(tensors, problem),
+            out,
+            lse,
+            needed,
+        )
+    query = tensors[0]
+    results = []
+    for need, tensor, gradient in zip(needs, inputs, gradients, strict=True):
+        if not need or tensor is None:
+            results.append(query.new_empty(0))
+        elif gradient is None:
+            results.append(torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device))
+        else:
+            results.append(_contiguous(gradient.to(tensor.dtype)))
+    return tuple(results)
+
+
+def _backward_fake(grad_out: Tensor | None, grad_lse: Tensor | None, *arguments: Any) -> Any:
+    query, needs = arguments[0], arguments[-1]
+    return tuple(
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if need and tensor is not None
+        else query.new_empty(0)
+        for need, tensor in zip(needs, arguments[:6], strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
+    ctx.parameters = inputs[_NUM_TENSORS:]
+    # A gradient that nobody asks for stays None: filling it with zeros would cost a kernel.
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    needs = list(ctx.needs_input_grad[:6])
+    gradients = torch.ops.natten.neighborhood_attention_backward.default(
+        grad_out, grad_lse, *ctx.saved_tensors, *ctx.parameters, needs
+    )
+    present = [t is not None for t in ctx.saved_tensors[:6]]
+    kept = [g if n and p else None for g, n, p in zip(gradients, needs, present, strict=True)]
+    return (*kept, *[None] * (len(ctx.needs_input_grad) - 6))
+
+
+def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:
+    raise NotImplementedError(
+        "neighborhood attention cannot be differentiated twice: its backward pass has no derivative"
+    )
+
+
+for _name, _implementation, _fake in (
+    ("neighborhood_attention", _forward, _forward_fake),
+    ("neighborhood_attention_backward", _backward, _backward_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"natten::{_name}", _fake, lib=_library)
+torch.library.register_autograd(
+    "natten::neighborhood_attention", _differentiate, setup_context=_save, lib=_library
+)
+torch.library.register_autograd(
+    "natten::neighborhood_attention_backward",
+    _no_second_derivative,
+    setup_context=lambda ctx, inputs, output: None,
+    lib=_library,
+)
+
+
+def autocast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Cast as torch's attention does: to the autocast dtype, where it is enabled, but float64."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def _autocast_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors = list(arguments[:_NUM_TENSORS])
+    # The bias is added in the accumulation dtype and keeps its own.
+    cast = autocast([*tensors[:3], *tensors[4:6]])
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        return neighborhood_attention(
+            *cast[:3], tensors[3], *cast[3:], *tensors[6:], *arguments[_NUM_TENSORS:]
+        )
+
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCPU
+) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("neighborhood_attention", _autocast_kernel, _key)
+
+neighborhood_attention = torch.ops.natten.neighborhood_attention.default
+
+__all__ = ["autocast", "make_problem", "neighborhood_attention"]

@@ -1,0 +1,205 @@
+"""A call of neighborhood attention without its data: what backends decide and plan by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
+from math import prod
+
+import torch
+
+from natten.window import Axis
+
+
+class Unavailable(str):
+    """The reason of a backend that lacks something in the environment (hardware, a package).
+
+    A named backend that declines with it raises RuntimeError; with a plain string,
+    NotImplementedError.
+    """
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything about one call but its data. Tuples have one value for each axis.
+
+    Attributes:
+        batch: Batch size.
+        query_shape: Extents of the query tensor's box of tokens.
+        key_shape: Extents of the key tensor's box of tokens.
+        heads: Query heads.
+        heads_kv: Key and value heads; divides ``heads``.
+        head_dim: Features of a query or key head.
+        head_dim_v: Features of a value head.
+        kernel_size: Window sizes.
+        stride: Queries that share a window.
+        dilation: Distances of neighbors.
+        is_causal: Whether queries attend to no later token.
+        grid: Extents of the global grid; windows are clamped to it.
+        query_origin: Where the query box starts in the grid.
+        key_origin: Where the key box starts in the grid. Keys outside the box do not exist.
+        scale: Factor on the dot products.
+        num_additional: Additional keys that every query sees; 0 for none.
+        has_rpb: Whether a relative position bias is added.
+        varlen: Whether batch 1 holds packed sequences, each a problem of its own.
+        max_seqlen_q: Longest packed query sequence; 0 if not varlen.
+        max_seqlen_kv: Longest packed key sequence; 0 if not varlen.
+        dtype: Of query, key, value and output.
+        device: Of all tensors.
+        requires_grad: Whether a backward pass may follow.
+    """
+
+    batch: int
+    query_shape: tuple[int, ...]
+    key_shape: tuple[int, ...]
+    heads: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+    grid: tuple[int, ...]
+    query_origin: tuple[int, ...]
+    key_origin: tuple[int, ...]
+    scale: float
+    num_additional: int = 0
+    has_rpb: bool = False
+    varlen: bool = False
+    max_seqlen_q: int = 0
+    max_seqlen_kv: int = 0
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    requires_grad: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Axes of tokens."""
+        return len(self.kernel_size)
+
+    @cached_property
+    def axes(self) -> tuple[Axis, ...]:
+        """The window's parameters along each axis, as :mod:`natten.window` takes them."""
+        return tuple(
+            map(Axis, self.grid, self.kernel_size, self.stride, self.dilation, self.is_causal)
+        )
+
+    @cached_property
+    def num_queries(self) -> int:
+        """Query tokens of one batch entry."""
+        return prod(self.query_shape)
+
+    @cached_property
+    def num_keys(self) -> int:
+        """Key tokens of one batch entry, without the additional ones."""
+        return prod(self.key_shape)
+
+    @cached_property
+    def is_subgrid(self) -> bool:
+        """Whether the query or key box is not the whole grid."""
+        return self.query_shape != self.grid or self.key_shape != self.grid
+
+    @cached_property
+    def is_dense(self) -> bool:
+        """Whether every query attends to every key of its box: attention without a mask."""
+        return self.kernel_size == self.grid and not any(self.is_causal)
+
+    @property
+    def accumulation_dtype(self) -> torch.dtype:
+        """Of logsumexp and of intermediate results: float64 for float64, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """``[batch, *query_shape, heads, head_dim_v]``."""
+        return (self.batch, *self.query_shape, self.heads, self.head_dim_v)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """``[batch, *query_shape, heads]``."""
+        return (self.batch, *self.query_shape, self.heads)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Performance knobs. None, or the default, leaves the choice to the backend.
+
+    Attributes:
+        q_tile_shape: Query tile of the forward pass.
+        kv_tile_shape: Key tile of the forward pass; given with ``q_tile_shape`` or not at all.
+        backward_q_tile_shape: Query tile of the backward pass.
+        backward_kv_tile_shape: Key tile of the backward pass.
+        backward_kv_splits: Parallel key tiles of the backward pass, for each axis.
+        backward_use_pt_reduction: Compute the row sums of grad_out * out with torch.
+        run_persistent_kernel: Persistent tile scheduling, where the backend has both.
+        kernel_schedule: "non", "coop", "pp" or None.
+        torch_compile: Compile FlexAttention.
+    """
+
+    q_tile_shape: tuple[int, ...] | None = None
+    kv_tile_shape: tuple[int, ...] | None = None
+    backward_q_tile_shape: tuple[int, ...] | None = None
+    backward_kv_tile_shape: tuple[int, ...] | None = None
+    backward_kv_splits: tuple[int, ...] | None = None
+    backward_use_pt_reduction: bool = False
+    run_persistent_kernel: bool = True
+    kernel_schedule: str | None = None
+    torch_compile: bool = False
+
+    def encode(self) -> str:
+        """A canonical string for the operator's schema; "" for the defaults."""
+        return encode_config(
+            self.q_tile_shape,
+            self.kv_tile_shape,
+            self.backward_q_tile_shape,
+            self.backward_kv_tile_shape,
+            self.backward_kv_splits,
+            self.backward_use_pt_reduction,
+            self.run_persistent_kernel,
+            self.kernel_schedule,
+            self.torch_compile,
+        )
+
+
+DEFAULT_CONFIG = Config()
+_DEFAULTS = tuple(f.default for f in fields(Config))
+
+
+def encode_config(*values: object) -> str:
+    """The values of Config's fields, in order, as one string: "" when all are defaults.
+
+    A tuple becomes "4x8", True and False "1" and "0", None "".
+    """
+    if values == _DEFAULTS:
+        return ""
+    parts = []
+    for value in values:
+        if value is None:
+            parts.append("")
+        elif isinstance(value, tuple):
+            parts.append("x".join([str(v) for v in value]))
+        elif isinstance(value, bool):
+            parts.append("1" if value else "0")
+        else:
+            parts.append(str(value))
+    return ",".join(parts)
+
+
+@lru_cache(maxsize=1024)
+def decode_config(text: str) -> Config:
+    """The inverse of :meth:`Config.encode`."""
+    if not text:
+        return DEFAULT_CONFIG
+    *tiles, reduction, persistent, schedule, compiled = text.split(",")
+    shapes = [tuple(int(n) for n in tile.split("x")) if tile else None for tile in tiles]
+    return Config(
+        *shapes,
+        backward_use_pt_reduction=reduction == "1",
+        run_persistent_kernel=persistent == "1",
+        kernel_schedule=schedule or None,
+        torch_compile=compiled == "1",
+    )
+
+
+__all__ = ["DEFAULT_CONFIG", "Config", "Problem", "Unavailable", "decode_config", "encode_config"]

@@ -1,0 +1,271 @@
+"""Checks of arguments: ints to tuples, tensors against each other, texts of errors.
+
+The caller's mistakes raise ValueError here, kinds of tensors that no backend takes raise
+NotImplementedError. Texts name the argument, what was expected and what was got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten.types import KernelSchedule
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt, Integral))
+
+
+def int_tuple(name: str, value: Any, rank: int, minimum: int = 1) -> tuple[int, ...]:
+    """One integer an axis, from an int (repeated) or a sequence of ``rank`` of them."""
+    if _is_int(value):
+        values: tuple[Any, ...] = (value,) * rank
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        values = tuple(value)
+    else:
+        raise ValueError(f"{name} must be an int or a sequence of {rank} ints, got {value!r}")
+    if len(values) != rank:
+        raise ValueError(f"{name} must have {rank} values, one for each axis, got {value!r}")
+    for v in values:
+        if not _is_int(v) or v < minimum:
+            raise ValueError(f"{name} must hold integers of at least {minimum}, got {value!r}")
+    # int() turns bools and numpy's integers into plain ones; a SymInt must stay what it is.
+    return tuple([v if type(v) is int or isinstance(v, torch.SymInt) else int(v) for v in values])
+
+
+def bool_tuple(name: str, value: Any, rank: int) -> tuple[bool, ...]:
+    """One bool an axis, from a bool (repeated) or a sequence of ``rank`` of them."""
+    values = value if isinstance(value, (tuple, list)) else (value,) * rank
+    if len(values) != rank:
+        raise ValueError(f"{name} must have {rank} values, one for each axis, got {value!r}")
+    for v in values:
+        if not isinstance(v, bool):
+            raise ValueError(f"{name} must be a bool or a sequence of {rank} bools, got {value!r}")
+    return tuple(values)
+
+
+def optional_bool(name: str, value: Any) -> bool:
+    """A flag."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be a bool, got {value!r}")
+    return value
+
+
+def check_scale(scale: Any, head_dim: int) -> float:
+    """The scale as a float; None means ``head_dim ** -0.5``, and 0.0 is 0.0."""
+    if scale is None:
+        return float(head_dim) ** -0.5 if head_dim else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymFloat)):
+        raise ValueError(f"scale must be a number or None, got {scale!r}")
+    return float(scale)
+
+
+def check_window(
+    grid: tuple[int, ...],
+    kernel_size: Any,
+    stride: Any,
+    dilation: Any,
+    is_causal: Any,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
+    """kernel_size, stride, dilation and is_causal as tuples that fit ``grid``."""
+    rank = len(grid)
+    kernel = int_tuple("kernel_size", kernel_size, rank)
+    strides = int_tuple("stride", 1 if stride is None else stride, rank)
+    dilations = int_tuple("dilation", 1 if dilation is None else dilation, rank)
+    causal = bool_tuple("is_causal", False if is_causal is None else is_causal, rank)
+    for axis in range(rank):
+        if strides[axis] > kernel[axis]:
+            raise ValueError(
+                f"stride must be at most kernel_size along every axis, got stride={strides} and "
+                f"kernel_size={kernel}"
+            )
+        # An axis without tokens has no windows to fit.
+        if kernel[axis] * dilations[axis] > grid[axis] > 0:
+            raise ValueError(
+                "kernel_size * dilation must be at most the number of tokens along every axis, "
+                f"got kernel_size={kernel} and dilation={dilations} for tokens of shape "
+                f"{tuple(grid)}"
+            )
+    return kernel, strides, dilations, causal
+
+
+def check_is_tensor(name: str, tensor: Any) -> None:
+    """Accept dense floating-point tensors only."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise NotImplementedError(
+            f"{name} is a nested tensor, which is not supported; pack sequences and use "
+            "attention's varlen arguments, or pad"
+        )
+    if tensor.layout is not torch.strided:
+        raise NotImplementedError(
+            f"{name} must be a dense (strided) tensor, got layout {tensor.layout}"
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+
+
+def _check_same(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.dtype != query.dtype:
+        raise ValueError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int | None = None) -> int:
+    """Check query, key and value against each other; returns the number of token axes.
+
+    The extents of the tokens are not compared: that is the caller's part.
+    """
+    check_is_tensor("query", query)
+    check_is_tensor("key", key)
+    check_is_tensor("value", value)
+    found = query.dim() - 3
+    if rank is not None and found != rank:
+        raise ValueError(
+            f"query must have {rank + 3} dimensions, [batch, {rank} of tokens, heads, head_dim], "
+            f"got shape {tuple(query.shape)}"
+        )
+    if not 1 <= found <= 3:
+        raise ValueError(
+            "query must have 4, 5 or 6 dimensions, [batch, *tokens, heads, head_dim], got shape "
+            f"{tuple(query.shape)}"
+        )
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dim() != found + 3:
+            raise ValueError(
+                f"{name} must have as many dimensions as query ({found + 3}), got shape "
+                f"{tuple(tensor.shape)}"
+            )
+        _check_same(name, tensor, query)
+        if tensor.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"{name} must have query's batch size {query.shape[0]}, got {tensor.shape[0]}"
+            )
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            "key and value must match in all dimensions but the last, got "
+            f"{tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    check_heads(query, key)
+    return found
+
+
+def check_heads(query: Tensor, key: Tensor) -> None:
+    """Check head_dim and the ratio of heads."""
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key must have query's head_dim {query.shape[-1]}, got {key.shape[-1]}")
+    heads, heads_kv = query.shape[-2], key.shape[-2]
+    if heads_kv == 0 or heads % heads_kv:
+        raise ValueError(
+            f"query's heads must be a multiple of key's and value's, got {heads} and {heads_kv}"
+        )
+
+
+def check_additional(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+) -> None:
+    """Check additional_keys and additional_values, both given or both None."""
+    if additional_keys is None and additional_values is None:
+        return
+    if additional_keys is None or additional_values is None:
+        raise ValueError(
+            "additional_keys and additional_values must both be tensors or both None, got only "
+            + ("additional_values" if additional_keys is None else "additional_keys")
+        )
+    for name, tensor, like in (
+        ("additional_keys", additional_keys, key),
+        ("additional_values", additional_values, value),
+    ):
+        check_is_tensor(name, tensor)
+        _check_same(name, tensor, query)
+        batch, heads, dim = query.shape[0], like.shape[-2], like.shape[-1]
+        expected = f"[{batch}, tokens, {heads}, {dim}]"
+        if (
+            tensor.dim() != 4
+            or tensor.shape[0] != batch
+            or tensor.shape[2] != heads
+            or tensor.shape[3] != dim
+        ):
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
+    if additional_keys.shape[1] != additional_values.shape[1]:
+        raise ValueError(
+            "additional_keys and additional_values must have as many tokens, got "
+            f"{additional_keys.shape[1]} and {additional_values.shape[1]}"
+        )
+
+
+def check_rpb(
+    rpb: Tensor | None, query: Tensor, kernel_size: tuple[int, ...], is_causal: tuple[bool, ...]
+) -> None:
+    """Check the relative position bias."""
+    if rpb is None:
+        return
+    check_is_tensor("rpb", rpb)
+    if rpb.device != query.device:
+        raise ValueError(f"rpb must be on query's device {query.device}, got {rpb.device}")
+    if any(is_causal):
+        raise ValueError(f"rpb is defined for bidirectional axes only, got is_causal={is_causal}")
+    expected = (query.shape[-2], *[2 * k - 1 for k in kernel_size])
+    if tuple(rpb.shape) != expected:
+        raise ValueError(
+            f"rpb must have shape [heads, 2 * kernel_size - 1 for each axis] = {expected}, got "
+            f"{tuple(rpb.shape)}"
+        )
+
+
+def check_tiles(
+    names: tuple[str, str], q_tile: Any, kv_tile: Any, rank: int
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """A pair of tile shapes, both given or both None."""
+    if q_tile is None and kv_tile is None:
+        return None, None
+    if q_tile is None or kv_tile is None:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must be given together, got {q_tile!r} and {kv_tile!r}"
+        )
+    return int_tuple(names[0], q_tile, rank), int_tuple(names[1], kv_tile, rank)
+
+
+def check_schedule(kernel_schedule: Any) -> str | None:
+    """The kernel schedule as a string or None."""
+    if kernel_schedule is None:
+        return None
+    try:
+        return KernelSchedule(kernel_schedule).value
+    except ValueError:
+        names = [schedule.value for schedule in KernelSchedule]
+        raise ValueError(
+            f"kernel_schedule must be None or one of {names}, got {kernel_schedule!r}"
+        ) from None
+
+
+def check_knobs(rank: int, values: Sequence[Any], suffix: str = "shape") -> tuple[Any, ...]:
+    """The values of Config's fields, checked, with tile shapes as tuples.
+
+    Args:
+        rank: Axes of tokens.
+        values: As the public functions take them, in the order of Config's fields.
+        suffix: What the caller's parameters call a tile: "shape" or "size".
+    """
+    q, kv, backward_q, backward_kv, splits, reduction, persistent, schedule, compiled = values
+    tile = ("q_tile_" + suffix, "kv_tile_" + suffix)
+    backward_tile = ("backward_" + tile[0], "backward_" + tile[1])
+    return (
+        *check_tiles(tile, q, kv, rank),
+        *check_tiles(backward_tile, backward_q, backward_kv, rank),
+        None if splits is None else int_tuple("backward_kv_splits", splits, rank),
+        optional_bool("backward_use_pt_reduction", reduction),
+        optional_bool("run_persistent_kernel", persistent),
+        check_schedule(schedule),
+        optional_bool("torch_compile", compiled),
+    )

@@ -1,0 +1,287 @@
+"""The neighborhood: which keys a query attends to.
+
+This module is the one Python definition of the window. Everything else (the reference, the masks
+given to FlexAttention, the tables given to compiled CPU kernels, pictures, tests) asks it.
+
+Along one axis of ``length`` tokens, with ``dilation`` d, token ``index`` belongs to the dilation
+group ``index % d`` and sits there at position ``index // d``. Group g has
+``ceil((length - g) / d)`` tokens. Windows are ranges of *positions* of the query's own group, so
+that position j stands for token ``g + d * j``. With stride s, the s queries of a stride group
+share the window of their leader:
+
+=============  ====================================  ===================================  =========
+\\              leader                                start                                end
+=============  ====================================  ===================================  =========
+bidirectional  ``min(p // s * s + s // 2, Lg - 1)``  ``clamp(leader - k // 2, 0, Lg-k)``  start + k
+causal         ``min(p // s * s + s - 1, Lg - 1)``   ``max(leader - k + 1, 0)``           p + 1
+=============  ====================================  ===================================  =========
+
+Windows are clamped into the axis, never cut by its border. An N-dimensional window is the product
+of the windows of its axes. Both ends of a window grow with the query's position, and stride is at
+most kernel_size, so that the union of the windows of consecutive positions, their intersection,
+and the set of queries that see a key are ranges too.
+
+All functions take Python integers or integer tensors of any shape that broadcast, use plain tensor
+operations only (they run inside a FlexAttention ``mask_mod``, under vmap and torch.compile), and
+return tensors of int64 unless noted.
+
+References: Neighborhood Attention Transformer (https://arxiv.org/abs/2204.07143), Dilated
+Neighborhood Attention Transformer (https://arxiv.org/abs/2209.15001), Generalized Neighborhood
+Attention (https://arxiv.org/abs/2504.16922).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Index = int | Tensor
+
+
+class Axis(NamedTuple):
+    """The parameters of the neighborhood along one axis.
+
+    Attributes:
+        length: Tokens along the axis of the whole (global) grid.
+        kernel_size: Window size, in tokens of one dilation group.
+        stride: Queries that share one window.
+        dilation: Distance of neighbors.
+        is_causal: Whether a query attends to no later token.
+    """
+
+    length: int
+    kernel_size: int
+    stride: int = 1
+    dilation: int = 1
+    is_causal: bool = False
+
+
+def _tensor(index: Index) -> Tensor:
+    return index if isinstance(index, Tensor) else torch.tensor(index)
+
+
+def _ceil_div(numerator: Index, denominator: int) -> Index:
+    return -(-numerator // denominator)
+
+
+def group_length(group: Index, axis: Axis) -> Index:
+    """Tokens of the dilation group ``group`` along ``axis``."""
+    return _ceil_div(axis.length - group, axis.dilation)
+
+
+def position_bounds(position: Index, group: Index, axis: Axis) -> tuple[Tensor, Tensor]:
+    """First key position and one past the last that a query attends to, in its group.
+
+    Args:
+        position: Position of the query in its dilation group.
+        group: The dilation group.
+        axis: The axis.
+    """
+    position = _tensor(position)
+    last = group_length(group, axis) - 1
+    k, s = axis.kernel_size, axis.stride
+    leader = position // s * s + (s - 1 if axis.is_causal else s // 2)
+    leader = leader.clamp(max=last)
+    if axis.is_causal:
+        return (leader - k + 1).clamp(min=0), position + 1
+    # The two clamps stay apart: a group shorter than the window has an empty range of starts.
+    start = (leader - k // 2).clamp(max=last + 1 - k).clamp(min=0)
+    return start, start + k
+
+
+def bounds(
+    index: Index,
+    length: int,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """First key position and one past the last that the query token ``index`` attends to.
+
+    Both are positions in the group ``index % dilation``.
+    """
+    axis = Axis(length, kernel_size, stride, dilation, is_causal)
+    index = _tensor(index)
+    return position_bounds(index // dilation, index % dilation, axis)
+
+
+def inverse_position_bounds(position: Index, group: Index, axis: Axis) -> tuple[Tensor, Tensor]:
+    """First query position and one past the last that attend to a key, in the key's group.
+
+    The range may be empty for a causal axis with stride, where no query sees some keys.
+    """
+    position = _tensor(position)
+    length = group_length(group, axis)
+    last = length - 1
+    k, s = axis.kernel_size, axis.stride
+    end = torch.zeros_like(position) + length
+    if axis.is_causal:
+        # A later query drops the key when its leader passes position + k - 1. The clamp of the
+        # leader to the last position can only keep it.
+        reach = position + k - 1
+        stop = ((reach - (s - 1)) // s + 1) * s
+        stop = torch.where(reach >= last, end, torch.minimum(stop, end))
+        return position, torch.maximum(stop, position)
+    # The window starts at or before the key ...
+    reach = position + k // 2
+    stop = ((reach - s // 2) // s + 1) * s
+    sees_last = (position >= length - k) | (reach >= last)
+    stop = torch.where(sees_last, end, torch.minimum(stop, end).clamp(min=0))
+    # ... and ends after it.
+    earliest = position - k + 1
+    start = _ceil_div(earliest + k // 2 - s // 2, s) * s
+    start = torch.where(earliest <= 0, torch.zeros_like(position), start.clamp(min=0))
+    return torch.minimum(start, end), stop
+
+
+def inverse_bounds(
+    index: Index,
+    length: int,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """First query position and one past the last that attend to the key token ``index``.
+
+    Both are positions in the group ``index % dilation``; first == last + 1 means none.
+    """
+    axis = Axis(length, kernel_size, stride, dilation, is_causal)
+    index = _tensor(index)
+    return inverse_position_bounds(index // dilation, index % dilation, axis)
+
+
+def box_bounds(group: Index, dilation: int, origin: int, extent: int) -> tuple[Index, Index]:
+    """Positions of ``group`` inside the token range ``[origin, origin + extent)``: first, end."""
+    return (
+        _ceil_div(origin - group, dilation),
+        _ceil_div(origin + extent - group, dilation),
+    )
+
+
+def union_bounds(first: Index, last: Index, group: Index, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Key positions that some query of positions ``first .. last`` (inclusive) attends to."""
+    return position_bounds(first, group, axis)[0], position_bounds(last, group, axis)[1]
+
+
+def intersection_bounds(
+    first: Index, last: Index, group: Index, axis: Axis
+) -> tuple[Tensor, Tensor]:
+    """Key positions that every query of positions ``first .. last`` attends to (maybe none)."""
+    start = position_bounds(last, group, axis)[0]
+    return start, torch.maximum(position_bounds(first, group, axis)[1], start)
+
+
+def axis_mask(query_index: Index, key_index: Index, axis: Axis) -> Tensor:
+    """Whether the query token attends to the key token along one axis (bool, broadcast)."""
+    query_index, key_index = _tensor(query_index), _tensor(key_index)
+    d = axis.dilation
+    start, end = position_bounds(query_index // d, query_index % d, axis)
+    key_position = key_index // d
+    inside = (key_position >= start) & (key_position < end)
+    return inside if d == 1 else inside & (query_index % d == key_index % d)
+
+
+def mask(query_index: Sequence[Index], key_index: Sequence[Index], axes: Sequence[Axis]) -> Tensor:
+    """Whether a query token attends to a key token: the product of the masks of the axes.
+
+    Args:
+        query_index: One integer tensor an axis, that broadcast together.
+        key_index: Likewise.
+        axes: One :class:`Axis` each.
+    """
+    visible = axis_mask(query_index[0], key_index[0], axes[0])
+    for q, k, axis in zip(query_index[1:], key_index[1:], axes[1:], strict=True):
+        visible = visible & axis_mask(q, k, axis)
+    return visible
+
+
+def grid_mask(
+    axes: Sequence[Axis],
+    query_shape: Sequence[int] | None = None,
+    key_shape: Sequence[int] | None = None,
+    query_origin: Sequence[int] | None = None,
+    key_origin: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The full bool mask ``[num_queries, num_keys]``, row-major, of a small problem.
+
+    Boxes of queries and keys default to the whole grid.
+    """
+    rank = len(axes)
+    lengths = [axis.length for axis in axes]
+    zeros = [0] * rank
+
+    def coordinates(shape: Sequence[int] | None, origin: Sequence[int] | None) -> list[Tensor]:
+        extents = zip(origin or zeros, shape or lengths, strict=True)
+        ranges = [torch.arange(o, o + n, device=device) for o, n in extents]
+        return [c.flatten() for c in torch.meshgrid(*ranges, indexing="ij")]
+
+    queries = [c[:, None] for c in coordinates(query_shape, query_origin)]
+    keys = [c[None, :] for c in coordinates(key_shape, key_origin)]
+    return mask(queries, keys, axes)
+
+
+def bounds_table(
+    axis: Axis,
+    query_origin: int = 0,
+    query_extent: int | None = None,
+    key_origin: int = 0,
+    key_extent: int | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The windows of all queries of a range, cut to a range of keys: for kernels that look up.
+
+    Returns:
+        start, end: int64 ``[query_extent]``, positions in the group of each query (token
+        ``group + dilation * position``). Tokens outside
+        ``[key_origin, key_origin + key_extent)`` are left out; start == end means none.
+    """
+    query_extent = axis.length - query_origin if query_extent is None else query_extent
+    key_extent = axis.length - key_origin if key_extent is None else key_extent
+    index = torch.arange(query_origin, query_origin + query_extent, device=device)
+    start, end = bounds(index, *axis)
+    low, high = box_bounds(index % axis.dilation, axis.dilation, key_origin, key_extent)
+    start = torch.maximum(start, _tensor(low))
+    return start, torch.maximum(torch.minimum(end, _tensor(high)), start)
+
+
+def attended(
+    index: Sequence[int] | int,
+    axes: Sequence[Axis] | Axis,
+) -> list[int] | list[tuple[int, ...]]:
+    """The tokens that one query attends to, row-major: for tests and pictures.
+
+    A single index and :class:`Axis` give a list of integers, sequences a list of tuples.
+    """
+    if isinstance(axes, Axis):
+        if not isinstance(index, int):
+            raise ValueError(f"index must be an int for a single axis, got {index!r}")
+        start, end = (int(b) for b in bounds(index, *axes))
+        return [index % axes.dilation + axes.dilation * j for j in range(start, end)]
+    if isinstance(index, int) or len(index) != len(axes):
+        raise ValueError(f"index must have one value for each of {len(axes)} axes, got {index!r}")
+    return list(product(*(attended(i, axis) for i, axis in zip(index, axes, strict=True))))
+
+
+__all__ = [
+    "Axis",
+    "attended",
+    "axis_mask",
+    "bounds",
+    "bounds_table",
+    "box_bounds",
+    "grid_mask",
+    "group_length",
+    "intersection_bounds",
+    "inverse_bounds",
+    "inverse_position_bounds",
+    "mask",
+    "position_bounds",
+    "union_bounds",
+]
