@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from natten import validation
 from natten.functional.dispatch import FMHA, FNA, can_run, load
 from natten.functional.ops import make_problem
@@ -81,5 +83,3 @@ get_configs_for_cutlass_blackwell_fmha = _getter("blackwell", FMHA, False)
 get_bwd_configs_for_cutlass_blackwell_fmha = _getter("blackwell", FMHA, True)
 get_configs_for_flex_fna = _getter("flex", FNA, False)
 get_configs_for_flex_fmha = _getter("flex", FMHA, False)
-
-__all__ = [name for name in dict(globals()) if name.startswith("get_")]

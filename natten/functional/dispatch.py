@@ -22,12 +22,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
-
-import torch
 
 from natten.context import Preferences, preferences
 from natten.functional.problem import Config, Problem, Unavailable
@@ -66,7 +64,7 @@ class _Missing:
     backward_configs = configs
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> Any:
     """The backend object called ``name`` (without suffix); imports its module."""
     module, attribute = BACKENDS[name]
@@ -159,7 +157,7 @@ def _check_pair(
     ):
         return
     valid = ", ".join(
-        f"{q}/{kv}" + (f" ({str(getattr(s, 'value', s))})" if s else "") for (q, kv), s in listed
+        f"{q}/{kv}" + (f" ({getattr(s, 'value', s)})" if s else "") for (q, kv), s in listed
     )
     raise ValueError(
         f"{knobs[0]} and {knobs[1]} must be a pair that backend {name!r} lists, got "
@@ -226,9 +224,10 @@ def _resolve(problem: Problem, config: Config, name: str, _: Preferences) -> Any
             check_tiles(backend, problem, config)
             return backend
         reasons.append(f"{candidate}: {reason}")
-        if _DEVICES.get(candidate) == problem.device.type and isinstance(reason, Unavailable):
-            if candidate in ("cpu", "cutlass"):
-                _suggest_once(candidate, reason)
+        # These two are what a CPU or a GPU ought to run on.
+        lacks = isinstance(reason, Unavailable) and _device_refusal(candidate, problem) is None
+        if lacks and candidate in ("cpu", "cutlass"):
+            _suggest_once(candidate, reason)
     raise NotImplementedError("no backend can run this problem; " + "; ".join(reasons))
 
 

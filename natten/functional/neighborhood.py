@@ -161,7 +161,7 @@ def _cached_plan(*arguments: Any) -> _Plan:
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _flat(tensor: Tensor) -> Tensor:
