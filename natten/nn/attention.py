@@ -1,0 +1,272 @@
+"""Neighborhood self-attention modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from natten.functional import attention, merge_attentions
+from natten.nn.core import NeighborhoodModule, check_grid, check_sequence, crop, fit_window
+from natten.nn.explicit import AttentionMap, attention_map
+from natten.nn.rotary import RotaryEmbedding
+
+
+class NeighborhoodAttention(NeighborhoodModule):
+    """Neighborhood self-attention over a grid of tokens.
+
+    Every token attends to the window of tokens nearest to it
+    (https://arxiv.org/abs/2204.07143, https://arxiv.org/abs/2209.15001,
+    https://arxiv.org/abs/2504.16922):
+
+        out = proj(softmax(scale * query · key + rpb) value),  query, key, value = qkv(x)
+
+    Use `NeighborhoodAttention1D`, `2D` or `3D`; they differ in the number of axes alone.
+
+    Args:
+        embed_dim: channels of a token; a multiple of num_heads.
+        num_heads: heads of the query.
+        kernel_size: window size, an int or one for each axis.
+        stride: queries that share a window, at most kernel_size. Default 1.
+        dilation: distance between the tokens of a window. Default 1.
+        is_causal: whether queries attend to no later token along an axis. Default False.
+        qkv_bias: whether `qkv` has a bias.
+        qk_scale: factor on query · key; None for `head_dim ** -0.5`.
+        proj_drop: probability of dropping elements of the output.
+        rel_pos_bias: learn a bias `rpb`, `[num_heads, 2 * kernel_size - 1, ...]`, added to the
+            scaled products. Bidirectional axes only.
+        num_kv_heads: heads of key and value, a divisor of num_heads (grouped-query attention);
+            None for num_heads.
+        qk_norm: RMS-normalize the channels of every query and key head, with learned weights
+            (`q_norm`, `k_norm`; https://arxiv.org/abs/2302.05442).
+        rotary: rotate queries and keys by their positions. True for a `RotaryEmbedding` whose
+            spacing is the dilation, or one of your own, which several modules may share.
+        attn_drop: probability of dropping attention weights in training. No fused kernel stores
+            the weights, so that training with attn_drop > 0 gathers the keys and values of every
+            window (memory times the window size). Evaluation is fused.
+        pad: zero-pad axes shorter than `kernel_size * dilation` on the right, before `qkv`, and
+            crop before `proj`. Queries attend to the padding. Checkpoints trained with NATTEN up
+            to 0.15 expect it for small inputs.
+        device, dtype: of the parameters.
+
+    Parameters: `qkv.*`, rows in the order query, key, value, each heads by head_dim; `proj.*`;
+    and `rpb`, `q_norm.weight`, `k_norm.weight` where asked for.
+
+    Raises:
+        ValueError: for arguments that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        is_causal: bool | Sequence[bool] = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+        *,
+        rel_pos_bias: bool = False,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        rotary: bool | RotaryEmbedding = False,
+        attn_drop: float = 0.0,
+        pad: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            qk_scale,
+            rel_pos_bias,
+            num_kv_heads,
+            qk_norm,
+            rotary,
+            attn_drop,
+            pad,
+            device,
+            dtype,
+        )
+        channels = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv = nn.Linear(embed_dim, channels, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    @overload
+    def forward(self, x: Tensor, registers: None = None, origin: None = None) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, registers: Tensor, origin: None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    # TorchScript infers the type of the result from the branch without registers.
+    def forward(  # type: ignore[no-untyped-def]
+        self, x: Tensor, registers: Tensor | None = None, origin: list[float] | None = None
+    ):
+        """Attends.
+
+        Args:
+            x: `[B, *X, embed_dim]`, any floating-point dtype.
+            registers: `[B, R, embed_dim]`, further tokens (class or register tokens) that every
+                token attends to, in one softmax with its window, and that attend to every token
+                of the grid (not to its padding) and to each other.
+            origin: coordinates of the first token in the grid that x is a crop of, for the rotary
+                embedding. Default 0.
+
+        Returns:
+            `[B, *X, embed_dim]`, and with registers a pair of it and `[B, R, embed_dim]`.
+
+        Raises:
+            ValueError: for another rank or number of channels, axes shorter than
+                `kernel_size * dilation` without `pad`, registers where an axis is causal.
+        """
+        check_grid(x, len(self.kernel_size), self.embed_dim, "x")
+        if registers is not None:
+            if torch.jit.is_scripting():
+                raise RuntimeError("TorchScript has no attention with registers")
+            else:
+                return self._forward_with_registers(x, registers, origin)
+        extent = x.shape[1:-1]
+        x = fit_window(x, self.kernel_size, self.dilation, self.pad)
+        query, key, value = self._project(x, origin, True)
+        out = self._attend(query, key, value)
+        return self._output(crop(out, extent))
+
+    @torch.jit.unused
+    def _forward_with_registers(
+        self, x: Tensor, registers: Tensor, origin: list[float] | None
+    ) -> tuple[Tensor, Tensor]:
+        self._check_registers(x, registers)
+        extent = x.shape[1:-1]
+        x = fit_window(x, self.kernel_size, self.dilation, self.pad)
+        query, key, value = self._project(x, origin, True)
+        query_r, key_r, value_r = self._project(registers, None, False)
+        out = self._attend(query, key, value, key_r, value_r)
+
+        key, value = (crop(t, extent).flatten(1, -3) for t in (key, value))
+        if self.attn_drop is not None and self.training:
+            out_r = F.scaled_dot_product_attention(
+                query_r.transpose(1, 2),
+                torch.cat([key, key_r], dim=1).transpose(1, 2),
+                torch.cat([value, value_r], dim=1).transpose(1, 2),
+                dropout_p=self.attn_drop.p,
+                scale=self.scale,
+                enable_gqa=self.num_kv_heads != self.num_heads,
+            ).transpose(1, 2)
+        else:
+            # Two attentions and a merge, so that the keys of the grid need not be copied.
+            branches = [
+                attention(query_r, k, v, scale=self.scale, return_lse=True)
+                for k, v in ((key, value), (key_r, value_r))
+            ]
+            out_r = merge_attentions(
+                [o for o, _ in branches], [lse for _, lse in branches], torch_compile=False
+            )
+        return self._output(crop(out, extent)), self._output(out_r)
+
+    def _check_registers(self, x: Tensor, registers: Tensor) -> None:
+        check_sequence(registers, x.shape[0], self.embed_dim, "registers")
+        if any(self.is_causal):
+            raise ValueError(
+                "registers attend to every token and would carry what is later to what is "
+                f"earlier, but is_causal={self.is_causal}"
+            )
+
+    def _project(
+        self, x: Tensor, origin: list[float] | None, is_grid: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, `[B, *X, heads, head_dim]`: views of one tensor where possible."""
+        kv = self.num_kv_heads
+        qkv = self.qkv(x).unflatten(-1, (self.num_heads + 2 * kv, self.head_dim))
+        query, key, value = qkv.split([self.num_heads, kv, kv], -2)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        if self.k_norm is not None:
+            key = self.k_norm(key)
+        if self.rotary is not None and is_grid:
+            query = self.rotary(query, origin)
+            key = self.rotary(key, origin)
+        return query, key, value
+
+    def _output(self, out: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(out.flatten(-2)))
+
+    @torch.no_grad()
+    def attention_map(
+        self,
+        x: Tensor,
+        positions: Tensor | Sequence[Sequence[int]],
+        registers: Tensor | None = None,
+        origin: list[float] | None = None,
+    ) -> AttentionMap:
+        """The attention weights of some tokens of the grid, exactly, for pictures and debugging.
+
+        Computes the rows of the chosen queries alone, in float32 or better; `forward` and its
+        kernels are not involved. Dropout does not act.
+
+        Args:
+            x, registers, origin: as for `forward`.
+            positions: `[P, rank]`, grid coordinates of the queries.
+
+        Returns:
+            `AttentionMap(grid [B, P, num_heads, *X], additional [B, P, num_heads, R] or None)`.
+            Both sum to 1 together, less what falls on padding (`pad=True`), which is not shown.
+        """
+        check_grid(x, self.rank, self.embed_dim, "x")
+        extent = x.shape[1:-1]
+        key_r = None
+        if registers is not None:
+            self._check_registers(x, registers)
+            key_r = self._project(registers, None, False)[1]
+        x = fit_window(x, self.kernel_size, self.dilation, self.pad)
+        query, key, _ = self._project(x, origin, True)
+        return self._map(query, key, positions, extent, key_r, None)
+
+    @torch.no_grad()
+    def register_map(
+        self, x: Tensor, registers: Tensor, origin: list[float] | None = None
+    ) -> AttentionMap:
+        """The attention weights of the registers: `grid [B, R, num_heads, *X]` and
+        `additional [B, R, num_heads, R]`. Arguments are as for `forward`.
+        """
+        check_grid(x, self.rank, self.embed_dim, "x")
+        self._check_registers(x, registers)
+        _, key, _ = self._project(x, origin, True)
+        query_r, key_r, _ = self._project(registers, None, False)
+        return attention_map(query_r, key, None, None, self.scale, key_r)
+
+
+class NeighborhoodAttention1D(NeighborhoodAttention):
+    """`NeighborhoodAttention` over sequences, `[B, X, C]`."""
+
+    rank = 1
+
+
+class NeighborhoodAttention2D(NeighborhoodAttention):
+    """`NeighborhoodAttention` over images, `[B, X, Y, C]`."""
+
+    rank = 2
+
+
+class NeighborhoodAttention3D(NeighborhoodAttention):
+    """`NeighborhoodAttention` over volumes and videos, `[B, X, Y, Z, C]`."""
+
+    rank = 3
+
+
+ATTENTION_OF_RANK: dict[int, type[NeighborhoodAttention]] = {
+    1: NeighborhoodAttention1D,
+    2: NeighborhoodAttention2D,
+    3: NeighborhoodAttention3D,
+}

@@ -1,0 +1,303 @@
+"""Transformer blocks around neighborhood attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from natten.nn.attention import ATTENTION_OF_RANK
+from natten.nn.rotary import RotaryEmbedding
+
+
+class DropPath(nn.Module):
+    """Drops the residual branch of whole samples in training (https://arxiv.org/abs/1603.09382).
+
+    What is kept is divided by the probability of being kept. `[B, ...]` to the same.
+    """
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= drop_prob < 1.0:
+            raise ValueError(f"drop_prob must be in [0, 1), got {drop_prob}")
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.drop_prob
+        mask = x.new_empty(x.shape[0]).bernoulli_(keep) / keep
+        # With the batch last, the mask broadcasts whatever the rank, also in symbolic traces.
+        return (x.movedim(0, -1) * mask).movedim(-1, 0)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:g}"
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between them: `fc2(act(fc1(x)))`.
+
+    Shapes: `[..., embed_dim]` to the same. Parameters: `fc1`, `fc2`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim, bias=bias, device=device, dtype=dtype)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class GatedMlp(nn.Module):
+    """Gated linear unit: `fc2(act(a) * b)`, `a, b = fc1(x)` (https://arxiv.org/abs/2002.05202).
+
+    SwiGLU with the default activation. Shapes: `[..., embed_dim]` to the same. Parameters: `fc1`
+    with `2 * hidden_dim` rows, `fc2`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        act_layer: Callable[[], nn.Module] = nn.SiLU,
+        drop: float = 0.0,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, 2 * hidden_dim, bias=bias, device=device, dtype=dtype)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, linear = self.fc1(x).chunk(2, dim=-1)
+        return self.drop(self.fc2(self.drop(self.act(gate) * linear)))
+
+
+class AdaptiveModulation(nn.Module):
+    """Shift, scale and gate of two residual branches from a conditioning vector.
+
+    The adaLN-Zero of DiT (https://arxiv.org/abs/2212.09748): `linear(silu(cond))`, initialized to
+    zero, so that a fresh block is the identity. `[B, cond_dim]` to six of `[B, embed_dim]`.
+    """
+
+    def __init__(
+        self,
+        cond_dim: int,
+        embed_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(cond_dim, 6 * embed_dim, device=device, dtype=dtype)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, cond: Tensor) -> list[Tensor]:
+        return self.linear(nn.functional.silu(cond)).chunk(6, dim=-1)
+
+
+class NeighborhoodTransformerBlock(nn.Module):
+    """Pre-norm transformer block with neighborhood attention.
+
+        x = x + drop_path(gamma1 * attn(norm1(x)))
+        x = x + drop_path(gamma2 * mlp(norm2(x)))
+
+    With a conditioning vector (`cond_dim`), the norms have no weights of their own, their results
+    are scaled and shifted and the branches gated as the vector says (`AdaptiveModulation`).
+
+    Parameters are named as in the checkpoints of NAT and DiNAT: `norm1`, `attn.qkv`, `attn.rpb`,
+    `attn.proj`, `norm2`, `mlp.fc1`, `mlp.fc2`, `gamma1`, `gamma2`; and `modulation.linear`.
+
+    Args:
+        embed_dim, num_heads, kernel_size, stride, dilation, is_causal: as for
+            `NeighborhoodAttention2D`.
+        rank: number of axes of the grid: 1, 2 or 3. Default 2.
+        mlp_ratio: hidden channels of the MLP over embed_dim.
+        gated_mlp: use `GatedMlp` with 2/3 of the hidden channels, which has as many parameters.
+        act_layer: activation of the MLP; None for GELU, or SiLU in the gated MLP.
+        norm_layer: called as `norm_layer(embed_dim, **kwargs)`.
+        layer_scale: initial value of gamma1 and gamma2; None for no such parameters.
+        drop: dropout probability in the MLP and after `proj`.
+        attn_drop: dropout probability of attention weights.
+        drop_path: probability of dropping a residual branch of a sample.
+        cond_dim: channels of the conditioning vector; None for none.
+        qkv_bias, qk_scale, rel_pos_bias, num_kv_heads, qk_norm, rotary, pad: as for
+            `NeighborhoodAttention2D`.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: int | Sequence[int] = 7,
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        is_causal: bool | Sequence[bool] = False,
+        *,
+        rank: int = 2,
+        mlp_ratio: float = 4.0,
+        gated_mlp: bool = False,
+        act_layer: Callable[[], nn.Module] | None = None,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        layer_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        cond_dim: int | None = None,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        rel_pos_bias: bool = False,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        rotary: bool | RotaryEmbedding = False,
+        pad: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if rank not in ATTENTION_OF_RANK:
+            raise ValueError(f"rank must be 1, 2 or 3, got {rank}")
+        self.rank = rank
+        if cond_dim is None:
+            self.norm1 = norm_layer(embed_dim, device=device, dtype=dtype)
+            self.norm2 = norm_layer(embed_dim, device=device, dtype=dtype)
+            self.modulation = None
+        else:
+            plain = {"elementwise_affine": False, "device": device, "dtype": dtype}
+            self.norm1 = norm_layer(embed_dim, **plain)
+            self.norm2 = norm_layer(embed_dim, **plain)
+            self.modulation = AdaptiveModulation(cond_dim, embed_dim, device=device, dtype=dtype)
+        self.attn = ATTENTION_OF_RANK[rank](
+            embed_dim,
+            num_heads,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            proj_drop=drop,
+            rel_pos_bias=rel_pos_bias,
+            num_kv_heads=num_kv_heads,
+            qk_norm=qk_norm,
+            rotary=rotary,
+            attn_drop=attn_drop,
+            pad=pad,
+            device=device,
+            dtype=dtype,
+        )
+        hidden = int(embed_dim * mlp_ratio)
+        if gated_mlp:
+            act_layer = nn.SiLU if act_layer is None else act_layer
+            self.mlp = GatedMlp(
+                embed_dim, hidden * 2 // 3, act_layer, drop, device=device, dtype=dtype
+            )
+        else:
+            act_layer = nn.GELU if act_layer is None else act_layer
+            self.mlp = Mlp(embed_dim, hidden, act_layer, drop, device=device, dtype=dtype)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        for name in ("gamma1", "gamma2"):
+            gamma = None
+            if layer_scale is not None:
+                gamma = nn.Parameter(
+                    torch.full((embed_dim,), float(layer_scale), device=device, dtype=dtype)
+                )
+            self.register_parameter(name, gamma)
+
+    # TorchScript infers the type of the result from the branch without registers.
+    def forward(  # type: ignore[no-untyped-def]
+        self, x: Tensor, cond: Tensor | None = None, registers: Tensor | None = None
+    ):
+        """Transforms `x`, `[B, *X, embed_dim]`.
+
+        Args:
+            x: the grid of tokens.
+            cond: `[B, cond_dim]`, given if and only if the block has a `cond_dim`.
+            registers: `[B, R, embed_dim]`, further tokens, see `NeighborhoodAttention2D.forward`.
+
+        Returns:
+            The shape of x, and with registers a pair of it and of the shape of registers.
+        """
+        modulation = self._modulation(cond)
+        if registers is not None:
+            if torch.jit.is_scripting():
+                raise RuntimeError("TorchScript has no attention with registers")
+            else:
+                return self._forward_with_registers(x, modulation, registers)
+        branch = self.attn(self._modulate(self.norm1(x), modulation, 0, self.rank))
+        x = self._add(x, branch, self.gamma1, modulation, 0, self.rank)
+        branch = self.mlp(self._modulate(self.norm2(x), modulation, 3, self.rank))
+        return self._add(x, branch, self.gamma2, modulation, 3, self.rank)
+
+    @torch.jit.unused
+    def _forward_with_registers(
+        self, x: Tensor, modulation: list[Tensor], registers: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        streams = [(x, self.rank), (registers, 1)]
+        branches = self.attn(
+            *(self._modulate(self.norm1(t), modulation, 0, axes) for t, axes in streams)
+        )
+        results = []
+        for (t, axes), branch in zip(streams, branches, strict=True):
+            t = self._add(t, branch, self.gamma1, modulation, 0, axes)
+            branch = self.mlp(self._modulate(self.norm2(t), modulation, 3, axes))
+            results.append(self._add(t, branch, self.gamma2, modulation, 3, axes))
+        return results[0], results[1]
+
+    def _modulation(self, cond: Tensor | None) -> list[Tensor]:
+        if self.modulation is not None:
+            if cond is None:
+                raise ValueError("a block with cond_dim needs cond, got None.")
+            return self.modulation(cond)
+        if cond is not None:
+            raise ValueError("cond was given to a block without cond_dim.")
+        nothing: list[Tensor] = []
+        return nothing
+
+    def _modulate(self, x: Tensor, modulation: list[Tensor], first: int, axes: int) -> Tensor:
+        if self.modulation is not None:
+            shift, scale = modulation[first], modulation[first + 1]
+            return x * (1 + _spread(scale, axes)) + _spread(shift, axes)
+        return x
+
+    def _add(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        gamma: Tensor | None,
+        modulation: list[Tensor],
+        first: int,
+        axes: int,
+    ) -> Tensor:
+        if gamma is not None:
+            branch = branch * gamma
+        if self.modulation is not None:
+            branch = branch * _spread(modulation[first + 2], axes)
+        return x + self.drop_path(branch)
+
+
+def _spread(values: Tensor, axes: int) -> Tensor:
+    """`[B, C]` to `[B, 1, ..., C]` over the axes of a grid."""
+    for _ in range(axes):
+        values = values.unsqueeze(1)
+    return values

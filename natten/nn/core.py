@@ -1,0 +1,303 @@
+"""What the attention modules share: window, checks, and the one call of the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from natten.functional import neighborhood_attention_generic
+from natten.nn.explicit import AttentionMap, attention_map, window_attention, window_rows
+from natten.nn.rotary import RotaryEmbedding
+from natten.validation import check_window
+from natten.window import Axis
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Neighborhood attention and its logsumexp, in eager mode, under torch.compile and in
+    TorchScript.
+    """
+    if torch.jit.is_scripting():
+        extent = query.shape[1:-2]
+        origin = [0] * len(extent)
+        # TorchScript knows the operator itself, not the Python around it.
+        return torch.ops.natten.neighborhood_attention(
+            query,
+            key,
+            value,
+            rpb,
+            additional_keys,
+            additional_values,
+            None,
+            None,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            extent,
+            origin,
+            origin,
+            0,
+            0,
+            "",
+            "",
+            torch.is_grad_enabled(),
+        )
+    return neighborhood_attention_generic(
+        query,
+        key,
+        value,
+        kernel_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        scale=scale,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+        rpb=rpb,
+        return_lse=True,
+    )
+
+
+def check_grid(x: Tensor, rank: int, channels: int, name: str) -> None:
+    if x.dim() != rank + 2:
+        raise ValueError(
+            f"{name} must have {rank + 2} dimensions, [batch, {rank} spatial, channels], "
+            f"got a tensor of shape {list(x.shape)}"
+        )
+    if x.shape[-1] != channels:
+        raise ValueError(
+            f"{name} must have {channels} channels in its last dimension, "
+            f"got a tensor of shape {list(x.shape)}"
+        )
+
+
+def check_sequence(x: Tensor, batch: int, channels: int, name: str) -> None:
+    if x.dim() != 3 or x.shape[0] != batch or x.shape[2] != channels:
+        raise ValueError(
+            f"{name} must have the shape [batch={batch}, tokens, channels={channels}], "
+            f"got {list(x.shape)}"
+        )
+
+
+def fit_window(x: Tensor, kernel_size: list[int], dilation: list[int], pad: bool) -> Tensor:
+    """Zero-pads axes shorter than the dilated window on the right, or refuses them."""
+    amounts = [0, 0]
+    short = False
+    for axis in range(len(kernel_size)):
+        extent = x.shape[axis + 1]
+        needed = kernel_size[axis] * dilation[axis]
+        missing = max(needed - extent, 0)
+        if missing > 0:
+            short = True
+            if not pad:
+                raise ValueError(
+                    f"the input has {extent} tokens along axis {axis}, fewer than kernel_size * "
+                    f"dilation = {kernel_size[axis]} * {dilation[axis]} = {needed}; use a smaller "
+                    "kernel_size or dilation, a larger input, or pad=True to zero-pad the input "
+                    "to the window"
+                )
+        amounts = [0, 0] + [0, missing] + amounts[2:]
+    return F.pad(x, amounts) if short else x
+
+
+def crop(x: Tensor, extent: list[int]) -> Tensor:
+    """The first `extent` tokens of every axis of `[B, *X, ...]`, a view."""
+    for axis in range(len(extent)):
+        x = x.narrow(axis + 1, 0, extent[axis])
+    return x
+
+
+class NeighborhoodModule(nn.Module):
+    """Base of the attention modules: heads, window, bias table, rotary embedding, and the attention
+    itself.
+
+    Subclasses add projections; their rank classes set `rank` and nothing else.
+    """
+
+    rank: int
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int],
+        dilation: int | Sequence[int],
+        is_causal: bool | Sequence[bool],
+        qk_scale: float | None,
+        rel_pos_bias: bool,
+        num_kv_heads: int | None,
+        qk_norm: bool,
+        rotary: bool | RotaryEmbedding,
+        attn_drop: float,
+        pad: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"
+            )
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
+            )
+        # The grid is not known yet, and an empty one fits any window.
+        window = check_window((0,) * self.rank, kernel_size, stride, dilation, is_causal)
+        self.kernel_size, self.stride, self.dilation, self.is_causal = window
+        if rel_pos_bias and any(self.is_causal):
+            raise ValueError("rel_pos_bias=True needs is_causal=False on every axis.")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = embed_dim // num_heads
+        self.scale = self.head_dim**-0.5 if qk_scale is None else float(qk_scale)
+        self.pad = pad
+        # Modules that are absent are None, so that TorchScript compiles no code for them.
+        self.attn_drop = nn.Dropout(attn_drop) if attn_drop > 0 else None
+        if isinstance(rotary, bool):
+            if rotary:
+                spacing = tuple(float(d) for d in self.dilation)
+                self.rotary = RotaryEmbedding(
+                    self.head_dim, self.rank, spacing=spacing, device=device, dtype=dtype
+                )
+            else:
+                self.rotary = None
+        else:
+            if rotary.head_dim != self.head_dim or rotary.rank != self.rank:
+                raise ValueError(
+                    f"rotary must be of head_dim {self.head_dim} and rank {self.rank}, got {rotary}"
+                )
+            self.rotary = rotary
+        if qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype)
+        else:
+            self.q_norm = None
+            self.k_norm = None
+        if rel_pos_bias:
+            shape = [2 * k - 1 for k in self.kernel_size]
+            self.rpb = nn.Parameter(torch.empty(num_heads, *shape, device=device, dtype=dtype))
+            nn.init.trunc_normal_(self.rpb, std=0.02)
+        else:
+            self.register_parameter("rpb", None)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+    ) -> Tensor:
+        if self.attn_drop is not None and self.training:
+            return self._attend_with_dropout(
+                query, key, value, additional_keys, additional_values, None
+            )
+        out, _ = attend(
+            query,
+            key,
+            value,
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.is_causal,
+            self.scale,
+            self.rpb,
+            additional_keys,
+            additional_values,
+        )
+        return out
+
+    @torch.jit.unused
+    def _attend_with_dropout(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        additional_keys: Tensor | None,
+        additional_values: Tensor | None,
+        additional_lengths: Tensor | None,
+    ) -> Tensor:
+        # No fused kernel can drop weights it never stores, and dropping anything else would be
+        # another regularizer.
+        return window_attention(
+            query,
+            key,
+            value,
+            self._axes(query.shape[1:-2]),
+            self.scale,
+            self.rpb,
+            additional_keys,
+            additional_values,
+            additional_lengths,
+            self.attn_drop.p,
+        )
+
+    @torch.jit.unused
+    def _axes(self, extent: Sequence[int]) -> list[Axis]:
+        return list(map(Axis, extent, self.kernel_size, self.stride, self.dilation, self.is_causal))
+
+    @torch.jit.unused
+    def _map(
+        self,
+        query: Tensor,
+        key: Tensor,
+        positions: Tensor | Sequence[Sequence[int]],
+        extent: Sequence[int],
+        additional_keys: Tensor | None,
+        additional_lengths: Tensor | None,
+    ) -> AttentionMap:
+        """`extent` is the grid without padding; query and key are grids with it."""
+        positions = torch.as_tensor(positions, device=query.device)
+        if positions.dim() != 2 or positions.shape[1] != self.rank or positions.is_floating_point():
+            raise ValueError(
+                f"positions must be integers of the shape [queries, {self.rank}], got {positions}"
+            )
+        limit = torch.tensor(list(extent), device=positions.device)
+        if ((positions < 0) | (positions >= limit)).any():
+            raise ValueError(f"positions must lie in the grid {tuple(extent)}, got {positions}")
+        chosen = query[(slice(None), *positions.unbind(1))]  # [B, P, H, D]
+        mask, bias = window_rows(positions, self._axes(key.shape[1:-2]), self.rpb)
+        grid, additional = attention_map(
+            chosen, key, mask, bias, self.scale, additional_keys, additional_lengths
+        )
+        for axis, length in enumerate(extent):
+            grid = grid.narrow(axis + 3, 0, length)
+        return AttentionMap(grid, additional)
+
+    def extra_repr(self) -> str:
+        parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]
+        if self.num_kv_heads != self.num_heads:
+            parts.append(f"num_kv_heads={self.num_kv_heads}")
+        parts.append(f"kernel_size={self.kernel_size}")
+        defaults = {"stride": 1, "dilation": 1, "is_causal": False}
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            if any(v != default for v in value):
+                parts.append(f"{name}={value}")
+        if self.scale != self.head_dim**-0.5:
+            parts.append(f"qk_scale={self.scale}")
+        if self.rpb is not None:
+            parts.append("rel_pos_bias=True")
+        if self.pad:
+            parts.append("pad=True")
+        return ", ".join(parts)

@@ -1,0 +1,302 @@
+"""Neighborhood cross-attention modules: to a context, and between two grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from natten.functional import attention, merge_attentions
+from natten.nn.core import (
+    NeighborhoodModule,
+    attend,
+    check_grid,
+    check_sequence,
+    crop,
+    fit_window,
+)
+from natten.nn.explicit import AttentionMap
+from natten.nn.rotary import RotaryEmbedding
+
+
+class NeighborhoodCrossAttention(NeighborhoodModule):
+    """Attention of a grid of tokens to neighborhoods and a context sequence, in one softmax.
+
+    Queries come from `x`. Keys and values are the window of every query, in `x` itself or in a
+    second grid `source` of the same extents, and all tokens of `context`:
+
+        out = proj(softmax(scale * [q(x) · kv(source), q(x) · context_kv(context)]) ...)
+
+    Use `NeighborhoodCrossAttention1D`, `2D` or `3D`; they differ in the number of axes alone.
+
+    Args:
+        embed_dim, num_heads, kernel_size, stride, dilation, is_causal, qkv_bias, qk_scale,
+            proj_drop: as for `NeighborhoodAttention2D`. The context is never masked by is_causal.
+        context_dim: channels of the context; None for a module without one.
+        source_dim: channels of the grid of keys and values; None for embed_dim.
+        rel_pos_bias, num_kv_heads, qk_norm, rotary, attn_drop, pad: as for
+            `NeighborhoodAttention2D`. Biases and rotation act between grids, not on the context;
+            `k_norm` on both.
+        device, dtype: of the parameters.
+
+    Parameters: `q`, `kv` (rows in the order key, value), `context_kv` (likewise), `proj`; and
+    `rpb`, `q_norm.weight`, `k_norm.weight` where asked for.
+
+    Raises:
+        ValueError: for arguments that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        is_causal: bool | Sequence[bool] = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+        *,
+        context_dim: int | None = None,
+        source_dim: int | None = None,
+        rel_pos_bias: bool = False,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        rotary: bool | RotaryEmbedding = False,
+        attn_drop: float = 0.0,
+        pad: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            qk_scale,
+            rel_pos_bias,
+            num_kv_heads,
+            qk_norm,
+            rotary,
+            attn_drop,
+            pad,
+            device,
+            dtype,
+        )
+        self.source_dim = embed_dim if source_dim is None else source_dim
+        self.context_dim = context_dim
+        kv_channels = 2 * self.num_kv_heads * self.head_dim
+        self.q = nn.Linear(embed_dim, embed_dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.kv = nn.Linear(self.source_dim, kv_channels, bias=qkv_bias, device=device, dtype=dtype)
+        self.context_kv = None
+        if context_dim is not None:
+            self.context_kv = nn.Linear(
+                context_dim, kv_channels, bias=qkv_bias, device=device, dtype=dtype
+            )
+        self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        context_lengths: Tensor | None = None,
+        source: Tensor | None = None,
+        origin: list[float] | None = None,
+    ) -> Tensor:
+        """Attends.
+
+        Args:
+            x: `[B, *X, embed_dim]`, where queries come from.
+            context: `[B, S, context_dim]`, which every query attends to; None for none.
+            context_lengths: integers `[B]`, how many tokens of each context are there; the others
+                have no influence on the result, and no gradient. Values beyond S count as S. None
+                for all. The tokens may differ in number within a batch without any copy: the
+                context then takes a second, variable-length attention, merged exactly with the
+                neighborhood's.
+            source: `[B, *X, source_dim]`, where the keys and values of windows come from; None
+                for x.
+            origin: coordinates of the first token in the grid that x is a crop of, for the rotary
+                embedding. Default 0.
+
+        Returns:
+            `[B, *X, embed_dim]`.
+
+        Raises:
+            ValueError: for tensors that do not fit the module or each other, and axes shorter than
+                `kernel_size * dilation` without `pad`.
+        """
+        extent = x.shape[1:-1]
+        query, key, value = self._project(x, source, origin)
+        if context is None:
+            if context_lengths is not None:
+                raise ValueError("context_lengths was given without a context")
+            out = self._attend(query, key, value)
+        else:
+            key_c, value_c = self._project_context(x, context)
+            if context_lengths is None:
+                out = self._attend(query, key, value, key_c, value_c)
+            else:
+                out = self._attend_by_length(query, key, value, key_c, value_c, context_lengths)
+        return self.proj_drop(self.proj(crop(out, extent).flatten(-2)))
+
+    def _project(
+        self, x: Tensor, source: Tensor | None, origin: list[float] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rank = len(self.kernel_size)
+        check_grid(x, rank, self.embed_dim, "x")
+        if source is None:
+            source = x
+        check_grid(source, rank, self.source_dim, "source")
+        if source.shape[:-1] != x.shape[:-1]:
+            raise ValueError(
+                f"source must have x's batch size and extents {list(x.shape[:-1])}, got "
+                f"{list(source.shape[:-1])}"
+            )
+        x = fit_window(x, self.kernel_size, self.dilation, self.pad)
+        source = fit_window(source, self.kernel_size, self.dilation, self.pad)
+        query = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
+        key, value = self._split(self.kv(source))
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        if self.rotary is not None:
+            query = self.rotary(query, origin)
+            key = self.rotary(key, origin)
+        return query, key, value
+
+    def _project_context(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        if self.context_kv is None:
+            raise ValueError("a context was given to a module without context_dim")
+        else:
+            check_sequence(context, x.shape[0], self.context_kv.in_features, "context")
+            return self._split(self.context_kv(context))
+
+    def _split(self, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value, `[B, *X, heads, head_dim]`: views of one tensor where possible."""
+        heads = self.num_kv_heads
+        key, value = kv.unflatten(-1, (2 * heads, self.head_dim)).split([heads, heads], -2)
+        if self.k_norm is not None:
+            key = self.k_norm(key)
+        return key, value
+
+    @torch.jit.unused
+    def _attend_by_length(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_c: Tensor,
+        value_c: Tensor,
+        lengths: Tensor,
+    ) -> Tensor:
+        lengths = self._check_lengths(lengths, key_c)
+        if self.attn_drop is not None and self.training:
+            return self._attend_with_dropout(query, key, value, key_c, value_c, lengths)
+        out, lse = attend(
+            query,
+            key,
+            value,
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.is_causal,
+            self.scale,
+            self.rpb,
+        )
+        batch, size = key_c.shape[:2]
+        tokens = query[0, ..., 0, 0].numel()
+        # What lies beyond a length becomes a sequence of its own, which no query belongs to: so
+        # nothing needs to be packed, and no length leaves the device.
+        entry = torch.arange(batch, device=query.device)
+        ends_q = (entry + 1) * tokens
+        cumulative_q = torch.stack([ends_q, ends_q], dim=1).flatten()
+        cumulative_kv = torch.stack([entry * size + lengths, (entry + 1) * size], dim=1).flatten()
+        cumulative_q, cumulative_kv = (
+            nn.functional.pad(c, (1, 0)).to(torch.int32) for c in (cumulative_q, cumulative_kv)
+        )
+        out_c, lse_c = attention(
+            query.flatten(0, self.rank)[None],
+            key_c.flatten(0, 1)[None],
+            value_c.flatten(0, 1)[None],
+            scale=self.scale,
+            cumulative_seqlen_Q=cumulative_q,
+            cumulative_seqlen_KV=cumulative_kv,
+            max_seqlen_Q=tokens,
+            max_seqlen_KV=size,
+            return_lse=True,
+        )
+        merged = merge_attentions(
+            [out.flatten(0, self.rank)[None], out_c],
+            [lse.flatten(0, self.rank)[None], lse_c],
+            torch_compile=False,
+        )
+        return merged.view(out.shape)
+
+    def _check_lengths(self, lengths: Tensor, key_c: Tensor) -> Tensor:
+        if lengths.shape != key_c.shape[:1] or lengths.is_floating_point():
+            raise ValueError(
+                f"context_lengths must be {key_c.shape[0]} integers, got {lengths.dtype} of the "
+                f"shape {list(lengths.shape)}"
+            )
+        return lengths.to(key_c.device).clamp(0, key_c.shape[1])
+
+    @torch.no_grad()
+    def attention_map(
+        self,
+        x: Tensor,
+        positions: Tensor | Sequence[Sequence[int]],
+        context: Tensor | None = None,
+        context_lengths: Tensor | None = None,
+        source: Tensor | None = None,
+        origin: list[float] | None = None,
+    ) -> AttentionMap:
+        """The attention weights of some tokens of the grid, exactly, for pictures and debugging.
+
+        Computes the rows of the chosen queries alone, in float32 or better; `forward` and its
+        kernels are not involved. Dropout does not act.
+
+        Args:
+            positions: `[P, rank]`, grid coordinates of the queries.
+            x, context, context_lengths, source, origin: as for `forward`.
+
+        Returns:
+            `AttentionMap(grid [B, P, num_heads, *X], additional [B, P, num_heads, S] or None)`.
+            Both sum to 1 together, less what falls on padding (`pad=True`), which is not shown.
+        """
+        query, key, _ = self._project(x, source, origin)
+        key_c = lengths = None
+        if context is not None:
+            key_c = self._project_context(x, context)[0]
+            if context_lengths is not None:
+                lengths = self._check_lengths(context_lengths, key_c)
+        return self._map(query, key, positions, x.shape[1:-1], key_c, lengths)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.context_dim is not None:
+            text += f", context_dim={self.context_dim}"
+        if self.source_dim != self.embed_dim:
+            text += f", source_dim={self.source_dim}"
+        return text
+
+
+class NeighborhoodCrossAttention1D(NeighborhoodCrossAttention):
+    """`NeighborhoodCrossAttention` over sequences, `[B, X, C]`."""
+
+    rank = 1
+
+
+class NeighborhoodCrossAttention2D(NeighborhoodCrossAttention):
+    """`NeighborhoodCrossAttention` over images, `[B, X, Y, C]`."""
+
+    rank = 2
+
+
+class NeighborhoodCrossAttention3D(NeighborhoodCrossAttention):
+    """`NeighborhoodCrossAttention` over volumes and videos, `[B, X, Y, Z, C]`."""
+
+    rank = 3

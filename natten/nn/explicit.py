@@ -1,0 +1,168 @@
+"""Attention weights computed explicitly, where the fused path cannot give them: dropout on weights,
+and pictures of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from natten.window import Axis, axis_mask, bounds
+
+
+class AttentionMap(NamedTuple):
+    """Attention weights of some queries.
+
+    grid: `[B, P, heads, *X]`, the weight of every token of the grid (zero outside of the query's
+    window). additional: `[B, P, heads, S]`, the weights of registers or context, None where there
+    are none.
+
+    The weights of one query and head sum to 1 over both.
+    """
+
+    grid: Tensor
+    additional: Tensor | None
+
+
+class WindowTables(NamedTuple):
+    """For N queries of a grid and windows of K tokens: which token is in which slot (flat indices),
+    and which slots are real.
+    """
+
+    token: Tensor  # [N, K]
+    valid: Tensor  # [N, K]
+    bias: Tensor  # [N, K], flat indices in the table of relative position biases
+
+
+def window_tables(axes: Sequence[Axis], device: torch.device) -> WindowTables:
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    bias = token
+    valid = torch.ones(1, 1, dtype=torch.bool, device=device)
+    for axis in axes:
+        index = torch.arange(axis.length, device=device)[:, None]
+        start, end = bounds(index, *axis)
+        slot = start + torch.arange(axis.kernel_size, device=device)  # [length, kernel_size]
+        real = slot < end
+        d, k = axis.dilation, axis.kernel_size
+        attended = torch.where(real, index % d + slot * d, index)
+        relative = torch.where(real, slot - index // d + k - 1, 0)
+        token = _outer(token * axis.length, attended, torch.add)
+        bias = _outer(bias * (2 * k - 1), relative, torch.add)
+        valid = _outer(valid, real, torch.logical_and)
+    return WindowTables(token, valid, bias)
+
+
+def _outer(a: Tensor, b: Tensor, combine) -> Tensor:
+    """[N, K] and [M, J] to [N * M, K * J]."""
+    return combine(a[:, None, :, None], b[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axes: Sequence[Axis],
+    scale: float,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    additional_lengths: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Neighborhood attention whose weights exist in memory, so that dropout can act on them.
+
+    Gathers the K keys and values of every window: memory and time are K times those of the key and
+    value.
+    """
+    rank = len(axes)
+    tables = window_tables(axes, query.device)
+    heads, heads_kv = query.shape[-2], key.shape[-2]
+    q = query.flatten(1, rank).unflatten(-2, (heads_kv, heads // heads_kv))  # [B, N, Hkv, G, D]
+    k = key.flatten(1, rank)[:, tables.token]  # [B, N, K, Hkv, D]
+    v = value.flatten(1, rank)[:, tables.token]
+    scores = torch.einsum("bnhgd,bnkhd->bnhgk", q * scale, k)
+    if rpb is not None:
+        bias = rpb.flatten(1)[:, tables.bias].unflatten(0, (heads_kv, -1))  # [Hkv, G, N, K]
+        scores = scores + bias.permute(2, 0, 1, 3)
+    scores = scores.masked_fill(~tables.valid[:, None, None, :], -torch.inf)
+    slots = scores.shape[-1]
+    if additional_keys is not None:
+        more = torch.einsum("bnhgd,bshd->bnhgs", q * scale, additional_keys)
+        if additional_lengths is not None:
+            hidden = beyond(additional_lengths, additional_keys.shape[1])
+            more = more.masked_fill(hidden[:, None, None, None, :], -torch.inf)
+        scores = torch.cat([scores, more], dim=-1)
+    weights = F.dropout(softmax(scores).to(v.dtype), dropout)
+    out = torch.einsum("bnhgk,bnkhd->bnhgd", weights[..., :slots], v)
+    if additional_values is not None:
+        out = out + torch.einsum("bnhgs,bshd->bnhgd", weights[..., slots:], additional_values)
+    return out.flatten(2, 3).unflatten(1, query.shape[1:-2])
+
+
+def attention_map(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    additional_keys: Tensor | None = None,
+    additional_lengths: Tensor | None = None,
+) -> AttentionMap:
+    """Weights of some queries `[B, P, H, D]` over a whole grid of keys `[B, *X, Hkv, D]` and
+    additional keys.
+
+    mask: `[P, *X]`, True where the query sees the key; None for everywhere. bias: `[H, P, *X]`.
+    """
+    extent = key.shape[1:-2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    heads_kv = key.shape[-2]
+    q = query.to(dtype).unflatten(-2, (heads_kv, -1)) * scale
+    scores = torch.einsum("bphgd,bnhd->bphgn", q, key.flatten(1, -3).to(dtype)).flatten(2, 3)
+    if bias is not None:
+        scores = scores + bias.to(dtype).flatten(2).transpose(0, 1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.flatten(1)[:, None, :], -torch.inf)
+    tokens = scores.shape[-1]
+    if additional_keys is not None:
+        more = torch.einsum("bphgd,bshd->bphgs", q, additional_keys.to(dtype)).flatten(2, 3)
+        if additional_lengths is not None:
+            hidden = beyond(additional_lengths, additional_keys.shape[1])
+            more = more.masked_fill(hidden[:, None, None, :], -torch.inf)
+        scores = torch.cat([scores, more], dim=-1)
+    weights = softmax(scores)
+    additional = weights[..., tokens:] if additional_keys is not None else None
+    return AttentionMap(weights[..., :tokens].unflatten(-1, extent), additional)
+
+
+def window_rows(
+    positions: Tensor, axes: Sequence[Axis], rpb: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What the queries at `[P, rank]` see: a mask `[P, *X]`, and their biases `[H, P, *X]`."""
+    count, rank = positions.shape
+    mask = torch.ones([count] + [1] * rank, dtype=torch.bool, device=positions.device)
+    bias = None if rpb is None else rpb[:, None].expand(-1, count, *rpb.shape[1:])
+    for i, axis in enumerate(axes):
+        along = [axis.length if j == i else 1 for j in range(rank)]
+        index = positions[:, i, None]
+        token = torch.arange(axis.length, device=positions.device)
+        mask = mask & axis_mask(index, token, axis).view([count] + along)
+        if bias is not None:
+            k, d = axis.kernel_size, axis.dilation
+            relative = (token // d - index // d + k - 1).clamp(0, 2 * k - 2)  # [P, length]
+            wanted = list(bias.shape)
+            wanted[i + 2] = axis.length
+            bias = bias.gather(i + 2, relative.view([1, count] + along).expand(wanted))
+    return mask, bias
+
+
+def beyond(lengths: Tensor, size: int) -> Tensor:
+    """[B, size], True from each sequence's length on."""
+    return torch.arange(size, device=lengths.device) >= lengths[:, None]
+
+
+def softmax(scores: Tensor) -> Tensor:
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))

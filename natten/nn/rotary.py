@@ -1,0 +1,121 @@
+"""Rotary position embedding on grids of any number of axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates pairs of channels of queries and keys by angles proportional to their grid
+    coordinates.
+
+    RoFormer (https://arxiv.org/abs/2104.09864), axis by axis. Channel `j` pairs with channel `j +
+    head_dim // 2`. The `head_dim // 2` pairs are shared out evenly between the axes, in order;
+    pairs that are left over do not rotate. Pair n of the m pairs of an axis turns by
+
+        angle = (coordinate + origin) / spacing * theta ** (-n / m)
+
+    so that query · key depends on the difference of their coordinates alone. With `spacing` set to
+    an attention's dilation, neighboring tokens of a window are at rotary distance 1.
+
+    Args:
+        head_dim: channels of a head; even, with at least one pair for each axis.
+        rank: number of axes of the grid.
+        theta: base of the frequencies, one number or one for each axis.
+        spacing: coordinates are divided by it, one number or one for each axis.
+
+    There are no parameters and nothing in the state_dict. Angles are computed in float32 whatever
+    the dtype of the module (in float64 for a float64 module), and the result is rounded once to the
+    dtype of the input.
+
+    Raises:
+        ValueError: for a head_dim that cannot be split.
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        head_dim: int,
+        rank: int,
+        theta: float | tuple[float, ...] = 10000.0,
+        spacing: float | tuple[float, ...] = 1.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        device = torch.get_default_device() if device is None else torch.device(device)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if head_dim % 2 or head_dim // 2 < rank:
+            raise ValueError(
+                f"head_dim must be even and at least {2 * rank} to rotate with {rank} axes, got "
+                f"{head_dim}"
+            )
+        self.head_dim = head_dim
+        self.rank = rank
+        self.theta = _for_each_axis(theta, rank, "theta")
+        self.spacing = _for_each_axis(spacing, rank, "spacing")
+        self.register_buffer("frequencies", self._frequencies(device, dtype), persistent=False)
+
+    def _frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[rank, head_dim // 2]: every pair turns with the coordinate of one axis, so that the rest
+        of its column is zero.
+        """
+        pairs = self.head_dim // 2 // self.rank
+        # On the CPU, since not every device has float64.
+        table = torch.zeros(self.rank, self.head_dim // 2, device="cpu", dtype=torch.float64)
+        exponent = torch.arange(pairs, device="cpu", dtype=torch.float64) / -pairs
+        for axis, (theta, spacing) in enumerate(zip(self.theta, self.spacing, strict=True)):
+            table[axis, axis * pairs : (axis + 1) * pairs] = theta**exponent / spacing
+        # Angles in half precision would be useless.
+        return table.to(torch.promote_types(dtype, torch.float32)).to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        # The new device and dtype are kept, the values are not: they may have been rounded, or left
+        # on the meta device.
+        super()._apply(fn, recurse)
+        self.frequencies = self._frequencies(self.frequencies.device, self.frequencies.dtype)
+        return self
+
+    def angles(self, extent: list[int], origin: list[float] | None = None) -> Tensor:
+        """Angles of a grid, `[*extent, head_dim // 2]`; `origin` is where it lies in a larger grid
+        (default 0).
+        """
+        table = self.frequencies
+        rank = len(extent)
+        angles = torch.zeros([1], device=table.device, dtype=table.dtype)
+        for axis in range(rank):
+            coordinate = torch.arange(extent[axis], device=table.device, dtype=table.dtype)
+            if origin is not None:
+                coordinate = coordinate + origin[axis]
+            for _ in range(rank - axis):
+                coordinate = coordinate.unsqueeze(-1)
+            angles = angles + coordinate * table[axis]
+        return angles
+
+    def forward(self, x: Tensor, origin: list[float] | None = None) -> Tensor:
+        """Rotates `x`, `[B, *X, heads, head_dim]`, whose first token has the coordinates `origin`
+        (default 0).
+        """
+        angles = self.angles(x.shape[1:-2], origin).unsqueeze(-2)
+        cos, sin = angles.cos(), angles.sin()
+        first, second = x.chunk(2, dim=-1)
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return rotated.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"head_dim={self.head_dim}, rank={self.rank}, theta={self.theta}, "
+            f"spacing={self.spacing}"
+        )
+
+
+def _for_each_axis(value: float | tuple[float, ...], rank: int, name: str) -> tuple[float, ...]:
+    values = (value,) * rank if isinstance(value, (int, float)) else tuple(value)
+    if len(values) != rank or any(v <= 0 for v in values):
+        raise ValueError(f"{name} must be one positive number, or {rank} of them, got {value}")
+    return tuple(float(v) for v in values)
