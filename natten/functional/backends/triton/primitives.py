@@ -1,0 +1,527 @@
+"""What every kernel shares: windows, boxes of tiles, tile loads and scores.
+
+A program owns a tile of *rows* and visits tiles of *columns*. In the forward pass and for the
+gradient of the query, rows are queries and columns are keys; for the gradients of key and value it
+is the other way round, and windows are replaced by inverse windows. Both are boxes (window bounds
+are monotone), so one set of functions serves all kernels.
+
+Kernels always have three axes; a grid of lower rank has leading axes of extent one, which `RANK`
+lets the compiler drop. Positions are counted inside a dilation group (see `natten.window`), and
+column positions start at the first column that exists, so that a column tile is a plain box of the
+strided view of one group: dilation and sub-grids need no permutation of tokens.
+
+The window test must agree with `natten.window`; `tests/test_triton_window.py` compares them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def ceil_div(numerator, denominator):
+    return (numerator + denominator - 1) // denominator
+
+
+@triton.jit
+def query_window(position, length, kernel, stride, CAUSAL: tl.constexpr):
+    """First key and one past the last key that the query at `position` attends to."""
+    if CAUSAL:
+        leader = tl.minimum(position // stride * stride + stride - 1, length - 1)
+        return tl.maximum(leader - kernel + 1, 0), position + 1
+    else:
+        leader = tl.minimum(position // stride * stride + stride // 2, length - 1)
+        start = tl.minimum(tl.maximum(leader - kernel // 2, 0), length - kernel)
+        return start, start + kernel
+
+
+@triton.jit
+def key_window(position, length, kernel, stride, CAUSAL: tl.constexpr):
+    """First query and one past the last query that attends to the key at `position`."""
+    if CAUSAL:
+        reach = position + kernel - 1
+        stop = (reach - (stride - 1)) // stride * stride + stride
+        return position, tl.where(reach >= length - 1, length, tl.minimum(stop, length))
+    else:
+        # Leaders grow with the position, so both bounds are leaders' bounds turned around.
+        reach = position + kernel // 2
+        stop = (reach - stride // 2) // stride * stride + stride
+        everything = (position >= length - kernel) | (reach >= length - 1)
+        last = tl.where(everything, length, tl.minimum(stop, length))
+        before = position - kernel + 1
+        start = ceil_div(tl.maximum(before, 0) + kernel // 2 - stride // 2, stride) * stride
+        return tl.where(before <= 0, 0, tl.minimum(start, length)), last
+
+
+@triton.jit
+def window(
+    position,
+    length,
+    kernel,
+    stride,
+    first_column,
+    end_column,
+    CAUSAL: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    """Columns that a row sees, counted from the first column that exists."""
+    if INVERSE:
+        start, end = key_window(position, length, kernel, stride, CAUSAL)
+    else:
+        start, end = query_window(position, length, kernel, stride, CAUSAL)
+    start = tl.minimum(tl.maximum(start, first_column), end_column)
+    end = tl.maximum(tl.minimum(end, end_column), start)
+    return start - first_column, end - first_column
+
+
+@triton.jit
+def axis_rows(
+    tile, tiles, length, kernel, stride, dilation,
+    row_origin, row_extent, column_origin, column_extent, offset,
+    TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, CAUSAL: tl.constexpr,
+    INVERSE: tl.constexpr, ACTIVE: tl.constexpr,
+):  # fmt: skip
+    """Everything about one axis of a row tile.
+
+    `tile` counts over all tiles of all dilation groups of the axis, `tiles` is their number in one
+    group, `offset` the place of each row inside the tile.
+
+    Returns three groups. For each row: its coordinate in memory, whether it exists, its position,
+    where its window begins and how wide that is. Of the tile: where the union of the windows
+    begins, how many column tiles cover it, the first column tile in sight of all rows, and how
+    many of these there are. Of the columns: the first one's position and coordinate in memory,
+    and their number.
+    """
+    if ACTIVE:
+        group = tile // tiles
+        group_length = ceil_div(length - group, dilation)
+        row_begin = ceil_div(tl.maximum(row_origin - group, 0), dilation)
+        row_end = (row_origin + row_extent - group + dilation - 1) // dilation
+        column_begin = ceil_div(tl.maximum(column_origin - group, 0), dilation)
+        column_end = (column_origin + column_extent - group + dilation - 1) // dilation
+        column_end = tl.maximum(column_end, column_begin)
+
+        # Tiles sit on multiples of their size, so that they line up with groups of a stride.
+        first = (row_begin // TILE + tile % tiles) * TILE
+        head = tl.maximum(first, row_begin)
+        tail = tl.maximum(tl.minimum(first + TILE, row_end) - 1, 0)
+        begin_head, end_head = window(
+            head, group_length, kernel, stride, column_begin, column_end, CAUSAL, INVERSE
+        )
+        begin_tail, end_tail = window(
+            tail, group_length, kernel, stride, column_begin, column_end, CAUSAL, INVERSE
+        )
+        count = tl.where(tail >= head, ceil_div(end_tail - begin_head, COLUMN_TILE), 0)
+        inner = tl.minimum(ceil_div(begin_tail - begin_head, COLUMN_TILE), count)
+        inner_end = tl.maximum(end_head - begin_head, 0) // COLUMN_TILE
+        inner_count = tl.maximum(tl.minimum(inner_end, count) - inner, 0)
+
+        position = first + offset
+        exists = (position >= row_begin) & (position < row_end)
+        begin, end = window(
+            position, group_length, kernel, stride, column_begin, column_end, CAUSAL, INVERSE
+        )
+        memory = position * dilation + group - row_origin
+        column_memory = column_begin * dilation + group - column_origin
+        return (
+            (memory, exists, position, begin, end - begin),
+            (begin_head, count, inner, inner_count),
+            (column_begin, column_memory, column_end - column_begin),
+        )  # fmt: skip
+    else:
+        return (offset, offset < 1, offset, offset, offset + 1), (0, 1, 0, 1), (0, 0, 1)
+
+
+@triton.jit
+def program_place(program, tiles, dilations, heads, RANK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """Row tile along each axis, head and batch of a program. Tiles of one head are neighbors."""
+    tiles_z = tiles[2] * dilations[2]
+    tiles_y = 1
+    tiles_x = 1
+    if RANK >= 2:
+        tiles_y = tiles[1] * dilations[1]
+    if RANK == 3:
+        tiles_x = tiles[0] * dilations[0]
+    in_head = tiles_x * tiles_y * tiles_z
+    tile = program % in_head
+    if LAST_FIRST:
+        # The longest rows of a causal problem come last: start them first.
+        tile = in_head - 1 - tile
+    rest = program // in_head
+    z = tile % tiles_z
+    y = (tile // tiles_z) % tiles_y
+    x = tile // (tiles_z * tiles_y)
+    return (x, y, z), rest % heads, rest // heads
+
+
+@triton.jit
+def unravel(index, TILE: tl.constexpr):
+    """Place inside a tile, an axis at a time."""
+    return index // (TILE[1] * TILE[2]), (index // TILE[2]) % TILE[1], index % TILE[2]
+
+
+@triton.jit
+def inner_tile(t, first, counts, RANK: tl.constexpr):
+    """Coordinates of the t-th tile of a box of column tiles."""
+    if RANK == 1:
+        return t * 0, t * 0, first[2] + t
+    elif RANK == 2:
+        return t * 0, first[1] + t // counts[2], first[2] + t % counts[2]
+    else:
+        rest = t // counts[2]
+        return first[0] + rest // counts[1], first[1] + rest % counts[1], first[2] + t % counts[2]
+
+
+@triton.jit
+def beyond(index, inner, inner_count):
+    """The index-th tile of an axis that is not one of the inner tiles."""
+    return tl.where(index < inner, index, index + inner_count)
+
+
+@triton.jit
+def outer_tile(t, counts, inner, inner_counts, RANK: tl.constexpr):
+    """Coordinates of the t-th column tile that is not an inner one.
+
+    First come whole slabs across the first axis; then, where that axis is inside, slabs across the
+    second; then, where both are inside, those across the third.
+    """
+    if RANK == 1:
+        return t * 0, t * 0, beyond(t, inner[2], inner_counts[2])
+    else:
+        slabs_y = tl.maximum(counts[1] - inner_counts[1], 1)
+        slabs_z = tl.maximum(counts[2] - inner_counts[2], 1)
+        inner_y = tl.maximum(inner_counts[1], 1)
+        in_x = 0
+        inner_x = 1
+        if RANK == 3:
+            in_x = (counts[0] - inner_counts[0]) * counts[1] * counts[2]
+            inner_x = inner_counts[0]
+        u = t - in_x
+        in_y = inner_x * (counts[1] - inner_counts[1]) * counts[2]
+        w = u - in_y
+        across_y = u < in_y
+        y = tl.where(
+            across_y,
+            beyond((u // counts[2]) % slabs_y, inner[1], inner_counts[1]),
+            inner[1] + (w // slabs_z) % inner_y,
+        )
+        z = tl.where(across_y, u % counts[2], beyond(w % slabs_z, inner[2], inner_counts[2]))
+        if RANK == 2:
+            return t * 0, y, z
+        else:
+            across_x = t < in_x
+            x = inner[0] + tl.where(across_y, u // (counts[2] * slabs_y), w // (slabs_z * inner_y))
+            x = tl.where(
+                across_x, beyond(t // (counts[1] * counts[2]), inner[0], inner_counts[0]), x
+            )
+            y = tl.where(across_x, (t // counts[2]) % counts[1], y)
+            return x, y, tl.where(across_x, t % counts[2], z)
+
+
+@triton.jit
+def row_offsets(memory, exists, strides, UNIT: tl.constexpr, RANK: tl.constexpr):
+    """Element offset of each row's token from the start of its batch and head, and its mask."""
+    offset = memory[2].to(tl.int64) * (strides[3] * UNIT)
+    all_exist = exists[2]
+    if RANK >= 2:
+        offset += memory[1].to(tl.int64) * (strides[2] * UNIT)
+        all_exist = all_exist & exists[1]
+    if RANK == 3:
+        offset += memory[0].to(tl.int64) * (strides[1] * UNIT)
+        all_exist = all_exist & exists[0]
+    return offset, all_exist
+
+
+@triton.jit
+def head_offset(batch, head, strides, UNIT: tl.constexpr):
+    """Element offset of a batch and head. `UNIT` divides every stride: it tells the alignment."""
+    return batch.to(tl.int64) * (strides[0] * UNIT) + head.to(tl.int64) * (strides[4] * UNIT)
+
+
+@triton.jit
+def load_rows(base, offset, exists, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of tokens as [rows, features].
+
+    Through pointers in every variant: the tile then reaches the matrix product from shared memory.
+    Behind a descriptor load and a reshape it would sit in registers, which the assembler reuses
+    inside the loop.
+    """
+    feature = tl.arange(0, BLOCK)
+    mask = exists[:, None]
+    if FEATURES != BLOCK:
+        mask = mask & (feature < FEATURES)[None, :]
+    return tl.load(base + offset[:, None] + feature[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, tile, offset, exists, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
+    feature = tl.arange(0, BLOCK)
+    mask = exists[:, None]
+    if FEATURES != BLOCK:
+        mask = mask & (feature < FEATURES)[None, :]
+    tl.store(base + offset[:, None] + feature[None, :], tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def column_source(
+    source, batch, head, memory, extent, strides, dilations,
+    TILE: tl.constexpr, FEATURES: tl.constexpr, UNIT: tl.constexpr, RANK: tl.constexpr,
+    DILATED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Where the columns of one batch, head and dilation group come from, and their strides.
+
+    `memory` is the coordinate of the first column. With `TMA` and no dilation, `source` is a
+    descriptor of the whole tensor already; with dilation one is made for the group's strided view.
+    """
+    step_x, step_y, step_z = 0, 0, strides[3].to(tl.int64) * UNIT * dilations[2]
+    if RANK >= 2:
+        step_y = strides[2].to(tl.int64) * UNIT * dilations[1]
+    if RANK == 3:
+        step_x = strides[1].to(tl.int64) * UNIT * dilations[0]
+    if TMA and not DILATED:
+        return source, (step_x, step_y, step_z)
+    else:
+        start = head_offset(batch, head, strides, UNIT)
+        start += memory[2].to(tl.int64) * (strides[3] * UNIT)
+        if RANK >= 2:
+            start += memory[1].to(tl.int64) * (strides[2] * UNIT)
+        if RANK == 3:
+            start += memory[0].to(tl.int64) * (strides[1] * UNIT)
+        if TMA:
+            if RANK == 3:
+                descriptor = tl.make_tensor_descriptor(
+                    source + start, [extent[0], extent[1], extent[2], FEATURES],
+                    [step_x, step_y, step_z, 1],
+                    [TILE[0], TILE[1], TILE[2], FEATURES],
+                )  # fmt: skip
+            elif RANK == 2:
+                descriptor = tl.make_tensor_descriptor(
+                    source + start, [extent[1], extent[2], FEATURES],
+                    [step_y, step_z, 1],
+                    [TILE[1], TILE[2], FEATURES],
+                )  # fmt: skip
+            else:
+                descriptor = tl.make_tensor_descriptor(
+                    source + start, [extent[2], FEATURES], [step_z, 1],
+                    [TILE[2], FEATURES],
+                )  # fmt: skip
+            return descriptor, (step_x, step_y, step_z)
+        else:
+            return source + start, (step_x, step_y, step_z)
+
+
+@triton.jit
+def load_columns(
+    source, batch, head, corner, first, extent, steps, place,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    DILATED: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The column tile at `corner`, as [columns, features]; what lies outside reads as zero."""
+    if TMA:
+        if not DILATED:
+            box = source.load([batch, corner[0], corner[1], first + corner[2], head * FEATURES])
+        elif RANK == 3:
+            box = source.load([corner[0], corner[1], corner[2], 0])
+        elif RANK == 2:
+            box = source.load([corner[1], corner[2], 0])
+        else:
+            box = source.load([corner[2], 0])
+        return box.reshape(COLUMNS, BLOCK)
+    else:
+        exists = place[2] < extent[2] - corner[2]
+        start = corner[2] * steps[2]
+        offset = place[2] * (steps[2] if WIDE else steps[2].to(tl.int32))
+        if RANK >= 2:
+            exists = exists & (place[1] < extent[1] - corner[1])
+            start += corner[1] * steps[1]
+            offset += place[1] * (steps[1] if WIDE else steps[1].to(tl.int32))
+        if RANK == 3:
+            exists = exists & (place[0] < extent[0] - corner[0])
+            start += corner[0] * steps[0]
+            offset += place[0] * (steps[0] if WIDE else steps[0].to(tl.int32))
+        return load_rows(source + start, offset, exists, FEATURES, BLOCK)
+
+
+@triton.jit
+def masked_scores(
+    rows, columns, corner, place, begin, width, position, first, kernels, rpb, head, scale,
+    MASKED: tl.constexpr, INVERSE: tl.constexpr, HAS_RPB: tl.constexpr, NEGATE: tl.constexpr,
+    RANK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile, -inf where a row does not see a column: [rows, columns].
+
+    With a bias they are scaled and biased, in base 2; without, the caller scales (one fused
+    multiply-add with the exponent's subtraction).
+    """
+    scores = tl.dot(rows, columns.T, input_precision=PRECISION)
+    if NEGATE:
+        scores = -scores
+    if MASKED:
+        # One unsigned comparison tests both bounds of an axis.
+        distance = (place[2] + corner[2])[None, :] - begin[2][:, None]
+        seen = distance.to(tl.uint32) < width[2].to(tl.uint32)[:, None]
+        if RANK >= 2:
+            distance = (place[1] + corner[1])[None, :] - begin[1][:, None]
+            seen = seen & (distance.to(tl.uint32) < width[1].to(tl.uint32)[:, None])
+        if RANK == 3:
+            distance = (place[0] + corner[0])[None, :] - begin[0][:, None]
+            seen = seen & (distance.to(tl.uint32) < width[0].to(tl.uint32)[:, None])
+    if HAS_RPB:
+        slot, size = bias_slot(corner, place, position, first, kernels, INVERSE, RANK)
+        pointer = rpb + head.to(tl.int64) * size + slot
+        if MASKED:
+            bias = tl.load(pointer, mask=seen, other=0.0)
+        else:
+            bias = tl.load(pointer)
+        scores = scores * scale + bias.to(tl.float32) * LOG2_E
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def bias_slot(
+    corner, place, position, first, kernels, INVERSE: tl.constexpr, RANK: tl.constexpr
+):
+    """Where the bias of each (row, column) lies in one head's table, and the table's size."""
+    size = 1
+    for axis in tl.static_range(3 - RANK, 3):
+        size *= 2 * kernels[axis] - 1
+    step = size
+    slot = tl.zeros([1, 1], tl.int32)
+    for axis in tl.static_range(3 - RANK, 3):
+        step = step // (2 * kernels[axis] - 1)
+        # key position - query position + kernel - 1, rows being queries unless INVERSE
+        row = position[axis]
+        column = place[axis] + (corner[axis] + first[axis])
+        if INVERSE:
+            distance = row[:, None] - column[None, :]
+        else:
+            distance = column[None, :] - row[:, None]
+        slot = slot + (distance + (kernels[axis] - 1)) * step
+    return slot, size
+
+
+@triton.jit
+def sequence_of(cumulative, batch, extent, VARLEN: tl.constexpr):
+    """First token and length of one sequence of a packed batch."""
+    if VARLEN:
+        first = tl.load(cumulative + batch)
+        return first, tl.load(cumulative + batch + 1) - first
+    else:
+        return 0, extent
+
+
+@triton.jit
+def row_tile(
+    program, cumulative_row, cumulative_column, lengths, kernels, strides, dilations,
+    row_origins, row_extents, column_origins, column_extents, tiles, heads,
+    ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, CAUSAL: tl.constexpr,
+    INVERSE: tl.constexpr, RANK: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """The row tile of a program and the columns it has to visit, all axes together.
+
+    Returns its place (head, batch, the batch's index in memory), then the groups that `axis_rows`
+    names, each quantity as one value an axis. The columns' group ends with the first column of
+    the sequence, for packed batches.
+    """
+    ROWS: tl.constexpr = ROW_TILE[0] * ROW_TILE[1] * ROW_TILE[2]
+    # In a causal problem the last queries and the first keys have most to do: start them first.
+    tile, head, batch = program_place(
+        program, tiles, dilations, heads, RANK, CAUSAL[2] and not INVERSE
+    )
+    row_first, row_extent = sequence_of(cumulative_row, batch, row_extents[2], VARLEN)
+    column_first, column_extent = sequence_of(cumulative_column, batch, column_extents[2], VARLEN)
+    length, kernel, memory_batch = lengths[2], kernels[2], batch
+    if VARLEN:
+        length = tl.maximum(tl.maximum(row_extent, column_extent), 1)
+        kernel = length
+        memory_batch = batch * 0
+
+    row = unravel(tl.arange(0, ROWS), ROW_TILE)
+    rows_x, box_x, columns_x = axis_rows(
+        tile[0], tiles[0], lengths[0], kernels[0], strides[0], dilations[0],
+        row_origins[0], row_extents[0], column_origins[0], column_extents[0],
+        row[0], ROW_TILE[0], COLUMN_TILE[0], CAUSAL[0], INVERSE, RANK == 3,
+    )  # fmt: skip
+    rows_y, box_y, columns_y = axis_rows(
+        tile[1], tiles[1], lengths[1], kernels[1], strides[1], dilations[1],
+        row_origins[1], row_extents[1], column_origins[1], column_extents[1],
+        row[1], ROW_TILE[1], COLUMN_TILE[1], CAUSAL[1], INVERSE, RANK >= 2,
+    )  # fmt: skip
+    rows_z, box_z, columns_z = axis_rows(
+        tile[2], tiles[2], length, kernel, strides[2], dilations[2],
+        row_origins[2], row_extent, column_origins[2], column_extent,
+        row[2], ROW_TILE[2], COLUMN_TILE[2], CAUSAL[2], INVERSE, True,
+    )  # fmt: skip
+    memory = (rows_x[0], rows_y[0], rows_z[0] + row_first)
+    exists = (rows_x[1], rows_y[1], rows_z[1])
+    position = (rows_x[2], rows_y[2], rows_z[2])
+    begin = (rows_x[3], rows_y[3], rows_z[3])
+    width = (rows_x[4], rows_y[4], rows_z[4])
+    union = (box_x[0], box_y[0], box_z[0])
+    counts = (box_x[1], box_y[1], box_z[1])
+    inner = (box_x[2], box_y[2], box_z[2])
+    inner_counts = (box_x[3], box_y[3], box_z[3])
+    first = (columns_x[0], columns_y[0], columns_z[0])
+    column_memory = (columns_x[1], columns_y[1], columns_z[1] + column_first)
+    extent = (columns_x[2], columns_y[2], columns_z[2])
+    return (
+        (head, batch, memory_batch),
+        (memory, exists, position, begin, width),
+        (union, counts, inner, inner_counts),
+        (first, column_memory, extent, column_first),
+    )  # fmt: skip
+
+
+@triton.jit
+def column_steps(box, PASS: tl.constexpr, SPLIT: tl.constexpr):
+    """Number of column tiles of a pass: 0 those in sight of every row, 1 the others (or all)."""
+    union, counts, inner, inner_counts = box
+    inside = inner_counts[0] * inner_counts[1] * inner_counts[2]
+    if PASS == 0:
+        return inside
+    elif SPLIT:
+        return counts[0] * counts[1] * counts[2] - inside
+    else:
+        return counts[0] * counts[1] * counts[2]
+
+
+@triton.jit
+def column_corner(
+    t, box, COLUMN_TILE: tl.constexpr, PASS: tl.constexpr, SPLIT: tl.constexpr, RANK: tl.constexpr
+):
+    """Corner of the t-th column tile of a pass."""
+    union, counts, inner, inner_counts = box
+    if PASS == 0:
+        x, y, z = inner_tile(t, inner, inner_counts, RANK)
+    elif SPLIT:
+        x, y, z = outer_tile(t, counts, inner, inner_counts, RANK)
+    else:
+        x, y, z = inner_tile(t, (0, 0, 0), counts, RANK)
+    return (
+        union[0] + x * COLUMN_TILE[0], union[1] + y * COLUMN_TILE[1], union[2] + z * COLUMN_TILE[2],
+    )  # fmt: skip
+
+
+@triton.jit
+def additional_tile(
+    t, count, keys, values, key_strides, value_strides,
+    FEATURES: tl.constexpr, VALUE_FEATURES: tl.constexpr,
+    BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The t-th tile of additional keys and values, and which of them exist."""
+    token = t * COLUMNS + tl.arange(0, COLUMNS)
+    present = token < count
+    token = token.to(tl.int64)
+    return (
+        load_rows(keys, token * (key_strides[3] * UNIT), present, FEATURES, BLOCK),
+        load_rows(
+            values, token * (value_strides[3] * UNIT), present, VALUE_FEATURES, VALUE_BLOCK
+        ),
+        present,
+    )  # fmt: skip
