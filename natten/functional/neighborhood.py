@@ -277,7 +277,9 @@ def _neighborhood_attention(
     try_fuse_additional_kv: bool,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+    # torch refuses to be asked about the meta device.
+    on_device = isinstance(query, Tensor) and query.device.type != "meta"
+    if on_device and torch.is_autocast_enabled(query.device.type):
         query, key, value, additional_keys, additional_values = autocast(
             (query, key, value, additional_keys, additional_values)
         )
