@@ -1,0 +1,30 @@
+"""Image and video models built of neighborhood attention, registered with timm.
+
+Importing this package registers every model; then `timm.create_model("dinat_base")` works like any other. Families: NAT, DiNAT,
+DiNAT_s, their isotropic variants, and video models. `python -m natten.models` lists them.
+"""
+
+from __future__ import annotations
+
+from . import dinat, dinat_s, isotropic, nat, video
+from ._checkpoint import checkpoint_filter_fn, convert, detect_layout, read_checkpoint
+from .isotropic import IsotropicNAT
+from .nat import NAT
+from .video import StreamState, VideoDenoiser, VideoNAT
+
+__all__ = [
+    "NAT",
+    "IsotropicNAT",
+    "VideoNAT",
+    "VideoDenoiser",
+    "StreamState",
+    "checkpoint_filter_fn",
+    "convert",
+    "detect_layout",
+    "read_checkpoint",
+    "nat",
+    "dinat",
+    "dinat_s",
+    "isotropic",
+    "video",
+]

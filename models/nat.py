@@ -1,0 +1,426 @@
+"""NAT: Neighborhood Attention Transformer, and the hierarchical model shared with DiNAT and DiNAT_s.
+
+Paper: `Neighborhood Attention Transformer`, https://arxiv.org/abs/2204.07143.
+Released code and checkpoints: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
+from timm.models import (
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from natten.nn import (
+    ConvDownsampler,
+    ConvTokenizer,
+    NeighborhoodAttention2D,
+    NeighborhoodTransformerBlock,
+    PatchMerging,
+    PatchTokenizer,
+)
+
+from ._checkpoint import build_model, packaged_weights
+
+__all__ = ["NAT", "NATLevel"]
+
+# Padding a small input is control flow on shapes: one call in a traced graph.
+register_notrace_module(NeighborhoodAttention2D)
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-5)
+
+
+class NATLevel(nn.Module):
+    """A downsampler (Identity at the first level), then blocks at one resolution: `[B, H, W, C]` in and out."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class NAT(nn.Module):
+    """Hierarchical neighborhood attention classifier: NAT, DiNAT and DiNAT_s.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: classes; 0 for pooled features.
+        global_pool: pooling of timm's `ClassifierHead`, "" for none.
+        embed_dim: channels of the first level; they double at every level.
+        depths: blocks of every level.
+        num_heads: heads of every level.
+        kernel_size: window, one integer or one for each level.
+        dilations: dilation of every block of every level; None for 1.
+        mlp_ratio: hidden width of the MLPs.
+        qkv_bias: bias of the query, key and value projections.
+        layer_scale: initial value of the residual scales, None for none.
+        stem: "conv" (two overlapping convolutions; convolutions between levels: NAT, DiNAT) or "patch" (patches of 4;
+            patch merging between levels: DiNAT_s).
+        stem_strides: strides of the two convolutions of the "conv" stem.
+        drop_rate: dropout in front of the classifier.
+        proj_drop_rate: dropout behind the projections of attention and MLP.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+        norm_layer, act_layer: normalization (LayerNorm, eps 1e-5) and activation (exact GELU).
+
+    Shapes: images `[B, in_chans, H, W]` to logits `[B, num_classes]`; features are `[B, H', W', C]`.
+
+    Raises:
+        ValueError: for lists of different lengths, an unknown stem, or dilations that do not fit `depths`.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 64,
+        depths: Sequence[int] = (3, 4, 6, 5),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        kernel_size: int | Sequence[int] = 7,
+        dilations: Sequence[Sequence[int]] | None = None,
+        mlp_ratio: float = 3.0,
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
+        stem: str = "conv",
+        stem_strides: tuple[int, int] = (2, 2),
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        act_layer: type[nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm_layer = norm_layer or LayerNorm
+        num_levels = len(depths)
+        kernel_sizes = (
+            (kernel_size,) * num_levels if isinstance(kernel_size, int) else tuple(kernel_size)
+        )
+        if dilations is None:
+            dilations = [[1] * depth for depth in depths]
+        for name, values in (
+            ("num_heads", num_heads),
+            ("kernel_size", kernel_sizes),
+            ("dilations", dilations),
+        ):
+            if len(values) != num_levels:
+                raise ValueError(
+                    f"{name} needs one entry for each of the {num_levels} levels of depths, "
+                    f"got {len(values)}."
+                )
+        for i, (depth, level_dilations) in enumerate(zip(depths, dilations)):
+            if len(level_dilations) != depth:
+                raise ValueError(
+                    f"dilations[{i}] needs one dilation for each of the {depth} blocks, "
+                    f"got {len(level_dilations)}."
+                )
+        if stem not in ("conv", "patch"):
+            raise ValueError(f"stem must be 'conv' or 'patch', got {stem!r}.")
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.output_fmt = "NHWC"
+        self.num_features = self.head_hidden_size = embed_dim * 2 ** (num_levels - 1)
+        self.drop_rate = drop_rate
+
+        if stem == "conv":
+            self.patch_embed = ConvTokenizer(
+                in_chans, embed_dim, strides=stem_strides, norm_layer=norm_layer, **place
+            )
+            reduction = stem_strides[0] * stem_strides[1]
+            downsampler: type[nn.Module] = ConvDownsampler
+        else:
+            self.patch_embed = PatchTokenizer(in_chans, embed_dim, 4, norm_layer=norm_layer, **place)
+            reduction = 4
+            downsampler = PatchMerging
+
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        levels = []
+        self.feature_info = []
+        for i in range(num_levels):
+            dim = embed_dim * 2**i
+            downsample = nn.Identity()
+            if i > 0:
+                downsample = downsampler(dim // 2, norm_layer=norm_layer, **place)
+            blocks = [
+                NeighborhoodTransformerBlock(
+                    dim,
+                    num_heads[i],
+                    kernel_sizes[i],
+                    dilation=dilations[i][j],
+                    mlp_ratio=mlp_ratio,
+                    act_layer=act_layer,
+                    norm_layer=norm_layer,
+                    layer_scale=layer_scale,
+                    drop=proj_drop_rate,
+                    drop_path=drop_paths[i][j],
+                    qkv_bias=qkv_bias,
+                    rel_pos_bias=True,
+                    pad=True,
+                    **place,
+                )
+                for j in range(depths[i])
+            ]
+            levels.append(NATLevel(downsample, blocks))
+            self.feature_info.append(
+                dict(num_chs=dim, reduction=reduction * 2**i, module=f"levels.{i}")
+            )
+        self.levels = nn.Sequential(*levels)
+        self.norm = norm_layer(self.num_features, **place)
+        self.head = ClassifierHead(
+            self.num_features,
+            num_classes,
+            pool_type=global_pool,
+            drop_rate=drop_rate,
+            input_fmt=self.output_fmt,
+            **place,
+        )
+        self.apply(init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = r"^levels\.(\d+)"
+        if not coarse:
+            blocks = [
+                (r"^levels\.(\d+)\.downsample", (0,)),
+                (r"^levels\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ]
+        return {"stem": r"^patch_embed", "blocks": blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for level in self.levels:
+            level.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier, and the pooling unless `global_pool` is None; 0 classes removes it."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
+        reset_head(self, self.head, num_classes, global_pool)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Runs the model and returns the levels' outputs too.
+
+        Args:
+            x: images `[B, in_chans, H, W]`.
+            indices: levels to return: the last n for an integer, all for None.
+            norm: apply the final norm to the last level's output.
+            stop_early: run no level behind the last that is asked for.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: return the list alone, else (final features `[B, H', W', C]`, list).
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
+        take, last = feature_take_indices(len(self.levels), indices)
+        levels = self.levels[: last + 1] if stop_early else self.levels
+        x = self.patch_embed(x)
+        intermediates = []
+        final = len(self.levels) - 1
+        for i, level in enumerate(levels):
+            x = level(x)
+            if i == final and (norm or not intermediates_only):
+                normed = self.norm(x)
+            if i in take:
+                y = normed if norm and i == final else x
+                intermediates.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
+        if intermediates_only:
+            return intermediates
+        return (normed if len(levels) == final + 1 else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes what the levels `indices` do not need; returns their indices."""
+        take, last = feature_take_indices(len(self.levels), indices)
+        shortened = last < len(self.levels) - 1
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        self.levels = self.levels[: last + 1]
+        if shortened:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        # Tokens are channels-last: convolutions of channels-last images need no transposition.
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.norm(self.levels(self.patch_embed(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def reset_head(
+    model: nn.Module, head: ClassifierHead, num_classes: int, global_pool: str | None
+) -> None:
+    """Resets timm's head to `model.num_features`, with the device, dtype and mode of the model."""
+    head.in_features = model.num_features
+    parameter = next(model.parameters(), torch.empty(0))
+    head.reset(num_classes, pool_type=global_pool)
+    head.to(device=parameter.device, dtype=parameter.dtype)
+    head.train(model.training)
+    model.head_hidden_size = model.num_features * head.global_pool.feat_mult()
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal weights (std 0.02) and zero biases, as in the released code."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+_MODEL_REPOSITORY = "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer"
+CHECKPOINTS = "https://shi-labs.com/projects"
+
+
+def cfg(url: str = "", top1: float | None = None, **kwargs: Any) -> dict[str, Any]:
+    """timm's pretrained_cfg of a model of this package; `top1` is the published accuracy."""
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj.0",
+        "classifier": "head.fc",
+        "license": "mit",
+        "origin_url": _MODEL_REPOSITORY,
+        "paper_name": "Neighborhood Attention Transformer",
+        "paper_ids": "arXiv:2204.07143",
+        "notes": () if top1 is None else (f"ImageNet-1k top-1 {top1}",),
+        **kwargs,
+    }
+
+
+def pico_cfg(name: str) -> dict[str, Any]:
+    """pretrained_cfg of a small model, trained by this project, whose weights are in the package."""
+    return {
+        **cfg(),
+        "file": packaged_weights(name),
+        "num_classes": 10,
+        "input_size": (3, 28, 28),
+        "pool_size": (7, 7),
+        "crop_pct": 1.0,
+        "mean": (0.1307,) * 3,
+        "std": (0.3081,) * 3,
+        "license": "mit",
+        "origin_url": None,
+        "notes": (),
+    }
+
+
+# 28x28, 14x14 and 7x7 tokens for a 28x28 image: its windows of 7 are local in two levels of three.
+PICO = dict(
+    embed_dim=32,
+    depths=(2, 3, 5),
+    num_heads=(1, 2, 4),
+    mlp_ratio=3.0,
+    stem_strides=(1, 1),
+)
+
+default_cfgs = generate_default_cfgs(
+    {
+        "nat_mini.shi_in1k": cfg(f"{CHECKPOINTS}/nat/checkpoints/CLS/nat_mini.pth", 81.8),
+        "nat_tiny.shi_in1k": cfg(f"{CHECKPOINTS}/nat/checkpoints/CLS/nat_tiny.pth", 83.2),
+        "nat_small.shi_in1k": cfg(f"{CHECKPOINTS}/nat/checkpoints/CLS/nat_small.pth", 83.7),
+        "nat_base.shi_in1k": cfg(f"{CHECKPOINTS}/nat/checkpoints/CLS/nat_base.pth", 84.3),
+        "nat_pico.mnist5k": pico_cfg("nat_pico.mnist5k"),
+        "nat_pico.digits": pico_cfg("nat_pico.digits"),
+    }
+)
+
+
+@register_model
+def nat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Mini."""
+    defaults = dict(drop_path_rate=0.2)
+    return build_model(NAT, "nat_mini", pretrained, defaults, **kwargs)
+
+
+@register_model
+def nat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Tiny."""
+    defaults = dict(depths=(3, 4, 18, 5), drop_path_rate=0.2)
+    return build_model(NAT, "nat_tiny", pretrained, defaults, **kwargs)
+
+
+@register_model
+def nat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Small."""
+    defaults = dict(
+        embed_dim=96,
+        depths=(3, 4, 18, 5),
+        num_heads=(3, 6, 12, 24),
+        mlp_ratio=2.0,
+        layer_scale=1e-5,
+        drop_path_rate=0.3,
+    )
+    return build_model(NAT, "nat_small", pretrained, defaults, **kwargs)
+
+
+@register_model
+def nat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Base."""
+    defaults = dict(
+        embed_dim=128,
+        depths=(3, 4, 18, 5),
+        num_heads=(4, 8, 16, 32),
+        mlp_ratio=2.0,
+        layer_scale=1e-5,
+        drop_path_rate=0.5,
+    )
+    return build_model(NAT, "nat_base", pretrained, defaults, **kwargs)
+
+
+@register_model
+def nat_pico(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT of 1.1 million parameters for images of 28x28, with weights in the package."""
+    return build_model(NAT, "nat_pico", pretrained, PICO, **kwargs)
