@@ -1,0 +1,308 @@
+"""Compiled CPU kernels, forward and backward, at a cost linear in the number of tokens.
+
+Neighborhoods run on loops that numba compiles (kernels.py) over tables made from
+:mod:`natten.window` (plan.py). Dense attention, causal or not, runs on torch's own CPU
+flash-attention operator (dense.py) where that computes the same, and packed sequences one after the
+other.
+
+All storage types but float64 are computed in float32. bfloat16 and float16 are widened while the
+loops copy a box of keys and values, which they do for every type, and results are narrowed as they
+are written: neither needs a copy of a tensor.
+
+Both passes are deterministic: a query's gradient is summed by the thread that owns the query, a
+key's by the thread that owns the key, and the gradients of biases and additional keys in a fixed
+order of boxes, always.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from natten.functional.backends.cpu import dense, parallel
+from natten.functional.backends.cpu.plan import (
+    Sweep,
+    bias_extents,
+    element_strides,
+    key_sweep,
+    padded,
+    query_sweep,
+)
+from natten.functional.problem import Config, Problem, Unavailable
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+# How kernels.py calls the storage types; FLOATING is the type of the computation itself.
+KINDS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
+NOWHERE = (0,) * 7
+
+
+@lru_cache(maxsize=1)
+def _numba_problem() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if importlib.util.find_spec("numba") is None:
+        return (
+            "it is compiled by numba, which is not installed: run `pip install 'natten[cpu]'` "
+            "or `pip install numba`"
+        )
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "it is compiled by numba, and the environment variable NUMBA_DISABLE_JIT forbids that"
+    return None
+
+
+def _launch(
+    kernel: Callable[..., None],
+    sweep: Sweep,
+    arguments: tuple[Any, ...],
+    scratch: int,
+    picks: int,
+    dtype: np.dtype[Any],
+) -> None:
+    """Run a compiled loop on every unit of a sweep."""
+    counter = np.zeros(1, np.int64)
+
+    def task() -> None:
+        work, lists = np.empty(scratch, dtype), np.empty(picks, np.int64)
+        kernel(counter, sweep.units, sweep.axes, sweep.items, sweep.blocks, *arguments, work, lists)
+
+    parallel.run(task, sweep.threads)
+
+
+def _table(*tensors: Tensor | None) -> np.ndarray:
+    rows = [NOWHERE if t is None else element_strides(t) for t in tensors]
+    return np.array(rows, np.int64)
+
+
+def _flat(rpb: Tensor | None, dtype: torch.dtype) -> np.ndarray:
+    if rpb is None:
+        return np.empty(0, _numpy_type(dtype))
+    return rpb.detach().to(dtype).contiguous().flatten().numpy()
+
+
+def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
+    return np.dtype(np.float64 if dtype == torch.float64 else np.float32)
+
+
+def _with_axis(tensor: Tensor | None) -> Tensor | None:
+    """Logsumexp and the like, with a feature axis of one."""
+    return None if tensor is None else tensor.unsqueeze(-1)
+
+
+def _sequences(
+    problem: Problem, cumulative_seqlen_q: Tensor | None, cumulative_seqlen_kv: Tensor | None
+) -> Iterator[tuple[Problem, slice, slice]]:
+    """The packed sequences: each as a problem of its own, and where its queries and keys are."""
+    if cumulative_seqlen_q is None or cumulative_seqlen_kv is None:
+        raise ValueError("packed sequences need cumulative_seqlen_q and cumulative_seqlen_kv")
+    ends = zip(pairwise(cumulative_seqlen_q.tolist()), pairwise(cumulative_seqlen_kv.tolist()))
+    for (q, q_end), (kv, kv_end) in ends:
+        grid = (max(q_end - q, kv_end - kv, 1),)
+        part = replace(
+            problem, query_shape=(q_end - q,), key_shape=(kv_end - kv,), grid=grid,
+            kernel_size=grid, varlen=False, max_seqlen_q=0, max_seqlen_kv=0,
+        )  # fmt: skip
+        yield part, slice(q, q_end), slice(kv, kv_end)
+
+
+class CpuBackend:
+    """The backend protocol on compiled CPU kernels."""
+
+    name = "cpu"
+
+    def refusal(self, problem: Problem, config: Config) -> str | None:
+        """Why this backend cannot run a problem, or None."""
+        if problem.device.type != "cpu":
+            return f"it runs on the CPU, and the tensors are on {problem.device}"
+        if problem.dtype not in KINDS:
+            return f"it computes float32, float64, bfloat16 and float16, not {problem.dtype}"
+        if problem.rank > 3:
+            return f"it supports 1 to 3 axes of tokens, not {problem.rank}"
+        if problem.varlen and (problem.num_additional or problem.has_rpb):
+            return "packed sequences with additional keys or a bias are not supported"
+        reason = _numba_problem()
+        return None if reason is None else Unavailable(reason)
+
+    def configs(self, problem: Problem) -> list[Any]:
+        """Tile shapes to choose from: none, the loops pick their boxes themselves."""
+        return []
+
+    def backward_configs(self, problem: Problem) -> list[Any]:
+        """Tile shapes to choose from: none, the loops pick their boxes themselves."""
+        return []
+
+    def forward(
+        self,
+        problem: Problem,
+        config: Config,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        additional_keys: Tensor | None,
+        additional_values: Tensor | None,
+        cumulative_seqlen_q: Tensor | None,
+        cumulative_seqlen_kv: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The output and the logsumexp."""
+        if problem.varlen:
+            out = query.new_empty(problem.output_shape)
+            lse = query.new_empty(problem.lse_shape, dtype=problem.accumulation_dtype)
+            for part, q, kv in _sequences(problem, cumulative_seqlen_q, cumulative_seqlen_kv):
+                out[:, q], lse[:, q] = self.forward(
+                    part, config, query[:, q], key[:, kv], value[:, kv], None, None, None, None, None
+                )
+            return out, lse
+        if dense.suits(problem, query, key, value):
+            return dense.forward(problem, query, key, value)
+        from natten.functional.backends.cpu import kernels
+
+        precise = problem.accumulation_dtype
+        out = query.new_empty(problem.output_shape)
+        lse = query.new_empty(problem.lse_shape, dtype=precise)
+        sweep = query_sweep(problem, torch.get_num_threads())
+        width, width_v = padded(problem.head_dim), padded(problem.head_dim_v)
+        longest, extra = padded(sweep.longest), problem.num_additional
+        arguments = (
+            _table(query, key, value, additional_keys, additional_values, out, _with_axis(lse)),
+            KINDS[problem.dtype],
+            problem.scale,
+            problem.heads_kv,
+            problem.heads // problem.heads_kv,
+            problem.head_dim,
+            problem.head_dim_v,
+            extra,
+            _flat(rpb, precise),
+            bias_extents(problem),
+            sweep.capacity,
+            sweep.longest,
+        )
+        scratch = (sweep.capacity + extra + 1) * (width + width_v) + longest + padded(extra)
+        picks = 2 * longest + padded(extra)
+        _launch(kernels.forward, sweep, arguments, scratch, picks, _numpy_type(precise))
+        return out, lse
+
+    def backward(
+        self,
+        problem: Problem,
+        config: Config,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        additional_keys: Tensor | None,
+        additional_values: Tensor | None,
+        cumulative_seqlen_q: Tensor | None,
+        cumulative_seqlen_kv: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        needs: tuple[bool, ...],
+    ) -> Gradients:
+        """The gradients of the six differentiable inputs, those not needed may be None or zero."""
+        if problem.varlen:
+            gradients = tuple(torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))
+            for part, q, kv in _sequences(problem, cumulative_seqlen_q, cumulative_seqlen_kv):
+                parts = self.backward(
+                    part, config, grad_out[:, q], None if grad_lse is None else grad_lse[:, q],
+                    query[:, q], key[:, kv], value[:, kv], None, None, None, None, None,
+                    out[:, q], lse[:, q], needs,
+                )  # fmt: skip
+                for gradient, place, piece in zip(gradients, (q, kv, kv), parts):
+                    gradient[:, place] = piece
+            return (*gradients, None, None, None)
+        if dense.suits(problem, query, key, value, grad_out):
+            gradients = dense.backward(
+                problem, grad_out, grad_lse, query, key, value, out, lse
+            )
+            return (*gradients, None, None, None)
+        from natten.functional.backends.cpu import kernels
+
+        precise = problem.accumulation_dtype
+        numpy_type = _numpy_type(precise)
+        threads = torch.get_num_threads()
+        width, width_v = padded(problem.head_dim), padded(problem.head_dim_v)
+        extra = problem.num_additional
+        needs_extra = extra > 0 and (needs[4] or needs[5])
+        needs_queries = needs[0] or needs[3] or needs_extra
+        bias, extents = _flat(rpb, precise), bias_extents(problem)
+        if grad_lse is not None:
+            grad_lse = grad_lse.to(precise)
+        lse = lse.to(precise)
+        delta = torch.empty(problem.lse_shape, dtype=precise)
+        grad_query = torch.empty(query.shape, dtype=query.dtype)
+        grad_key = torch.empty(key.shape, dtype=key.dtype)
+        grad_value = torch.empty(value.shape, dtype=value.dtype)
+        shared = (
+            KINDS[problem.dtype],
+            problem.scale,
+            problem.heads_kv,
+            problem.heads // problem.heads_kv,
+            problem.head_dim,
+            problem.head_dim_v,
+        )
+
+        sweep = query_sweep(problem, threads)
+        longest = padded(sweep.longest)
+        biases = problem.heads // problem.heads_kv * int(extents.prod())
+        bias_grads = np.zeros((sweep.units if rpb is not None and needs[3] else 0, biases), numpy_type)
+        extra_grads = np.zeros(
+            (sweep.units if needs_extra else 0, extra * (width + width_v)), numpy_type
+        )
+        arguments = (
+            _table(
+                query, key, value, additional_keys, additional_values, out, _with_axis(lse),
+                grad_out, _with_axis(grad_lse), _with_axis(delta), grad_query,
+            ),
+            *shared, extra, bias, extents, sweep.capacity, sweep.longest, not needs_queries,
+            bias_grads.reshape(-1), extra_grads.reshape(-1),
+        )  # fmt: skip
+        scratch = (sweep.capacity + extra + 2) * (width + width_v) + 2 * (longest + padded(extra))
+        picks = 2 * longest + padded(extra)
+        _launch(kernels.backward_queries, sweep, arguments, scratch, picks, numpy_type)
+
+        if needs[1] or needs[2]:
+            sweep = key_sweep(problem, threads)
+            longest = padded(sweep.longest)
+            arguments = (
+                _table(
+                    query, key, value, _with_axis(lse), grad_out, _with_axis(delta),
+                    grad_key, grad_value,
+                ),
+                *shared, bias, extents, sweep.capacity, sweep.longest, sweep.rows,
+            )  # fmt: skip
+            scratch = (sweep.capacity + sweep.rows + 1) * (width + width_v)
+            scratch += 2 * sweep.capacity + 2 * longest
+            _launch(kernels.backward_keys, sweep, arguments, scratch, 2 * longest, numpy_type)
+
+        grad_rpb = grad_extra_keys = grad_extra_values = None
+        if rpb is not None and needs[3]:
+            # The sum runs over batch entries and boxes, always in this order.
+            parts = torch.from_numpy(bias_grads).view(problem.batch, problem.heads_kv, -1, biases)
+            grad_rpb = parts.sum((0, 2)).view(rpb.shape).to(rpb.dtype)
+        if needs_extra:
+            parts = torch.from_numpy(extra_grads)
+            parts = parts.view(problem.batch, problem.heads_kv, -1, extra * (width + width_v)).sum(2)
+            keys, values = parts.split([extra * width, extra * width_v], -1)
+
+            def features(part: Tensor, size: int) -> Tensor:
+                part = part.view(problem.batch, problem.heads_kv, extra, -1)[..., :size]
+                return part.transpose(1, 2).to(problem.dtype).contiguous()
+
+            grad_extra_keys = features(keys, problem.head_dim)
+            grad_extra_values = features(values, problem.head_dim_v)
+        return grad_query, grad_key, grad_value, grad_rpb, grad_extra_keys, grad_extra_values
+
+
+CPU = CpuBackend()
+
+__all__ = ["CPU", "CpuBackend"]

@@ -1,0 +1,258 @@
+"""Tables and boxes of one problem: what the compiled loops of the CPU backend walk over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, prod
+
+import numpy as np
+import torch
+
+from natten.functional.problem import Problem
+from natten.window import Axis, bounds_table
+
+# Smaller than this, a box's rows stay close to the core, and copying the halo is still cheap.
+MAX_BOX_BYTES = 4 << 20
+MIN_BOX_BYTES = 1 << 18
+# Multiply-adds that are worth a thread of their own: about a fifth of a millisecond.
+WORK_PER_THREAD = 2_000_000
+
+
+@dataclass(frozen=True)
+class Residue:
+    """The rows of an axis that share one residue of the dilation, and what they can see."""
+
+    first: int
+    count: int
+    other: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """One axis, seen from the queries or from the keys.
+
+    Attributes:
+        items: For each row: the first of the others that it sees, one past the last (both counted
+            inside the residue), and an offset into the relative position bias.
+        residues: The rows, by residue.
+        dilation: The distance of neighbors.
+    """
+
+    items: np.ndarray
+    residues: tuple[Residue, ...]
+    dilation: int
+
+    def blocks(self, tile: int) -> list[tuple[int, int, int, int, int]]:
+        """Runs of up to `tile` rows of a residue: first, count, first of the others, lo, hi."""
+        blocks = []
+        for residue in self.residues:
+            for start in range(0, residue.count, tile):
+                count = min(tile, residue.count - start)
+                first = residue.first + start * self.dilation
+                last = first + (count - 1) * self.dilation
+                # Both ends of a window grow with the row.
+                low, high = self.items[first, 0], self.items[last, 1]
+                blocks.append((first, count, residue.other, int(low), int(high)))
+        return blocks
+
+
+def query_side(
+    axis: Axis, query_origin: int, query_extent: int, key_origin: int, key_extent: int
+) -> Side:
+    """The keys that each query of an axis sees."""
+    start, end = bounds_table(axis, query_origin, query_extent, key_origin, key_extent)
+    token = np.arange(query_origin, query_origin + query_extent)
+    dilation = axis.dilation
+    other = (token - key_origin) % dilation
+    first_position = (key_origin + other) // dilation
+    bias = first_position - token // dilation + axis.kernel_size - 1
+    available = np.maximum(-(-(key_extent - other) // dilation), 0)
+    low = np.clip(start.numpy() - first_position, 0, available)
+    high = np.clip(end.numpy() - first_position, low, available)
+    residues = tuple(
+        Residue(first, ceil((query_extent - first) / dilation), int(other[first]))
+        for first in range(min(dilation, query_extent))
+    )
+    return Side(np.stack([low, high, bias], axis=1), residues, dilation)
+
+
+def key_side(queries: Side, axis: Axis, query_origin: int, key_origin: int, key_extent: int) -> Side:
+    """The queries that see each key of an axis: the inverse of `queries`."""
+    dilation = axis.dilation
+    items = np.zeros((key_extent, 3), np.int64)
+    residues = []
+    for first in range(min(dilation, key_extent)):
+        count = ceil((key_extent - first) / dilation)
+        other = (key_origin + first - query_origin) % dilation
+        windows = queries.items[other::dilation]
+        keys = np.arange(count)
+        # Both ends of the windows grow, so that the queries of a key are a range.
+        low = np.searchsorted(windows[:, 1], keys, side="right")
+        high = np.maximum(np.searchsorted(windows[:, 0], keys, side="right"), low)
+        difference = (key_origin + first) // dilation - (query_origin + other) // dilation
+        bias = difference + keys + axis.kernel_size - 1
+        items[first::dilation] = np.stack([low, high, bias], axis=1)
+        residues.append(Residue(first, count, other))
+    return Side(items, tuple(residues), dilation)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The arguments of one compiled loop that depend on the problem alone.
+
+    Attributes:
+        axes, items, blocks: The tables that kernels.py describes.
+        units: Pieces of work.
+        capacity: The most tokens that a unit sees.
+        rows: The most rows of a unit.
+        longest: The largest window.
+        threads: How many threads the work is worth.
+    """
+
+    axes: np.ndarray
+    items: np.ndarray
+    blocks: np.ndarray
+    units: int
+    capacity: int
+    rows: int
+    longest: int
+    threads: int
+
+
+def make_sweep(
+    sides: tuple[Side, ...], outer: int, row_work: int, token_bytes: int, budget: int, threads: int
+) -> Sweep:
+    """Cut the rows into boxes.
+
+    Args:
+        sides: The three axes.
+        outer: Independent repetitions (batch times heads).
+        row_work: Multiply-adds for each pair of a row and one that it sees.
+        token_bytes: Scratch memory for each token that a box sees.
+        budget: Scratch memory that a box should not exceed.
+        threads: Available threads.
+    """
+    sizes = [side.items[:, 1] - side.items[:, 0] for side in sides]
+    longest = prod(int(size.max(initial=0)) for size in sizes)
+    pairs = outer * prod(int(size.sum()) for size in sizes)
+    threads = max(1, min(threads, pairs * row_work // WORK_PER_THREAD))
+    wanted = 4 * threads if threads > 1 else 1
+    tiles = [max((r.count for r in side.residues), default=1) for side in sides]
+    while True:
+        blocks = [side.blocks(tile) for side, tile in zip(sides, tiles, strict=True)]
+        capacity = prod(max((b[4] - b[3] for b in part), default=0) for part in blocks)
+        units = outer * prod(map(len, blocks))
+        small = capacity * token_bytes <= budget and units >= wanted
+        if small or max(tiles) <= 1 or units == 0:
+            break
+        widest = tiles.index(max(tiles))
+        tiles[widest] = ceil(tiles[widest] / 2)
+    item_starts = np.cumsum([0] + [len(side.items) for side in sides])
+    block_starts = np.cumsum([0] + [len(part) for part in blocks])
+    axes = [
+        (item_starts[a], block_starts[a], len(blocks[a]), sides[a].dilation)
+        for a in range(len(sides))
+    ]
+    return Sweep(
+        axes=np.array(axes, np.int64),
+        items=np.concatenate([side.items for side in sides]).astype(np.int64),
+        blocks=np.array([b for part in blocks for b in part], np.int64).reshape(-1, 5),
+        units=units,
+        capacity=capacity,
+        rows=prod(max((b[1] for b in part), default=0) for part in blocks),
+        longest=longest,
+        threads=min(threads, max(units, 1)),
+    )
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The three axes of a problem, padded at the front."""
+
+    queries: tuple[Side, ...]
+    keys: tuple[Side, ...]
+
+
+@lru_cache(maxsize=256)
+def make_sides(
+    axes: tuple[Axis, ...],
+    query_origin: tuple[int, ...],
+    query_shape: tuple[int, ...],
+    key_origin: tuple[int, ...],
+    key_shape: tuple[int, ...],
+) -> Sides:
+    missing = 3 - len(axes)
+    axes = (Axis(1, 1),) * missing + axes
+    query_origin, key_origin = (0,) * missing + query_origin, (0,) * missing + key_origin
+    query_shape, key_shape = (1,) * missing + query_shape, (1,) * missing + key_shape
+    queries = tuple(map(query_side, axes, query_origin, query_shape, key_origin, key_shape))
+    keys = tuple(map(key_side, queries, axes, query_origin, key_origin, key_shape))
+    return Sides(queries, keys)
+
+
+def sides_of(problem: Problem) -> Sides:
+    return make_sides(
+        problem.axes,
+        problem.query_origin,
+        problem.query_shape,
+        problem.key_origin,
+        problem.key_shape,
+    )
+
+
+def padded(count: int, lanes: int = 8) -> int:
+    """`count`, rounded up to whole vectors."""
+    return -(-count // lanes) * lanes
+
+
+def scratch_bytes(problem: Problem) -> int:
+    """Bytes of a packed pair of rows, one of head_dim and one of head_dim_v."""
+    size = problem.accumulation_dtype.itemsize
+    return (padded(problem.head_dim) + padded(problem.head_dim_v)) * size
+
+
+@lru_cache(maxsize=256)
+def query_sweep(problem: Problem, threads: int) -> Sweep:
+    """The sweep over queries. Scratch memory stays under the size of the output where it can."""
+    output = prod(problem.output_shape) * problem.dtype.itemsize
+    return make_sweep(
+        sides_of(problem).queries,
+        problem.batch * problem.heads_kv,
+        (problem.head_dim + problem.head_dim_v) * problem.heads // problem.heads_kv,
+        scratch_bytes(problem),
+        min(max(output // (2 * threads), MIN_BOX_BYTES), MAX_BOX_BYTES),
+        threads,
+    )
+
+
+@lru_cache(maxsize=256)
+def key_sweep(problem: Problem, threads: int) -> Sweep:
+    """The sweep over keys, for their gradients."""
+    return make_sweep(
+        sides_of(problem).keys,
+        problem.batch * problem.heads_kv,
+        2 * (problem.head_dim + problem.head_dim_v) * problem.heads // problem.heads_kv,
+        scratch_bytes(problem) + 2 * problem.accumulation_dtype.itemsize,
+        MAX_BOX_BYTES,
+        threads,
+    )
+
+
+def bias_extents(problem: Problem) -> np.ndarray:
+    """Extents of the relative position bias of a head, padded to three axes."""
+    kernel = (1,) * (3 - problem.rank) + problem.kernel_size
+    return np.array([2 * k - 1 for k in kernel], np.int64)
+
+
+def element_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Address, byte strides of batch, three axes and heads, element stride of the last axis.
+
+    Args:
+        tensor: ``[batch, *axes, heads, features]``.
+    """
+    size = tensor.element_size()
+    batch, *axes, heads, features = tensor.stride()
+    missing = (0,) * (3 - len(axes))
+    scaled = (s * size for s in (batch, *missing, *axes, heads))
+    return (tensor.data_ptr(), *scaled, features)
