@@ -24,8 +24,8 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml setup.py | $(BIN)/python
-	@echo "installing natten and what its tests and demo need (minutes on the first run)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	@echo "installing natten and what its tests and demo need (the first time takes minutes)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
 		--editable '.[cpu,profiler,dev]'
 	@touch $@
 

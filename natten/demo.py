@@ -84,9 +84,10 @@ def photograph(height: int) -> Tensor:
     from matplotlib.cbook import get_sample_data
     from PIL import Image
 
-    with get_sample_data("grace_hopper.jpg") as file:
-        picture = Image.open(file).convert("RGB")
-        small = picture.resize((round(height * picture.width / picture.height), height))
+    path = get_sample_data("grace_hopper.jpg", asfileobj=False)
+    with Image.open(path) as picture:
+        width = round(height * picture.width / picture.height)
+        small = picture.convert("RGB").resize((width, height))
     return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)
 
 
@@ -165,7 +166,7 @@ def table_of(rows: Sequence[Row], dense: float, noisy: float) -> Table:
         caption="Dense: scaled_dot_product_attention over all pixels. Difference: from the "
         f"reference in float64. PSNR of the noisy photograph: {noisy:.1f} dB.",
     )
-    table.add_column("setting")
+    table.add_column("setting", min_width=22)
     table.add_column("backend")
     for name in ("ms", "dense\nattention ms", "maximum\ndifference", "output\nPSNR dB"):
         table.add_column(name, justify="right")
@@ -194,14 +195,14 @@ def picture(image: Tensor, query: Tensor, key: Tensor, output: Tensor) -> Figure
     height, width, _ = image.shape
     positions = queries_of(height, width)
     figure = Figure(figsize=(2.1 * len(SETTINGS) + 3.6, 6.9), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(3.2, 2.1 * len(SETTINGS)))
-
+    parts = figure.add_gridspec(1, 2, width_ratios=(3.2, 2.1 * len(SETTINGS)))
+    left, right = figure.add_subfigure(parts[0]), figure.add_subfigure(parts[1])
     photo, cleaned = left.subplots(2, 1)
     for axes, shown, title in (
         (photo, image, "tokens: the pixels"),
         (cleaned, denoised(output), "output of the first setting"),
     ):
-        axes.imshow(shown.clamp(0, 1).cpu(), interpolation="nearest")
+        axes.imshow(shown.clamp(0, 1).cpu().numpy(), interpolation="nearest")
         axes.set_title(title, fontsize=10)
         axes.set_axis_off()
     for name, (y, x) in zip("ABC", positions):

@@ -59,12 +59,13 @@ def attention_weights(
     shape = query.shape[1:-2]
     heads, head_dim = query.shape[-2:]
     tokens = attended_tokens(position, shape, kernel_size, stride, dilation, is_causal)
-    box = torch.meshgrid(*tokens, indexing="ij")
-    near = key[(slice(None), *box)].flatten(1, -3).repeat_interleave(heads // key.shape[-2], dim=-2)
-    scores = torch.einsum("bhd,bnhd->bhn", query[(slice(None), *position)], near)
+    box = tuple(torch.meshgrid(*tokens, indexing="ij"))
+    batch = (slice(None),)
+    near = key[batch + box].flatten(1, -3).repeat_interleave(heads // key.shape[-2], dim=-2)
+    scores = torch.einsum("bhd,bnhd->bhn", query[batch + tuple(position)], near)
     weights = (scores * (head_dim**-0.5 if scale is None else scale)).softmax(-1)
     grid = weights.new_zeros(*weights.shape[:2], *shape)
-    grid[(slice(None), slice(None), *box)] = weights.unflatten(-1, box[0].shape)
+    grid[batch + batch + box] = weights.unflatten(-1, box[0].shape)
     return grid
 
 
@@ -104,10 +105,10 @@ def draw_neighborhood(
                 y, x = (0, *query) if row else query
                 mark, size = ("s", 60) if query == tuple(position) else (".", 14)
                 axes.scatter([x], [y], marker=mark, s=size, c="black", linewidths=0, zorder=3)
-    axes.imshow(image.unsqueeze(0) if row else image, interpolation="nearest")
+    axes.imshow((image.unsqueeze(0) if row else image).numpy(), interpolation="nearest")
     height, width = (1, *shape) if row else shape
-    axes.set_xticks(torch.arange(width + 1) - 0.5, labels=[])
-    axes.set_yticks(torch.arange(height + 1) - 0.5, labels=[])
+    axes.set_xticks([x - 0.5 for x in range(width + 1)], labels=[])
+    axes.set_yticks([y - 0.5 for y in range(height + 1)], labels=[])
     axes.grid(color="white", linewidth=1)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -134,10 +135,10 @@ def draw_attention(
     height, width = weights.shape
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     grey = 0.55 + 0.45 * image.float().mean(-1).cpu()
-    axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+    axes.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest")
     shares = (weights / weights.max()).float().cpu()
     layer = axes.imshow(
-        torch.where(shares > 0, shares, torch.nan),
+        torch.where(shares > 0, shares, torch.nan).numpy(),
         cmap=WEIGHT_MAP, norm=PowerNorm(0.5, 0, 1), extent=extent, interpolation="nearest",
     )  # fmt: skip
     y, x = position

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -131,3 +132,16 @@ def test_models_are_found_in_the_wheel(built: Built) -> None:
         str(site / "natten" / "__init__.py"),
         str(site / "natten" / "models" / "__init__.py"),
     ]
+
+
+def test_readme_example_runs() -> None:
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    printed = run_python(example, cwd=ROOT, first_on_path=ROOT)
+    assert "> cpu-fna" in printed or "> flex-fna" in printed or "> reference-fna" in printed
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_the_front_pages_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / name).read_text())
+    assert [link for link in links if not (ROOT / link).exists()] == []
