@@ -1,0 +1,376 @@
+"""Named problems that every backend is checked on, and random ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+from random import Random
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem by its arguments. Tuples have one value for each axis.
+
+    ``tokens`` are the extents of the query tensor, ``key_tokens`` those of the key tensor if they
+    differ. ``kernel_size`` None stands for ``attention``, with ``causal[0]`` as its is_causal.
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    kernel_size: tuple[int, ...] | None
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    is_causal: tuple[bool, ...] = ()
+    batch: int = 2
+    heads: int = 2
+    heads_kv: int | None = None
+    head_dim: int = 16
+    head_dim_v: int | None = None
+    additional: int = 0
+    rpb: bool = False
+    scale: float | None = None
+    contiguous: bool = True
+    grid: tuple[int, ...] | None = None
+    query_origin: tuple[int, ...] | None = None
+    key_tokens: tuple[int, ...] | None = None
+    key_origin: tuple[int, ...] | None = None
+    lengths_q: tuple[int, ...] | None = None
+    lengths_kv: tuple[int, ...] | None = None
+    magnitude: float = 1.0
+
+    def __post_init__(self):
+        rank = len(self.tokens)
+        defaults = {
+            "stride": (1,) * rank,
+            "dilation": (1,) * rank,
+            "is_causal": (False,) * rank,
+            "heads_kv": self.heads,
+            "head_dim_v": self.head_dim,
+            "key_tokens": self.tokens,
+        }
+        for name, value in defaults.items():
+            if not getattr(self, name) and getattr(self, name) != 0:
+                object.__setattr__(self, name, value)
+
+    @property
+    def rank(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_attention(self) -> bool:
+        return self.kernel_size is None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _plain() -> list[Case]:
+    return [
+        Case("1d", (37,), (7,)),
+        Case("2d", (11, 13), (5, 3)),
+        Case("3d", (5, 6, 7), (3, 5, 3)),
+        Case("1d_long_window", (130,), (65,)),
+        Case("2d_k7", (19, 17), (7, 7)),
+        Case("2d_wide", (3, 41), (3, 9)),
+        Case("3d_flat_axis", (1, 9, 10), (1, 4, 5)),
+        Case("1d_k1", (9,), (1,)),
+        Case("2d_k1_one_axis", (9, 8), (1, 5)),
+        Case("2d_even", (12, 10), (4, 6)),
+        Case("3d_even", (6, 5, 8), (2, 4, 6)),
+        Case("1d_one_token", (1,), (1,)),
+        Case("1d_window_is_length", (23,), (23,)),
+        Case("2d_window_is_length", (7, 9), (7, 9)),
+        Case("2d_window_is_length_one_axis", (7, 9), (3, 9)),
+        Case("3d_window_is_length", (3, 4, 5), (3, 4, 5)),
+        Case("2d_batch_1_head_1", (9, 9), (3, 3), batch=1, heads=1),
+        Case("2d_scale", (9, 9), (5, 5), scale=0.7),
+        Case("2d_scale_0", (9, 9), (5, 5), scale=0.0),
+        Case("2d_scale_negative", (9, 9), (5, 5), scale=-0.5),
+        Case("2d_large_scores", (9, 9), (5, 5), magnitude=6.0),
+    ]
+
+
+def _windows() -> list[Case]:
+    """Stride, dilation and causality, each alone and combined, different along each axis."""
+    cases = []
+    for stride, dilation, causal in product((1, 3), (1, 2), (False, True)):
+        cases.append(
+            Case(
+                f"1d_s{stride}_d{dilation}{'_causal' * causal}",
+                (31,),
+                (5,),
+                (stride,),
+                (dilation,),
+                (causal,),
+            )
+        )
+    for stride, dilation, causal in product(
+        ((1, 1), (2, 5)),
+        ((1, 1), (2, 3)),
+        ((False,) * 2, (True, False), (False, True), (True,) * 2),
+    ):
+        if (stride, dilation, causal) == ((1, 1), (1, 1), (False, False)):
+            continue
+        marks = "".join("c" if c else "b" for c in causal)
+        cases.append(
+            Case(
+                f"2d_s{stride[0]}{stride[1]}_d{dilation[0]}{dilation[1]}_{marks}",
+                (13, 17),
+                (4, 5),
+                stride,
+                dilation,
+                causal,
+            )
+        )
+    for stride, dilation, causal in product(
+        ((1, 1, 1), (2, 1, 3)), ((1, 1, 1), (1, 2, 2)), ((False,) * 3, (True, False, False))
+    ):
+        if (stride, dilation, any(causal)) == ((1, 1, 1), (1, 1, 1), False):
+            continue
+        cases.append(
+            Case(
+                f"3d_s{''.join(map(str, stride))}_d{''.join(map(str, dilation))}"
+                f"{'_causal' * causal[0]}",
+                (5, 7, 9),
+                (3, 3, 4),
+                stride,
+                dilation,
+                causal,
+            )
+        )
+    cases += [
+        Case("1d_blocked", (24,), (6,), (6,)),
+        Case("1d_blocked_partial", (26,), (6,), (6,)),
+        Case("2d_blocked_partial", (10, 11), (4, 3), (4, 3)),
+        Case("1d_causal_long_stride", (40,), (9,), (9,), (1,), (True,)),
+        Case("1d_causal_window_is_length", (21,), (21,), is_causal=(True,)),
+        Case("2d_causal_window_is_length", (5, 6), (5, 6), is_causal=(True, False)),
+        Case("2d_dilation_fills", (14, 12), (7, 4), dilation=(2, 3)),
+        Case("2d_dilation_ragged_groups", (15, 14), (3, 4), dilation=(4, 3)),
+    ]
+    return cases
+
+
+def _heads() -> list[Case]:
+    return [
+        Case("2d_gqa", (9, 8), (5, 3), heads=6, heads_kv=2),
+        Case("2d_mqa", (9, 8), (5, 3), heads=4, heads_kv=1),
+        Case("1d_gqa_causal_strided", (33,), (8,), (4,), is_causal=(True,), heads=4, heads_kv=2),
+        Case("2d_dv_larger", (9, 8), (5, 3), head_dim=16, head_dim_v=32),
+        Case("2d_dv_smaller", (9, 8), (5, 3), head_dim=32, head_dim_v=8),
+        Case("3d_gqa_dv", (4, 5, 6), (3, 3, 3), heads=4, heads_kv=2, head_dim_v=24),
+        Case("2d_head_dim_8", (9, 8), (5, 3), head_dim=8),
+        Case("2d_head_dim_40", (9, 8), (5, 3), head_dim=40),
+        Case("2d_head_dim_64", (9, 8), (5, 3), head_dim=64, heads=1),
+        Case("1d_head_dim_128", (33,), (9,), head_dim=128, heads=1),
+        Case("2d_head_dim_256", (8, 7), (3, 3), head_dim=256, heads=1, batch=1),
+        Case("2d_non_contiguous", (9, 8), (5, 3), contiguous=False),
+        Case("3d_non_contiguous", (4, 5, 6), (3, 3, 3), contiguous=False, head_dim_v=24),
+        Case("2d_non_contiguous_gqa", (9, 8), (5, 3), heads=4, heads_kv=2, contiguous=False),
+    ]
+
+
+def _extras() -> list[Case]:
+    return [
+        Case("1d_additional", (21,), (5,), additional=3),
+        Case("2d_additional", (9, 8), (5, 3), additional=7),
+        Case("3d_additional", (4, 5, 6), (3, 3, 3), additional=1),
+        Case("2d_additional_many", (6, 6), (3, 3), additional=150),
+        Case("2d_additional_dilated_strided", (11, 12), (4, 3), (2, 3), (2, 3), additional=5),
+        Case("2d_additional_causal", (9, 8), (5, 3), is_causal=(True, True), additional=5),
+        Case(
+            "2d_additional_gqa_dv", (9, 8), (5, 3), heads=4, heads_kv=2, head_dim_v=24, additional=9
+        ),
+        Case("2d_additional_full_window", (5, 6), (5, 6), additional=4),
+        Case("2d_additional_non_contiguous", (9, 8), (5, 3), additional=7, contiguous=False),
+        Case("1d_rpb", (21,), (5,), rpb=True),
+        Case("2d_rpb", (9, 8), (5, 3), rpb=True),
+        Case("2d_rpb_k7", (15, 14), (7, 7), rpb=True, heads=3),
+        Case("3d_rpb", (4, 5, 6), (3, 3, 3), rpb=True),
+        Case("2d_rpb_even", (9, 8), (4, 6), rpb=True),
+        Case("2d_rpb_dilated", (13, 14), (5, 3), dilation=(2, 4), rpb=True),
+        Case("2d_rpb_strided", (13, 14), (5, 4), (2, 3), rpb=True),
+        Case("2d_rpb_gqa", (9, 8), (5, 3), heads=4, heads_kv=2, rpb=True),
+        Case("2d_rpb_full_window", (5, 6), (5, 6), rpb=True),
+        Case("2d_rpb_additional", (9, 8), (5, 3), rpb=True, additional=6),
+        Case(
+            "3d_rpb_additional_dilated_strided",
+            (5, 7, 8),
+            (3, 3, 4),
+            (2, 1, 3),
+            (1, 2, 2),
+            rpb=True,
+            additional=2,
+        ),
+    ]
+
+
+def _subgrids() -> list[Case]:
+    return [
+        Case("1d_sub_queries", (9,), (7,), grid=(30,), query_origin=(12,), key_tokens=(30,)),
+        Case("1d_sub_keys", (30,), (7,), grid=(30,), key_tokens=(11,), key_origin=(5,)),
+        Case(
+            "1d_sub_disjoint",
+            (8,),
+            (5,),
+            grid=(40,),
+            query_origin=(2,),
+            key_tokens=(9,),
+            key_origin=(30,),
+        ),
+        Case(
+            "1d_sub_causal",
+            (10,),
+            (6,),
+            (3,),
+            (2,),
+            (True,),
+            grid=(37,),
+            query_origin=(14,),
+            key_tokens=(17,),
+            key_origin=(7,),
+        ),
+        Case(
+            "2d_sub",
+            (5, 6),
+            (5, 4),
+            grid=(17, 15),
+            query_origin=(6, 9),
+            key_tokens=(9, 10),
+            key_origin=(4, 5),
+        ),
+        Case(
+            "2d_sub_strided",
+            (6, 7),
+            (5, 4),
+            (2, 3),
+            grid=(17, 15),
+            query_origin=(11, 0),
+            key_tokens=(9, 10),
+            key_origin=(8, 1),
+        ),
+        Case(
+            "2d_sub_dilated",
+            (6, 7),
+            (4, 3),
+            (1, 2),
+            (2, 3),
+            grid=(17, 19),
+            query_origin=(3, 5),
+            key_tokens=(11, 13),
+            key_origin=(2, 4),
+        ),
+        Case(
+            "2d_sub_additional",
+            (5, 6),
+            (5, 4),
+            grid=(17, 15),
+            query_origin=(6, 9),
+            key_tokens=(4, 5),
+            key_origin=(0, 0),
+            additional=3,
+        ),
+        Case(
+            "2d_sub_rpb",
+            (5, 6),
+            (5, 4),
+            grid=(17, 15),
+            query_origin=(6, 9),
+            key_tokens=(9, 10),
+            key_origin=(4, 5),
+            rpb=True,
+        ),
+        Case(
+            "3d_sub",
+            (2, 4, 5),
+            (3, 3, 4),
+            grid=(5, 8, 9),
+            query_origin=(1, 2, 4),
+            key_tokens=(4, 6, 8),
+            key_origin=(0, 1, 1),
+            is_causal=(True, False, False),
+        ),
+    ]
+
+
+def _attention() -> list[Case]:
+    return [
+        Case("attention", (37,), None),
+        Case("attention_cross", (19,), None, key_tokens=(45,)),
+        Case("attention_one_query", (1,), None, key_tokens=(33,)),
+        Case("attention_causal", (37,), None, is_causal=(True,)),
+        Case("attention_causal_cross_short", (19,), None, is_causal=(True,), key_tokens=(45,)),
+        Case("attention_causal_cross_long", (45,), None, is_causal=(True,), key_tokens=(19,)),
+        Case("attention_gqa", (29,), None, heads=6, heads_kv=2, head_dim_v=24),
+        Case("attention_no_keys", (7,), None, key_tokens=(0,)),
+        Case("attention_non_contiguous", (29,), None, key_tokens=(31,), contiguous=False),
+        Case("varlen", (40,), None, batch=1, lengths_q=(7, 20, 13), key_tokens=(40,), lengths_kv=(7, 20, 13)),
+        Case("varlen_cross", (30,), None, batch=1, lengths_q=(1, 20, 9), key_tokens=(44,), lengths_kv=(30, 3, 11)),
+        Case("varlen_causal", (30,), None, batch=1, is_causal=(True,), lengths_q=(10, 20), key_tokens=(31,), lengths_kv=(12, 19)),
+        Case("varlen_empty_sequences", (20,), None, batch=1, lengths_q=(0, 12, 8, 0), key_tokens=(17,), lengths_kv=(5, 12, 0, 0)),
+        Case("varlen_gqa", (30,), None, batch=1, heads=4, heads_kv=2, lengths_q=(11, 19), key_tokens=(30,), lengths_kv=(11, 19)),
+    ]  # fmt: skip
+
+
+GROUPS: dict[str, list[Case]] = {
+    "plain": _plain(),
+    "windows": _windows(),
+    "heads": _heads(),
+    "extras": _extras(),
+    "subgrids": _subgrids(),
+    "attention": _attention(),
+}
+CASES: list[Case] = [case for group in GROUPS.values() for case in group]
+NEIGHBORHOOD_CASES = [case for case in CASES if not case.is_attention]
+
+
+def random_case(seed: int, rank: int | None = None, max_tokens: int = 600) -> Case:
+    """A valid neighborhood attention problem drawn from all features."""
+    random = Random(seed)
+    rank = rank or random.choice((1, 2, 2, 3))
+    while True:
+        limit = {1: max_tokens, 2: int(2 * max_tokens**0.5), 3: int(2 * max_tokens ** (1 / 3))}[
+            rank
+        ]
+        tokens = tuple(random.randint(1, limit) for _ in range(rank))
+        if prod(tokens) <= max_tokens:
+            break
+    dilation = tuple(random.choice((1, 1, 2, 3, max(1, n // 2))) for n in tokens)
+    dilation = tuple(min(d, n) for d, n in zip(dilation, tokens))
+    kernel_size = tuple(random.randint(1, max(1, n // d)) for n, d in zip(tokens, dilation))
+    stride = tuple(random.choice((1, random.randint(1, k), k)) for k in kernel_size)
+    causal = tuple(random.random() < 0.3 for _ in range(rank))
+    heads_kv = random.choice((1, 2, 3))
+    head_dim = random.choice((8, 16, 32, 64))
+    case = Case(
+        f"random_{seed}",
+        tokens,
+        kernel_size,
+        stride,
+        dilation,
+        causal,
+        batch=random.choice((1, 2, 3)),
+        heads=heads_kv * random.choice((1, 1, 2, 4)),
+        heads_kv=heads_kv,
+        head_dim=head_dim,
+        head_dim_v=random.choice((head_dim, head_dim, 8, 16, 48)),
+        additional=random.choice((0, 0, 0, 1, 5, 70)),
+        rpb=not any(causal) and random.random() < 0.3,
+        contiguous=random.random() < 0.7,
+    )
+    if random.random() < 0.2:
+        boxes = {}
+        for box in ("query", "key"):
+            low = tuple(random.randint(0, n - 1) for n in tokens)
+            boxes[f"{box}_origin"] = low
+            boxes[box] = tuple(random.randint(1, n - o) for n, o in zip(tokens, low))
+        case = replace(
+            case,
+            grid=tokens,
+            tokens=boxes["query"],
+            key_tokens=boxes["key"],
+            query_origin=boxes["query_origin"],
+            key_origin=boxes["key_origin"],
+        )
+    return case

@@ -1,0 +1,328 @@
+"""Compare a backend with the float64 reference, within the error of eager attention."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+from unittest import mock
+
+import torch
+from cases import Case
+from torch import Tensor
+
+from natten.functional import attention, neighborhood_attention_generic
+from natten.window import Axis, grid_mask
+
+# Where eager attention happens to be exact (a window of one key), others round: sums in float32,
+# and the result in its own precision.
+SUM_ROUNDING = 16.0
+RESULT_ROUNDING = 2.0
+
+
+@dataclass
+class Inputs:
+    """The tensors of a case; the first six take gradients."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rpb: Tensor | None = None
+    additional_keys: Tensor | None = None
+    additional_values: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        pairs = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: t for name, t in pairs.items() if t is not None}
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """Fresh leaves of another dtype, with the same layout."""
+        return Inputs(
+            **{n: t.detach().to(dtype).requires_grad_() for n, t in self.tensors().items()}
+        )
+
+
+@dataclass
+class Results:
+    """Output, logsumexp and gradients."""
+
+    out: Tensor
+    lse: Tensor
+    gradients: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"out": self.out, "lse": self.lse} | {
+            f"gradient of {name}": g for name, g in self.gradients.items()
+        }
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    """Random tensors of a case, the same on every device; not contiguous if the case says so."""
+    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+
+    def randn(*shape: int, magnitude: float = 1.0) -> Tensor:
+        if case.contiguous:
+            tensor = torch.randn(shape, generator=generator)
+        else:
+            # Heads first in memory, in a larger tensor, every second feature.
+            rank = len(shape) - 3
+            whole = torch.randn(
+                shape[0], shape[-2], *shape[1:-2], 2 * shape[-1] + 2, generator=generator
+            )
+            tensor = whole[..., 2::2].movedim(1, rank + 1)
+        tensor = (tensor * magnitude).to(dtype)
+        return tensor.to(device).requires_grad_()
+
+    batch, heads_kv = case.batch, case.heads_kv
+    inputs = Inputs(
+        randn(batch, *case.tokens, case.heads, case.head_dim, magnitude=case.magnitude),
+        randn(batch, *case.key_tokens, heads_kv, case.head_dim, magnitude=case.magnitude),
+        randn(batch, *case.key_tokens, heads_kv, case.head_dim_v),
+    )
+    if case.additional:
+        inputs.additional_keys = randn(batch, case.additional, heads_kv, case.head_dim)
+        inputs.additional_values = randn(batch, case.additional, heads_kv, case.head_dim_v)
+    if case.rpb:
+        table = torch.randn(case.heads, *(2 * k - 1 for k in case.kernel_size), generator=generator)
+        inputs.rpb = table.to(dtype).to(device).requires_grad_()
+    return inputs
+
+
+def run(
+    case: Case, inputs: Inputs, backend: str | None = None, **knobs: Any
+) -> tuple[Tensor, Tensor]:
+    """Call the public function for a case."""
+    if case.is_attention:
+        device = inputs.query.device
+        lengths = {}
+        if case.lengths_q is not None:
+            lengths = {
+                "seqlens_Q": torch.tensor(case.lengths_q, dtype=torch.int32, device=device),
+                "seqlens_KV": torch.tensor(case.lengths_kv, dtype=torch.int32, device=device),
+            }
+        return attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            scale=case.scale,
+            backend=backend,
+            is_causal=case.is_causal[0],
+            return_lse=True,
+            **lengths,
+            **knobs,
+        )
+    return neighborhood_attention_generic(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        case.kernel_size,
+        case.stride,
+        case.dilation,
+        case.is_causal,
+        scale=case.scale,
+        additional_keys=inputs.additional_keys,
+        additional_values=inputs.additional_values,
+        rpb=inputs.rpb,
+        backend=backend,
+        grid=case.grid,
+        query_origin=case.query_origin,
+        key_origin=case.key_origin,
+        return_lse=True,
+        **knobs,
+    )
+
+
+def full_mask(case: Case, device: str | torch.device = "cpu") -> Tensor:
+    """What every query of a small case sees: bool ``[queries, keys]``, without context."""
+    if not case.is_attention:
+        axes = [
+            Axis(*axis)
+            for axis in zip(
+                case.grid or case.tokens,
+                case.kernel_size,
+                case.stride,
+                case.dilation,
+                case.is_causal,
+            )
+        ]
+        boxes = (case.tokens, case.key_tokens, case.query_origin, case.key_origin)
+        return grid_mask(axes, *boxes, device=device)
+    (queries,), (keys,) = case.tokens, case.key_tokens
+    visible = torch.zeros(queries, keys, dtype=torch.bool, device=device)
+    q = kv = 0
+    for n_q, n_kv in zip(case.lengths_q or (queries,), case.lengths_kv or (keys,)):
+        block = torch.ones(n_q, n_kv, dtype=torch.bool, device=device)
+        visible[q : q + n_q, kv : kv + n_kv] = block.tril() if case.is_causal[0] else block
+        q, kv = q + n_q, kv + n_kv
+    return visible
+
+
+def eager(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Plain attention with a full mask, every operation in the inputs' dtype."""
+    q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
+    repeat = case.heads // case.heads_kv
+    visible = full_mask(case, q.device)
+    scores_bias = q.new_zeros(case.heads, *visible.shape)
+    if inputs.rpb is not None:
+        scores_bias = _full_bias(case, inputs.rpb)
+    scores_bias = scores_bias.masked_fill(~visible, -torch.inf)
+    if inputs.additional_keys is not None:
+        k = torch.cat([k, inputs.additional_keys.transpose(1, 2)], dim=2)
+        v = torch.cat([v, inputs.additional_values.transpose(1, 2)], dim=2)
+        scores_bias = torch.nn.functional.pad(scores_bias, (0, case.additional))
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    scores = (q * scale) @ k.transpose(-1, -2) + scores_bias
+    # Rows without keys have no softmax; torch's own attention gives zeros for them too.
+    dead = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
+    out = weights @ v
+    lse = scores.masked_fill(dead, 0.0).logsumexp(-1).masked_fill(dead.squeeze(-1), -torch.inf)
+    tokens = inputs.query.shape[1:-2]
+    return out.transpose(1, 2).unflatten(1, tokens), lse.transpose(1, 2).unflatten(1, tokens)
+
+
+def _full_bias(case: Case, rpb: Tensor) -> Tensor:
+    """The relative position bias of every pair: ``[heads, queries, keys]``."""
+    rank = case.rank
+    index: list[Tensor] = []
+    for axis in range(rank):
+        d, k = case.dilation[axis], case.kernel_size[axis]
+        q = torch.arange(case.tokens[axis]) + (case.query_origin or (0,) * rank)[axis]
+        kv = torch.arange(case.key_tokens[axis]) + (case.key_origin or (0,) * rank)[axis]
+        distance = (kv // d)[None, :] - (q // d)[:, None] + k - 1
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = distance.shape
+        index.append(distance.clamp(0, 2 * k - 2).view(shape).to(rpb.device))
+    bias = rpb[(slice(None), *index)]
+    return bias.flatten(rank + 1).flatten(1, rank)
+
+
+def differentiate(
+    inputs: Inputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+) -> Results:
+    """Pull both gradients back to the inputs."""
+    # A row without keys has a constant logsumexp of -inf.
+    loss = (out * grad_out.to(out.dtype)).sum()
+    finite = lse.masked_fill(lse == -torch.inf, 0.0)
+    loss = loss + (finite * grad_lse.to(lse.dtype)).sum().to(loss.dtype)
+    names = list(inputs.tensors())
+    gradients = torch.autograd.grad(loss, list(inputs.tensors().values()), allow_unused=True)
+    zeros = [
+        torch.zeros_like(t) if g is None else g
+        for g, t in zip(gradients, inputs.tensors().values())
+    ]
+    return Results(out.detach(), lse.detach(), dict(zip(names, zeros)))
+
+
+@contextmanager
+def nan_filled_empties() -> Iterator[None]:
+    """Fill what torch leaves uninitialized with NaN, so that a missing write shows."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
+
+    def filled(allocate: Any) -> Any:
+        def function(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return function
+
+    with (
+        mock.patch.object(torch, "empty", filled(empty)),
+        mock.patch.object(torch, "empty_like", filled(empty_like)),
+        mock.patch.object(Tensor, "new_empty", filled(new_empty)),
+    ):
+        yield
+
+
+def assert_within_budget(
+    name: str, got: Tensor, exact: Tensor, eager: Tensor, factor: float
+) -> None:
+    """``got`` is as close to ``exact`` as eager attention is, up to ``factor``.
+
+    Both the largest error and the root mean square are compared.
+    """
+    assert got.shape == exact.shape, f"{name}: shape {got.shape}, expected {exact.shape}"
+    if exact.numel() == 0:
+        return
+    got64, eager64 = got.double(), eager.double()
+    assert bool((got64.isinf() == exact.isinf()).all()), f"{name}: infinities differ"
+    assert bool((got64.isnan() == exact.isnan()).all()), f"{name}: NaNs differ"
+    finite = exact.isfinite()
+    got64, exact, eager64 = got64[finite], exact[finite], eager64[finite]
+    if exact.numel() == 0:
+        return
+    error, allowed = (got64 - exact).abs(), (eager64 - exact).abs()
+    eps = torch.finfo(got.dtype).eps
+    sum_eps = min(eps, torch.finfo(torch.float32).eps)
+    floor = (SUM_ROUNDING * sum_eps + RESULT_ROUNDING * eps) * float(exact.abs().max())
+    floor += torch.finfo(got.dtype).tiny
+    worst = int(error.argmax())
+    budget = factor * float(allowed.max()) + floor
+    assert float(error.max()) <= budget, (
+        f"{name}: error {float(error.max()):.3g} at flat index {worst} "
+        f"(got {float(got64[worst]):.6g}, exact {float(exact[worst]):.6g}) exceeds {budget:.3g}; "
+        f"eager attention's is {float(allowed.max()):.3g}"
+    )
+    rms, allowed_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
+    assert float(rms) <= factor * float(allowed_rms) + floor / 2, (
+        f"{name}: root mean square error {float(rms):.3g}; eager attention's is "
+        f"{float(allowed_rms):.3g}"
+    )
+
+
+def check_problem(
+    case: Case,
+    backend: str | None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    factor: float = 2.0,
+    backward: bool = True,
+    reference: str = "reference",
+    **knobs: Any,
+) -> None:
+    """Assert that ``backend`` computes a case, with all gradients, as exactly as eager attention.
+
+    Args:
+        case: The problem.
+        backend: As in ``backend=``; "flex" and the like get the suffix that the case needs.
+        dtype: Of the inputs.
+        device: Where to run; the float64 reference runs there too.
+        factor: Allowed error, in units of the error of eager attention in the same dtype.
+        backward: Whether to check gradients.
+        reference: The backend that computes the exact result in float64.
+        knobs: Further arguments of the public function.
+    """
+    if backend is not None and "-" not in backend and backend not in ("cpu", "reference"):
+        backend += "-fmha" if case.is_attention else "-fna"
+    inputs = make_inputs(case, dtype, device)
+    exact_inputs, eager_inputs = inputs.to(torch.float64), inputs.to(dtype)
+    exact_out, exact_lse = run(case, exact_inputs, reference)
+    eager_out, eager_lse = eager(case, eager_inputs)
+    # A compiler must not see the patched functions.
+    compiles = backend is not None and backend.startswith("flex")
+    with nullcontext() if compiles else nan_filled_empties():
+        if not backward:
+            with torch.no_grad():
+                out, lse = run(case, inputs, backend, **knobs)
+            assert out.dtype == dtype, f"out has dtype {out.dtype}, expected {dtype}"
+            assert_within_budget("out", out, exact_out.detach(), eager_out.detach(), factor)
+            assert_within_budget("lse", lse, exact_lse.detach(), eager_lse.detach(), factor)
+            return
+        out, lse = run(case, inputs, backend, **knobs)
+        generator = torch.Generator().manual_seed(1)
+        grad_out = torch.randn(out.shape, generator=generator).to(dtype).to(device)
+        grad_lse = torch.randn(lse.shape, generator=generator).to(device)
+        got = differentiate(inputs, out, lse, grad_out, grad_lse)
+    assert out.dtype == dtype, f"out has dtype {out.dtype}, expected {dtype}"
+    expected_lse = torch.float64 if dtype == torch.float64 else torch.float32
+    assert lse.dtype == expected_lse, f"lse has dtype {lse.dtype}, expected {expected_lse}"
+    exact = differentiate(exact_inputs, exact_out, exact_lse, grad_out, grad_lse)
+    plain = differentiate(eager_inputs, eager_out, eager_lse, grad_out, grad_lse)
+    for name, tensor in got.tensors().items():
+        assert_within_budget(
+            f"{case.name}: {name}", tensor, exact.tensors()[name], plain.tensors()[name], factor
+        )
