@@ -234,10 +234,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:6])
+    saved = ctx.saved_tensors  # Once: under activation checkpointing, unpacking them recomputes.
     gradients = torch.ops.natten.neighborhood_attention_backward.default(
-        grad_out, grad_lse, *ctx.saved_tensors, *ctx.parameters, needs
+        grad_out, grad_lse, *saved, *ctx.parameters, needs
     )
-    present = [t is not None for t in ctx.saved_tensors[:6]]
+    present = [t is not None for t in saved[:6]]
     kept = [g if n and p else None for g, n, p in zip(gradients, needs, present, strict=True)]
     return (*kept, *[None] * (len(ctx.needs_input_grad) - 6))
 
