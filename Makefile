@@ -12,7 +12,7 @@ SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
 	TORCHINDUCTOR_COMPILE_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format typecheck figures clean
+.PHONY: help demo test test-timm lint format typecheck figures clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -35,6 +35,9 @@ demo: $(INSTALLED)  ## attention over a photograph: a table here, the picture in
 test: lint typecheck  ## everything that CI checks: lint, types, tests (no accelerator needed)
 	@$(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
 		--durations 15
+
+test-timm: $(INSTALLED)  ## timm's own model tests on our models (downloads its source distribution)
+	@$(SINGLE_THREADED) $(BIN)/python tests/run_timm_suite.py
 
 lint: $(INSTALLED)  ## ruff: lint rules and format, changing nothing
 	@$(BIN)/ruff check --quiet .

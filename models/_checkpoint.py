@@ -48,9 +48,19 @@ def build_model(
     variant: str,
     pretrained: bool,
     defaults: Mapping[str, Any],
+    *,
+    feature_cls: str = "list",
     **kwargs: Any,
 ) -> Model:
-    """Builds a registered model with timm: `defaults` are the variant's arguments, `kwargs` the caller's.
+    """Builds a registered model with timm.
+
+    Args:
+        cls: the model.
+        variant: its registered name.
+        pretrained: load weights.
+        defaults: the variant's arguments.
+        feature_cls: how timm extracts features (`features_only=True`).
+        kwargs: the caller's arguments, which override the defaults.
 
     Raises:
         FileNotFoundError: `pretrained_cfg_overlay` names a file that does not exist.
@@ -68,7 +78,9 @@ def build_model(
         pretrained,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
+        feature_cfg=dict(
+            out_indices=out_indices, flatten_sequential=True, feature_cls=feature_cls
+        ),
         **arguments,
     )
     # The configuration travels with the model: it shall not keep the checkpoint alive.

@@ -549,6 +549,13 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+
+def _create(variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any) -> VideoNAT:
+    # The tokenizer alone does not know that an image is a clip of one frame, so features come from forward_intermediates.
+    kwargs.setdefault("feature_cls", "getter")
+    return build_model(VideoNAT, variant, pretrained, defaults, **kwargs)
+
+
 _PICO = dict(embed_dim=32, depths=(1, 2, 2), num_heads=(1, 2, 4), kernel_size=(3, 5, 5))
 _TINY = dict(drop_path_rate=0.2)
 
@@ -556,24 +563,24 @@ _TINY = dict(drop_path_rate=0.2)
 @register_model
 def video_nat_pico(pretrained: bool = False, **kwargs: Any) -> VideoNAT:
     """A small VideoNAT, for clips of few pixels."""
-    return build_model(VideoNAT, "video_nat_pico", pretrained, _PICO, **kwargs)
+    return _create("video_nat_pico", pretrained, _PICO, **kwargs)
 
 
 @register_model
 def video_nat_pico_causal(pretrained: bool = False, **kwargs: Any) -> VideoNAT:
     """A small VideoNAT, causal in time."""
     defaults = dict(_PICO, is_causal=True)
-    return build_model(VideoNAT, "video_nat_pico_causal", pretrained, defaults, **kwargs)
+    return _create("video_nat_pico_causal", pretrained, defaults, **kwargs)
 
 
 @register_model
 def video_nat_tiny(pretrained: bool = False, **kwargs: Any) -> VideoNAT:
     """VideoNAT of the size of DiNAT_s-Tiny."""
-    return build_model(VideoNAT, "video_nat_tiny", pretrained, _TINY, **kwargs)
+    return _create("video_nat_tiny", pretrained, _TINY, **kwargs)
 
 
 @register_model
 def video_nat_tiny_causal(pretrained: bool = False, **kwargs: Any) -> VideoNAT:
     """VideoNAT of the size of DiNAT_s-Tiny, causal in time."""
     defaults = dict(_TINY, is_causal=True)
-    return build_model(VideoNAT, "video_nat_tiny_causal", pretrained, defaults, **kwargs)
+    return _create("video_nat_tiny_causal", pretrained, defaults, **kwargs)

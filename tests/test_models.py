@@ -297,7 +297,8 @@ def test_timm_interface(name: str) -> None:
 
         extractor = timm.create_model(name, features_only=True).eval()
         assert extractor.feature_info.reduction() == [i["reduction"] for i in model.feature_info]
-        assert len(extractor(x)) == levels
+        extracted = extractor(x)
+        assert [m.dim() for m in extracted] == [4] * levels
 
         pruned = copy.deepcopy(model)
         pruned.prune_intermediate_layers([0])
@@ -342,7 +343,12 @@ def test_layer_decay_groups() -> None:
     from timm.optim import param_groups_layer_decay
 
     model = timm.create_model("dinat_pico")
-    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.8)
+    groups = param_groups_layer_decay(
+        model,
+        weight_decay=0.05,
+        layer_decay=0.8,
+        no_weight_decay_list=model.no_weight_decay(),
+    )
     depth = sum(len(level.blocks) for level in model.levels)
     assert len({group["lr_scale"] for group in groups}) > depth
     rpb = {id(p) for n, p in model.named_parameters() if n.endswith("rpb")}
