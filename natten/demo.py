@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 import natten
 from natten import viz
@@ -127,10 +128,15 @@ def psnr(image: Tensor, truth: Tensor) -> float:
     return float(-10 * (image - truth).square().mean().log10())
 
 
-def milliseconds(statement: str, **names: object) -> float:
-    """The median time of a statement, after it has run once."""
-    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=0.2).median * 1e3
+def milliseconds(call: Callable[[], Tensor]) -> float:
+    """The median time of a call that has run before: at least 3 runs, and 0.2 seconds of them."""
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < 0.2:
+        start = time.perf_counter()
+        if call().is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times) * 1e3
 
 
 def measure(setting: Setting, query: Tensor, key: Tensor, value: Tensor, truth: Tensor) -> Row:
@@ -144,7 +150,7 @@ def measure(setting: Setting, query: Tensor, key: Tensor, value: Tensor, truth: 
     return Row(
         setting,
         backend,
-        milliseconds("na2d(*args, **kw)", na2d=natten.na2d, args=(query, key, value), kw=arguments),
+        milliseconds(lambda: natten.na2d(query, key, value, **arguments)),
         float((output - expected).abs().max()),
         psnr(denoised(output), truth),
     )
@@ -153,8 +159,7 @@ def measure(setting: Setting, query: Tensor, key: Tensor, value: Tensor, truth: 
 def dense_milliseconds(query: Tensor, key: Tensor, value: Tensor) -> float:
     """The time of PyTorch's attention of every pixel to every pixel."""
     flat = [tensor.flatten(1, 2).transpose(1, 2).contiguous() for tensor in (query, key, value)]
-    attention = F.scaled_dot_product_attention
-    return milliseconds("attention(*args, scale=1.0)", attention=attention, args=flat)
+    return milliseconds(lambda: F.scaled_dot_product_attention(*flat, scale=1.0))
 
 
 def table_of(rows: Sequence[Row], dense: float, noisy: float) -> Table:
@@ -168,7 +173,7 @@ def table_of(rows: Sequence[Row], dense: float, noisy: float) -> Table:
     )
     table.add_column("setting", min_width=22)
     table.add_column("backend")
-    for name in ("ms", "dense\nattention ms", "maximum\ndifference", "output\nPSNR dB"):
+    for name in ("ms", "dense\nattention\nms", "maximum\ndifference", "output\nPSNR dB"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
