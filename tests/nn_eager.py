@@ -45,7 +45,7 @@ def attention(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention of [B, N, H, D]: output and weights [B, H, N, M]. mask: [N, M] or [B, N, M]."""
+    """Dense attention of [B, N, H, D], mask [N, M] or [B, N, M]: output, weights [B, H, N, M]."""
     heads = query.shape[2] // key.shape[2]
     key, value = key.repeat_interleave(heads, 2), value.repeat_interleave(heads, 2)
     scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * scale

@@ -419,5 +419,14 @@ def test_torchscript(name, tmp_path):
 
 def test_torchscript_refuses_registers():
     scripted = torch.jit.script(NeighborhoodAttention2D(32, 4, 3))
-    with pytest.raises(RuntimeError, match="no attention with registers"):
+    with pytest.raises(torch.jit.Error, match="no attention with registers"):
         scripted(torch.randn(1, 4, 4, 32), torch.randn(1, 1, 32))
+
+
+def test_torchscript_drops_no_weights_silently():
+    module = NeighborhoodAttention2D(32, 4, 3, attn_drop=0.1)
+    scripted = torch.jit.script(module)
+    x = torch.randn(1, 4, 4, 32)
+    with pytest.raises(torch.jit.Error, match="no dropout of attention weights"):
+        scripted(x)
+    assert_close(scripted.eval()(x), module.eval()(x))

@@ -143,7 +143,6 @@ class NeighborhoodAttention(NeighborhoodModule):
         out = self._attend(query, key, value)
         return self._output(crop(out, extent))
 
-    @torch.jit.unused
     def _forward_with_registers(
         self, x: Tensor, registers: Tensor, origin: list[float] | None
     ) -> tuple[Tensor, Tensor]:
@@ -170,8 +169,11 @@ class NeighborhoodAttention(NeighborhoodModule):
                 attention(query_r, k, v, scale=self.scale, return_lse=True)
                 for k, v in ((key, value), (key_r, value_r))
             ]
-            out_r = merge_attentions(
-                [o for o, _ in branches], [lse for _, lse in branches], torch_compile=False
+            out_r, _ = merge_attentions(
+                [o for o, _ in branches],
+                [lse for _, lse in branches],
+                torch_compile=False,
+                return_lse=True,
             )
         return self._output(crop(out, extent)), self._output(out_r)
 

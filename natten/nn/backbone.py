@@ -177,7 +177,8 @@ class NeighborhoodBackbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of storing what is inside them."""
         for level in self.levels:
-            level.grad_checkpointing = enable
+            if isinstance(level, NeighborhoodStage):
+                level.grad_checkpointing = enable
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> list[Tensor]:
         """Feature maps of all stages, channels-last, from `x`, `[B, in_channels, *X]`.
@@ -198,7 +199,6 @@ class NeighborhoodBackbone(nn.Module):
         else:
             return self.forward_features(x, cond)[0]
 
-    @torch.jit.unused
     def forward_features(
         self, x: Tensor, cond: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor | None]:

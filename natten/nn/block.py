@@ -207,6 +207,7 @@ class NeighborhoodTransformerBlock(nn.Module):
             dtype=dtype,
         )
         hidden = int(embed_dim * mlp_ratio)
+        self.mlp: nn.Module
         if gated_mlp:
             act_layer = nn.SiLU if act_layer is None else act_layer
             self.mlp = GatedMlp(
@@ -249,7 +250,6 @@ class NeighborhoodTransformerBlock(nn.Module):
         branch = self.mlp(self._modulate(self.norm2(x), modulation, 3, self.rank))
         return self._add(x, branch, self.gamma2, modulation, 3, self.rank)
 
-    @torch.jit.unused
     def _forward_with_registers(
         self, x: Tensor, modulation: list[Tensor], registers: Tensor
     ) -> tuple[Tensor, Tensor]:

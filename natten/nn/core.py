@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ def attend(
             "",
             torch.is_grad_enabled(),
         )
-    return neighborhood_attention_generic(
+    out, lse = neighborhood_attention_generic(
         query,
         key,
         value,
@@ -72,6 +73,7 @@ def attend(
         rpb=rpb,
         return_lse=True,
     )
+    return out, lse
 
 
 def check_grid(x: Tensor, rank: int, channels: int, name: str) -> None:
@@ -121,6 +123,13 @@ def crop(x: Tensor, extent: list[int]) -> Tensor:
     for axis in range(len(extent)):
         x = x.narrow(axis + 1, 0, extent[axis])
     return x
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm whose weight follows the dtype of the input, as it is under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class NeighborhoodModule(nn.Module):
@@ -173,26 +182,24 @@ class NeighborhoodModule(nn.Module):
         self.pad = pad
         # Modules that are absent are None, so that TorchScript compiles no code for them.
         self.attn_drop = nn.Dropout(attn_drop) if attn_drop > 0 else None
+        self.rotary: RotaryEmbedding | None = None
         if isinstance(rotary, bool):
             if rotary:
                 spacing = tuple(float(d) for d in self.dilation)
                 self.rotary = RotaryEmbedding(
                     self.head_dim, self.rank, spacing=spacing, device=device, dtype=dtype
                 )
-            else:
-                self.rotary = None
         else:
             if rotary.head_dim != self.head_dim or rotary.rank != self.rank:
                 raise ValueError(
                     f"rotary must be of head_dim {self.head_dim} and rank {self.rank}, got {rotary}"
                 )
             self.rotary = rotary
+        self.q_norm: HeadNorm | None = None
+        self.k_norm: HeadNorm | None = None
         if qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype)
-        else:
-            self.q_norm = None
-            self.k_norm = None
+            self.q_norm = HeadNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype)
+            self.k_norm = HeadNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype)
         if rel_pos_bias:
             shape = [2 * k - 1 for k in self.kernel_size]
             self.rpb = nn.Parameter(torch.empty(num_heads, *shape, device=device, dtype=dtype))
@@ -209,9 +216,12 @@ class NeighborhoodModule(nn.Module):
         additional_values: Tensor | None = None,
     ) -> Tensor:
         if self.attn_drop is not None and self.training:
-            return self._attend_with_dropout(
-                query, key, value, additional_keys, additional_values, None
-            )
+            if torch.jit.is_scripting():
+                raise RuntimeError("TorchScript has no dropout of attention weights")
+            else:
+                return self._attend_with_dropout(
+                    query, key, value, additional_keys, additional_values, None, self.attn_drop.p
+                )
         out, _ = attend(
             query,
             key,
@@ -227,7 +237,6 @@ class NeighborhoodModule(nn.Module):
         )
         return out
 
-    @torch.jit.unused
     def _attend_with_dropout(
         self,
         query: Tensor,
@@ -236,6 +245,7 @@ class NeighborhoodModule(nn.Module):
         additional_keys: Tensor | None,
         additional_values: Tensor | None,
         additional_lengths: Tensor | None,
+        dropout: float,
     ) -> Tensor:
         # No fused kernel can drop weights it never stores, and dropping anything else would be
         # another regularizer.
@@ -249,14 +259,12 @@ class NeighborhoodModule(nn.Module):
             additional_keys,
             additional_values,
             additional_lengths,
-            self.attn_drop.p,
+            dropout,
         )
 
-    @torch.jit.unused
     def _axes(self, extent: Sequence[int]) -> list[Axis]:
         return list(map(Axis, extent, self.kernel_size, self.stride, self.dilation, self.is_causal))
 
-    @torch.jit.unused
     def _map(
         self,
         query: Tensor,
@@ -275,7 +283,8 @@ class NeighborhoodModule(nn.Module):
         limit = torch.tensor(list(extent), device=positions.device)
         if ((positions < 0) | (positions >= limit)).any():
             raise ValueError(f"positions must lie in the grid {tuple(extent)}, got {positions}")
-        chosen = query[(slice(None), *positions.unbind(1))]  # [B, P, H, D]
+        index: tuple[Any, ...] = (slice(None), *positions.unbind(1))
+        chosen = query[index]  # [B, P, H, D]
         mask, bias = window_rows(positions, self._axes(key.shape[1:-2]), self.rpb)
         grid, additional = attention_map(
             chosen, key, mask, bias, self.scale, additional_keys, additional_lengths

@@ -140,6 +140,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             key_c, value_c = self._project_context(x, context)
             if context_lengths is None:
                 out = self._attend(query, key, value, key_c, value_c)
+            elif torch.jit.is_scripting():
+                raise RuntimeError("TorchScript has no context_lengths")
             else:
                 out = self._attend_by_length(query, key, value, key_c, value_c, context_lengths)
         return self.proj_drop(self.proj(crop(out, extent).flatten(-2)))
@@ -183,7 +185,6 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             key = self.k_norm(key)
         return key, value
 
-    @torch.jit.unused
     def _attend_by_length(
         self,
         query: Tensor,
@@ -195,7 +196,9 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
     ) -> Tensor:
         lengths = self._check_lengths(lengths, key_c)
         if self.attn_drop is not None and self.training:
-            return self._attend_with_dropout(query, key, value, key_c, value_c, lengths)
+            return self._attend_with_dropout(
+                query, key, value, key_c, value_c, lengths, self.attn_drop.p
+            )
         out, lse = attend(
             query,
             key,
@@ -229,10 +232,11 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             max_seqlen_KV=size,
             return_lse=True,
         )
-        merged = merge_attentions(
+        merged, _ = merge_attentions(
             [out.flatten(0, self.rank)[None], out_c],
             [lse.flatten(0, self.rank)[None], lse_c],
             torch_compile=False,
+            return_lse=True,
         )
         return merged.view(out.shape)
 

@@ -22,7 +22,12 @@ def _convolution(rank: int) -> type[nn.Module]:
     return _CONVOLUTIONS[rank]
 
 
-def _norm(norm_layer: Callable[..., nn.Module] | None, channels: int, device, dtype) -> nn.Module:
+def _norm(
+    norm_layer: Callable[..., nn.Module] | None,
+    channels: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
     if norm_layer is None:
         return nn.Identity()
     return norm_layer(channels, device=device, dtype=dtype)

@@ -4,7 +4,7 @@ and pictures of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,7 +56,7 @@ def window_tables(axes: Sequence[Axis], device: torch.device) -> WindowTables:
     return WindowTables(token, valid, bias)
 
 
-def _outer(a: Tensor, b: Tensor, combine) -> Tensor:
+def _outer(a: Tensor, b: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """[N, K] and [M, J] to [N * M, K * J]."""
     return combine(a[:, None, :, None], b[None, :, None, :]).flatten(2).flatten(0, 1)
 

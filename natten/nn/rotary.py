@@ -35,8 +35,6 @@ class RotaryEmbedding(nn.Module):
         ValueError: for a head_dim that cannot be split.
     """
 
-    frequencies: Tensor
-
     def __init__(
         self,
         head_dim: int,
@@ -59,6 +57,8 @@ class RotaryEmbedding(nn.Module):
         self.rank = rank
         self.theta = _for_each_axis(theta, rank, "theta")
         self.spacing = _for_each_axis(spacing, rank, "spacing")
+        # Annotated here, since TorchScript reads the annotations of the class.
+        self.frequencies: Tensor
         self.register_buffer("frequencies", self._frequencies(device, dtype), persistent=False)
 
     def _frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
