@@ -9,8 +9,7 @@ from torch import Tensor
 
 from natten import validation
 from natten.functional.dispatch import FMHA, parse_name
-from natten.functional.ops import autocast
-from natten.functional.ops import neighborhood_attention as operator
+from natten.functional.ops import autocast, call
 from natten.functional.problem import encode_config
 from natten.types import KernelSchedule
 from natten.utils.varlen import generate_varlen_parameters
@@ -188,7 +187,7 @@ def attention(
     requires_grad = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
     )
-    out, lse = operator(
+    out, lse = call(
         query,
         key,
         value,

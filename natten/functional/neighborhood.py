@@ -13,8 +13,7 @@ from natten.functional.attention import attention
 from natten.functional.dispatch import FMHA, FNA, Explanation, parse_name
 from natten.functional.dispatch import explain as explain_problem
 from natten.functional.merge import merge_attentions
-from natten.functional.ops import autocast, make_problem
-from natten.functional.ops import neighborhood_attention as operator
+from natten.functional.ops import autocast, call, make_problem
 from natten.functional.problem import decode_config, encode_config
 from natten.types import AttentionKwargs, BoolOrSequence, IntOrSequence, KernelSchedule
 
@@ -30,12 +29,6 @@ class _Plan(NamedTuple):
 # never repeat can cause.
 _plans: dict[tuple[Any, ...], _Plan] = {}
 _MAX_PLANS = 4096
-
-
-def _signature(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 
 def _boxes(
@@ -125,29 +118,21 @@ def _make_plan(
 
 def _cached_plan(*arguments: Any) -> _Plan:
     """_make_plan, remembered by shapes, dtypes, devices and the text of the other arguments."""
-    rank, query, key, value, rpb, additional_keys, additional_values, *rest = arguments
-    for tensor in (query, key, value):
-        if not isinstance(tensor, Tensor) or tensor.is_nested:
-            return _make_plan(*arguments)
     if torch.compiler.is_compiling():
         return _make_plan(*arguments)
-    identity = (
-        rank,
-        _signature(query),
-        _signature(key),
-        _signature(value),
-        _signature(rpb) if isinstance(rpb, Tensor) else repr(rpb),
-        _signature(additional_keys)
-        if isinstance(additional_keys, Tensor)
-        else repr(additional_keys),
-        _signature(additional_values)
-        if isinstance(additional_values, Tensor)
-        else repr(additional_values),
-        # The text tells 1 from True and 1.0, and holds for lists as well.
-        repr(rest),
-    )
+    identity: list[Any] = []
+    for tensor in arguments[1:7]:
+        if tensor is None:
+            identity.append(None)
+        elif isinstance(tensor, Tensor) and not tensor.is_nested:
+            identity += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+        else:
+            return _make_plan(*arguments)
+    # The text tells 1 from True and 1.0, and holds for lists as well.
+    identity.append(repr((arguments[0], arguments[7:])))
+    key = tuple(identity)
     try:
-        return _plans[identity]
+        return _plans[key]
     except KeyError:
         pass
     except TypeError:
@@ -156,7 +141,7 @@ def _cached_plan(*arguments: Any) -> _Plan:
     plan = _make_plan(*arguments)
     if len(_plans) >= _MAX_PLANS:
         _plans.clear()
-    _plans[identity] = plan
+    _plans[key] = plan
     return plan
 
 
@@ -216,7 +201,7 @@ def _run(
         parameters = (length, one, one, (False,), parameters[4], length, zero, zero) + (
             parameters[8:]
         )
-    out, lse = operator(
+    out, lse = call(
         query,
         key,
         value,

@@ -9,12 +9,13 @@ attention, which are rank-1 problems. Both return fresh contiguous tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from natten.functional.dispatch import resolve
 from natten.functional.problem import Config, Problem, decode_config
@@ -225,45 +226,142 @@ def _backward_fake(grad_out: Tensor | None, grad_lse: Tensor | None, *arguments:
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
-    ctx.parameters = inputs[_NUM_TENSORS:]
-    # A gradient that nobody asks for stays None: filling it with zeros would cost a kernel.
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    """The derivative of the forward operator."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        if _is_plain(arguments[:_NUM_TENSORS]):
+            return _forward(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return neighborhood_attention(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
+        ctx.parameters = inputs[_NUM_TENSORS:]
+        # A gradient that nobody asks for stays None: filling it with zeros would cost a kernel.
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:6])
+        arguments = (grad_out, grad_lse, *saved, *ctx.parameters, needs)
+        if _transforming():
+            gradients = _AttentionBackward.apply(*arguments)
+        elif not torch.is_grad_enabled() and _is_plain(arguments[: _NUM_TENSORS + 4]):
+            gradients = _backward(*arguments)
+        else:
+            gradients = neighborhood_attention_backward(*arguments)
+        kept = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+        return (*kept, *[None] * (len(ctx.needs_input_grad) - 6))
 
 
-def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    needs = list(ctx.needs_input_grad[:6])
-    saved = ctx.saved_tensors  # Once: under activation checkpointing, unpacking them recomputes.
-    gradients = torch.ops.natten.neighborhood_attention_backward.default(
-        grad_out, grad_lse, *saved, *ctx.parameters, needs
+class _AttentionBackward(torch.autograd.Function):
+    """Refuses the second derivative, which would otherwise silently be zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return neighborhood_attention_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise NotImplementedError(
+            "neighborhood attention cannot be differentiated twice: its backward pass has no "
+            "derivative"
+        )
+
+
+def _transforming() -> bool:
+    """Whether torch.func transforms are at work, which must see the Function and not the operator:
+    the dispatcher does not hand them a Python kernel's derivative."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _is_plain(tensors: tuple[Any, ...]) -> bool:
+    """Whether nobody but autograd watches: then the dispatcher has nothing to add.
+
+    Its way to a Python kernel and back costs more than all the rest of a call (57 of 77
+    microseconds), which counts for small windows. Tracers, modes, the profiler, subclasses and
+    the meta device take it.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TYPES:
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+        or tensors[2].is_meta
     )
-    present = [t is not None for t in saved[:6]]
-    kept = [g if n and p else None for g, n, p in zip(gradients, needs, present, strict=True)]
-    return (*kept, *[None] * (len(ctx.needs_input_grad) - 6))
 
 
-def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:
-    raise NotImplementedError(
-        "neighborhood attention cannot be differentiated twice: its backward pass has no derivative"
-    )
+def call(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The forward operator, on the shortest way that autograd, compilers, tracers and torch.func
+    allow."""
+    if _transforming():
+        return _Attention.apply(*arguments)
+    if _is_plain(arguments[:_NUM_TENSORS]):
+        # The last argument says whether gradients are needed.
+        return _Attention.apply(*arguments) if arguments[-1] else _forward(*arguments)
+    return neighborhood_attention(*arguments)
 
 
-for _name, _implementation, _fake in (
-    ("neighborhood_attention", _forward, _forward_fake),
-    ("neighborhood_attention_backward", _backward, _backward_fake),
+def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
+    for argument in arguments:
+        if isinstance(argument, Tensor) and (
+            forward_ad.unpack_dual(argument, level=0).tangent is not None
+        ):
+            raise NotImplementedError(
+                "neighborhood attention does not support forward-mode differentiation (jvp); use "
+                "backward mode"
+            )
+
+
+def _autograd_kernel(
+    operator: torch._ops.OpOverload, function: type[torch.autograd.Function]
+) -> Callable[..., Any]:
+    """What torch.library.register_autograd makes, but for forward mode and torch.func.grad."""
+
+    def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    return kernel
+
+
+neighborhood_attention = torch.ops.natten.neighborhood_attention.default
+neighborhood_attention_backward = torch.ops.natten.neighborhood_attention_backward.default
+
+for _operator, _implementation, _fake, _function in (
+    (neighborhood_attention, _forward, _forward_fake, _Attention),
+    (neighborhood_attention_backward, _backward, _backward_fake, _AttentionBackward),
 ):
+    _name = _operator._opname
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(_name, _autograd_kernel(_operator, _function), "Autograd", with_keyset=True)
     torch.library.register_fake(f"natten::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "natten::neighborhood_attention", _differentiate, setup_context=_save, lib=_library
-)
-torch.library.register_autograd(
-    "natten::neighborhood_attention_backward",
-    _no_second_derivative,
-    setup_context=lambda ctx, inputs, output: None,
-    lib=_library,
-)
 
 
 def autocast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -294,6 +392,10 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(
 for _key in ("AutocastCPU", "AutocastCUDA"):
     _library.impl("neighborhood_attention", _autocast_kernel, _key)
 
-neighborhood_attention = torch.ops.natten.neighborhood_attention.default
-
-__all__ = ["autocast", "make_problem", "neighborhood_attention"]
+__all__ = [
+    "autocast",
+    "call",
+    "make_problem",
+    "neighborhood_attention",
+    "neighborhood_attention_backward",
+]
