@@ -21,7 +21,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "natten needs Python 3.10 or newer: make PYTHON=python3.x ..."; exit 1; }
 	@echo "creating $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(INSTALLED): pyproject.toml setup.py | $(BIN)/python
 	@echo "installing natten and what its tests and demo need (the first time takes minutes)"
