@@ -158,8 +158,8 @@ def measure(setting: Setting, query: Tensor, key: Tensor, value: Tensor, truth: 
 
 def dense_milliseconds(query: Tensor, key: Tensor, value: Tensor) -> float:
     """The time of PyTorch's attention of every pixel to every pixel."""
-    flat = [tensor.flatten(1, 2).transpose(1, 2).contiguous() for tensor in (query, key, value)]
-    return milliseconds(lambda: F.scaled_dot_product_attention(*flat, scale=1.0))
+    q, k, v = (x.flatten(1, 2).transpose(1, 2).contiguous() for x in (query, key, value))
+    return milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, scale=1.0))
 
 
 def table_of(rows: Sequence[Row], dense: float, noisy: float) -> Table:
