@@ -163,6 +163,7 @@ class CpuBackend:
             return out, lse
         if dense.suits(problem, query, key, value):
             return dense.forward(problem, query, key, value)
+        # numba takes half a second to import.
         from natten.functional.backends.cpu import kernels
 
         precise = problem.accumulation_dtype
@@ -186,7 +187,7 @@ class CpuBackend:
             sweep.longest,
         )
         scratch = (sweep.capacity + extra + 1) * (width + width_v) + longest + padded(extra)
-        picks = 2 * longest + padded(extra)
+        picks = 2 * longest + padded(extra) + kernels.STATE_SIZE
         _launch(kernels.forward, sweep, arguments, scratch, picks, _numpy_type(precise))
         return out, lse
 
@@ -225,6 +226,7 @@ class CpuBackend:
                 problem, grad_out, grad_lse, query, key, value, out, lse
             )
             return (*gradients, None, None, None)
+        # numba takes half a second to import.
         from natten.functional.backends.cpu import kernels
 
         precise = problem.accumulation_dtype
@@ -267,7 +269,7 @@ class CpuBackend:
             bias_grads.reshape(-1), extra_grads.reshape(-1),
         )  # fmt: skip
         scratch = (sweep.capacity + extra + 2) * (width + width_v) + 2 * (longest + padded(extra))
-        picks = 2 * longest + padded(extra)
+        picks = 2 * longest + padded(extra) + kernels.STATE_SIZE
         _launch(kernels.backward_queries, sweep, arguments, scratch, picks, numpy_type)
 
         if needs[1] or needs[2]:
@@ -282,7 +284,8 @@ class CpuBackend:
             )  # fmt: skip
             scratch = (sweep.capacity + sweep.rows + 1) * (width + width_v)
             scratch += 2 * sweep.capacity + 2 * longest
-            _launch(kernels.backward_keys, sweep, arguments, scratch, 2 * longest, numpy_type)
+            picks = 2 * longest + kernels.STATE_SIZE
+            _launch(kernels.backward_keys, sweep, arguments, scratch, picks, numpy_type)
 
         grad_rpb = grad_extra_keys = grad_extra_values = None
         if rpb is not None and needs[3]:

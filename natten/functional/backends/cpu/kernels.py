@@ -18,23 +18,26 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+Ints = Floats = np.ndarray
 LANES = 8
 FLOATING, BFLOAT16, FLOAT16 = 0, 1, 2
 
 
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile without the GIL; keep the result on disk wherever numba finds a writable folder."""
-    # Contraction and reassociation only: the flags that assume no NaN and no infinity stay off.
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
-    try:
-        return njit(function, cache=True, **options)
-    except RuntimeError:
-        return njit(function, **options)
+# Contraction and reassociation only: the flags that assume no NaN and no infinity stay off.
+OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+inner = njit(**OPTIONS)
 
+
+def entry(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile a loop that Python calls; keep the result on disk if there is a writable folder."""
+    try:
+        return njit(cache=True, **OPTIONS)(function)
+    except RuntimeError:
+        return njit(**OPTIONS)(function)
 
 
 class Vector(types.Type):
@@ -51,46 +54,45 @@ class VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, ir.VectorType(manager[kind.dtype].get_value_type(), LANES))
 
 
-def _vector_pointer(context: Any, builder: ir.IRBuilder, kind: Any, array: Any, index: Any) -> Any:
-    data = cgutils.create_struct_proxy(kind)(context, builder, array).data
+def _vector_pointer(context: Any, builder: ir.IRBuilder, kind: Any, start: Any, index: Any) -> Any:
     kind = ir.VectorType(context.get_value_type(kind.dtype), LANES)
-    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
+    return builder.bitcast(builder.gep(start, [index]), kind.as_pointer())
 
 
 @intrinsic
-def load(typing, array, index):
-    """The vector array[index : index + LANES] of a contiguous array."""
+def load(typing, start, index):
+    """The vector start[index : index + LANES]."""
 
     def generate(context, builder, signature, args):
-        pointer = _vector_pointer(context, builder, signature.args[0], *args)
-        return builder.load(pointer, align=array.dtype.bitwidth // 8)
+        pointer = _vector_pointer(context, builder, start, *args)
+        return builder.load(pointer, align=start.dtype.bitwidth // 8)
 
-    return Vector(array.dtype)(array, types.intp), generate
+    return Vector(start.dtype)(start, types.intp), generate
 
 
 @intrinsic
-def store(typing, array, index, vector):
-    """array[index : index + LANES] = vector."""
+def store(typing, start, index, vector):
+    """start[index : index + LANES] = vector."""
 
     def generate(context, builder, signature, args):
-        pointer = _vector_pointer(context, builder, signature.args[0], *args[:2])
-        builder.store(args[2], pointer, align=array.dtype.bitwidth // 8)
+        pointer = _vector_pointer(context, builder, start, *args[:2])
+        builder.store(args[2], pointer, align=start.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, vector), generate
+    return types.void(start, types.intp, vector), generate
 
 
 @intrinsic
-def splat(typing, array, value):
-    """`value` in every lane, in the type of the array's elements."""
+def splat(typing, like, value):
+    """`value` in every lane, in the type that `like` points to."""
 
     def generate(context, builder, signature, args):
-        kind = ir.VectorType(context.get_value_type(array.dtype), LANES)
+        kind = ir.VectorType(context.get_value_type(like.dtype), LANES)
         single = builder.insert_element(ir.Constant(kind, ir.Undefined), args[1], ir.IntType(32)(0))
         zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
         return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), zeros)
 
-    return Vector(array.dtype)(array, array.dtype), generate
+    return Vector(like.dtype)(like, like.dtype), generate
 
 
 def _multiply_add(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
@@ -237,14 +239,63 @@ def take_ticket(typing, counter):
     return types.int64(counter), generate
 
 
+# Loops take pointers, not arrays: a numba array is seven arguments and a reference count.
+
+
 @intrinsic
-def pointer(typing, address):
-    """An integer address as the pointer that `carray` takes."""
+def start_of(typing, array):
+    """The address of a contiguous array's first element, as a pointer that can be indexed."""
 
     def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
+        return cgutils.create_struct_proxy(array)(context, builder, args[0]).data
 
-    return types.voidptr(types.int64), generate
+    return types.CPointer(array.dtype)(array), generate
+
+
+@intrinsic
+def after(typing, start, count):
+    """The pointer `count` elements further."""
+
+    def generate(context, builder, signature, args):
+        return builder.gep(args[0], [args[1]])
+
+    return start(start, types.intp), generate
+
+
+@intrinsic
+def numbers_at(typing, address, like):
+    """A pointer to the same type as `like`, from an integer."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(like))
+
+    return like(types.int64, like), generate
+
+
+@intrinsic
+def halves_at(typing, address):
+    """A pointer to 16-bit integers, from an integer."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(types.CPointer(types.uint16)))
+
+    return types.CPointer(types.uint16)(types.int64), generate
+
+
+@intrinsic
+def prefetch(typing, address, like, index):
+    """Ask for the cache line of element `index` at an address; any address will do."""
+
+    def generate(context, builder, signature, args):
+        start = builder.inttoptr(args[0], context.get_value_type(like))
+        pointer = builder.bitcast(builder.gep(start, [args[2]]), cgutils.voidptr_t)
+        flags = [ir.IntType(32)(flag) for flag in (0, 3, 1)]
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t] + [ir.IntType(32)] * 3)
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, *flags])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, like, types.intp), generate
 
 
 def _bitcast(source: types.Type, target: types.Type, doc: str) -> Any:
@@ -263,12 +314,12 @@ bits_of = _bitcast(types.float32, types.uint32, "The bits of a float32.")
 from_bits = _bitcast(types.uint32, types.float32, "The float32 of these bits.")
 
 
-@jit
+@inner
 def widen_bfloat16(half):
     return from_bits(np.uint32(half) << np.uint32(16))
 
 
-@jit
+@inner
 def narrow_bfloat16(value):
     """Round to nearest even."""
     bits = bits_of(np.float32(value))
@@ -277,7 +328,7 @@ def narrow_bfloat16(value):
     return np.uint16(rounded >> np.uint32(16))
 
 
-@jit
+@inner
 def widen_float16(half):
     bits = np.uint32(half)
     sign = (bits & np.uint32(0x8000)) << np.uint32(16)
@@ -288,7 +339,7 @@ def widen_float16(half):
     return from_bits(size_bits | sign)
 
 
-@jit
+@inner
 def narrow_float16(value):
     """Round to nearest even, to infinity beyond 65520."""
     bits = bits_of(np.float32(value))
@@ -307,72 +358,85 @@ def narrow_float16(value):
     return np.uint16(result | sign)
 
 
-@jit
-def read_row(address, step, count, kind, factor, out, at, padded):
-    """out[at:] = factor * the `count` numbers `step` elements apart at `address`, then zeros up to `padded`."""
+@inner
+def padded(count: int) -> int:
+    return (count + LANES - 1) // LANES * LANES
+
+
+@inner
+def read_row(
+    address: int, step: int, count: int, kind: int, factor: float, ahead: int, out: Floats, width: int
+) -> None:
+    """out = factor * the `count` numbers `step` elements apart at `address`, then zeros to `width`.
+
+    Asks for the row `ahead` bytes further on.
+    """
     if kind == FLOATING:
-        source = carray(pointer(address), ((count - 1) * step + 1,), out.dtype)
-        if step == 1:
-            for i in range(count):
-                out[at + i] = source[i] * factor
-        else:
-            for i in range(count):
-                out[at + i] = source[i * step] * factor
+        source = numbers_at(address, out)
+        whole = count - count % LANES if step == 1 else 0
+        factors = splat(out, factor)
+        for i in range(0, whole, LANES):
+            prefetch(address + ahead, out, i)
+            store(out, i, multiply(load(source, i), factors))
+        for i in range(whole, count):
+            out[i] = source[i * step] * factor
     else:
-        halves = carray(pointer(address), ((count - 1) * step + 1,), np.uint16)
-        if kind == BFLOAT16:
+        halves = halves_at(address)
+        # The loops over neighbors are written apart, because only they become vector code.
+        if kind == BFLOAT16 and step == 1:
             for i in range(count):
-                out[at + i] = widen_bfloat16(halves[i * step]) * factor
+                out[i] = widen_bfloat16(halves[i]) * factor
+        elif kind == BFLOAT16:
+            for i in range(count):
+                out[i] = widen_bfloat16(halves[i * step]) * factor
+        elif step == 1:
+            for i in range(count):
+                out[i] = widen_float16(halves[i]) * factor
         else:
             for i in range(count):
-                out[at + i] = widen_float16(halves[i * step]) * factor
-    for i in range(count, padded):
-        out[at + i] = 0
+                out[i] = widen_float16(halves[i * step]) * factor
+    for i in range(count, width):
+        out[i] = 0
 
 
-@jit
-def write_row(values, at, count, kind, factor, address, step):
+@inner
+def write_row(
+    values: Floats, count: int, kind: int, factor: float, address: int, step: int
+) -> None:
     """The reverse of read_row."""
     if kind == FLOATING:
-        target = carray(pointer(address), ((count - 1) * step + 1,), values.dtype)
-        for i in range(count):
-            target[i * step] = values[at + i] * factor
+        target = numbers_at(address, values)
+        whole = count - count % LANES if step == 1 else 0
+        factors = splat(values, factor)
+        for i in range(0, whole, LANES):
+            store(target, i, multiply(load(values, i), factors))
+        for i in range(whole, count):
+            target[i * step] = values[i] * factor
     else:
-        halves = carray(pointer(address), ((count - 1) * step + 1,), np.uint16)
+        halves = halves_at(address)
         if kind == BFLOAT16:
             for i in range(count):
-                halves[i * step] = narrow_bfloat16(values[at + i] * factor)
+                halves[i * step] = narrow_bfloat16(values[i] * factor)
         else:
             for i in range(count):
-                halves[i * step] = narrow_float16(values[at + i] * factor)
+                halves[i * step] = narrow_float16(values[i] * factor)
 
 
-@jit
-def read_number(address, like):
-    return carray(pointer(address), (1,), like.dtype)[0]
-
-
-@jit
-def write_number(address, value, like):
-    carray(pointer(address), (1,), like.dtype)[0] = value
-
-
-
-@jit
-def dots(row, at, rows, base, width, picks, count, out, to):
-    """out[to + j] = row . rows[base + picks[j]], for `count` rounded up to LANES picks."""
+@inner
+def dots(row: Floats, rows: Floats, width: int, picks: Ints, count: int, out: Floats) -> None:
+    """out[j] = row . rows[picks[j]], for `count` rounded up to LANES picks."""
     for j in range(0, count, LANES):
-        r0 = (base + picks[j]) * width
-        r1 = (base + picks[j + 1]) * width
-        r2 = (base + picks[j + 2]) * width
-        r3 = (base + picks[j + 3]) * width
-        r4 = (base + picks[j + 4]) * width
-        r5 = (base + picks[j + 5]) * width
-        r6 = (base + picks[j + 6]) * width
-        r7 = (base + picks[j + 7]) * width
+        r0 = picks[j] * width
+        r1 = picks[j + 1] * width
+        r2 = picks[j + 2] * width
+        r3 = picks[j + 3] * width
+        r4 = picks[j + 4] * width
+        r5 = picks[j + 5] * width
+        r6 = picks[j + 6] * width
+        r7 = picks[j + 7] * width
         s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = splat(out, 0)
         for i in range(0, width, LANES):
-            x = load(row, at + i)
+            x = load(row, i)
             s0 = fma(x, load(rows, r0 + i), s0)
             s1 = fma(x, load(rows, r1 + i), s1)
             s2 = fma(x, load(rows, r2 + i), s2)
@@ -381,76 +445,79 @@ def dots(row, at, rows, base, width, picks, count, out, to):
             s5 = fma(x, load(rows, r5 + i), s5)
             s6 = fma(x, load(rows, r6 + i), s6)
             s7 = fma(x, load(rows, r7 + i), s7)
-        store(out, to + j, sum_lanes(s0, s1, s2, s3, s4, s5, s6, s7))
+        store(out, j, sum_lanes(s0, s1, s2, s3, s4, s5, s6, s7))
 
 
-@jit
-def dot(a, b, width):
-    """a[:width] . b[:width], of a multiple of LANES numbers."""
+@inner
+def dot(a: Floats, b: Floats, width: int) -> float:
+    """a . b, of a multiple of LANES numbers."""
     total = splat(a, 0)
     for i in range(0, width, LANES):
         total = fma(load(a, i), load(b, i), total)
     return reduce_sum(total)
 
 
-@jit
-def accumulate(weights, w, rows, base, width, picks, count, out, to):
-    """out[to : to + width] += sum of weights[w + j] * rows[base + picks[j]] over j < count."""
+@inner
+def accumulate(
+    weights: Floats, rows: Floats, width: int, picks: Ints, count: int, out: Floats
+) -> None:
+    """out += the sum of weights[j] * rows[picks[j]] over j < count."""
     even = count - count % 2
     whole = width - width % (4 * LANES)
     for i in range(0, whole, 4 * LANES):
         # Two rows a step: eight independent sums hide the latency of the multiply-add.
-        a0 = load(out, to + i)
-        a1 = load(out, to + i + LANES)
-        a2 = load(out, to + i + 2 * LANES)
-        a3 = load(out, to + i + 3 * LANES)
+        a0 = load(out, i)
+        a1 = load(out, i + LANES)
+        a2 = load(out, i + 2 * LANES)
+        a3 = load(out, i + 3 * LANES)
         b0 = b1 = b2 = b3 = splat(out, 0)
         for j in range(0, even, 2):
-            r = (base + picks[j]) * width + i
-            x = splat(out, weights[w + j])
+            r = picks[j] * width + i
+            x = splat(out, weights[j])
             a0 = fma(x, load(rows, r), a0)
             a1 = fma(x, load(rows, r + LANES), a1)
             a2 = fma(x, load(rows, r + 2 * LANES), a2)
             a3 = fma(x, load(rows, r + 3 * LANES), a3)
-            r = (base + picks[j + 1]) * width + i
-            x = splat(out, weights[w + j + 1])
+            r = picks[j + 1] * width + i
+            x = splat(out, weights[j + 1])
             b0 = fma(x, load(rows, r), b0)
             b1 = fma(x, load(rows, r + LANES), b1)
             b2 = fma(x, load(rows, r + 2 * LANES), b2)
             b3 = fma(x, load(rows, r + 3 * LANES), b3)
         if even < count:
-            r = (base + picks[even]) * width + i
-            x = splat(out, weights[w + even])
+            r = picks[even] * width + i
+            x = splat(out, weights[even])
             a0 = fma(x, load(rows, r), a0)
             a1 = fma(x, load(rows, r + LANES), a1)
             a2 = fma(x, load(rows, r + 2 * LANES), a2)
             a3 = fma(x, load(rows, r + 3 * LANES), a3)
-        store(out, to + i, add(a0, b0))
-        store(out, to + i + LANES, add(a1, b1))
-        store(out, to + i + 2 * LANES, add(a2, b2))
-        store(out, to + i + 3 * LANES, add(a3, b3))
+        store(out, i, add(a0, b0))
+        store(out, i + LANES, add(a1, b1))
+        store(out, i + 2 * LANES, add(a2, b2))
+        store(out, i + 3 * LANES, add(a3, b3))
     for i in range(whole, width, LANES):
-        a0 = load(out, to + i)
+        a0 = load(out, i)
         b0 = splat(out, 0)
         for j in range(0, even, 2):
-            a0 = fma(splat(out, weights[w + j]), load(rows, (base + picks[j]) * width + i), a0)
-            b0 = fma(splat(out, weights[w + j + 1]), load(rows, (base + picks[j + 1]) * width + i), b0)
+            a0 = fma(splat(out, weights[j]), load(rows, picks[j] * width + i), a0)
+            b0 = fma(splat(out, weights[j + 1]), load(rows, picks[j + 1] * width + i), b0)
         if even < count:
-            a0 = fma(splat(out, weights[w + even]), load(rows, (base + picks[even]) * width + i), a0)
-        store(out, to + i, add(a0, b0))
+            a0 = fma(splat(out, weights[even]), load(rows, picks[even] * width + i), a0)
+        store(out, i, add(a0, b0))
 
 
-@jit
-def scatter(weights, w, count, row, width, out, to):
-    """out[to + j * width :][:width] += weights[w + j] * row, for j < count."""
+@inner
+def scatter(weights: Floats, count: int, row: Floats, width: int, out: Floats) -> None:
+    """Add weights[j] * row to the j-th row of out, for j < count."""
     for j in range(count):
-        x = splat(out, weights[w + j])
+        x = splat(out, weights[j])
         for i in range(0, width, LANES):
-            store(out, to + j * width + i, fma(x, load(row, i), load(out, to + j * width + i)))
+            at = j * width + i
+            store(out, at, fma(x, load(row, i), load(out, at)))
 
 
-@jit
-def softmax(scores, count):
+@inner
+def softmax(scores: Floats, count: int) -> tuple[float, float]:
     """Replace a multiple of LANES scores by exp(score - largest); the largest and the sum."""
     best = splat(scores, -np.inf)
     for j in range(0, count, LANES):
@@ -465,26 +532,26 @@ def softmax(scores, count):
     return largest, reduce_sum(total)
 
 
-@jit
-def score_gradients(scores, grads, count, lse, delta):
+@inner
+def score_gradients(scores: Floats, grads: Floats, count: int, lse: float, delta: float) -> None:
     """Replace a multiple of LANES scores by weights P, and gradients of P by those of the scores."""
-    lse = splat(scores, lse)
-    delta = splat(scores, delta)
+    lses = splat(scores, lse)
+    deltas = splat(scores, delta)
     for j in range(0, count, LANES):
-        weight = exp(subtract(load(scores, j), lse))
+        weight = exp(subtract(load(scores, j), lses))
         store(scores, j, weight)
-        store(grads, j, multiply(weight, subtract(load(grads, j), delta)))
+        store(grads, j, multiply(weight, subtract(load(grads, j), deltas)))
 
 
-@jit
-def fill(array, start, end, value):
-    for i in range(start, end):
-        array[i] = value
+@inner
+def fill(start: Floats, count: int, value: float) -> None:
+    for i in range(count):
+        start[i] = value
 
 
-@jit
-def list_picks(n0, n1, n2, s0, s1, s2, picks):
-    """Offsets of an n0 x n1 x n2 box with these strides; the last repeats up to a multiple of LANES."""
+@inner
+def list_picks(n0: int, n1: int, n2: int, s0: int, s1: int, s2: int, picks: Ints) -> None:
+    """Offsets of an n0 x n1 x n2 box with these strides; the last repeats up to whole vectors."""
     j = 0
     for x in range(n0):
         for y in range(n1):
@@ -495,35 +562,46 @@ def list_picks(n0, n1, n2, s0, s1, s2, picks):
         picks[i] = picks[j - 1]
 
 
-@jit
-def padded(count):
-    return (count + LANES - 1) // LANES * LANES
-
-
 # The tables of a sweep, all int64. "Rows" are queries in `forward` and `backward_queries`, keys in
 # `backward_keys`; "the others" are what a row sees. Axes are padded to three.
-#   axes[a]    first entry of the axis in `items`, first in `blocks`, number of blocks, dilation
-#   items[i]   lo, hi, bias: the others that a row of the axis sees, counted inside its residue of the
-#              dilation, and what turns such a count into an index of the relative position bias
-#   blocks[j]  first row, number of rows, first of the others, lo and hi of all rows together
-#   tensors[t] address, byte strides of batch, three axes and heads, element stride of head_dim
-FIRST, COUNT, OTHER, LOW, HIGH = 0, 1, 2, 3, 4
-# What open_row says about a row: its place, the start of its window, the window's extents, where it
-# starts in the bias; and the extents of the window last listed.
-AT, START, SIZE, BIAS, LISTED, ROW_SIZE = 0, 3, 6, 9, 12, 15
+#   axes     for each axis: first entry in `items`, first in `blocks`, number of blocks, dilation
+#   items    for each row of an axis: lo and hi, the others that it sees, counted inside its residue
+#            of the dilation; what turns such a count into an index of the relative position bias
+#   blocks   first row, number of rows, first of the others, lo and hi of all rows together
+#   tensors  address, byte strides of batch, three axes and heads, element stride of head_dim
+ITEM, BLOCK, BLOCKS, DILATION, AXIS_SIZE = 0, 1, 2, 3, 4
+FIRST, COUNT, OTHER, LOW, HIGH, BLOCK_SIZE = 0, 1, 2, 3, 4, 5
+ADDRESS, BATCH, AXES, HEADS, FEATURES, TENSOR_SIZE = 0, 1, 2, 5, 6, 7
+# What open_row says about a row: its place, where its window starts in the bias, and the window's
+# extents, for which the lists of picks were made.
+AT, BIAS, LISTED, ROW_SIZE = 0, 3, 6, 9
+# Tables of three axes that a thread keeps for itself.
+STATE_SIZE = 3 * BLOCK_SIZE + ROW_SIZE
 
 
-@jit
+@inner
 def open_unit(unit: int, axes: Ints, blocks: Ints, heads: int, box: Ints) -> tuple[int, int]:
-    """Fill box[axis] with the blocks of the unit; returns its batch entry and its head."""
+    """Fill `box` with the unit's block of each axis; returns its batch entry and its head."""
     for axis in range(2, -1, -1):
-        number = axes[axis, 2]
-        box[axis] = blocks[axes[axis, 1] + unit % number]
+        number = axes[AXIS_SIZE * axis + BLOCKS]
+        block = axes[AXIS_SIZE * axis + BLOCK] + unit % number
+        for i in range(BLOCK_SIZE):
+            box[BLOCK_SIZE * axis + i] = blocks[BLOCK_SIZE * block + i]
         unit = unit // number
     return unit // heads, unit % heads
 
 
-@jit
+@inner
+def rows_of(box: Ints) -> int:
+    return box[COUNT] * box[BLOCK_SIZE + COUNT] * box[2 * BLOCK_SIZE + COUNT]
+
+
+@inner
+def seen(box: Ints, axis: int) -> int:
+    return box[BLOCK_SIZE * axis + HIGH] - box[BLOCK_SIZE * axis + LOW]
+
+
+@inner
 def open_row(
     index: int, axes: Ints, items: Ints, box: Ints, sign: int, extents: Ints,
     picks: Ints, bias_picks: Ints, row: Ints,
@@ -532,96 +610,120 @@ def open_row(
 
     Returns the size of the window and its first row in the packed box.
     """
-    count, first, stride, changed = 1, 0, 1, False
+    size, first, stride, changed = 1, 0, 1, False
     for axis in range(2, -1, -1):
-        at = box[axis, FIRST] + axes[axis, 3] * (index % box[axis, COUNT])
-        index = index // box[axis, COUNT]
-        item = axes[axis, 0] + at
-        size = items[item, 1] - items[item, 0]
+        block = after(box, BLOCK_SIZE * axis)
+        at = block[FIRST] + axes[AXIS_SIZE * axis + DILATION] * (index % block[COUNT])
+        index = index // block[COUNT]
+        item = after(items, 3 * (axes[AXIS_SIZE * axis + ITEM] + at))
         row[AT + axis] = at
-        row[START + axis] = items[item, 0]
-        row[SIZE + axis] = size
-        row[BIAS + axis] = items[item, 2] + sign * items[item, 0]
-        changed |= size != row[LISTED + axis]
-        row[LISTED + axis] = size
-        count *= size
-        first += (items[item, 0] - box[axis, LOW]) * stride
-        stride *= box[axis, HIGH] - box[axis, LOW]
+        row[BIAS + axis] = item[2] + sign * item[0]
+        length = item[1] - item[0]
+        changed |= length != row[LISTED + axis]
+        row[LISTED + axis] = length
+        size *= length
+        first += (item[0] - block[LOW]) * stride
+        stride *= block[HIGH] - block[LOW]
     if changed:
-        y = box[1, HIGH] - box[1, LOW]
-        z = box[2, HIGH] - box[2, LOW]
-        list_picks(row[SIZE], row[SIZE + 1], row[SIZE + 2], y * z, z, 1, picks)
-        y = sign * extents[1]
-        z = sign * extents[2]
-        list_picks(row[SIZE], row[SIZE + 1], row[SIZE + 2], y * extents[2], z, sign, bias_picks)
-    return count, first
+        n0, n1, n2 = row[LISTED], row[LISTED + 1], row[LISTED + 2]
+        z = np.int64(1)
+        y = seen(box, z + z)
+        list_picks(n0, n1, n2, y * seen(box, z), y, z, picks)
+        y = sign * extents[2]
+        list_picks(n0, n1, n2, y * extents[1], y, sign, bias_picks)
+    return size, first
 
 
-@jit
+@inner
 def bias_index(head: int, row: Ints, extents: Ints) -> int:
     at = (head * extents[0] + row[BIAS]) * extents[1] + row[BIAS + 1]
     return at * extents[2] + row[BIAS + 2]
 
 
-@jit
+@inner
 def locate(tensor: Ints, batch: int, head: int) -> int:
-    return tensor[0] + batch * tensor[1] + head * tensor[5]
+    return tensor[ADDRESS] + batch * tensor[BATCH] + head * tensor[HEADS]
 
 
-@jit
+@inner
 def locate_row(tensor: Ints, batch: int, head: int, row: Ints) -> int:
-    offset = row[AT] * tensor[2] + row[AT + 1] * tensor[3] + row[AT + 2] * tensor[4]
+    offset = row[AT] * tensor[AXES] + row[AT + 1] * tensor[AXES + 1] + row[AT + 2] * tensor[AXES + 2]
     return locate(tensor, batch, head) + offset
 
 
-@jit
+@inner
+def get_row(
+    tensor: Ints, batch: int, head: int, row: Ints, ahead: int, kind: int, count: int, width: int,
+    factor: float, out: Floats,
+) -> None:  # fmt: skip
+    """Copy an open row; `ahead` says which later row of the last axis to ask for."""
+    address = locate_row(tensor, batch, head, row)
+    ahead *= tensor[AXES + 2]
+    read_row(address, tensor[FEATURES], count, kind, factor, ahead, out, width)
+
+
+@inner
+def put_row(
+    tensor: Ints, batch: int, head: int, row: Ints, kind: int, count: int, factor: float,
+    values: Floats,
+) -> None:  # fmt: skip
+    address = locate_row(tensor, batch, head, row)
+    write_row(values, count, kind, factor, address, tensor[FEATURES])
+
+
+@inner
 def pack(
     tensor: Ints, batch: int, head: int, axes: Ints, box: Ints, kind: int, count: int, width: int,
-    factor: float, out: Floats, at: int,
+    factor: float, out: Floats,
 ) -> None:  # fmt: skip
-    """Copy the others that a box sees to out[at:], one after the other, each padded to `width`."""
+    """Copy the others that a box sees, one after the other, each padded to `width`."""
     start = locate(tensor, batch, head)
-    for x in range(box[0, LOW], box[0, HIGH]):
-        start_x = start + (box[0, OTHER] + axes[0, 3] * x) * tensor[2]
-        for y in range(box[1, LOW], box[1, HIGH]):
-            start_y = start_x + (box[1, OTHER] + axes[1, 3] * y) * tensor[3]
-            for z in range(box[2, LOW], box[2, HIGH]):
-                start_z = start_y + (box[2, OTHER] + axes[2, 3] * z) * tensor[4]
-                read_row(start_z, tensor[6], count, kind, factor, out, at, width)
+    axis_y, axis_z = after(axes, AXIS_SIZE), after(axes, 2 * AXIS_SIZE)
+    box_y, box_z = after(box, BLOCK_SIZE), after(box, 2 * BLOCK_SIZE)
+    ahead = 4 * axis_z[DILATION] * tensor[AXES + 2]
+    at = 0
+    for x in range(box[LOW], box[HIGH]):
+        start_x = start + (box[OTHER] + axes[DILATION] * x) * tensor[AXES]
+        for y in range(box_y[LOW], box_y[HIGH]):
+            start_y = start_x + (box_y[OTHER] + axis_y[DILATION] * y) * tensor[AXES + 1]
+            for z in range(box_z[LOW], box_z[HIGH]):
+                start_z = start_y + (box_z[OTHER] + axis_z[DILATION] * z) * tensor[AXES + 2]
+                read_row(start_z, tensor[FEATURES], count, kind, factor, ahead, after(out, at), width)
                 at += width
 
 
-@jit
+@inner
 def pack_list(
     tensor: Ints, batch: int, head: int, length: int, kind: int, count: int, width: int,
-    factor: float, out: Floats, at: int,
+    factor: float, out: Floats,
 ) -> None:  # fmt: skip
     """The same for the first `length` tokens of the last axis."""
-    start = locate(tensor, batch, head)
+    start, step = locate(tensor, batch, head), tensor[AXES + 2]
     for z in range(length):
-        read_row(start + z * tensor[4], tensor[6], count, kind, factor, out, at, width)
-        at += width
+        read_row(
+            start + z * step, tensor[FEATURES], count, kind, factor, step, after(out, z * width), width
+        )
 
 
-@jit
+@inner
 def score(
-    query: Floats, at: int, keys: Floats, first: int, width: int, picks: Ints, count: int,
-    extra_keys: Floats, extra_picks: Ints, extra: int, rpb: Floats, bias_at: int, bias_picks: Ints,
-    out: Floats, to: int,
+    query: Floats, keys: Floats, width: int, picks: Ints, count: int, extra_keys: Floats,
+    extra_picks: Ints, extra: int, biased: bool, rpb: Floats, bias_picks: Ints, infinity: float,
+    out: Floats,
 ) -> None:  # fmt: skip
     """The scores of one query: its window's, then the additional keys', each padded with -inf."""
-    dots(query, at, keys, first, width, picks, count, out, to)
-    if rpb.size:
+    dots(query, keys, width, picks, count, out)
+    if biased:
         for j in range(count):
-            out[to + j] += rpb[bias_at + bias_picks[j]]
-    more = to + padded(count)
-    fill(out, to + count, more, -np.inf)
+            out[j] += rpb[bias_picks[j]]
+    fill(after(out, count), padded(count) - count, -infinity)
     if extra:
-        dots(query, at, extra_keys, 0, width, extra_picks, extra, out, more)
-        fill(out, more + extra, more + padded(extra), -np.inf)
+        more = after(out, padded(count))
+        dots(query, extra_keys, width, extra_picks, extra, more)
+        fill(after(more, extra), padded(extra) - extra, -infinity)
 
 
-@jit
+@entry
 def forward(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
     scale: float, heads: int, group: int, dim: int, dim_v: int, extra: int, rpb: Floats,
@@ -631,54 +733,73 @@ def forward(
 
     tensors: query, key, value, additional keys, additional values, out, logsumexp. work: keys and
     values of `capacity` tokens, additional keys and values, a query, an output, scores. lists: two
-    of `longest` picks and one of `extra`.
+    of `longest` picks, one of `extra`, STATE_SIZE.
     """
     width, width_v, longest = padded(dim), padded(dim_v), padded(longest)
-    one, scale = work.dtype.type(1), work.dtype.type(scale)
-    keys = work
-    values = keys[capacity * width :]
-    extra_keys = values[capacity * width_v :]
-    extra_values = extra_keys[extra * width :]
-    query = extra_values[extra * width_v :]
-    result = query[width:]
-    scores = result[width_v:]
-    picks, bias_picks, extra_picks = lists, lists[longest:], lists[2 * longest :]
-    list_picks(1, 1, extra, 0, 0, 1, extra_picks)
-    box, row = np.empty((3, 5), np.int64), np.empty(ROW_SIZE, np.int64)
+    one, scale, infinity = work.dtype.type(1), work.dtype.type(scale), work.dtype.type(np.inf)
+    zero, forth, biased = work.dtype.type(0), np.int64(1), rpb.size > 0
+    axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
+    rpb, extents = start_of(rpb), start_of(extents)
+
+    query_at = start_of(tensors)
+    key_at = after(query_at, TENSOR_SIZE)
+    value_at = after(key_at, TENSOR_SIZE)
+    extra_key_at = after(value_at, TENSOR_SIZE)
+    extra_value_at = after(extra_key_at, TENSOR_SIZE)
+    out_at = after(extra_value_at, TENSOR_SIZE)
+    lse_at = after(out_at, TENSOR_SIZE)
+
+    keys = start_of(work)
+    values = after(keys, capacity * width)
+    extra_keys = after(values, capacity * width_v)
+    extra_values = after(extra_keys, extra * width)
+    query = after(extra_values, extra * width_v)
+    result = after(query, width)
+    scores = after(result, width_v)
+
+    picks = start_of(lists)
+    bias_picks = after(picks, longest)
+    extra_picks = after(bias_picks, longest)
+    box = after(extra_picks, padded(extra))
+    row = after(box, 3 * BLOCK_SIZE)
+    for i in range(padded(extra)):
+        extra_picks[i] = min(i, extra - 1)
+
     while True:
         unit = take_ticket(counter)
         if unit >= units:
             break
         batch, head_kv = open_unit(unit, axes, blocks, heads, box)
-        pack(tensors[1], batch, head_kv, axes, box, kind, dim, width, one, keys, 0)
-        pack(tensors[2], batch, head_kv, axes, box, kind, dim_v, width_v, one, values, 0)
-        pack_list(tensors[3], batch, head_kv, extra, kind, dim, width, one, extra_keys, 0)
-        pack_list(tensors[4], batch, head_kv, extra, kind, dim_v, width_v, one, extra_values, 0)
-        row[LISTED:] = -1
-        for index in range(box[0, COUNT] * box[1, COUNT] * box[2, COUNT]):
-            count, first = open_row(index, axes, items, box, 1, extents, picks, bias_picks, row)
+        pack(key_at, batch, head_kv, axes, box, kind, dim, width, one, keys)
+        pack(value_at, batch, head_kv, axes, box, kind, dim_v, width_v, one, values)
+        pack_list(extra_key_at, batch, head_kv, extra, kind, dim, width, one, extra_keys)
+        pack_list(extra_value_at, batch, head_kv, extra, kind, dim_v, width_v, one, extra_values)
+        row[LISTED] = -1
+        ahead = 2 * axes[2 * AXIS_SIZE + DILATION]
+        for index in range(rows_of(box)):
+            count, first = open_row(index, axes, items, box, forth, extents, picks, bias_picks, row)
             for head in range(head_kv * group, (head_kv + 1) * group):
-                fill(result, 0, width_v, 0)
-                largest, total = work.dtype.type(-np.inf), one
+                fill(result, width_v, zero)
+                largest, total = -infinity, one
                 if count + extra:
-                    address = locate_row(tensors[0], batch, head, row)
-                    read_row(address, tensors[0, 6], dim, kind, scale, query, 0, width)
+                    get_row(query_at, batch, head, row, ahead, kind, dim, width, scale, query)
                     score(
-                        query, 0, keys, first, width, picks, count, extra_keys, extra_picks, extra,
-                        rpb, bias_index(head, row, extents), bias_picks, scores, 0,
+                        query, after(keys, first * width), width, picks, count, extra_keys,
+                        extra_picks, extra, biased, after(rpb, bias_index(head, row, extents)),
+                        bias_picks, infinity, scores,
                     )  # fmt: skip
-                    more = padded(count)
-                    largest, total = softmax(scores, more + padded(extra))
-                    accumulate(scores, 0, values, first, width_v, picks, count, result, 0)
+                    largest, total = softmax(scores, padded(count) + padded(extra))
                     accumulate(
-                        scores, more, extra_values, 0, width_v, extra_picks, extra, result, 0
+                        scores, after(values, first * width_v), width_v, picks, count, result
                     )
-                address = locate_row(tensors[5], batch, head, row)
-                write_row(result, 0, dim_v, kind, one / total, address, tensors[5, 6])
-                write_number(locate_row(tensors[6], batch, head, row), largest + math.log(total), work)
+                    more = after(scores, padded(count))
+                    accumulate(more, extra_values, width_v, extra_picks, extra, result)
+                put_row(out_at, batch, head, row, kind, dim_v, one / total, result)
+                lse = numbers_at(locate_row(lse_at, batch, head, row), keys)
+                lse[0] = largest + math.log(total)
 
 
-@jit
+@entry
 def backward_queries(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
     scale: float, heads: int, group: int, dim: int, dim_v: int, extra: int, rpb: Floats,
@@ -692,77 +813,99 @@ def backward_queries(
 
     tensors: query, key, value, additional keys, additional values, out, logsumexp, grad_out,
     grad_logsumexp (address 0 for none), delta, grad_query. bias_grads: of every unit, or empty.
-    extra_grads: of every unit `extra` keys, then as many values, or empty.
+    extra_grads: of every unit `extra` keys, then as many values, or empty. work: as in `forward`,
+    then a gradient of the output and gradients of scores. lists: as in `forward`.
     """
     width, width_v, longest = padded(dim), padded(dim_v), padded(longest)
-    one, scale = work.dtype.type(1), work.dtype.type(scale)
-    keys = work
-    values = keys[capacity * width :]
-    extra_keys = values[capacity * width_v :]
-    extra_values = extra_keys[extra * width :]
-    query = extra_values[extra * width_v :]
-    result = query[width:]
-    grad_row = result[max(width, width_v) :]
-    scores = grad_row[width_v:]
-    grads = scores[longest + padded(extra) :]
-    picks, bias_picks, extra_picks = lists, lists[longest:], lists[2 * longest :]
-    list_picks(1, 1, extra, 0, 0, 1, extra_picks)
-    box, row = np.empty((3, 5), np.int64), np.empty(ROW_SIZE, np.int64)
+    one, scale, infinity = work.dtype.type(1), work.dtype.type(scale), work.dtype.type(np.inf)
+    zero, forth, biased = work.dtype.type(0), np.int64(1), rpb.size > 0
+    axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
+    rpb, extents = start_of(rpb), start_of(extents)
+    bias_wanted, extra_wanted = bias_grads.size > 0, extra_grads.size > 0
+    bias_grads, extra_grads = start_of(bias_grads), start_of(extra_grads)
     biases = extents[0] * extents[1] * extents[2]
+
+    query_at = start_of(tensors)
+    key_at = after(query_at, TENSOR_SIZE)
+    value_at = after(key_at, TENSOR_SIZE)
+    extra_key_at = after(value_at, TENSOR_SIZE)
+    extra_value_at = after(extra_key_at, TENSOR_SIZE)
+    out_at = after(extra_value_at, TENSOR_SIZE)
+    lse_at = after(out_at, TENSOR_SIZE)
+    grad_out_at = after(lse_at, TENSOR_SIZE)
+    grad_lse_at = after(grad_out_at, TENSOR_SIZE)
+    delta_at = after(grad_lse_at, TENSOR_SIZE)
+    grad_query_at = after(delta_at, TENSOR_SIZE)
+
+    keys = start_of(work)
+    values = after(keys, capacity * width)
+    extra_keys = after(values, capacity * width_v)
+    extra_values = after(extra_keys, extra * width)
+    query = after(extra_values, extra * width_v)
+    result = after(query, width)
+    grad_row = after(result, max(width, width_v))
+    scores = after(grad_row, width_v)
+    grads = after(scores, longest + padded(extra))
+
+    picks = start_of(lists)
+    bias_picks = after(picks, longest)
+    extra_picks = after(bias_picks, longest)
+    box = after(extra_picks, padded(extra))
+    row = after(box, 3 * BLOCK_SIZE)
+    for i in range(padded(extra)):
+        extra_picks[i] = min(i, extra - 1)
+
     while True:
         unit = take_ticket(counter)
         if unit >= units:
             break
         batch, head_kv = open_unit(unit, axes, blocks, heads, box)
         if not only_delta:
-            pack(tensors[1], batch, head_kv, axes, box, kind, dim, width, one, keys, 0)
-            pack(tensors[2], batch, head_kv, axes, box, kind, dim_v, width_v, one, values, 0)
-            pack_list(tensors[3], batch, head_kv, extra, kind, dim, width, one, extra_keys, 0)
-            pack_list(tensors[4], batch, head_kv, extra, kind, dim_v, width_v, one, extra_values, 0)
-        row[LISTED:] = -1
-        for index in range(box[0, COUNT] * box[1, COUNT] * box[2, COUNT]):
-            count, first = open_row(index, axes, items, box, 1, extents, picks, bias_picks, row)
+            pack(key_at, batch, head_kv, axes, box, kind, dim, width, one, keys)
+            pack(value_at, batch, head_kv, axes, box, kind, dim_v, width_v, one, values)
+            pack_list(extra_key_at, batch, head_kv, extra, kind, dim, width, one, extra_keys)
+            pack_list(extra_value_at, batch, head_kv, extra, kind, dim_v, width_v, one, extra_values)
+        row[LISTED] = -1
+        ahead = 2 * axes[2 * AXIS_SIZE + DILATION]
+        for index in range(rows_of(box)):
+            count, first = open_row(index, axes, items, box, forth, extents, picks, bias_picks, row)
             for head in range(head_kv * group, (head_kv + 1) * group):
-                address = locate_row(tensors[5], batch, head, row)
-                read_row(address, tensors[5, 6], dim_v, kind, one, result, 0, width_v)
-                address = locate_row(tensors[7], batch, head, row)
-                read_row(address, tensors[7, 6], dim_v, kind, one, grad_row, 0, width_v)
+                get_row(out_at, batch, head, row, ahead, kind, dim_v, width_v, one, result)
+                get_row(grad_out_at, batch, head, row, ahead, kind, dim_v, width_v, one, grad_row)
                 delta = dot(result, grad_row, width_v)
-                if tensors[8, 0]:
-                    delta -= read_number(locate_row(tensors[8], batch, head, row), work)
-                write_number(locate_row(tensors[9], batch, head, row), delta, work)
+                if grad_lse_at[ADDRESS]:
+                    delta -= numbers_at(locate_row(grad_lse_at, batch, head, row), keys)[0]
+                numbers_at(locate_row(delta_at, batch, head, row), keys)[0] = delta
                 if only_delta:
                     continue
-                fill(result, 0, width, 0)
+                fill(result, width, zero)
                 if count + extra:
-                    address = locate_row(tensors[0], batch, head, row)
-                    read_row(address, tensors[0, 6], dim, kind, scale, query, 0, width)
+                    get_row(query_at, batch, head, row, ahead, kind, dim, width, scale, query)
                     score(
-                        query, 0, keys, first, width, picks, count, extra_keys, extra_picks, extra,
-                        rpb, bias_index(head, row, extents), bias_picks, scores, 0,
+                        query, after(keys, first * width), width, picks, count, extra_keys,
+                        extra_picks, extra, biased, after(rpb, bias_index(head, row, extents)),
+                        bias_picks, infinity, scores,
                     )  # fmt: skip
-                    more = padded(count)
-                    dots(grad_row, 0, values, first, width_v, picks, count, grads, 0)
-                    dots(grad_row, 0, extra_values, 0, width_v, extra_picks, extra, grads, more)
-                    lse = read_number(locate_row(tensors[6], batch, head, row), work)
-                    score_gradients(scores, grads, more + padded(extra), lse, delta)
-                    accumulate(grads, 0, keys, first, width, picks, count, result, 0)
-                    accumulate(grads, more, extra_keys, 0, width, extra_picks, extra, result, 0)
-                    if bias_grads.size:
+                    dots(grad_row, after(values, first * width_v), width_v, picks, count, grads)
+                    more, more_grads = after(scores, padded(count)), after(grads, padded(count))
+                    dots(grad_row, extra_values, width_v, extra_picks, extra, more_grads)
+                    lse = numbers_at(locate_row(lse_at, batch, head, row), keys)[0]
+                    score_gradients(scores, grads, padded(count) + padded(extra), lse, delta)
+                    accumulate(grads, after(keys, first * width), width, picks, count, result)
+                    accumulate(more_grads, extra_keys, width, extra_picks, extra, result)
+                    if bias_wanted:
                         at = unit * group * biases
                         at += bias_index(head - head_kv * group, row, extents)
                         for j in range(count):
                             bias_grads[at + bias_picks[j]] += grads[j]
-                    if extra_grads.size:
-                        at = unit * extra * (width + width_v)
-                        scatter(grads, more, extra, query, width, extra_grads, at)
-                        at += extra * width
-                        scatter(scores, more, extra, grad_row, width_v, extra_grads, at)
-                address = locate_row(tensors[10], batch, head, row)
-                write_row(result, 0, dim, kind, scale, address, tensors[10, 6])
+                    if extra_wanted:
+                        out = after(extra_grads, unit * extra * (width + width_v))
+                        scatter(more_grads, extra, query, width, out)
+                        scatter(more, extra, grad_row, width_v, after(out, extra * width))
+                put_row(grad_query_at, batch, head, row, kind, dim, scale, result)
 
 
-@jit
+@entry
 def backward_keys(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
     scale: float, heads: int, group: int, dim: int, dim_v: int, rpb: Floats, extents: Ints,
@@ -772,59 +915,84 @@ def backward_keys(
 
     tensors: query, key, value, logsumexp, grad_out, delta, grad_key, grad_value. work: of
     `capacity` queries the vectors, their output gradients, logsumexp and delta; of `rows` keys both
-    gradients; a key, a value, scores and their gradients.
+    gradients; a key, a value, scores and their gradients. lists: two of `longest` picks,
+    STATE_SIZE.
     """
     width, width_v, longest = padded(dim), padded(dim_v), padded(longest)
-    one, scale = work.dtype.type(1), work.dtype.type(scale)
-    queries = work
-    grad_rows = queries[capacity * width :]
-    lse = grad_rows[capacity * width_v :]
-    delta = lse[capacity:]
-    grad_keys = delta[capacity:]
-    grad_values = grad_keys[rows * width :]
-    key = grad_values[rows * width_v :]
-    value = key[width:]
-    scores = value[width_v:]
-    grads = scores[longest:]
-    picks, bias_picks = lists, lists[longest:]
-    box, row = np.empty((3, 5), np.int64), np.empty(ROW_SIZE, np.int64)
+    one, scale, zero = work.dtype.type(1), work.dtype.type(scale), work.dtype.type(0)
+    single, back, floating, biased = np.int64(1), np.int64(-1), np.int64(FLOATING), rpb.size > 0
+    axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
+    rpb, extents = start_of(rpb), start_of(extents)
+
+    query_at = start_of(tensors)
+    key_at = after(query_at, TENSOR_SIZE)
+    value_at = after(key_at, TENSOR_SIZE)
+    lse_at = after(value_at, TENSOR_SIZE)
+    grad_out_at = after(lse_at, TENSOR_SIZE)
+    delta_at = after(grad_out_at, TENSOR_SIZE)
+    grad_key_at = after(delta_at, TENSOR_SIZE)
+    grad_value_at = after(grad_key_at, TENSOR_SIZE)
+
+    queries = start_of(work)
+    grad_rows = after(queries, capacity * width)
+    lse = after(grad_rows, capacity * width_v)
+    delta = after(lse, capacity)
+    grad_keys = after(delta, capacity)
+    grad_values = after(grad_keys, rows * width)
+    key = after(grad_values, rows * width_v)
+    value = after(key, width)
+    scores = after(value, width_v)
+    grads = after(scores, longest)
+
+    picks = start_of(lists)
+    bias_picks = after(picks, longest)
+    box = after(bias_picks, longest)
+    row = after(box, 3 * BLOCK_SIZE)
+
     while True:
         unit = take_ticket(counter)
         if unit >= units:
             break
         batch, head_kv = open_unit(unit, axes, blocks, heads, box)
-        members = box[0, COUNT] * box[1, COUNT] * box[2, COUNT]
-        fill(grad_keys, 0, members * width, 0)
-        fill(grad_values, 0, members * width_v, 0)
+        members = rows_of(box)
+        fill(grad_keys, members * width, zero)
+        fill(grad_values, members * width_v, zero)
+        ahead = 2 * axes[2 * AXIS_SIZE + DILATION]
         for head in range(head_kv * group, (head_kv + 1) * group):
-            pack(tensors[0], batch, head, axes, box, kind, dim, width, scale, queries, 0)
-            pack(tensors[4], batch, head, axes, box, kind, dim_v, width_v, one, grad_rows, 0)
-            pack(tensors[3], batch, head, axes, box, FLOATING, 1, 1, one, lse, 0)
-            pack(tensors[5], batch, head, axes, box, FLOATING, 1, 1, one, delta, 0)
-            row[LISTED:] = -1
+            pack(query_at, batch, head, axes, box, kind, dim, width, scale, queries)
+            pack(grad_out_at, batch, head, axes, box, kind, dim_v, width_v, one, grad_rows)
+            pack(lse_at, batch, head, axes, box, floating, single, single, one, lse)
+            pack(delta_at, batch, head, axes, box, floating, single, single, one, delta)
+            row[LISTED] = -1
             for index in range(members):
-                count, first = open_row(index, axes, items, box, -1, extents, picks, bias_picks, row)
-                address = locate_row(tensors[1], batch, head_kv, row)
-                read_row(address, tensors[1, 6], dim, kind, one, key, 0, width)
-                address = locate_row(tensors[2], batch, head_kv, row)
-                read_row(address, tensors[2, 6], dim_v, kind, one, value, 0, width_v)
-                dots(key, 0, queries, first, width, picks, count, scores, 0)
-                dots(value, 0, grad_rows, first, width_v, picks, count, grads, 0)
-                if rpb.size:
-                    at = bias_index(head, row, extents)
+                count, first = open_row(
+                    index, axes, items, box, back, extents, picks, bias_picks, row
+                )
+                get_row(key_at, batch, head_kv, row, ahead, kind, dim, width, one, key)
+                get_row(value_at, batch, head_kv, row, ahead, kind, dim_v, width_v, one, value)
+                window = after(queries, first * width)
+                window_grads = after(grad_rows, first * width_v)
+                dots(key, window, width, picks, count, scores)
+                dots(value, window_grads, width_v, picks, count, grads)
+                if biased:
+                    bias = after(rpb, bias_index(head, row, extents))
                     for j in range(count):
-                        scores[j] += rpb[at + bias_picks[j]]
+                        scores[j] += bias[bias_picks[j]]
+                window_lse, window_delta = after(lse, first), after(delta, first)
                 for j in range(count):
-                    scores[j] -= lse[first + picks[j]]
-                    grads[j] -= delta[first + picks[j]]
-                score_gradients(scores, grads, padded(count), 0.0, 0.0)
-                accumulate(grads, 0, queries, first, width, picks, count, grad_keys, index * width)
+                    scores[j] -= window_lse[picks[j]]
+                    grads[j] -= window_delta[picks[j]]
+                score_gradients(scores, grads, padded(count), zero, zero)
+                accumulate(grads, window, width, picks, count, after(grad_keys, index * width))
                 accumulate(
-                    scores, 0, grad_rows, first, width_v, picks, count, grad_values, index * width_v
+                    scores, window_grads, width_v, picks, count, after(grad_values, index * width_v)
                 )
         for index in range(members):
-            open_row(index, axes, items, box, -1, extents, picks, bias_picks, row)
-            address = locate_row(tensors[6], batch, head_kv, row)
-            write_row(grad_keys, index * width, dim, kind, one, address, tensors[6, 6])
-            address = locate_row(tensors[7], batch, head_kv, row)
-            write_row(grad_values, index * width_v, dim_v, kind, one, address, tensors[7, 6])
+            open_row(index, axes, items, box, back, extents, picks, bias_picks, row)
+            put_row(
+                grad_key_at, batch, head_kv, row, kind, dim, one, after(grad_keys, index * width)
+            )
+            put_row(
+                grad_value_at, batch, head_kv, row, kind, dim_v, one,
+                after(grad_values, index * width_v),
+            )  # fmt: skip
