@@ -4,7 +4,7 @@ NAT and DiNAT without levels, and ViT with a relative position bias, which they 
 Attention Transformer`, https://arxiv.org/abs/2209.15001, section 4.3.
 """
 
-from __future__ import annotations
+# No postponed annotations here: torch.fx writes those of `forward` into the code that it generates, as types.
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -4,7 +4,7 @@ Paper: `Neighborhood Attention Transformer`, https://arxiv.org/abs/2204.07143.
 Released code and checkpoints: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer.
 """
 
-from __future__ import annotations
+# No postponed annotations here: torch.fx writes those of `forward` into the code that it generates, as types.
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -252,7 +252,7 @@ class NAT(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
         take, last = feature_take_indices(len(self.levels), indices)
         levels = self.levels[: last + 1] if stop_early else self.levels
-        x = self.patch_embed(x)
+        x = self.patch_embed(channels_last(x))
         intermediates = []
         final = len(self.levels) - 1
         for i, level in enumerate(levels):
@@ -282,15 +282,18 @@ class NAT(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        # Tokens are channels-last: convolutions of channels-last images need no transposition.
-        x = x.contiguous(memory_format=torch.channels_last)
-        return self.norm(self.levels(self.patch_embed(x)))
+        return self.norm(self.levels(self.patch_embed(channels_last(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Tokens are channels-last: convolutions of channels-last images need no transposition."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def reset_head(

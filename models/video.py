@@ -7,7 +7,7 @@ Neighborhood attention: https://arxiv.org/abs/2204.07143, in the layout of Swin 
 Adaptive norms: DiT, https://arxiv.org/abs/2212.09748.
 """
 
-from __future__ import annotations
+# No postponed annotations here: torch.fx writes those of `forward` into the code that it generates, as types.
 
 import math
 from collections.abc import Callable, Sequence

@@ -71,7 +71,8 @@ def main() -> int:
     selection = " or ".join(arguments.models)
     command = [
         *(sys.executable, "-m", "pytest", "-p", "natten.models", str(test_file)),
-        *("--rootdir", str(test_file.parent), "-c", "/dev/null", "-p", "no:cacheprovider", "-q"),
+        # timm's own settings, which name its markers.
+        *("-c", str(test_file.parent.parent / "pyproject.toml"), "-p", "no:cacheprovider", "-q"),
         *("-k", f"({selection}) and not pretrained"),
         *arguments.pytest_arguments,
     ]

@@ -1,0 +1,169 @@
+"""Loading checkpoint files, and the command that converts them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+timm = pytest.importorskip("timm")
+
+import natten.models  # noqa: E402
+from natten.models import read_checkpoint  # noqa: E402
+from natten.models.__main__ import main  # noqa: E402
+from original_models import OriginalNAT  # noqa: E402
+
+SMALL = dict(embed_dim=16, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1), num_classes=10)
+PLAIN = dict(dilations=((1,),) * 4)
+COUNT = dict(num_classes=10)  # the checkpoints of these tests have 10 classes
+
+
+def small_model(**kwargs) -> torch.nn.Module:
+    return timm.create_model("nat_mini", **{**SMALL, **PLAIN, **kwargs}).eval()
+
+
+@pytest.fixture
+def original() -> OriginalNAT:
+    torch.manual_seed(1)
+    return OriginalNAT(kernel_size=7, mlp_ratio=3, **PLAIN, **SMALL).eval()
+
+
+@pytest.fixture(params=[".pth", ".safetensors"])
+def checkpoint(original: OriginalNAT, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    path = tmp_path / f"original{request.param}"
+    if request.param == ".pth":
+        torch.save({"model": original.state_dict(), "epoch": 3}, path)
+    else:
+        save_file(original.state_dict(), path)
+    return path
+
+
+def load(path: Path, **kwargs) -> torch.nn.Module:
+    overlay = dict(file=str(path), **COUNT)
+    return small_model(pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+def test_file_of_either_kind(checkpoint: Path, original: OriginalNAT) -> None:
+    model = load(checkpoint)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), original(x), rtol=1e-5, atol=1e-5)
+    assert "state_dict" not in model.pretrained_cfg
+    assert model.pretrained_cfg["file"] == str(checkpoint)
+
+
+def test_other_classes_channels_and_features(checkpoint: Path, original: OriginalNAT) -> None:
+    weights = original.state_dict()
+    model = load(checkpoint, num_classes=3)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    assert torch.equal(model.levels[0].blocks[0].attn.rpb, weights["levels.0.blocks.0.attn.rpb"])
+    model = load(checkpoint, in_chans=1)
+    torch.testing.assert_close(
+        model.patch_embed.proj[0].weight, weights["patch_embed.proj.0.weight"].sum(1, keepdim=True)
+    )
+    x = torch.randn(1, 3, 64, 64)
+    features = load(checkpoint, features_only=True)
+    want = load(checkpoint).forward_intermediates(x, intermediates_only=True)
+    for got, expected in zip(features.eval()(x), want, strict=True):
+        torch.testing.assert_close(got.permute(0, 3, 1, 2), expected)
+
+
+def test_other_window_resizes_the_bias(checkpoint: Path, original: OriginalNAT) -> None:
+    model = load(checkpoint, kernel_size=11)
+    table = original.state_dict()["levels.0.blocks.0.attn.rpb"]
+    want = torch.nn.functional.interpolate(table[None], size=(21, 21), mode="bicubic")[0]
+    torch.testing.assert_close(model.levels[0].blocks[0].attn.rpb.detach(), want)
+    # Exact for a table that the interpolation cannot bend.
+    flat = {k: torch.ones_like(v) if k.endswith("rpb") else v for k, v in model.state_dict().items()}
+    resized = natten.models.checkpoint_filter_fn(flat, small_model(kernel_size=5))
+    torch.testing.assert_close(resized["levels.0.blocks.0.attn.rpb"], torch.ones(1, 9, 9))
+
+
+def test_timm_saves_and_loads_locally(tmp_path: Path) -> None:
+    from timm.models import save_for_hf
+
+    model = timm.create_model("nat_pico").eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_malicious_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"head.weight": Malicious()}}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=r"bad\.pth is refused.*could run any code"):
+        load(tmp_path / "bad.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_truncated_file_is_refused(checkpoint: Path) -> None:
+    whole = checkpoint.read_bytes()
+    for kept in (0, 7, len(whole) // 2, len(whole) - 1):
+        checkpoint.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match=r"original\.(pth|safetensors) is"):
+            load(checkpoint)
+
+
+def test_other_refusals(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load(tmp_path / "missing.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds no state dict, but list"):
+        read_checkpoint(tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(ValueError, match="holds no tensors"):
+        read_checkpoint(tmp_path / "empty.pth")
+    save_file({"conv1.weight": torch.ones(2)}, tmp_path / "resnet.safetensors")
+    with pytest.raises(ValueError, match="none of the layouts"):
+        load(tmp_path / "resnet.safetensors")
+
+
+def test_averaged_weights_and_wrappers(original: OriginalNAT, tmp_path: Path) -> None:
+    state = original.state_dict()
+    wrapped = {f"module.{key}": tensor for key, tensor in state.items()}
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    torch.save({"state_dict": zeros, "state_dict_ema": wrapped}, tmp_path / "training.pth")
+    read = read_checkpoint(tmp_path / "training.pth")
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "original", "natten"])
+def test_convert_command(
+    layout: str, checkpoint: Path, original: OriginalNAT, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = checkpoint.with_name(f"there{checkpoint.suffix}")
+    back = checkpoint.with_name("back.safetensors")
+    assert main(["convert", str(checkpoint), str(there), "--to", layout]) == 0
+    printed = capsys.readouterr().out.replace("\n", " ")
+    for key in original.state_dict():
+        assert key in printed
+    for key in read_checkpoint(there):
+        assert key in printed
+    assert main(["convert", str(there), str(back), "--to", "original"]) == 0
+    for key, tensor in load_file(back).items():
+        assert torch.equal(tensor, original.state_dict()[key])
+
+
+def test_convert_command_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.pth").write_bytes(b"PK")
+    assert main(["convert", str(tmp_path / "x.pth"), str(tmp_path / "y.pth")]) == 1
+    assert "x.pth is" in capsys.readouterr().err
+
+
+def test_list_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "nat_mini"]) == 0
+    printed = capsys.readouterr().out
+    assert "dinat_mini.shi_in1k" in printed
+    assert "19.98 M" in printed
+    assert "81.8" in printed
+    assert "nat_base" not in printed
