@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,7 +134,7 @@ def inverse_position_bounds(position: Index, group: Index, axis: Axis) -> tuple[
     stop = torch.where(sees_last, end, torch.minimum(stop, end).clamp(min=0))
     # ... and ends after it.
     earliest = position - k + 1
-    start = _ceil_div(earliest + k // 2 - s // 2, s) * s
+    start = _tensor(_ceil_div(earliest + k // 2 - s // 2, s)) * s
     start = torch.where(earliest <= 0, torch.zeros_like(position), start.clamp(min=0))
     return torch.minimum(start, end), stop
 
@@ -266,7 +266,8 @@ def attended(
         return [index % axes.dilation + axes.dilation * j for j in range(start, end)]
     if isinstance(index, int) or len(index) != len(axes):
         raise ValueError(f"index must have one value for each of {len(axes)} axes, got {index!r}")
-    return list(product(*(attended(i, axis) for i, axis in zip(index, axes, strict=True))))
+    per_axis: list[Any] = [attended(i, axis) for i, axis in zip(index, axes, strict=True)]
+    return list(product(*per_axis))
 
 
 __all__ = [

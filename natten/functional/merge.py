@@ -32,7 +32,7 @@ def _merge(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     lse = torch.where(seen, top + safe_total.log(), -torch.inf)
     shares = weights / safe_total
     # A branch that saw nothing has no say, whatever its output holds.
-    out = sum(
+    out: Any = sum(
         share.unsqueeze(-1) * output.to(dtype).masked_fill(none.unsqueeze(-1), 0.0)
         for share, output, none in zip(shares.unbind(), outputs, nothing.unbind(), strict=True)
     )

@@ -237,7 +237,7 @@ def _run_separately(
     else:
         out, lse = _run(query, key, value, rpb, None, None, plan)
         out, lse = _flat(out), lse.flatten(1, -2)
-    if additional_keys is not None:
+    if additional_keys is not None and additional_values is not None:
         context = _attention(
             query, additional_keys, additional_values, parameters, False, attention_kwargs
         )
@@ -516,7 +516,6 @@ def explain(
     window = (kernel_size, stride, dilation, is_causal)
     boxes = (grid, query_origin, key_origin)
     parameters = _make_plan(None, *tensors, window, scale, None, knobs, boxes).parameters
-    problem = make_problem(
-        query, key, value, rpb, additional_keys, None, *parameters[:10], _needs_grad(*tensors)
-    )
+    facts = (*parameters[:10], _needs_grad(*tensors))
+    problem = make_problem(query, key, value, rpb, additional_keys, None, *facts)
     return explain_problem(problem, decode_config(parameters[11]))

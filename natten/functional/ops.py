@@ -138,9 +138,8 @@ def make_problem(
 def _plan(tensors: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Problem, Config, str]:
     query, key, value, rpb, additional_keys, _, cumulative_seqlen_q, _ = tensors
     *window, backend, config, requires_grad = parameters
-    problem = make_problem(
-        query, key, value, rpb, additional_keys, cumulative_seqlen_q, *window, requires_grad
-    )
+    facts = (*window, requires_grad)
+    problem = make_problem(query, key, value, rpb, additional_keys, cumulative_seqlen_q, *facts)
     return problem, decode_config(config), backend
 
 
@@ -364,7 +363,7 @@ for _operator, _implementation, _fake, _function in (
     torch.library.register_fake(f"natten::{_name}", _fake, lib=_library)
 
 
-def autocast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def autocast(tensors: Sequence[Any]) -> list[Any]:
     """Cast as torch's attention does: to the autocast dtype, where it is enabled, but float64."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):

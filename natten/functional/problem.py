@@ -193,8 +193,8 @@ def decode_config(text: str) -> Config:
         return DEFAULT_CONFIG
     *tiles, reduction, persistent, schedule, compiled = text.split(",")
     shapes = [tuple(int(n) for n in tile.split("x")) if tile else None for tile in tiles]
-    return Config(
-        *shapes,
+    return Config(  # type: ignore[misc]
+        *shapes,  # type: ignore[arg-type]
         backward_use_pt_reduction=reduction == "1",
         run_persistent_kernel=persistent == "1",
         kernel_schedule=schedule or None,
