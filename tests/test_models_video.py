@@ -1,0 +1,149 @@
+"""natten.models.video: causality, streaming, the denoiser."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+timm = pytest.importorskip("timm")
+
+from natten.models import VideoDenoiser, VideoNAT  # noqa: E402
+
+
+def causal_model(**kwargs) -> VideoNAT:
+    torch.manual_seed(0)
+    model = timm.create_model("video_nat_pico_causal", num_classes=5, **kwargs).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.copy_(torch.randn_like(p) * p[0].numel() ** -0.5)
+    return model
+
+
+CLIP = (2, 3, 11, 40, 52)  # not even, and smaller than the window at the last level
+
+
+def test_shapes_of_clips_and_images() -> None:
+    model = timm.create_model("video_nat_pico", num_classes=5).eval()
+    with torch.no_grad():
+        clip = torch.randn(2, 3, 6, 40, 48)
+        assert model(clip).shape == (2, 5)
+        assert model.forward_features(clip).shape == (2, 6, 3, 3, 128)
+        _, maps = model.forward_intermediates(clip)
+        assert [tuple(m.shape) for m in maps] == [(2, 32, 6, 10, 12), (2, 64, 6, 5, 6), (2, 128, 6, 3, 3)]
+        # An image is a clip of one frame.
+        image = torch.randn(2, 3, 40, 48)
+        torch.testing.assert_close(model(image), model(image[:, :, None]))
+        assert model.forward_features(image).shape == (2, 3, 3, 128)
+    with pytest.raises(ValueError, match="must be a clip"):
+        model(torch.randn(3, 40, 48))
+
+
+@pytest.mark.parametrize("parts", [[1] * 11, [4, 1, 6], [11]], ids=str)
+def test_stream_equals_the_clip(parts: list[int]) -> None:
+    model = causal_model()
+    clip = torch.randn(*CLIP)
+    with torch.no_grad():
+        want = model.forward_features(clip)
+        state = None
+        got = []
+        seen = 0
+        for frames in clip.split(parts, dim=2):
+            features, logits, state = model.stream(frames, state)
+            got.append(features)
+            seen += frames.shape[2]
+            torch.testing.assert_close(logits, model(clip[:, :, :seen]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-4, atol=1e-4)
+    # The memory of a stream is that of its windows.
+    reach = max((b.attn.kernel_size[0] - 1) * b.attn.dilation[0] for level in model.levels for b in level.blocks)
+    assert max(key.shape[1] for key in state.keys) == reach
+    assert state.frames == 11
+
+
+def test_one_frame_at_a_time_as_images() -> None:
+    model = causal_model()
+    clip = torch.randn(1, 3, 3, 32, 32)
+    state = None
+    for t in range(3):
+        features, logits, state = model.stream(clip[:, :, t], state)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(clip), rtol=1e-4, atol=1e-4)
+    assert features.shape[1] == 1
+
+
+def test_frames_do_not_see_the_future() -> None:
+    model = causal_model()
+    clip = torch.randn(1, 3, 8, 32, 32)
+    changed = clip.clone()
+    changed[:, :, 5:] += 1
+    with torch.no_grad():
+        a, b = model.forward_features(clip), model.forward_features(changed)
+    torch.testing.assert_close(a[:, :5], b[:, :5])
+    assert (a[:, 5:] - b[:, 5:]).abs().max() > 0.01
+
+
+def test_stream_refusals() -> None:
+    with pytest.raises(ValueError, match="streams need a model with is_causal=True"):
+        timm.create_model("video_nat_pico").stream(torch.randn(1, 3, 1, 32, 32))
+    merged = timm.create_model("video_nat_pico_causal", patch_size=(2, 4, 4))
+    with pytest.raises(ValueError, match="patches of 1 frame"):
+        merged.stream(torch.randn(1, 3, 2, 32, 32))
+
+
+def denoiser(**kwargs) -> VideoDenoiser:
+    torch.manual_seed(0)
+    arguments = dict(in_chans=3, embed_dim=32, depth=3, num_heads=2, kernel_size=(3, 5, 5))
+    return VideoDenoiser(**{**arguments, **kwargs}).eval()
+
+
+def test_fresh_denoiser_returns_zeros_and_learns_everywhere() -> None:
+    model = denoiser(out_chans=4, cond_dim=6).train()
+    x, t, cond = torch.randn(2, 3, 4, 8, 12), torch.rand(2) * 1000, torch.randn(2, 6)
+    out = model(x, t, cond)
+    assert out.shape == (2, 4, 4, 8, 12)
+    assert not out.any()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    target = torch.randn_like(out)
+    losses = []
+    for _ in range(6):
+        loss = (model(x, t, cond) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    # Zero gates keep gradients from what is behind them for the first steps alone.
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "k_norm" not in n)
+    assert losses[-1] < losses[0]
+
+
+def test_denoiser_depends_on_time_and_condition() -> None:
+    model = denoiser(cond_dim=6)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+        x, t, cond = torch.randn(1, 3, 4, 8, 8), torch.tensor([10.0]), torch.randn(1, 6)
+        base = model(x, t, cond)
+        assert (model(x, t * 5, cond) - base).abs().max() > 1e-3
+        assert (model(x, t) - base).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="cond was given"):
+        denoiser()(x, t, cond)
+
+
+def test_causal_denoiser_and_patches() -> None:
+    model = denoiser(is_causal=True, dilations=[(1, 1, 1), (2, 1, 1)])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+        x, t = torch.randn(1, 3, 6, 12, 12), torch.tensor([3.0])
+        changed = x.clone()
+        changed[:, :, 4:] = 0
+        a, b = model(x, t), model(changed, t)
+    torch.testing.assert_close(a[:, :, :4], b[:, :, :4])
+    assert (a[:, :, 4:] - b[:, :, 4:]).abs().max() > 1e-3
+    # A patch goes back to where it came from: moving the input by a patch moves the output.
+    still = denoiser(depth=0)
+    with torch.no_grad():
+        for p in still.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+        torch.testing.assert_close(still(x, t).roll(2, -1), still(x.roll(2, -1), t))
+        torch.testing.assert_close(still(x, t).roll(2, -2), still(x.roll(2, -2), t))
