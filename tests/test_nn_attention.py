@@ -9,6 +9,7 @@ import nn_eager
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from natten.nn import (
     NeighborhoodAttention1D,
@@ -16,6 +17,9 @@ from natten.nn import (
     NeighborhoodAttention3D,
     RotaryEmbedding,
 )
+
+# TorchScript is deprecated, and timm's models are still expected to compile with it.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 
 RANKS = {1: NeighborhoodAttention1D, 2: NeighborhoodAttention2D, 3: NeighborhoodAttention3D}
 
@@ -54,7 +58,7 @@ CASES = {
         (7, 5),
         {"kernel_size": 3, "dilation": (2, 1), "rotary": True},
         0,
-        [3.0, -2.0],
+        [3, -2],
     ),
     "pad": ((3, 6), {"kernel_size": 5, "pad": True, "rel_pos_bias": True}, 0, None),
     "pad-dilated": ((5, 7), {"kernel_size": 3, "dilation": 3, "pad": True}, 0, None),
@@ -73,7 +77,7 @@ CASES = {
             "pad": True,
         },
         2,
-        [1.0, 2.0],
+        [1, 2],
     ),
 }
 
@@ -89,8 +93,8 @@ def build(extent, arguments, registers, dtype=torch.float64):
     return module, x, tokens
 
 
-def run(module, x, tokens, origin=None):
-    result = module(x, tokens, origin)
+def run(module, x, tokens, origin=None, grid=None):
+    result = module(x, tokens, origin, grid)
     return result if tokens is not None else (result, None)
 
 
@@ -204,17 +208,116 @@ def test_query_key_and_value_are_views_of_one_tensor():
     assert query.stride(-3) == value.stride(-3) == 64
 
 
+def test_forward_copies_nothing():
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return function(*args, **(kwargs or {}))
+
+    calls: list = []
+    module = NeighborhoodAttention2D(32, 4, 3, rel_pos_bias=True)
+    x = torch.randn(2, 5, 6, 32)
+    with Record():
+        module(x)
+    working = [f.overloadpacket for f in calls if not f.is_view]
+    views = {torch.ops.aten.view, torch.ops.aten._unsafe_view}
+    assert [f for f in working if f not in views] == [
+        torch.ops.aten.addmm,
+        torch.ops.natten.neighborhood_attention,
+        torch.ops.aten.addmm,
+    ]
+
+
+def test_exports():
+    module = NeighborhoodAttention2D(32, 4, 3, rel_pos_bias=True, rotary=True).eval()
+    x = torch.randn(2, 5, 6, 32)
+    assert_close(torch.export.export(module, (x,)).module()(x), module(x))
+
+
 def test_origin_of_a_crop():
     # A crop's queries and keys are rotated as they are in the whole grid.
     torch.manual_seed(0)
     module = NeighborhoodAttention2D(32, 4, 3, dilation=2, rotary=True, dtype=torch.float64)
     x = torch.randn(1, 9, 12, 32, dtype=torch.float64)
     whole = module._project(x, None, True)
-    crop = module._project(x[:, 2:8, 5:], [2.0, 5.0], True)
+    crop = module._project(x[:, 2:8, 5:], [2, 5], True)
     for a, b in zip(crop, whole, strict=True):
         assert_close(a, b[:, 2:8, 5:], atol=1e-12, rtol=0)
     # And since angles are relative, a crop alone does not depend on where it was.
-    assert_close(module(x, None, [100.0, -3.0]), module(x), atol=1e-10, rtol=0)
+    assert_close(module(x, None, [100, -3]), module(x), atol=1e-10, rtol=0)
+
+
+CROPS = {
+    "1d-even-strided": [(3, 12)],
+    "2d-per-axis": [(1, 6), (4, 9)],
+    "3d-per-axis": [(1, 4), (0, 5), (0, 3)],
+    "rpb": [(1, 7), (0, 5)],
+    "rotary-dilated": [(1, 7), (0, 4)],
+    "registers": [(1, 5), (0, 3)],
+}
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("name", CROPS)
+def test_crops_of_larger_grids(name, drop):
+    whole, arguments, registers, _ = CASES[name]
+    module, x, tokens = build(whole, {**arguments, "attn_drop": 0.5 * drop}, registers)
+    if drop:
+        module.attn_drop.p = 0.0
+    box = tuple(slice(*edges) for edges in CROPS[name])
+    origin = [edges[0] for edges in CROPS[name]]
+    part = x[(slice(None), *box)]
+
+    rank = len(whole)
+    window = (whole, module.kernel_size, module.stride, module.dilation, module.is_causal)
+    chosen = torch.arange(torch.Size(whole).numel()).view(whole)[box].flatten()
+    mask = nn_eager.window_mask(*window)[chosen][:, chosen]
+    bias = torch.zeros(4, *mask.shape, dtype=torch.float64)
+    if module.rpb is not None:
+        bias = nn_eager.window_bias(module.rpb, *window)[:, chosen][:, :, chosen]
+    q, k, v = (t.flatten(1, rank)[:, chosen] for t in nn_eager.project(module, x, [0] * rank))
+    if tokens is not None:
+        mask = torch.nn.functional.pad(mask, (0, registers), value=True)
+        bias = torch.nn.functional.pad(bias, (0, registers))
+        _, k_r, v_r = nn_eager.project(module, tokens)
+        k, v = torch.cat([k, k_r], 1), torch.cat([v, v_r], 1)
+    expected, weights = nn_eager.attention(q, k, v, module.scale, mask, bias)
+    expected = module.proj(expected.flatten(-2)).view(part.shape)
+
+    out, _ = run(module, part, tokens, origin, whole)
+    assert_close(out, expected, atol=1e-10, rtol=0)
+    # Windows that lie inside of the crop give what they give in the whole grid.
+    all_mask = nn_eager.window_mask(*window)[chosen]
+    inside = all_mask.sum(1) == all_mask[:, chosen].sum(1)
+    assert inside.any()
+    complete, _ = run(module, x, tokens)
+    complete = complete.flatten(1, rank)[:, chosen]
+    assert_close(out.flatten(1, rank)[:, inside], complete[:, inside], atol=1e-10, rtol=0)
+
+    positions = [[n - 1 for n in part.shape[1:-1]]]
+    got = module.attention_map(part, positions, tokens, origin, whole)
+    n = mask.shape[0]
+    wanted = weights[:, :, -1]
+    assert_close(got.grid.flatten(3)[:, 0], wanted[..., :n], atol=1e-12, rtol=0)
+    if not drop and tokens is None:
+        scripted = torch.jit.script(module)
+        assert_close(scripted(part, None, origin, list(whole)), out, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("origin", "grid", "message"),
+    [
+        ([0], [9, 9], r"must have 2 values, got \[9, 9\] and \[0\]"),
+        (None, [9], "must have 2 values"),
+        ([4, 0], [9, 9], "6 tokens from origin 4 on are not inside the grid"),
+        ([0, -1], [9, 9], "6 tokens from origin -1"),
+        ([0, 0], [6, 6], "must be at most the 6 tokens of grid along axis 0"),
+    ],
+)
+def test_refused_crops(origin, grid, message):
+    module = NeighborhoodAttention2D(32, 4, 7)
+    with pytest.raises(ValueError, match=message):
+        module(torch.randn(1, 6, 6, 32), None, origin, grid)
 
 
 def test_shared_rotary():

@@ -13,6 +13,9 @@ from natten.nn import (
     NeighborhoodCrossAttention3D,
 )
 
+# TorchScript is deprecated, and timm's models are still expected to compile with it.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+
 RANKS = {
     1: NeighborhoodCrossAttention1D,
     2: NeighborhoodCrossAttention2D,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natten.functional import attention, merge_attentions
-from natten.nn.core import NeighborhoodModule, check_grid, check_sequence, crop, fit_window
+from natten.nn.core import NeighborhoodModule, check_grid, check_sequence, crop, place
 from natten.nn.explicit import AttentionMap, attention_map
 from natten.nn.rotary import RotaryEmbedding
 
@@ -103,16 +103,30 @@ class NeighborhoodAttention(NeighborhoodModule):
         self.proj_drop = nn.Dropout(proj_drop)
 
     @overload
-    def forward(self, x: Tensor, registers: None = None, origin: None = None) -> Tensor: ...
+    def forward(
+        self,
+        x: Tensor,
+        registers: None = None,
+        origin: list[int] | None = None,
+        grid: list[int] | None = None,
+    ) -> Tensor: ...
 
     @overload
     def forward(
-        self, x: Tensor, registers: Tensor, origin: None = None
+        self,
+        x: Tensor,
+        registers: Tensor,
+        origin: list[int] | None = None,
+        grid: list[int] | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     # TorchScript infers the type of the result from the branch without registers.
     def forward(  # type: ignore[no-untyped-def]
-        self, x: Tensor, registers: Tensor | None = None, origin: list[float] | None = None
+        self,
+        x: Tensor,
+        registers: Tensor | None = None,
+        origin: list[int] | None = None,
+        grid: list[int] | None = None,
     ):
         """Attends.
 
@@ -121,8 +135,11 @@ class NeighborhoodAttention(NeighborhoodModule):
             registers: `[B, R, embed_dim]`, further tokens (class or register tokens) that every
                 token attends to, in one softmax with its window, and that attend to every token
                 of the grid (not to its padding) and to each other.
-            origin: coordinates of the first token in the grid that x is a crop of, for the rotary
-                embedding. Default 0.
+            origin: coordinates of the first token in the grid that x is a crop of. Default 0.
+            grid: extents of that grid. Windows are then placed in it: tokens whose windows lie
+                inside of x get what they would get in the whole grid, others attend to the part
+                of their window that is there. Default x's own extents, and origin then matters to
+                the rotary embedding alone. There is no padding with it.
 
         Returns:
             `[B, *X, embed_dim]`, and with registers a pair of it and `[B, R, embed_dim]`.
@@ -136,22 +153,26 @@ class NeighborhoodAttention(NeighborhoodModule):
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no attention with registers")
             else:
-                return self._forward_with_registers(x, registers, origin)
+                return self._forward_with_registers(x, registers, origin, grid)
         extent = x.shape[1:-1]
-        x = fit_window(x, self.kernel_size, self.dilation, self.pad)
+        x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
         query, key, value = self._project(x, origin, True)
-        out = self._attend(query, key, value)
+        out = self._attend(query, key, value, None, None, origin, grid)
         return self._output(crop(out, extent))
 
     def _forward_with_registers(
-        self, x: Tensor, registers: Tensor, origin: list[float] | None
+        self,
+        x: Tensor,
+        registers: Tensor,
+        origin: list[int] | None,
+        grid: list[int] | None,
     ) -> tuple[Tensor, Tensor]:
         self._check_registers(x, registers)
         extent = x.shape[1:-1]
-        x = fit_window(x, self.kernel_size, self.dilation, self.pad)
+        x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
         query, key, value = self._project(x, origin, True)
         query_r, key_r, value_r = self._project(registers, None, False)
-        out = self._attend(query, key, value, key_r, value_r)
+        out = self._attend(query, key, value, key_r, value_r, origin, grid)
 
         key, value = (crop(t, extent).flatten(1, -3) for t in (key, value))
         if self.attn_drop is not None and self.training:
@@ -186,7 +207,7 @@ class NeighborhoodAttention(NeighborhoodModule):
             )
 
     def _project(
-        self, x: Tensor, origin: list[float] | None, is_grid: bool
+        self, x: Tensor, origin: list[int] | None, is_grid: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, `[B, *X, heads, head_dim]`: views of one tensor where possible."""
         kv = self.num_kv_heads
@@ -210,7 +231,8 @@ class NeighborhoodAttention(NeighborhoodModule):
         x: Tensor,
         positions: Tensor | Sequence[Sequence[int]],
         registers: Tensor | None = None,
-        origin: list[float] | None = None,
+        origin: list[int] | None = None,
+        grid: list[int] | None = None,
     ) -> AttentionMap:
         """The attention weights of some tokens of the grid, exactly, for pictures and debugging.
 
@@ -218,8 +240,8 @@ class NeighborhoodAttention(NeighborhoodModule):
         kernels are not involved. Dropout does not act.
 
         Args:
-            x, registers, origin: as for `forward`.
-            positions: `[P, rank]`, grid coordinates of the queries.
+            x, registers, origin, grid: as for `forward`.
+            positions: `[P, rank]`, indices of the queries in x.
 
         Returns:
             `AttentionMap(grid [B, P, num_heads, *X], additional [B, P, num_heads, R] or None)`.
@@ -231,13 +253,13 @@ class NeighborhoodAttention(NeighborhoodModule):
         if registers is not None:
             self._check_registers(x, registers)
             key_r = self._project(registers, None, False)[1]
-        x = fit_window(x, self.kernel_size, self.dilation, self.pad)
+        x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
         query, key, _ = self._project(x, origin, True)
-        return self._map(query, key, positions, extent, key_r, None)
+        return self._map(query, key, positions, extent, key_r, None, origin, grid)
 
     @torch.no_grad()
     def register_map(
-        self, x: Tensor, registers: Tensor, origin: list[float] | None = None
+        self, x: Tensor, registers: Tensor, origin: list[int] | None = None
     ) -> AttentionMap:
         """The attention weights of the registers: `grid [B, R, num_heads, *X]` and
         `additional [B, R, num_heads, R]`. Arguments are as for `forward`.

@@ -28,13 +28,17 @@ def attend(
     rpb: Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
+    origin: list[int] | None = None,
+    grid: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Neighborhood attention and its logsumexp, in eager mode, under torch.compile and in
     TorchScript.
     """
     if torch.jit.is_scripting():
-        extent = query.shape[1:-2]
-        origin = [0] * len(extent)
+        extent = query.shape[1:-2] if grid is None else grid
+        corner = [0] * len(extent)
+        if origin is not None and grid is not None:
+            corner = origin
         # TorchScript knows the operator itself, not the Python around it.
         return torch.ops.natten.neighborhood_attention(
             query,
@@ -51,8 +55,8 @@ def attend(
             is_causal,
             scale,
             extent,
-            origin,
-            origin,
+            corner,
+            corner,
             0,
             0,
             "",
@@ -71,6 +75,9 @@ def attend(
         additional_keys=additional_keys,
         additional_values=additional_values,
         rpb=rpb,
+        grid=grid,
+        query_origin=None if grid is None else origin,
+        key_origin=None if grid is None else origin,
         return_lse=True,
     )
     return out, lse
@@ -116,6 +123,36 @@ def fit_window(x: Tensor, kernel_size: list[int], dilation: list[int], pad: bool
                 )
         amounts = [0, 0] + [0, missing] + amounts[2:]
     return F.pad(x, amounts) if short else x
+
+
+def place(
+    x: Tensor,
+    kernel_size: list[int],
+    dilation: list[int],
+    pad: bool,
+    origin: list[int] | None,
+    grid: list[int] | None,
+) -> Tensor:
+    """`fit_window`, or where x is a crop of a larger grid, a check that both fit in there."""
+    if grid is None:
+        return fit_window(x, kernel_size, dilation, pad)
+    rank = len(kernel_size)
+    corner = [0] * rank if origin is None else origin
+    if len(grid) != rank or len(corner) != rank:
+        raise ValueError(f"grid and origin must have {rank} values, got {grid} and {corner}")
+    for axis in range(rank):
+        extent = x.shape[axis + 1]
+        if corner[axis] < 0 or corner[axis] + extent > grid[axis]:
+            raise ValueError(
+                f"{extent} tokens from origin {corner[axis]} on are not inside the grid, which has "
+                f"{grid[axis]} tokens along axis {axis}"
+            )
+        if kernel_size[axis] * dilation[axis] > grid[axis]:
+            raise ValueError(
+                f"kernel_size * dilation = {kernel_size[axis]} * {dilation[axis]} must be at most "
+                f"the {grid[axis]} tokens of grid along axis {axis}"
+            )
+    return x
 
 
 def crop(x: Tensor, extent: list[int]) -> Tensor:
@@ -214,13 +251,23 @@ class NeighborhoodModule(nn.Module):
         value: Tensor,
         additional_keys: Tensor | None = None,
         additional_values: Tensor | None = None,
+        origin: list[int] | None = None,
+        grid: list[int] | None = None,
     ) -> Tensor:
         if self.attn_drop is not None and self.training:
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no dropout of attention weights")
             else:
                 return self._attend_with_dropout(
-                    query, key, value, additional_keys, additional_values, None, self.attn_drop.p
+                    query,
+                    key,
+                    value,
+                    additional_keys,
+                    additional_values,
+                    None,
+                    origin,
+                    grid,
+                    self.attn_drop.p,
                 )
         out, _ = attend(
             query,
@@ -234,6 +281,8 @@ class NeighborhoodModule(nn.Module):
             self.rpb,
             additional_keys,
             additional_values,
+            origin,
+            grid,
         )
         return out
 
@@ -245,6 +294,8 @@ class NeighborhoodModule(nn.Module):
         additional_keys: Tensor | None,
         additional_values: Tensor | None,
         additional_lengths: Tensor | None,
+        origin: list[int] | None,
+        grid: list[int] | None,
         dropout: float,
     ) -> Tensor:
         # No fused kernel can drop weights it never stores, and dropping anything else would be
@@ -253,7 +304,8 @@ class NeighborhoodModule(nn.Module):
             query,
             key,
             value,
-            self._axes(query.shape[1:-2]),
+            self._axes(query.shape[1:-2] if grid is None else grid),
+            [0] * self.rank if origin is None or grid is None else origin,
             self.scale,
             self.rpb,
             additional_keys,
@@ -273,6 +325,8 @@ class NeighborhoodModule(nn.Module):
         extent: Sequence[int],
         additional_keys: Tensor | None,
         additional_lengths: Tensor | None,
+        origin: list[int] | None,
+        grid: list[int] | None,
     ) -> AttentionMap:
         """`extent` is the grid without padding; query and key are grids with it."""
         positions = torch.as_tensor(positions, device=query.device)
@@ -285,13 +339,19 @@ class NeighborhoodModule(nn.Module):
             raise ValueError(f"positions must lie in the grid {tuple(extent)}, got {positions}")
         index: tuple[Any, ...] = (slice(None), *positions.unbind(1))
         chosen = query[index]  # [B, P, H, D]
-        mask, bias = window_rows(positions, self._axes(key.shape[1:-2]), self.rpb)
-        grid, additional = attention_map(
+        mask, bias = window_rows(
+            positions,
+            key.shape[1:-2],
+            self._axes(key.shape[1:-2] if grid is None else grid),
+            [0] * self.rank if origin is None or grid is None else origin,
+            self.rpb,
+        )
+        weights, additional = attention_map(
             chosen, key, mask, bias, self.scale, additional_keys, additional_lengths
         )
         for axis, length in enumerate(extent):
-            grid = grid.narrow(axis + 3, 0, length)
-        return AttentionMap(grid, additional)
+            weights = weights.narrow(axis + 3, 0, length)
+        return AttentionMap(weights, additional)
 
     def extra_repr(self) -> str:
         parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]

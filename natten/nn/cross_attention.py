@@ -14,7 +14,7 @@ from natten.nn.core import (
     check_grid,
     check_sequence,
     crop,
-    fit_window,
+    place,
 )
 from natten.nn.explicit import AttentionMap
 from natten.nn.rotary import RotaryEmbedding
@@ -106,7 +106,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         context: Tensor | None = None,
         context_lengths: Tensor | None = None,
         source: Tensor | None = None,
-        origin: list[float] | None = None,
+        origin: list[int] | None = None,
+        grid: list[int] | None = None,
     ) -> Tensor:
         """Attends.
 
@@ -120,8 +121,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
                 neighborhood's.
             source: `[B, *X, source_dim]`, where the keys and values of windows come from; None
                 for x.
-            origin: coordinates of the first token in the grid that x is a crop of, for the rotary
-                embedding. Default 0.
+            origin, grid: as for `NeighborhoodAttention2D.forward`, where x and source are crops.
 
         Returns:
             `[B, *X, embed_dim]`.
@@ -131,23 +131,29 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
                 `kernel_size * dilation` without `pad`.
         """
         extent = x.shape[1:-1]
-        query, key, value = self._project(x, source, origin)
+        query, key, value = self._project(x, source, origin, grid)
         if context is None:
             if context_lengths is not None:
                 raise ValueError("context_lengths was given without a context")
-            out = self._attend(query, key, value)
+            out = self._attend(query, key, value, None, None, origin, grid)
         else:
             key_c, value_c = self._project_context(x, context)
             if context_lengths is None:
-                out = self._attend(query, key, value, key_c, value_c)
+                out = self._attend(query, key, value, key_c, value_c, origin, grid)
             elif torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no context_lengths")
             else:
-                out = self._attend_by_length(query, key, value, key_c, value_c, context_lengths)
+                out = self._attend_by_length(
+                    query, key, value, key_c, value_c, context_lengths, origin, grid
+                )
         return self.proj_drop(self.proj(crop(out, extent).flatten(-2)))
 
     def _project(
-        self, x: Tensor, source: Tensor | None, origin: list[float] | None
+        self,
+        x: Tensor,
+        source: Tensor | None,
+        origin: list[int] | None,
+        grid: list[int] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rank = len(self.kernel_size)
         check_grid(x, rank, self.embed_dim, "x")
@@ -159,8 +165,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
                 f"source must have x's batch size and extents {list(x.shape[:-1])}, got "
                 f"{list(source.shape[:-1])}"
             )
-        x = fit_window(x, self.kernel_size, self.dilation, self.pad)
-        source = fit_window(source, self.kernel_size, self.dilation, self.pad)
+        x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
+        source = place(source, self.kernel_size, self.dilation, self.pad, origin, grid)
         query = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
         key, value = self._split(self.kv(source))
         if self.q_norm is not None:
@@ -193,11 +199,13 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         key_c: Tensor,
         value_c: Tensor,
         lengths: Tensor,
+        origin: list[int] | None,
+        grid: list[int] | None,
     ) -> Tensor:
         lengths = self._check_lengths(lengths, key_c)
         if self.attn_drop is not None and self.training:
             return self._attend_with_dropout(
-                query, key, value, key_c, value_c, lengths, self.attn_drop.p
+                query, key, value, key_c, value_c, lengths, origin, grid, self.attn_drop.p
             )
         out, lse = attend(
             query,
@@ -209,6 +217,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             self.is_causal,
             self.scale,
             self.rpb,
+            origin=origin,
+            grid=grid,
         )
         batch, size = key_c.shape[:2]
         tokens = query[0, ..., 0, 0].numel()
@@ -256,7 +266,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         context: Tensor | None = None,
         context_lengths: Tensor | None = None,
         source: Tensor | None = None,
-        origin: list[float] | None = None,
+        origin: list[int] | None = None,
+        grid: list[int] | None = None,
     ) -> AttentionMap:
         """The attention weights of some tokens of the grid, exactly, for pictures and debugging.
 
@@ -264,20 +275,20 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         kernels are not involved. Dropout does not act.
 
         Args:
-            positions: `[P, rank]`, grid coordinates of the queries.
-            x, context, context_lengths, source, origin: as for `forward`.
+            positions: `[P, rank]`, indices of the queries in x.
+            x, context, context_lengths, source, origin, grid: as for `forward`.
 
         Returns:
             `AttentionMap(grid [B, P, num_heads, *X], additional [B, P, num_heads, S] or None)`.
             Both sum to 1 together, less what falls on padding (`pad=True`), which is not shown.
         """
-        query, key, _ = self._project(x, source, origin)
+        query, key, _ = self._project(x, source, origin, grid)
         key_c = lengths = None
         if context is not None:
             key_c = self._project_context(x, context)[0]
             if context_lengths is not None:
                 lengths = self._check_lengths(context_lengths, key_c)
-        return self._map(query, key, positions, x.shape[1:-1], key_c, lengths)
+        return self._map(query, key, positions, x.shape[1:-1], key_c, lengths, origin, grid)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

@@ -38,19 +38,22 @@ class WindowTables(NamedTuple):
     bias: Tensor  # [N, K], flat indices in the table of relative position biases
 
 
-def window_tables(axes: Sequence[Axis], device: torch.device) -> WindowTables:
+def window_tables(
+    extent: Sequence[int], axes: Sequence[Axis], origin: Sequence[int], device: torch.device
+) -> WindowTables:
+    """Of a box of tokens that begins at `origin` in the grid of `axes`."""
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     bias = token
     valid = torch.ones(1, 1, dtype=torch.bool, device=device)
-    for axis in axes:
-        index = torch.arange(axis.length, device=device)[:, None]
+    for length, axis, first in zip(extent, axes, origin, strict=True):
+        index = torch.arange(first, first + length, device=device)[:, None]
         start, end = bounds(index, *axis)
         slot = start + torch.arange(axis.kernel_size, device=device)  # [length, kernel_size]
-        real = slot < end
         d, k = axis.dilation, axis.kernel_size
-        attended = torch.where(real, index % d + slot * d, index)
+        attended = index % d + slot * d
+        real = (slot < end) & (attended >= first) & (attended < first + length)
         relative = torch.where(real, slot - index // d + k - 1, 0)
-        token = _outer(token * axis.length, attended, torch.add)
+        token = _outer(token * length, torch.where(real, attended, index) - first, torch.add)
         bias = _outer(bias * (2 * k - 1), relative, torch.add)
         valid = _outer(valid, real, torch.logical_and)
     return WindowTables(token, valid, bias)
@@ -66,6 +69,7 @@ def window_attention(
     key: Tensor,
     value: Tensor,
     axes: Sequence[Axis],
+    origin: Sequence[int],
     scale: float,
     rpb: Tensor | None,
     additional_keys: Tensor | None,
@@ -79,7 +83,7 @@ def window_attention(
     value.
     """
     rank = len(axes)
-    tables = window_tables(axes, query.device)
+    tables = window_tables(query.shape[1:-2], axes, origin, query.device)
     heads, heads_kv = query.shape[-2], key.shape[-2]
     q = query.flatten(1, rank).unflatten(-2, (heads_kv, heads // heads_kv))  # [B, N, Hkv, G, D]
     k = key.flatten(1, rank)[:, tables.token]  # [B, N, K, Hkv, D]
@@ -139,22 +143,30 @@ def attention_map(
 
 
 def window_rows(
-    positions: Tensor, axes: Sequence[Axis], rpb: Tensor | None
+    positions: Tensor,
+    extent: Sequence[int],
+    axes: Sequence[Axis],
+    origin: Sequence[int],
+    rpb: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the queries at `[P, rank]` see: a mask `[P, *X]`, and their biases `[H, P, *X]`."""
+    """What queries at `[P, rank]` see of a box of tokens that begins at `origin` in a grid.
+
+    Returns:
+        A mask `[P, *extent]`, and the biases `[H, P, *extent]`.
+    """
     count, rank = positions.shape
     mask = torch.ones([count] + [1] * rank, dtype=torch.bool, device=positions.device)
     bias = None if rpb is None else rpb[:, None].expand(-1, count, *rpb.shape[1:])
-    for i, axis in enumerate(axes):
-        along = [axis.length if j == i else 1 for j in range(rank)]
-        index = positions[:, i, None]
-        token = torch.arange(axis.length, device=positions.device)
+    for i, (length, axis, first) in enumerate(zip(extent, axes, origin, strict=True)):
+        along = [length if j == i else 1 for j in range(rank)]
+        index = positions[:, i, None] + first
+        token = torch.arange(first, first + length, device=positions.device)
         mask = mask & axis_mask(index, token, axis).view([count] + along)
         if bias is not None:
             k, d = axis.kernel_size, axis.dilation
             relative = (token // d - index // d + k - 1).clamp(0, 2 * k - 2)  # [P, length]
             wanted = list(bias.shape)
-            wanted[i + 2] = axis.length
+            wanted[i + 2] = length
             bias = bias.gather(i + 2, relative.view([1, count] + along).expand(wanted))
     return mask, bias
 

@@ -81,7 +81,7 @@ class RotaryEmbedding(nn.Module):
         self.frequencies = self._frequencies(self.frequencies.device, self.frequencies.dtype)
         return self
 
-    def angles(self, extent: list[int], origin: list[float] | None = None) -> Tensor:
+    def angles(self, extent: list[int], origin: list[int] | None = None) -> Tensor:
         """Angles of a grid, `[*extent, head_dim // 2]`; `origin` is where it lies in a larger grid
         (default 0).
         """
@@ -97,7 +97,7 @@ class RotaryEmbedding(nn.Module):
             angles = angles + coordinate * table[axis]
         return angles
 
-    def forward(self, x: Tensor, origin: list[float] | None = None) -> Tensor:
+    def forward(self, x: Tensor, origin: list[int] | None = None) -> Tensor:
         """Rotates `x`, `[B, *X, heads, head_dim]`, whose first token has the coordinates `origin`
         (default 0).
         """
