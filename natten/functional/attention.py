@@ -151,7 +151,9 @@ def attention(
         NotImplementedError: No backend, or not the one named, runs such a call.
         RuntimeError: The backend named needs something that this machine lacks.
     """
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+    # torch refuses to be asked about the meta device.
+    on_device = isinstance(query, Tensor) and query.device.type != "meta"
+    if on_device and torch.is_autocast_enabled(query.device.type):
         query, key, value = autocast((query, key, value))
     validation.check_qkv(query, key, value, 1)
     name = parse_name(backend, FMHA)
