@@ -34,12 +34,12 @@ LAYOUTS = ("natten", "original", "huggingface")
 StateDict = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 
-_WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 def packaged_weights(name: str) -> str | None:
     """Path of the weights of `name` ("model.tag") in the package, None where there are none."""
-    path = _WEIGHTS / f"{name}.safetensors"
+    path = WEIGHTS / f"{name}.safetensors"
     return str(path) if path.is_file() else None
 
 
