@@ -47,10 +47,10 @@ class Setting:
     is_causal: tuple[bool, bool] = (False, False)
 
     def __str__(self) -> str:
-        parts = ["{} x {}".format(*self.kernel_size)]
+        parts = ["{}x{}".format(*self.kernel_size)]
         for name, steps in (("stride", self.stride), ("dilation", self.dilation)):
             if steps != (1, 1):
-                parts.append(f"{name} {' x '.join(map(str, dict.fromkeys(steps)))}")
+                parts.append(f"{name} {'x'.join(map(str, dict.fromkeys(steps)))}")
         if any(self.is_causal):
             parts.append(
                 "causal" if all(self.is_causal) else f"causal axis {self.is_causal.index(True)}"
@@ -171,7 +171,7 @@ def table_of(rows: Sequence[Row], dense: float, noisy: float) -> Table:
         caption="Dense: scaled_dot_product_attention over all pixels. Difference: from the "
         f"reference in float64. PSNR of the noisy photograph: {noisy:.1f} dB.",
     )
-    table.add_column("setting", min_width=22)
+    table.add_column("setting")
     table.add_column("backend")
     for name in ("ms", "dense\nattention\nms", "maximum\ndifference", "output\nPSNR dB"):
         table.add_column(name, justify="right")
