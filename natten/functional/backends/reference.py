@@ -205,7 +205,8 @@ def _scores(problem: Problem, tile: _Tile, q: Tensor, k: Tensor, rpb: Tensor | N
     own = scores.shape[-1] - problem.num_additional
     if tile.bias_index is not None:
         bias = rpb[(slice(None), *tile.bias_index)]
-        bias = bias.reshape(problem.heads_kv, -1, scores.shape[-2], own)
+        group = problem.heads // problem.heads_kv
+        bias = bias.reshape(problem.heads_kv, group, scores.shape[-2], own)
         scores[..., :own] += bias
     if tile.visible is not None:
         scores[..., :own].masked_fill_(~tile.visible, -torch.inf)
