@@ -40,8 +40,8 @@ test-timm: $(INSTALLED)  ## timm's own model tests on our models (downloads its 
 	@$(SINGLE_THREADED) $(BIN)/python tests/run_timm_suite.py
 
 lint: $(INSTALLED)  ## ruff: lint rules and format, changing nothing
-	@$(BIN)/ruff check --quiet .
-	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . || \
+		{ echo "lint failed: 'make format' mends most of it"; exit 1; }
 
 format: $(INSTALLED)  ## ruff: mend what can be mended, then format
 	@$(BIN)/ruff check --fix .

@@ -16,16 +16,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_SOURCE = shutil.ignore_patterns(
-    ".*cache", ".git", ".gitignore", ".hypothesis", ".ipynb_checkpoints", ".venv", "*.egg-info",
-    "*.pyc", "__pycache__", "build", "demo.png", "dist", "runs", "site",
-)  # fmt: skip
-SHIPPED_SUFFIXES = (".py", ".safetensors", "py.typed")
+LEFT_BEHIND = ("*.egg-info", "*.pyc", "__pycache__", "build", "demo.png", "dist", "runs", "site")
+HIDDEN_SOURCE = {".ci", ".pre-commit-config.yaml"}
 BUILD = """
 import sys
 from setuptools import build_meta
 print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
 """
+
+
+def not_source(folder: str, names: list[str]) -> set[str]:
+    """What a checkout may hold that is not part of the project, for shutil.copytree."""
+    hidden = {name for name in names if name.startswith(".")} - HIDDEN_SOURCE
+    return hidden | shutil.ignore_patterns(*LEFT_BEHIND)(folder, names)
+
+
+def is_shipped(path: str) -> bool:
+    """Whether a file of natten/ or models/ belongs in the wheel."""
+    return path.endswith((".py", "/py.typed")) or path.startswith("models/weights/")
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     # In a copy, because setuptools leaves build/ behind, and whatever lies there enters a wheel.
     folder = tmp_path_factory.mktemp("packaging")
     tree = folder / "tree"
-    shutil.copytree(ROOT, tree, ignore=NOT_SOURCE)
+    shutil.copytree(ROOT, tree, ignore=not_source)
     sdist = build("sdist", tree, folder / "sdist")
     # The wheel comes from the sdist, the longest way that a file has to survive.
     with tarfile.open(sdist) as archive:
@@ -75,13 +83,14 @@ def run_python(code: str, cwd: Path, first_on_path: Path) -> str:
 
 
 def test_wheel_holds_the_packages_and_nothing_else(built: Built) -> None:
-    shipped = {name for name in files(built.tree / "natten") if name.endswith(SHIPPED_SUFFIXES)}
-    shipped |= {
-        f"models/{name}" for name in files(built.tree / "models") if name.endswith(SHIPPED_SUFFIXES)
+    shipped = {
+        path.replace("models/", "natten/models/", 1) if path.startswith("models/") else path
+        for path in files(built.tree)
+        if path.startswith(("natten/", "models/")) and is_shipped(path)
     }
     names = zipfile.ZipFile(built.wheel).namelist()
     found = {name for name in names if ".dist-info/" not in name}
-    assert found == {f"natten/{name}" for name in shipped}
+    assert found == shipped
     assert "natten/py.typed" in found
 
 
