@@ -517,19 +517,24 @@ def scatter(weights: Floats, count: int, row: Floats, width: int, out: Floats) -
 
 
 @inner
-def softmax(scores: Floats, count: int) -> tuple[float, float]:
-    """Replace a multiple of LANES scores by exp(score - largest); the largest and the sum."""
+def softmax(scores: Floats, count: int) -> float:
+    """Replace a multiple of LANES scores by attention weights; returns the logsumexp."""
     best = splat(scores, -np.inf)
     for j in range(0, count, LANES):
         best = larger(best, load(scores, j))
     largest = reduce_max(best)
     best = splat(scores, largest)
-    total = splat(scores, 0)
+    totals = splat(scores, 0)
     for j in range(0, count, LANES):
         weight = exp(subtract(load(scores, j), best))
         store(scores, j, weight)
-        total = add(total, weight)
-    return largest, reduce_sum(total)
+        totals = add(totals, weight)
+    total = reduce_sum(totals)
+    # Dividing the weights, not the output, keeps the output from overflowing on its way.
+    factor = splat(scores, 1 / total)
+    for j in range(0, count, LANES):
+        store(scores, j, multiply(load(scores, j), factor))
+    return largest + math.log(total)
 
 
 @inner
@@ -780,7 +785,7 @@ def forward(
             count, first = open_row(index, axes, items, box, forth, extents, picks, bias_picks, row)
             for head in range(head_kv * group, (head_kv + 1) * group):
                 fill(result, width_v, zero)
-                largest, total = -infinity, one
+                logsumexp = -infinity
                 if count + extra:
                     get_row(query_at, batch, head, row, ahead, kind, dim, width, scale, query)
                     score(
@@ -788,15 +793,14 @@ def forward(
                         extra_picks, extra, biased, after(rpb, bias_index(head, row, extents)),
                         bias_picks, infinity, scores,
                     )  # fmt: skip
-                    largest, total = softmax(scores, padded(count) + padded(extra))
+                    logsumexp = softmax(scores, padded(count) + padded(extra))
                     accumulate(
                         scores, after(values, first * width_v), width_v, picks, count, result
                     )
                     more = after(scores, padded(count))
                     accumulate(more, extra_values, width_v, extra_picks, extra, result)
-                put_row(out_at, batch, head, row, kind, dim_v, one / total, result)
-                lse = numbers_at(locate_row(lse_at, batch, head, row), keys)
-                lse[0] = largest + math.log(total)
+                put_row(out_at, batch, head, row, kind, dim_v, one, result)
+                numbers_at(locate_row(lse_at, batch, head, row), keys)[0] = logsumexp
 
 
 @entry

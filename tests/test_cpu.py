@@ -1,0 +1,366 @@
+"""The compiled CPU backend: correctness, determinism, and a process that always survives."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, Case, random_case
+from checks import check_problem, make_inputs, run
+
+from natten.functional import dispatch, neighborhood_attention_generic
+from natten.functional.backends import cpu
+from natten.functional.problem import DEFAULT_CONFIG, Problem, Unavailable
+
+pytest.importorskip("numba")
+
+TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_exact_as_eager_attention(case, dtype):
+    check_problem(case, "cpu", dtype)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_problems(seed):
+    check_problem(random_case(seed), "cpu", TYPES[seed % 4])
+
+
+def run_all(inputs, **arguments):
+    """Output, logsumexp and all gradients of a call."""
+    out, lse = neighborhood_attention_generic(
+        inputs.query, inputs.key, inputs.value, rpb=inputs.rpb,
+        additional_keys=inputs.additional_keys, additional_values=inputs.additional_values,
+        backend="cpu", return_lse=True, **arguments,
+    )  # fmt: skip
+    loss = (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() + lse.sum()
+    return [out, lse, *torch.autograd.grad(loss, list(inputs.tensors().values()))]
+
+
+BIG = Case("big", (40, 40), (7, 7), heads=4, heads_kv=2, head_dim=32, additional=3, rpb=True)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_reruns_are_bitwise_equal():
+    inputs = make_inputs(BIG, torch.float32)
+    first = run_all(inputs, kernel_size=7)
+    for _ in range(5):
+        for a, b in zip(first, run_all(inputs, kernel_size=7), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_boxes_do_not_change_results(monkeypatch, two_threads):
+    """Halos, partial boxes and residues of the dilation, all at once."""
+    inputs = make_inputs(BIG, torch.float64)
+    arguments = {"kernel_size": (5, 7), "dilation": (2, 3), "stride": (2, 1)}
+    inputs.rpb = torch.randn(4, 9, 13, dtype=torch.float64, requires_grad=True)
+    whole = run_all(inputs, **arguments)
+    monkeypatch.setattr(cpu.plan, "MAX_BOX_BYTES", 20_000)
+    monkeypatch.setattr(cpu.plan, "MIN_BOX_BYTES", 20_000)
+    cpu.plan.query_sweep.cache_clear()
+    cpu.plan.key_sweep.cache_clear()
+    boxes = run_all(inputs, **arguments)
+    cpu.plan.query_sweep.cache_clear()
+    cpu.plan.key_sweep.cache_clear()
+    for a, b in zip(whole, boxes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_many_python_threads_at_once():
+    inputs = make_inputs(BIG, torch.float32)
+    expected = run_all(inputs, kernel_size=7)
+    failures = []
+
+    def work():
+        for _ in range(5):
+            got = run_all(inputs, kernel_size=7)
+            if not all(map(torch.equal, expected, got)):
+                failures.append(got)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_fork_after_use():
+    inputs = make_inputs(BIG, torch.float32)
+    with torch.no_grad():
+        expected = run(BIG, inputs, "cpu")[0].numpy()
+        child = os.fork()
+        if child == 0:
+            # torch's own parallel operations may hang in a forked child; numpy's do not.
+            equal = np.array_equal(run(BIG, inputs, "cpu")[0].numpy(), expected)
+            os._exit(0 if equal else 1)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert status == 0
+
+
+class Windows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        x = torch.full((1, 16, 16, 1, 8), float(index))
+        return neighborhood_attention_generic(x, x, x, kernel_size=3, backend="cpu")[0]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_data_loader_workers():
+    Windows()[0]
+    loaded = list(torch.utils.data.DataLoader(Windows(), batch_size=1, num_workers=2))
+    for index, x in enumerate(loaded):
+        torch.testing.assert_close(x, torch.full_like(x, float(index)))
+
+
+def test_exceptions_on_helper_threads_reach_the_caller():
+    def task():
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError("helper")
+        time.sleep(0.2)
+
+    with pytest.raises(ValueError, match="helper"):
+        cpu.parallel.run(task, 2)
+
+
+def child_python(code, **environment):
+    """Run a script in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+CALL = """
+    import time
+    import torch
+    from natten.functional import neighborhood_attention_generic as na
+    x = torch.randn(1, 9, 9, 1, 8, requires_grad=True)
+    start = time.perf_counter()
+    na(x, x, x, kernel_size=3, backend="cpu").sum().backward()
+    print(time.perf_counter() - start)
+"""
+
+
+def test_compiled_once_and_cached(tmp_path):
+    cache = tmp_path / "cache"
+    first = child_python(CALL, NUMBA_CACHE_DIR=str(cache))
+    assert first.returncode == 0, first.stderr
+    stored = {file: file.stat().st_mtime_ns for file in cache.rglob("*.nbc")}
+    assert len(stored) == 3
+    second = child_python(CALL, NUMBA_CACHE_DIR=str(cache))
+    assert second.returncode == 0, second.stderr
+    assert {file: file.stat().st_mtime_ns for file in cache.rglob("*.nbc")} == stored
+    assert float(second.stdout) < float(first.stdout) / 2
+
+
+def test_compiles_without_any_writable_folder():
+    nowhere = """
+        import numba.core.caching as caching
+        def refuse(*args, **kwargs):
+            raise RuntimeError("cannot cache function: no locator available")
+        caching.FunctionCache.__init__ = refuse
+    """
+    ran = child_python(textwrap.dedent(nowhere) + textwrap.dedent(CALL))
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_import_of_natten_does_not_import_numba():
+    ran = child_python("import natten, sys; assert 'numba' not in sys.modules")
+    assert ran.returncode == 0, ran.stderr
+
+
+FALLBACK = """
+    import torch
+    from natten.functional import neighborhood_attention_generic as na
+    x = torch.randn(1, 9, 9, 1, 8)
+    for _ in range(2):
+        na(x, x, x, kernel_size=3)
+    try:
+        na(x, x, x, kernel_size=3, backend="cpu")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_without_numba_another_backend_runs_and_says_so_once():
+    hidden = "import sys\nsys.modules['numba'] = None\n"
+    ran = child_python(hidden + textwrap.dedent(FALLBACK))
+    assert ran.returncode == 0, ran.stderr
+    assert "pip install" in ran.stdout
+    assert ran.stderr.count("pip install numba") == 1
+
+
+def test_without_jit_another_backend_runs():
+    ran = child_python(FALLBACK, NUMBA_DISABLE_JIT="1")
+    assert ran.returncode == 0, ran.stderr
+    assert "NUMBA_DISABLE_JIT" in ran.stdout
+
+
+def problem(**changes):
+    fields = {
+        "batch": 1, "query_shape": (8,), "key_shape": (8,), "heads": 1, "heads_kv": 1,
+        "head_dim": 8, "head_dim_v": 8, "kernel_size": (3,), "stride": (1,), "dilation": (1,),
+        "is_causal": (False,), "grid": (8,), "query_origin": (0,), "key_origin": (0,), "scale": 1.0,
+    }  # fmt: skip
+    return Problem(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": torch.device("cuda")}, "cuda"),
+        ({"dtype": torch.complex64}, "complex64"),
+        ({"kernel_size": (3,) * 4}, "4"),
+    ],
+)
+def test_refusals_name_their_reason(changes, reason):
+    assert reason in cpu.CPU.refusal(problem(**changes), DEFAULT_CONFIG)
+
+
+def test_accepts_what_it_can_and_has_no_tiles():
+    assert cpu.CPU.refusal(problem(), DEFAULT_CONFIG) is None
+    assert cpu.CPU.configs(problem()) == cpu.CPU.backward_configs(problem()) == []
+
+
+def test_missing_numba_is_the_environments_fault(monkeypatch):
+    monkeypatch.setattr(cpu, "_numba_problem", lambda: "numba is missing")
+    assert isinstance(cpu.CPU.refusal(problem(), DEFAULT_CONFIG), Unavailable)
+
+
+def test_chosen_on_the_cpu():
+    assert dispatch.resolve(problem(), DEFAULT_CONFIG) is cpu.CPU
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_survives(dtype):
+    """A window of one key copies values: all bit patterns, so all roundings that change nothing."""
+    value = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    value = value.view(1, -1, 1, 8)
+    zeros = torch.zeros_like(value)
+    out = neighborhood_attention_generic(zeros, zeros, value, kernel_size=1, backend="cpu")
+    torch.testing.assert_close(out, value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrowing_rounds_as_torch_does(dtype):
+    """A third of every number of the type: never representable, often subnormal."""
+    pattern = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    pattern = pattern[pattern.isfinite()]
+    rows = pattern[: len(pattern) // 8 * 8].view(-1, 8)
+    value = torch.stack([rows, rows.roll(1, 0), rows.roll(2, 0)], 1).view(1, -1, 1, 8)
+    zeros = torch.zeros_like(value)
+    # Blocks of three tokens share a window.
+    out = neighborhood_attention_generic(zeros, zeros, value, kernel_size=3, stride=3, backend="cpu")
+    mean = value.double().view(-1, 3, 8).mean(1).to(dtype).double()
+    error = (out.double().view(-1, 3, 8) - mean[:, None]).abs()
+    unit = torch.finfo(dtype).eps * mean.abs() + torch.finfo(dtype).smallest_normal / 128
+    finite = mean.isfinite()
+    assert (error <= unit[:, None])[finite[:, None].expand_as(error)].all()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("kernel_size", [5, 16])
+def test_nan_and_infinity_as_in_eager_attention(poison, where, kernel_size):
+    """Poison reaches exactly the rows that eager attention over the window gives it to."""
+    tensors = {name: torch.randn(1, 16, 1, 8) for name in ("query", "key", "value")}
+    tensors[where][0, 6, 0, 3] = poison
+    out, lse = neighborhood_attention_generic(
+        **tensors, kernel_size=kernel_size, backend="cpu", return_lse=True
+    )
+    for i in range(16):
+        start = min(max(i - kernel_size // 2, 0), 16 - kernel_size)
+        q = tensors["query"][0, i, 0]
+        k, v = (tensors[n][0, start : start + kernel_size, 0] for n in ("key", "value"))
+        scores = k @ q * 8**-0.5
+        expected = scores.softmax(0) @ v
+        torch.testing.assert_close(out[0, i, 0], expected, equal_nan=True)
+
+
+def test_causal_dense_attention_does_not_see_later_poison():
+    x = torch.randn(1, 700, 1, 8)
+    value = x.clone()
+    value[0, 650] = float("nan")
+    out = neighborhood_attention_generic(x, x, value, 700, is_causal=True, backend="cpu")
+    assert out[0, :650].isfinite().all()
+    assert out[0, 650:].isnan().all()
+
+
+def test_scores_too_large_for_exp():
+    x = 100 * torch.randn(1, 64, 1, 16)
+    out, lse = neighborhood_attention_generic(x, x, x, 9, backend="cpu", return_lse=True)
+    exact, exact_lse = neighborhood_attention_generic(
+        *[x.double()] * 3, 9, backend="reference", return_lse=True
+    )
+    torch.testing.assert_close(out.double(), exact, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-3)
+
+
+def test_cost_is_linear_in_tokens():
+    """Four times the tokens take far less than the sixteen times of quadratic cost."""
+    times = []
+    for size in (64, 128):
+        x = torch.randn(1, size, size, 2, 32)
+        runs = []
+        for _ in range(5):
+            start = time.thread_time()
+            neighborhood_attention_generic(x, x, x, 7, backend="cpu")
+            runs.append(time.thread_time() - start)
+        times.append(min(runs))
+    assert times[1] < 8 * times[0]
+
+
+MEMORY = """
+    import resource, torch
+    from natten.functional import neighborhood_attention_generic as na
+    torch.set_num_threads(2)
+    small = torch.randn(1, 8, 8, 4, 32)
+    na(small, small, small, kernel_size=7, backend="cpu")
+    q, k, v = (torch.randn(2, 224, 224, 4, 32) for _ in range(3))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = na(q, k, v, kernel_size=7, backend="cpu")
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print((after - before) * 1024 / out.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory")
+def test_forward_needs_little_memory():
+    ran = child_python(MEMORY)
+    assert ran.returncode == 0, ran.stderr
+    # The output itself is one.
+    assert float(ran.stdout) < 2.0
