@@ -20,7 +20,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, (int, torch.SymInt, Integral))
 
 
-def int_tuple(name: str, value: Any, rank: int, minimum: int = 1) -> tuple[int, ...]:
+def int_tuple(name: str, value: Any, rank: int, minimum: int = 1) -> tuple[Any, ...]:
     """One integer an axis, from an int (repeated) or a sequence of ``rank`` of them."""
     if _is_int(value):
         values: tuple[Any, ...] = (value,) * rank
@@ -34,7 +34,7 @@ def int_tuple(name: str, value: Any, rank: int, minimum: int = 1) -> tuple[int, 
         if not _is_int(v) or v < minimum:
             raise ValueError(f"{name} must hold integers of at least {minimum}, got {value!r}")
     # int() turns bools and numpy's integers into plain ones; a SymInt must stay what it is.
-    return tuple([v if type(v) is int or isinstance(v, torch.SymInt) else int(v) for v in values])  # type: ignore[misc]
+    return tuple([v if isinstance(v, torch.SymInt) else int(v) for v in values])
 
 
 def bool_tuple(name: str, value: Any, rank: int) -> tuple[bool, ...]:

@@ -82,13 +82,12 @@ def position_bounds(position: Index, group: Index, axis: Axis) -> tuple[Tensor, 
         axis: The axis.
     """
     position = _tensor(position)
-    last = group_length(group, axis) - 1
+    last: Any = group_length(group, axis) - 1
     k, s = axis.kernel_size, axis.stride
     leader = position // s * s + (s - 1 if axis.is_causal else s // 2)
     leader = leader.clamp(max=last)
     if axis.is_causal:
         return (leader - k + 1).clamp(min=0), position + 1
-    # The two clamps stay apart: a group shorter than the window has an empty range of starts.
     start = (leader - k // 2).clamp(max=last + 1 - k).clamp(min=0)
     return start, start + k
 
@@ -254,7 +253,7 @@ def bounds_table(
 def attended(
     index: Sequence[int] | int,
     axes: Sequence[Axis] | Axis,
-) -> list[int] | list[tuple[int, ...]]:
+) -> list[Any]:
     """The tokens that one query attends to, row-major: for tests and pictures.
 
     A single index and :class:`Axis` give a list of integers, sequences a list of tuples.

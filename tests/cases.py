@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from random import Random
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,21 @@ def _subgrids() -> list[Case]:
     ]
 
 
+def _varlen(
+    name: str, lengths_q: tuple[int, ...], lengths_kv: tuple[int, ...], **arguments: Any
+) -> Case:
+    return Case(
+        name,
+        (sum(lengths_q),),
+        None,
+        batch=1,
+        key_tokens=(sum(lengths_kv),),
+        lengths_q=lengths_q,
+        lengths_kv=lengths_kv,
+        **arguments,
+    )
+
+
 def _attention() -> list[Case]:
     return [
         Case("attention", (37,), None),
@@ -305,12 +321,12 @@ def _attention() -> list[Case]:
         Case("attention_gqa", (29,), None, heads=6, heads_kv=2, head_dim_v=24),
         Case("attention_no_keys", (7,), None, key_tokens=(0,)),
         Case("attention_non_contiguous", (29,), None, key_tokens=(31,), contiguous=False),
-        Case("varlen", (40,), None, batch=1, lengths_q=(7, 20, 13), key_tokens=(40,), lengths_kv=(7, 20, 13)),
-        Case("varlen_cross", (30,), None, batch=1, lengths_q=(1, 20, 9), key_tokens=(44,), lengths_kv=(30, 3, 11)),
-        Case("varlen_causal", (30,), None, batch=1, is_causal=(True,), lengths_q=(10, 20), key_tokens=(31,), lengths_kv=(12, 19)),
-        Case("varlen_empty_sequences", (20,), None, batch=1, lengths_q=(0, 12, 8, 0), key_tokens=(17,), lengths_kv=(5, 12, 0, 0)),
-        Case("varlen_gqa", (30,), None, batch=1, heads=4, heads_kv=2, lengths_q=(11, 19), key_tokens=(30,), lengths_kv=(11, 19)),
-    ]  # fmt: skip
+        _varlen("varlen", (7, 20, 13), (7, 20, 13)),
+        _varlen("varlen_cross", (1, 20, 9), (30, 3, 11)),
+        _varlen("varlen_causal", (10, 20), (12, 19), is_causal=(True,)),
+        _varlen("varlen_empty_sequences", (0, 12, 8, 0), (5, 12, 0, 0)),
+        _varlen("varlen_gqa", (11, 19), (11, 19), heads=4, heads_kv=2),
+    ]
 
 
 GROUPS: dict[str, list[Case]] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from natten import validation
 from natten.functional.dispatch import FMHA, parse_name
-from natten.functional.ops import autocast, call
+from natten.functional.ops import autocast, autocast_dtype, call
 from natten.functional.problem import encode_config
 from natten.types import KernelSchedule
 from natten.utils.varlen import generate_varlen_parameters
@@ -151,10 +151,9 @@ def attention(
         NotImplementedError: No backend, or not the one named, runs such a call.
         RuntimeError: The backend named needs something that this machine lacks.
     """
-    # torch refuses to be asked about the meta device.
-    on_device = isinstance(query, Tensor) and query.device.type != "meta"
-    if on_device and torch.is_autocast_enabled(query.device.type):
-        query, key, value = autocast((query, key, value))
+    dtype = autocast_dtype(query)
+    if dtype is not None:
+        query, key, value = autocast(dtype, query, key, value)
     validation.check_qkv(query, key, value, 1)
     name = parse_name(backend, FMHA)
     causal = validation.optional_bool("is_causal", is_causal)

@@ -34,8 +34,8 @@ def _list(
     grid = tuple(max(n, 1) for n in map(max, query.shape[1:-2], key.shape[1:-2]))
     ones, zeros = (1,) * rank, (0,) * rank
     scale = validation.check_scale(None, query.shape[-1])
-    parameters = (grid, ones, ones, (False,) * rank, scale, grid, zeros, zeros, 0, 0, backward)
-    problem = make_problem(query, key, value, None, None, None, *parameters)
+    parameters = (grid, ones, ones, (False,) * rank, scale, grid, zeros, zeros, 0, 0)
+    problem = make_problem(query, key, value, None, None, None, parameters, backward)
     if not can_run(backend_name, problem, DEFAULT_CONFIG):
         return []
     backend = load(backend_name)

@@ -13,7 +13,7 @@ from natten.functional.attention import attention
 from natten.functional.dispatch import FMHA, FNA, Explanation, parse_name
 from natten.functional.dispatch import explain as explain_problem
 from natten.functional.merge import merge_attentions
-from natten.functional.ops import autocast, call, make_problem
+from natten.functional.ops import autocast, autocast_dtype, call, make_problem
 from natten.functional.problem import decode_config, encode_config
 from natten.types import AttentionKwargs, BoolOrSequence, IntOrSequence, KernelSchedule
 
@@ -262,11 +262,10 @@ def _neighborhood_attention(
     try_fuse_additional_kv: bool,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    # torch refuses to be asked about the meta device.
-    on_device = isinstance(query, Tensor) and query.device.type != "meta"
-    if on_device and torch.is_autocast_enabled(query.device.type):
+    dtype = autocast_dtype(query)
+    if dtype is not None:
         query, key, value, additional_keys, additional_values = autocast(
-            (query, key, value, additional_keys, additional_values)
+            dtype, query, key, value, additional_keys, additional_values
         )
     tensors = (query, key, value, rpb, additional_keys, additional_values)
     plan = _cached_plan(rank, *tensors, window, scale, backend, knobs, boxes)
@@ -516,6 +515,7 @@ def explain(
     window = (kernel_size, stride, dilation, is_causal)
     boxes = (grid, query_origin, key_origin)
     parameters = _make_plan(None, *tensors, window, scale, None, knobs, boxes).parameters
-    facts = (*parameters[:10], _needs_grad(*tensors))
-    problem = make_problem(query, key, value, rpb, additional_keys, None, *facts)
+    problem = make_problem(
+        query, key, value, rpb, additional_keys, None, parameters[:10], _needs_grad(*tensors)
+    )
     return explain_problem(problem, decode_config(parameters[11]))

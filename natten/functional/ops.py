@@ -99,19 +99,16 @@ def make_problem(
     rpb: Tensor | None,
     additional_keys: Tensor | None,
     cumulative_seqlen_q: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    is_causal: Sequence[bool],
-    scale: float,
-    grid: Sequence[int],
-    query_origin: Sequence[int],
-    key_origin: Sequence[int],
-    max_seqlen_q: int,
-    max_seqlen_kv: int,
+    parameters: Sequence[Any],
     requires_grad: bool,
 ) -> Problem:
-    """The problem that a call of the operator states."""
+    """The problem that a call of the operator states.
+
+    ``parameters`` are those of the schema from kernel_size to max_seqlen_kv.
+    """
+    kernel_size, stride, dilation, is_causal, scale, grid, query_origin, key_origin, *most = (
+        parameters
+    )
     return _problem(
         query.shape,
         key.shape,
@@ -129,8 +126,7 @@ def make_problem(
         tuple(grid),
         tuple(query_origin),
         tuple(key_origin),
-        max_seqlen_q,
-        max_seqlen_kv,
+        *most,
         requires_grad,
     )
 
@@ -138,8 +134,9 @@ def make_problem(
 def _plan(tensors: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Problem, Config, str]:
     query, key, value, rpb, additional_keys, _, cumulative_seqlen_q, _ = tensors
     *window, backend, config, requires_grad = parameters
-    facts = (*window, requires_grad)
-    problem = make_problem(query, key, value, rpb, additional_keys, cumulative_seqlen_q, *facts)
+    problem = make_problem(
+        query, key, value, rpb, additional_keys, cumulative_seqlen_q, window, requires_grad
+    )
     return problem, decode_config(config), backend
 
 
@@ -363,14 +360,21 @@ for _operator, _implementation, _fake, _function in (
     torch.library.register_fake(f"natten::{_name}", _fake, lib=_library)
 
 
-def autocast(tensors: Sequence[Any]) -> list[Any]:
-    """Cast as torch's attention does: to the autocast dtype, where it is enabled, but float64."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
+def autocast_dtype(tensor: Any) -> torch.dtype | None:
+    """What autocast casts to where ``tensor`` is; None where it is off."""
+    # torch refuses to be asked about the meta device.
+    if not isinstance(tensor, Tensor) or tensor.is_meta:
+        return None
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
+    """Cast as torch's attention does: every floating-point tensor but float64."""
     return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        t.to(dtype)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
         for t in tensors
     ]
 
@@ -378,7 +382,10 @@ def autocast(tensors: Sequence[Any]) -> list[Any]:
 def _autocast_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors = list(arguments[:_NUM_TENSORS])
     # The bias is added in the accumulation dtype and keeps its own.
-    cast = autocast([*tensors[:3], *tensors[4:6]])
+    dtype = autocast_dtype(tensors[0])
+    cast = [*tensors[:3], *tensors[4:6]]
+    if dtype is not None:
+        cast = autocast(dtype, *cast)
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
         return neighborhood_attention(
             *cast[:3], tensors[3], *cast[3:], *tensors[6:], *arguments[_NUM_TENSORS:]
@@ -393,6 +400,7 @@ for _key in ("AutocastCPU", "AutocastCUDA"):
 
 __all__ = [
     "autocast",
+    "autocast_dtype",
     "call",
     "make_problem",
     "neighborhood_attention",

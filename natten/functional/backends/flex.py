@@ -1,0 +1,318 @@
+"""torch's FlexAttention, with the window as its mask: runs wherever it does.
+
+The forward pass calls FlexAttention on row-major flattened tokens, additional keys appended. Its
+BlockMask is built a row of blocks at a time, so that no N x N mask exists; without
+``torch_compile=True`` FlexAttention itself still holds all N x N scores. The backward pass runs
+FlexAttention again under autograd.
+
+FlexAttention: https://arxiv.org/abs/2412.05496
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten.context import is_flex_compile_allowed, is_flex_compile_backprop_allowed
+from natten.functional.problem import Config, Problem, Unavailable
+from natten.window import mask
+
+_BLOCK = 128
+# (query, key) block sizes for one axis of tokens; with more axes, blocks of flattened tokens
+# are no boxes, and there is nothing to choose.
+_BLOCKS = ((128, 128), (64, 128), (128, 64), (64, 64))
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What a program with many different windows may compile: each is a program of its own.
+_MAX_PROGRAMS = 256
+
+
+def _coordinates(index: Tensor, shape: tuple[int, ...], origin: tuple[int, ...]) -> list[Tensor]:
+    """Global coordinates of row-major flattened tokens of a box."""
+    coordinates = []
+    for extent, start in zip(reversed(shape), reversed(origin), strict=True):
+        coordinates.append(index % extent + start)
+        index = index // extent
+    return coordinates[::-1]
+
+
+def _visible(
+    problem: Problem, sequences: tuple[Tensor, Tensor, Tensor, Tensor] | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The mask over flattened query and key indices, additional keys last."""
+    own, axes = problem.num_keys, problem.axes
+
+    def visible(q: Tensor, kv: Tensor) -> Tensor:
+        if sequences is not None:
+            q_sequence, q_start, kv_sequence, kv_start = sequences
+            seen = (q_sequence[q] == kv_sequence[kv]) & (q_sequence[q] >= 0)
+            if problem.is_causal[0]:
+                seen = seen & (kv - kv_start[kv] <= q - q_start[q])
+            return seen
+        inside = kv.clamp(max=own - 1) if problem.num_additional else kv
+        queries = _coordinates(q, problem.query_shape, problem.query_origin)
+        keys = _coordinates(inside, problem.key_shape, problem.key_origin)
+        seen = mask(queries, keys, axes)
+        return seen | (kv >= own) if problem.num_additional else seen
+
+    return visible
+
+
+def _sequences(cumulative: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Of each packed token: its sequence (-1 behind the last one) and where that starts."""
+    index = torch.arange(tokens, device=cumulative.device)
+    number = torch.searchsorted(cumulative[1:].long(), index, right=True)
+    beyond = number >= cumulative.shape[0] - 1
+    start = cumulative.long()[number.clamp(max=cumulative.shape[0] - 2)]
+    return number.masked_fill(beyond, -1), start
+
+
+def _block_mask(
+    problem: Problem,
+    visible: Callable[[Tensor, Tensor], Tensor],
+    blocks: tuple[int, int],
+) -> Any:
+    """FlexAttention's BlockMask, from one row of blocks at a time."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    queries, keys = problem.num_queries, problem.num_keys + problem.num_additional
+    q_block, kv_block = blocks
+    kv = torch.arange(keys, device=problem.device)
+    padding = -keys % kv_block
+    some, every = [], []
+    for first in range(0, queries, q_block):
+        q = torch.arange(first, min(first + q_block, queries), device=problem.device)
+        seen = visible(q[:, None], kv[None, :])
+        any_seen = torch.nn.functional.pad(seen.any(0), (0, padding))
+        # Blocks that the border cuts count as partial.
+        all_seen = torch.nn.functional.pad(seen.all(0), (0, padding))
+        full = all_seen.view(-1, kv_block).all(-1) & (len(q) == q_block)
+        every.append(full)
+        some.append(any_seen.view(-1, kv_block).any(-1) & ~full)
+
+    def ordered(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        table = torch.stack(rows)[None, None].to(torch.int32)
+        indices = table.argsort(dim=-1, descending=True, stable=True)
+        return table.sum(-1, dtype=torch.int32), indices.to(torch.int32)
+
+    return BlockMask.from_kv_blocks(
+        *ordered(some),
+        *ordered(every),
+        BLOCK_SIZE=blocks,
+        mask_mod=lambda b, h, q, kv: visible(q, kv),
+        seq_lengths=(queries, keys),
+    )
+
+
+@lru_cache(maxsize=64)
+def _cached_block_mask(problem: Problem, blocks: tuple[int, int]) -> Any:
+    return _block_mask(problem, _visible(problem, None), blocks)
+
+
+def _geometry(problem: Problem) -> Problem:
+    """The part of a problem that decides its mask."""
+    return replace(
+        problem,
+        batch=1,
+        heads=1,
+        heads_kv=1,
+        head_dim=1,
+        head_dim_v=1,
+        scale=1.0,
+        has_rpb=False,
+        dtype=torch.float32,
+        requires_grad=False,
+    )
+
+
+def _score_mod(problem: Problem, rpb: Tensor) -> Callable[..., Tensor]:
+    own = problem.num_keys
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        inside = kv.clamp(max=own - 1)
+        queries = _coordinates(q, problem.query_shape, problem.query_origin)
+        keys = _coordinates(inside, problem.key_shape, problem.key_origin)
+        index = [
+            (key // d - query // d + k - 1).clamp(0, 2 * k - 2)
+            for query, key, k, d in zip(
+                queries, keys, problem.kernel_size, problem.dilation, strict=True
+            )
+        ]
+        bias = rpb[(h, *index)].to(score.dtype)
+        return score + torch.where(kv < own, bias, 0.0) if problem.num_additional else score + bias
+
+    return biased
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+
+_AUTOGRAD = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradOther)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradNestedTensor)
+)
+
+
+@contextmanager
+def _autograd_allowed() -> Iterator[None]:
+    """Undo what an operator's kernel runs under, so that FlexAttention may use autograd itself."""
+    # What hides autograd, and nothing else: the excluded keys also keep autocast off.
+    exclude = torch._C._dispatch_tls_local_exclude_set() - _AUTOGRAD
+    include = torch._C._dispatch_tls_local_include_set()
+    with (
+        torch._C._ForceDispatchKeyGuard(include, exclude),
+        torch._dynamo.config.patch(recompile_limit=_MAX_PROGRAMS),
+        warnings.catch_warnings(),
+    ):
+        # That it is slow without torch.compile is documented where it is asked for.
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield
+
+
+def _run(
+    problem: Problem,
+    config: Config,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    cumulative_seqlen_q: Tensor | None,
+    cumulative_seqlen_kv: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp, in the layouts of the operator."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    q, k, v = (t.flatten(1, -3) for t in (query, key, value))
+    if additional_keys is not None and additional_values is not None:
+        k, v = torch.cat([k, additional_keys], dim=1), torch.cat([v, additional_values], dim=1)
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+    blocks = (_BLOCK, _BLOCK)
+    if config.q_tile_shape is not None and config.kv_tile_shape is not None and problem.rank == 1:
+        blocks = (config.q_tile_shape[0], config.kv_tile_shape[0])
+    if cumulative_seqlen_q is not None and cumulative_seqlen_kv is not None:
+        sequences = (
+            *_sequences(cumulative_seqlen_q, problem.num_queries),
+            *_sequences(cumulative_seqlen_kv, problem.num_keys),
+        )
+        block_mask = _block_mask(problem, _visible(problem, sequences), blocks)
+    else:
+        block_mask = _cached_block_mask(_geometry(problem), blocks)
+    attend = _compiled() if config.torch_compile else flex_attention
+    out, aux = attend(
+        q,
+        k,
+        v,
+        score_mod=None if rpb is None else _score_mod(problem, rpb),
+        block_mask=block_mask,
+        scale=problem.scale,
+        enable_gqa=problem.heads != problem.heads_kv,
+        return_aux=AuxRequest(lse=True),
+    )
+    tokens = problem.query_shape
+    lse = aux.lse.to(problem.accumulation_dtype)
+    return out.transpose(1, 2).unflatten(1, tokens), lse.transpose(1, 2).unflatten(1, tokens)
+
+
+class Flex:
+    """The FlexAttention backend."""
+
+    name = "flex"
+
+    def refusal(self, problem: Problem, config: Config) -> str | None:
+        if problem.dtype not in _DTYPES:
+            return f"FlexAttention does not take {problem.dtype}"
+        if problem.requires_grad and problem.device.type != "cuda":
+            return f"FlexAttention has no backward pass on {problem.device.type}"
+        if not config.torch_compile:
+            return None
+        if not is_flex_compile_allowed():
+            return Unavailable(
+                "torch_compile=True compiles FlexAttention, which has to be allowed first: "
+                "natten.allow_flex_compile()"
+            )
+        if problem.requires_grad and not is_flex_compile_backprop_allowed():
+            return Unavailable(
+                "torch_compile=True compiles FlexAttention's backward pass, which has to be "
+                "allowed first: natten.allow_flex_compile_backprop()"
+            )
+        if problem.device.type == "cpu":
+            return "compiled FlexAttention does not return the logsumexp on the CPU"
+        if problem.dtype == torch.float64:
+            return "compiled FlexAttention does not take torch.float64"
+        dims = (problem.head_dim, problem.head_dim_v)
+        if problem.device.type == "cuda" and any(d < 16 or d & (d - 1) for d in dims):
+            return f"compiled FlexAttention takes head_dim 16, 32, 64, ..., and these are {dims}"
+        return None
+
+    def auto_refusal(self, problem: Problem, config: Config) -> str | None:
+        if config.torch_compile:
+            return None
+        return "without torch_compile=True it holds all scores at once; name it to use it so"
+
+    def configs(self, problem: Problem) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        return [((q,), (kv,)) for q, kv in _BLOCKS] if problem.rank == 1 else []
+
+    def backward_configs(self, problem: Problem) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        return []
+
+    def forward(
+        self,
+        problem: Problem,
+        config: Config,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        with _autograd_allowed(), torch.no_grad():
+            plain = [None if t is None else t.detach() for t in tensors]
+            return _run(problem, config, *plain)  # type: ignore[arg-type]
+
+    def backward(
+        self,
+        problem: Problem,
+        config: Config,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        additional_keys: Tensor | None,
+        additional_values: Tensor | None,
+        cumulative_seqlen_q: Tensor | None,
+        cumulative_seqlen_kv: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        needs: tuple[bool, bool, bool, bool, bool, bool],
+    ) -> tuple[Tensor | None, ...]:
+        inputs = (query, key, value, rpb, additional_keys, additional_values)
+        with _autograd_allowed(), torch.enable_grad():
+            leaves = [
+                None if t is None else t.detach().requires_grad_(need)
+                for t, need in zip(inputs, needs, strict=True)
+            ]
+            results = _run(problem, config, *leaves, cumulative_seqlen_q, cumulative_seqlen_kv)  # type: ignore[arg-type]
+            wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
+            gradients = iter(
+                torch.autograd.grad(
+                    results if grad_lse is not None else results[:1],
+                    wanted,
+                    (grad_out, grad_lse) if grad_lse is not None else (grad_out,),
+                    allow_unused=True,
+                )
+            )
+        return tuple(next(gradients) if need else None for need in needs)
+
+
+FLEX = Flex()
