@@ -268,7 +268,15 @@ def test_empty_context():
     hidden = torch.zeros(BATCH, 4, CONTEXT, dtype=torch.float64)
     expected = module(x)
     assert_close(module(x, empty), expected, atol=1e-12, rtol=0)
-    assert_close(module(x, hidden, torch.zeros(BATCH, dtype=torch.int64)), expected)
+    none = torch.zeros(BATCH, dtype=torch.int64)
+    assert_close(module(x, hidden, none), expected)
+    assert_close(module(x, empty, none), expected)
+
+
+def test_empty_batch():
+    module, x, context, lengths, _ = build("lengths")
+    assert module(x[:0], context[:0]).shape == (0, *x.shape[1:])
+    assert module(x[:0], context[:0], lengths[:0]).shape == (0, *x.shape[1:])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from natten.functional import attention, merge_attentions
 from natten.nn.core import NeighborhoodModule, check_grid, check_sequence, crop, place
 from natten.nn.explicit import AttentionMap, attention_map
-from natten.nn.rotary import RotaryEmbedding
+from natten.nn.rotary import RotaryEmbedding, rotate
 
 
 class NeighborhoodAttention(NeighborhoodModule):
@@ -158,7 +158,9 @@ class NeighborhoodAttention(NeighborhoodModule):
         x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
         query, key, value = self._project(x, origin, True)
         out = self._attend(query, key, value, None, None, origin, grid)
-        return self._output(crop(out, extent))
+        if self.pad:
+            out = crop(out, extent)
+        return self._output(out)
 
     def _forward_with_registers(
         self,
@@ -218,8 +220,8 @@ class NeighborhoodAttention(NeighborhoodModule):
         if self.k_norm is not None:
             key = self.k_norm(key)
         if self.rotary is not None and is_grid:
-            query = self.rotary(query, origin)
-            key = self.rotary(key, origin)
+            cos, sin = self.rotary.rotation(x.shape[1:-1], origin)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         return query, key, value
 
     def _output(self, out: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ class NeighborhoodModule(nn.Module):
         window = check_window((0,) * self.rank, kernel_size, stride, dilation, is_causal)
         self.kernel_size, self.stride, self.dilation, self.is_causal = window
         if rel_pos_bias and any(self.is_causal):
-            raise ValueError("rel_pos_bias=True needs is_causal=False on every axis.")
+            raise ValueError("rel_pos_bias=True needs is_causal=False on every axis")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads

@@ -17,7 +17,7 @@ from natten.nn.core import (
     place,
 )
 from natten.nn.explicit import AttentionMap
-from natten.nn.rotary import RotaryEmbedding
+from natten.nn.rotary import RotaryEmbedding, rotate
 
 
 class NeighborhoodCrossAttention(NeighborhoodModule):
@@ -146,7 +146,9 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
                 out = self._attend_by_length(
                     query, key, value, key_c, value_c, context_lengths, origin, grid
                 )
-        return self.proj_drop(self.proj(crop(out, extent).flatten(-2)))
+        if self.pad:
+            out = crop(out, extent)
+        return self.proj_drop(self.proj(out.flatten(-2)))
 
     def _project(
         self,
@@ -172,8 +174,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if self.q_norm is not None:
             query = self.q_norm(query)
         if self.rotary is not None:
-            query = self.rotary(query, origin)
-            key = self.rotary(key, origin)
+            cos, sin = self.rotary.rotation(x.shape[1:-1], origin)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         return query, key, value
 
     def _project_context(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,6 +205,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         grid: list[int] | None,
     ) -> Tensor:
         lengths = self._check_lengths(lengths, key_c)
+        if lengths.shape[0] == 0:
+            return self._attend(query, key, value, key_c, value_c, origin, grid)
         if self.attn_drop is not None and self.training:
             return self._attend_with_dropout(
                 query, key, value, key_c, value_c, lengths, origin, grid, self.attn_drop.p
@@ -221,7 +225,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             grid=grid,
         )
         batch, size = key_c.shape[:2]
-        tokens = query[0, ..., 0, 0].numel()
+        tokens = query.flatten(1, self.rank).shape[1]
         # What lies beyond a length becomes a sequence of its own, which no query belongs to: so
         # nothing needs to be packed, and no length leaves the device.
         entry = torch.arange(batch, device=query.device)

@@ -81,9 +81,9 @@ class RotaryEmbedding(nn.Module):
         self.frequencies = self._frequencies(self.frequencies.device, self.frequencies.dtype)
         return self
 
-    def angles(self, extent: list[int], origin: list[int] | None = None) -> Tensor:
-        """Angles of a grid, `[*extent, head_dim // 2]`; `origin` is where it lies in a larger grid
-        (default 0).
+    def rotation(self, extent: list[int], origin: list[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the angles of a grid, `[*extent, 1, head_dim // 2]`, for `rotate`;
+        `origin` is where it lies in a larger grid (default 0).
         """
         table = self.frequencies
         rank = len(extent)
@@ -95,23 +95,28 @@ class RotaryEmbedding(nn.Module):
             for _ in range(rank - axis):
                 coordinate = coordinate.unsqueeze(-1)
             angles = angles + coordinate * table[axis]
-        return angles
+        angles = angles.unsqueeze(-2)
+        return angles.cos(), angles.sin()
 
     def forward(self, x: Tensor, origin: list[int] | None = None) -> Tensor:
         """Rotates `x`, `[B, *X, heads, head_dim]`, whose first token has the coordinates `origin`
         (default 0).
         """
-        angles = self.angles(x.shape[1:-2], origin).unsqueeze(-2)
-        cos, sin = angles.cos(), angles.sin()
-        first, second = x.chunk(2, dim=-1)
-        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return rotated.to(x.dtype)
+        cos, sin = self.rotation(x.shape[1:-2], origin)
+        return rotate(x, cos, sin)
 
     def extra_repr(self) -> str:
         return (
             f"head_dim={self.head_dim}, rank={self.rank}, theta={self.theta}, "
             f"spacing={self.spacing}"
         )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the channel pairs of `x`, `[B, *X, heads, head_dim]`, as `RotaryEmbedding` says."""
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x.dtype)
 
 
 def _for_each_axis(value: float | tuple[float, ...], rank: int, name: str) -> tuple[float, ...]:
