@@ -150,13 +150,19 @@ def _without_empty_context(tensors: tuple[Any, ...], problem: Problem) -> tuple[
     return (*tensors[:4], None, None, *tensors[6:])
 
 
+def _is_empty(problem: Problem) -> bool:
+    """Whether there is no query, or no query sees a key: no backend is troubled with that."""
+    has_queries = problem.batch and problem.num_queries and problem.heads
+    has_keys = problem.num_keys or problem.num_additional
+    is_unused = problem.varlen and not (problem.max_seqlen_q and problem.max_seqlen_kv)
+    return not has_queries or not has_keys or is_unused
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors, parameters = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:]
     problem, config, backend_name = _plan(tensors, parameters)
     backend = resolve(problem, config, backend_name)
-    if not (problem.batch and problem.num_queries and problem.heads) or not (
-        problem.num_keys or problem.num_additional
-    ):
+    if _is_empty(problem):
         query = tensors[0]
         return (
             query.new_zeros(problem.output_shape),
@@ -180,11 +186,7 @@ def _backward(grad_out: Tensor | None, grad_lse: Tensor | None, *arguments: Any)
     problem, config, backend_name = _plan(tensors, tuple(parameters))
     backend = resolve(problem, config, backend_name)
     inputs = tensors[:6]
-    if (
-        not (problem.batch and problem.num_queries and problem.heads)
-        or not (problem.num_keys or problem.num_additional)
-        or (grad_out is None and grad_lse is None)
-    ):
+    if _is_empty(problem) or (grad_out is None and grad_lse is None):
         gradients: Any = (None,) * 6
     else:
         if grad_out is None:

@@ -1,0 +1,296 @@
+"""The operators under torch's transforms, compilers, autocast and gradcheck."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import Case
+from checks import make_inputs, run
+from torch.autograd import forward_ad, gradcheck
+from torch.library import opcheck
+
+import natten
+from natten.functional import ops
+
+
+def arguments(requires_grad=True, everything=True):
+    """The operator's arguments for a small 2-D problem."""
+    query, key, value = (torch.randn(1, 6, 5, 2, 8, requires_grad=requires_grad) for _ in range(3))
+    extras = [None, None, None]
+    if everything:
+        extras = [
+            torch.randn(2, 5, 5, requires_grad=requires_grad),
+            *(torch.randn(1, 3, 2, 8, requires_grad=requires_grad) for _ in range(2)),
+        ]
+    window = ([3, 3], [1, 2], [1, 1], [False, False], 0.3, [6, 5], [0, 0], [0, 0], 0, 0)
+    return (query, key, value, *extras, None, None, *window, "reference", "", requires_grad)
+
+
+@pytest.mark.parametrize("everything", [True, False])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_opcheck_forward(requires_grad, everything):
+    opcheck(ops.neighborhood_attention, arguments(requires_grad, everything))
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_opcheck_backward(with_lse):
+    given = arguments(requires_grad=False)
+    out, lse = ops.neighborhood_attention(*given)
+    grads = (torch.randn_like(out), torch.randn_like(lse) if with_lse else None)
+    needs = [True, True, False, True, False, True]
+    opcheck(ops.neighborhood_attention_backward, (*grads, *given[:8], out, lse, *given[8:], needs))
+
+
+GRADCHECKS = [
+    Case("plain", (4, 5), (3, 3), heads=2, heads_kv=1, head_dim=3, head_dim_v=2, batch=1),
+    Case("window", (7,), (3,), (2,), (2,), (False,), heads=1, head_dim=2, batch=2),
+    Case("causal", (5, 3), (3, 3), (2, 1), is_causal=(True, False), heads=1, head_dim=2, batch=1),
+    Case("all", (4, 3), (3, 2), rpb=True, additional=2, heads=2, head_dim=2, batch=1),
+    Case("boxes", (3,), (4,), grid=(9,), query_origin=(5,), key_tokens=(4,), key_origin=(4,),
+         heads=1, head_dim=2, batch=1),
+    Case("attention", (4,), None, key_tokens=(6,), heads=2, heads_kv=1, head_dim=2, batch=1),
+    Case("varlen", (5,), None, batch=1, heads=1, head_dim=2, lengths_q=(2, 3), key_tokens=(4,),
+         lengths_kv=(3, 1), is_causal=(True,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GRADCHECKS, ids=str)
+def test_gradcheck(case):
+    inputs = make_inputs(case, torch.float64)
+    names = list(inputs.tensors())
+
+    def function(*tensors):
+        leaves = type(inputs)(**dict(zip(names, tensors)))
+        out, lse = run(case, leaves, "reference")
+        return out, lse
+
+    assert gradcheck(function, tuple(inputs.tensors().values()), fast_mode=case.name == "all")
+
+
+def test_gradients_through_lse_alone_and_frozen_inputs():
+    query, key, value = (torch.randn(1, 9, 1, 4, dtype=torch.float64) for _ in range(3))
+    key.requires_grad_()
+    value.requires_grad_()
+    _, lse = natten.na1d(query, key, value, 3, return_lse=True)
+    lse.sum().backward()
+    assert query.grad is None
+    assert float(key.grad.abs().sum()) > 0
+    assert float(value.grad.abs().sum()) == 0
+
+
+def loss(query, key, value):
+    out, lse = natten.na2d(query, key, value, 3, dilation=(1, 2), return_lse=True)
+    return (out.sin().sum() + lse.square().sum()).float()
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_compile(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (6, 8, 11):
+        inputs = [torch.randn(2, length, 7, 2, 8, requires_grad=True) for _ in range(3)]
+        got = compiled(*inputs)
+        expected = loss(*inputs)
+        torch.testing.assert_close(got, expected)
+        grads = [torch.autograd.grad(value, inputs) for value in (got, expected)]
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b)
+
+
+def test_compile_everything():
+    """Every argument, attention and a merge in one graph."""
+    torch._dynamo.reset()
+
+    def function(query, context, rpb):
+        out, lse = natten.na2d(
+            query,
+            query,
+            query,
+            kernel_size=(3, 5),
+            scale=0.2,
+            additional_keys=context,
+            additional_values=context,
+            rpb=rpb,
+            return_lse=True,
+            q_tile_shape=(8, 8),
+            kv_tile_shape=(8, 8),
+            backend="reference",
+        )
+        flat = query.flatten(1, 2)
+        branch = natten.attention(flat, flat, flat, is_causal=True, return_lse=True)
+        merged = natten.merge_attentions(
+            [out.flatten(1, 2), branch[0]], [lse.flatten(1, 2), branch[1]]
+        )
+        return merged + natten.na1d(flat, flat, flat, flat.shape[1])
+
+    query = torch.randn(2, 6, 7, 2, 8, requires_grad=True)
+    context = torch.randn(2, 3, 2, 8, requires_grad=True)
+    rpb = torch.randn(2, 5, 9, requires_grad=True)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    got, expected = compiled(query, context, rpb), function(query, context, rpb)
+    torch.testing.assert_close(got, expected)
+    grads = [torch.autograd.grad(t.sin().sum(), (query, context, rpb)) for t in (got, expected)]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+def test_compile_raises_for_bad_arguments():
+    compiled = torch.compile(lambda q: natten.na2d(q, q, q, 9), backend="eager")
+    with pytest.raises(Exception, match="kernel_size"):
+        compiled(torch.randn(1, 6, 7, 2, 8))
+
+
+def test_vmap():
+    query, key, value = (torch.randn(3, 1, 6, 5, 2, 8) for _ in range(3))
+    with pytest.warns(UserWarning, match="performance drop"):
+        got = torch.vmap(lambda q, k, v: natten.na2d(q, k, v, 3))(query, key, value)
+    expected = torch.stack([natten.na2d(*t, 3) for t in zip(query, key, value)])
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_func_grad_and_jacrev():
+    query, key = torch.randn(2, 1, 6, 5, 1, 4)
+
+    def function(q):
+        return natten.na2d(q, key, key, 3).sin().sum((1, 2, 3))
+
+    leaf = query.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(leaf).sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda q: function(q).sum())(query), expected)
+    jacobian = torch.func.jacrev(function)(query)
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(function, query))
+
+
+def test_forward_mode_is_refused():
+    query = torch.randn(1, 6, 5, 1, 4)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward"):
+        natten.na2d(forward_ad.make_dual(query, query), query, query, 3)
+    with pytest.raises(NotImplementedError, match="forward"):
+        torch.func.jvp(lambda q: natten.na2d(q, query, query, 3), (query,), (query,))
+    # A level without tangents changes nothing.
+    with forward_ad.dual_level():
+        assert natten.na2d(query, query, query, 3).equal(natten.na2d(query, query, query, 3))
+
+
+def test_double_backward_is_refused():
+    query = torch.randn(1, 6, 5, 1, 4, requires_grad=True)
+    out = natten.na2d(query, query, query, 3)
+    (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="twice"):
+        gradient.square().sum().backward()
+
+
+def test_meta_and_fake():
+    from torch._subclasses import FakeTensorMode
+
+    query = torch.empty(2, 64, 48, 6, 32, device="meta", requires_grad=True)
+    kv = torch.empty(2, 64, 48, 3, 32, device="meta")
+    out, lse = natten.na2d(query, kv, kv[..., :24], 7, return_lse=True)
+    assert (out.shape, lse.shape) == ((2, 64, 48, 6, 24), (2, 64, 48, 6))
+    assert lse.dtype == torch.float32
+    out.sum().backward()
+    assert query.grad.shape == query.shape
+    assert natten.attention(*(torch.empty(1, 5, 2, 8, device="meta"),) * 3).is_meta
+    with FakeTensorMode():
+        fake = torch.empty(1, 9, 2, 8)
+        assert natten.na1d(fake, fake, fake, 3).shape == fake.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    query = torch.randn(1, 6, 5, 2, 8, requires_grad=True)
+    rpb = torch.randn(2, 5, 5, requires_grad=True)
+    flat = query.flatten(1, 2)
+    with torch.autocast("cpu", dtype):
+        # As scaled_dot_product_attention: mixed inputs are cast, float64 is left alone.
+        out = natten.na2d(query, query.to(dtype), query, 3, rpb=rpb)
+        assert out.dtype == dtype
+        assert natten.attention(flat, flat, flat).dtype == dtype
+        double = flat.double()
+        assert natten.attention(double, double, double).dtype == torch.float64
+        assert ops.neighborhood_attention(*arguments())[0].dtype == dtype
+    out.float().sum().backward()
+    assert query.grad.dtype == rpb.grad.dtype == torch.float32
+
+
+def test_bias_of_another_dtype():
+    query = torch.randn(1, 6, 5, 2, 8).half().requires_grad_()
+    rpb = torch.randn(2, 5, 5, requires_grad=True)
+    natten.na2d(query, query, query, 3, rpb=rpb, backend="reference").float().sum().backward()
+    assert rpb.grad.dtype == torch.float32
+    assert query.grad.dtype == torch.float16
+
+
+def test_torch_modes_see_the_operator():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    query = torch.randn(1, 9, 2, 8, requires_grad=True)
+    with Record():
+        natten.na1d(query, query, query, 3).sum().backward()
+    assert ops.neighborhood_attention in seen
+    assert ops.neighborhood_attention_backward in seen
+
+
+def test_activation_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    query = torch.randn(1, 9, 2, 8, requires_grad=True)
+
+    def block(q):
+        return natten.na1d(q, q, q, 3).sin()
+
+    (expected,) = torch.autograd.grad(block(query).sum(), query)
+    (got,) = torch.autograd.grad(checkpoint(block, query, use_reentrant=False).sum(), query)
+    assert got.equal(expected)
+
+
+def test_trace_exports_the_operator():
+    query = torch.randn(1, 9, 2, 8)
+    traced = torch.jit.trace(lambda q: natten.na1d(q, q, q, 3), query)
+    assert "natten::neighborhood_attention" in str(traced.inlined_graph)
+    assert traced(query).equal(natten.na1d(query, query, query, 3))
+
+
+def test_export():
+    class Module(torch.nn.Module):
+        def forward(self, query):
+            return natten.na1d(query, query, query, 3)
+
+    query = torch.randn(1, 9, 2, 8)
+    program = torch.export.export(Module(), (query,))
+    assert any("neighborhood_attention" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(query), natten.na1d(query, query, query, 3))
+
+
+def test_import_is_light():
+    code = (
+        "import sys, natten; "
+        "heavy = {'triton', 'numba', 'timm', 'matplotlib', 'torchvision'} & set(sys.modules); "
+        "import torch, builtins; "
+        "assert not heavy - set(BEFORE), heavy"
+    )
+    # What torch itself imports is not ours to answer for.
+    code = "import torch, sys; BEFORE = list(sys.modules); " + code
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_log_level_from_the_environment():
+    code = "import logging, natten; print(logging.getLogger('natten').level)"
+    import os
+
+    environment = {**os.environ, "NATTEN_LOG_LEVEL": "debug"}
+    run_ = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    )
+    assert run_.stdout.strip() == "10"
