@@ -14,6 +14,11 @@ from natten.nn.core import NeighborhoodModule, check_grid, check_sequence, crop,
 from natten.nn.explicit import AttentionMap, attention_map
 from natten.nn.rotary import RotaryEmbedding, rotate
 
+# Control flow on shapes cannot be traced symbolically: in an fx graph each is one call.
+torch.fx.wrap("check_grid")
+torch.fx.wrap("place")
+torch.fx.wrap("crop")
+
 
 class NeighborhoodAttention(NeighborhoodModule):
     """Neighborhood self-attention over a grid of tokens.

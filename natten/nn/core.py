@@ -83,6 +83,10 @@ def attend(
     return out, lse
 
 
+# In an fx graph this is one call.
+torch.fx.wrap("attend")
+
+
 def check_grid(x: Tensor, rank: int, channels: int, name: str) -> None:
     if x.dim() != rank + 2:
         raise ValueError(
@@ -219,24 +223,18 @@ class NeighborhoodModule(nn.Module):
         self.pad = pad
         # Modules that are absent are None, so that TorchScript compiles no code for them.
         self.attn_drop = nn.Dropout(attn_drop) if attn_drop > 0 else None
-        self.rotary: RotaryEmbedding | None = None
-        if isinstance(rotary, bool):
-            if rotary:
-                spacing = tuple(float(d) for d in self.dilation)
-                self.rotary = RotaryEmbedding(
-                    self.head_dim, self.rank, spacing=spacing, device=device, dtype=dtype
-                )
-        else:
-            if rotary.head_dim != self.head_dim or rotary.rank != self.rank:
-                raise ValueError(
-                    f"rotary must be of head_dim {self.head_dim} and rank {self.rank}, got {rotary}"
-                )
-            self.rotary = rotary
-        self.q_norm: HeadNorm | None = None
-        self.k_norm: HeadNorm | None = None
-        if qk_norm:
-            self.q_norm = HeadNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype)
-            self.k_norm = HeadNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype)
+        if rotary is True:
+            rotary = RotaryEmbedding(
+                self.head_dim, self.rank, spacing=self.dilation, device=device, dtype=dtype
+            )
+        if rotary and (rotary.head_dim != self.head_dim or rotary.rank != self.rank):
+            raise ValueError(
+                f"rotary must be of head_dim {self.head_dim} and rank {self.rank}, got {rotary}"
+            )
+        self.rotary = rotary or None
+        norm = {"eps": 1e-6, "device": device, "dtype": dtype}
+        self.q_norm = HeadNorm(self.head_dim, **norm) if qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim, **norm) if qk_norm else None
         if rel_pos_bias:
             shape = [2 * k - 1 for k in self.kernel_size]
             self.rpb = nn.Parameter(torch.empty(num_heads, *shape, device=device, dtype=dtype))
