@@ -284,7 +284,9 @@ def test_narrowing_rounds_as_torch_does(dtype):
     value = torch.stack([rows, rows.roll(1, 0), rows.roll(2, 0)], 1).view(1, -1, 1, 8)
     zeros = torch.zeros_like(value)
     # Blocks of three tokens share a window.
-    out = neighborhood_attention_generic(zeros, zeros, value, kernel_size=3, stride=3, backend="cpu")
+    out = neighborhood_attention_generic(
+        zeros, zeros, value, kernel_size=3, stride=3, backend="cpu"
+    )
     mean = value.double().view(-1, 3, 8).mean(1).to(dtype).double()
     error = (out.double().view(-1, 3, 8) - mean[:, None]).abs()
     unit = torch.finfo(dtype).eps * mean.abs() + torch.finfo(dtype).smallest_normal / 128
@@ -345,16 +347,24 @@ def test_cost_is_linear_in_tokens():
 
 
 MEMORY = """
-    import resource, torch
+    from pathlib import Path
+    import torch
     from natten.functional import neighborhood_attention_generic as na
+
+    def peak():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
     torch.set_num_threads(2)
     small = torch.randn(1, 8, 8, 4, 32)
     na(small, small, small, kernel_size=7, backend="cpu")
-    q, k, v = (torch.randn(2, 224, 224, 4, 32) for _ in range(3))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    out = na(q, k, v, kernel_size=7, backend="cpu")
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print((after - before) * 1024 / out.nbytes)
+    for shape in ((2, 112, 112, 4, 32), (1, 224, 224, 1, 64)):
+        q, k, v = (torch.randn(shape) for _ in range(3))
+        Path("/proc/self/clear_refs").write_text("5")  # forgets earlier peaks
+        before = peak()
+        out = na(q, k, v, kernel_size=7, backend="cpu")
+        print((peak() - before) / out.nbytes)
+        del out
 """
 
 
@@ -363,4 +373,4 @@ def test_forward_needs_little_memory():
     ran = child_python(MEMORY)
     assert ran.returncode == 0, ran.stderr
     # The output itself is one.
-    assert float(ran.stdout) < 2.0
+    assert all(0.9 < float(line) < 2.0 for line in ran.stdout.split()), ran.stdout

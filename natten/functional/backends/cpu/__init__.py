@@ -55,7 +55,9 @@ def _numba_problem() -> str | None:
             "or `pip install numba`"
         )
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
-        return "it is compiled by numba, and the environment variable NUMBA_DISABLE_JIT forbids that"
+        return (
+            "it is compiled by numba, and the environment variable NUMBA_DISABLE_JIT forbids that"
+        )
     return None
 
 
@@ -158,7 +160,16 @@ class CpuBackend:
             lse = query.new_empty(problem.lse_shape, dtype=problem.accumulation_dtype)
             for part, q, kv in _sequences(problem, cumulative_seqlen_q, cumulative_seqlen_kv):
                 out[:, q], lse[:, q] = self.forward(
-                    part, config, query[:, q], key[:, kv], value[:, kv], None, None, None, None, None
+                    part,
+                    config,
+                    query[:, q],
+                    key[:, kv],
+                    value[:, kv],
+                    None,
+                    None,
+                    None,
+                    None,
+                    None,
                 )
             return out, lse
         if dense.suits(problem, query, key, value):
@@ -222,9 +233,7 @@ class CpuBackend:
                     gradient[:, place] = piece
             return (*gradients, None, None, None)
         if dense.suits(problem, query, key, value, grad_out):
-            gradients = dense.backward(
-                problem, grad_out, grad_lse, query, key, value, out, lse
-            )
+            gradients = dense.backward(problem, grad_out, grad_lse, query, key, value, out, lse)
             return (*gradients, None, None, None)
         # numba takes half a second to import.
         from natten.functional.backends.cpu import kernels
@@ -254,9 +263,11 @@ class CpuBackend:
         )
 
         sweep = query_sweep(problem, threads)
-        longest = padded(sweep.longest)
+        longest, boxes = padded(sweep.longest), sweep.boxes
         biases = problem.heads // problem.heads_kv * int(extents.prod())
-        bias_grads = np.zeros((sweep.units if rpb is not None and needs[3] else 0, biases), numpy_type)
+        bias_grads = np.zeros(
+            (sweep.units if rpb is not None and needs[3] else 0, biases), numpy_type
+        )
         extra_grads = np.zeros(
             (sweep.units if needs_extra else 0, extra * (width + width_v)), numpy_type
         )
@@ -290,11 +301,13 @@ class CpuBackend:
         grad_rpb = grad_extra_keys = grad_extra_values = None
         if rpb is not None and needs[3]:
             # The sum runs over batch entries and boxes, always in this order.
-            parts = torch.from_numpy(bias_grads).view(problem.batch, problem.heads_kv, -1, biases)
-            grad_rpb = parts.sum((0, 2)).view(rpb.shape).to(rpb.dtype)
+            parts = torch.from_numpy(bias_grads).view(
+                problem.batch * boxes, problem.heads_kv, biases
+            )
+            grad_rpb = parts.sum(0).view(rpb.shape).to(rpb.dtype)
         if needs_extra:
             parts = torch.from_numpy(extra_grads)
-            parts = parts.view(problem.batch, problem.heads_kv, -1, extra * (width + width_v)).sum(2)
+            parts = parts.view(problem.batch, boxes, problem.heads_kv, -1).sum(1)
             keys, values = parts.split([extra * width, extra * width_v], -1)
 
             def features(part: Tensor, size: int) -> Tensor:

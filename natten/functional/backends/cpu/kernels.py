@@ -129,7 +129,8 @@ add = _elementwise(lambda builder, a, b: builder.fadd(a, b), "a + b")
 subtract = _elementwise(lambda builder, a, b: builder.fsub(a, b), "a - b")
 multiply = _elementwise(lambda builder, a, b: builder.fmul(a, b), "a * b")
 larger = _elementwise(
-    lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b), "a where a > b, else b"
+    lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b),
+    "a where a > b, else b",
 )
 
 
@@ -180,11 +181,14 @@ def reduce_max(typing, vector):
     """The largest lane of a vector."""
 
     def generate(context, builder, signature, args):
-        best = builder.extract_element(args[0], ir.IntType(32)(0))
-        for i in range(1, LANES):
-            lane = builder.extract_element(args[0], ir.IntType(32)(i))
-            best = builder.select(builder.fcmp_ordered(">", lane, best), lane, best)
-        return best
+        best, mask = args[0], ir.VectorType(ir.IntType(32), LANES)
+        step = LANES // 2
+        while step:
+            order = ir.Constant(mask, [i ^ step for i in range(LANES)])
+            other = builder.shuffle_vector(best, ir.Constant(best.type, ir.Undefined), order)
+            best = builder.select(builder.fcmp_ordered(">", other, best), other, best)
+            step //= 2
+        return builder.extract_element(best, ir.IntType(32)(0))
 
     return vector.dtype(vector), generate
 
@@ -225,7 +229,6 @@ def exp(typing, vector):
         return builder.select(builder.fcmp_ordered("<", x, real(smallest)), real(0.0), result)
 
     return vector(vector), generate
-
 
 
 @intrinsic
@@ -346,7 +349,9 @@ def narrow_float16(value):
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
     size = bits & np.uint32(0x7FFFFFFF)
     # Normal numbers: move the exponent's bias, round the mantissa by integer addition.
-    normal = size - np.uint32(0x38000000) + np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1))
+    normal = (
+        size - np.uint32(0x38000000) + np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1))
+    )
     normal = normal >> np.uint32(13)
     # Subnormal numbers: an addition lets the processor round at the right bit.
     small = bits_of(from_bits(size) + np.float32(0.5)) - np.uint32(0x3F000000)
@@ -365,7 +370,14 @@ def padded(count: int) -> int:
 
 @inner
 def read_row(
-    address: int, step: int, count: int, kind: int, factor: float, ahead: int, out: Floats, width: int
+    address: int,
+    step: int,
+    count: int,
+    kind: int,
+    factor: float,
+    ahead: int,
+    out: Floats,
+    width: int,
 ) -> None:
     """out = factor * the `count` numbers `step` elements apart at `address`, then zeros to `width`.
 
@@ -587,13 +599,16 @@ STATE_SIZE = 3 * BLOCK_SIZE + ROW_SIZE
 @inner
 def open_unit(unit: int, axes: Ints, blocks: Ints, heads: int, box: Ints) -> tuple[int, int]:
     """Fill `box` with the unit's block of each axis; returns its batch entry and its head."""
+    # Heads follow each other: they share pages of memory.
+    head = unit % heads
+    unit = unit // heads
     for axis in range(2, -1, -1):
         number = axes[AXIS_SIZE * axis + BLOCKS]
         block = axes[AXIS_SIZE * axis + BLOCK] + unit % number
         for i in range(BLOCK_SIZE):
             box[BLOCK_SIZE * axis + i] = blocks[BLOCK_SIZE * block + i]
         unit = unit // number
-    return unit // heads, unit % heads
+    return unit, head
 
 
 @inner
@@ -652,7 +667,9 @@ def locate(tensor: Ints, batch: int, head: int) -> int:
 
 @inner
 def locate_row(tensor: Ints, batch: int, head: int, row: Ints) -> int:
-    offset = row[AT] * tensor[AXES] + row[AT + 1] * tensor[AXES + 1] + row[AT + 2] * tensor[AXES + 2]
+    offset = (
+        row[AT] * tensor[AXES] + row[AT + 1] * tensor[AXES + 1] + row[AT + 2] * tensor[AXES + 2]
+    )
     return locate(tensor, batch, head) + offset
 
 
@@ -685,7 +702,7 @@ def pack(
     start = locate(tensor, batch, head)
     axis_y, axis_z = after(axes, AXIS_SIZE), after(axes, 2 * AXIS_SIZE)
     box_y, box_z = after(box, BLOCK_SIZE), after(box, 2 * BLOCK_SIZE)
-    ahead = 4 * axis_z[DILATION] * tensor[AXES + 2]
+    ahead = 16 * axis_z[DILATION] * tensor[AXES + 2]
     at = 0
     for x in range(box[LOW], box[HIGH]):
         start_x = start + (box[OTHER] + axes[DILATION] * x) * tensor[AXES]
@@ -693,7 +710,9 @@ def pack(
             start_y = start_x + (box_y[OTHER] + axis_y[DILATION] * y) * tensor[AXES + 1]
             for z in range(box_z[LOW], box_z[HIGH]):
                 start_z = start_y + (box_z[OTHER] + axis_z[DILATION] * z) * tensor[AXES + 2]
-                read_row(start_z, tensor[FEATURES], count, kind, factor, ahead, after(out, at), width)
+                read_row(
+                    start_z, tensor[FEATURES], count, kind, factor, ahead, after(out, at), width
+                )
                 at += width
 
 
@@ -706,7 +725,14 @@ def pack_list(
     start, step = locate(tensor, batch, head), tensor[AXES + 2]
     for z in range(length):
         read_row(
-            start + z * step, tensor[FEATURES], count, kind, factor, step, after(out, z * width), width
+            start + z * step,
+            tensor[FEATURES],
+            count,
+            kind,
+            factor,
+            step,
+            after(out, z * width),
+            width,
         )
 
 
@@ -868,7 +894,9 @@ def backward_queries(
             pack(key_at, batch, head_kv, axes, box, kind, dim, width, one, keys)
             pack(value_at, batch, head_kv, axes, box, kind, dim_v, width_v, one, values)
             pack_list(extra_key_at, batch, head_kv, extra, kind, dim, width, one, extra_keys)
-            pack_list(extra_value_at, batch, head_kv, extra, kind, dim_v, width_v, one, extra_values)
+            pack_list(
+                extra_value_at, batch, head_kv, extra, kind, dim_v, width_v, one, extra_values
+            )
         row[LISTED] = -1
         ahead = 2 * axes[2 * AXIS_SIZE + DILATION]
         for index in range(rows_of(box)):

@@ -12,8 +12,8 @@ import torch
 from natten.functional.problem import Problem
 from natten.window import Axis, bounds_table
 
-# Smaller than this, a box's rows stay close to the core, and copying the halo is still cheap.
-MAX_BOX_BYTES = 4 << 20
+# The keys and values of a box this large stay in a core's own cache, and copying the halo is cheap.
+MAX_BOX_BYTES = 1 << 20
 MIN_BOX_BYTES = 1 << 18
 # Multiply-adds that are worth a thread of their own: about a fifth of a millisecond.
 WORK_PER_THREAD = 2_000_000
@@ -77,7 +77,9 @@ def query_side(
     return Side(np.stack([low, high, bias], axis=1), residues, dilation)
 
 
-def key_side(queries: Side, axis: Axis, query_origin: int, key_origin: int, key_extent: int) -> Side:
+def key_side(
+    queries: Side, axis: Axis, query_origin: int, key_origin: int, key_extent: int
+) -> Side:
     """The queries that see each key of an axis: the inverse of `queries`."""
     dilation = axis.dilation
     items = np.zeros((key_extent, 3), np.int64)
@@ -103,7 +105,8 @@ class Sweep:
 
     Attributes:
         axes, items, blocks: The tables that kernels.py describes.
-        units: Pieces of work.
+        units: Pieces of work: for each batch entry, for each box, one for each head.
+        boxes: Boxes of a batch entry.
         capacity: The most tokens that a unit sees.
         rows: The most rows of a unit.
         longest: The largest window.
@@ -114,6 +117,7 @@ class Sweep:
     items: np.ndarray
     blocks: np.ndarray
     units: int
+    boxes: int
     capacity: int
     rows: int
     longest: int
@@ -159,6 +163,7 @@ def make_sweep(
         items=np.concatenate([side.items for side in sides]).astype(np.int64),
         blocks=np.array([b for part in blocks for b in part], np.int64).reshape(-1, 5),
         units=units,
+        boxes=prod(map(len, blocks)),
         capacity=capacity,
         rows=prod(max((b[1] for b in part), default=0) for part in blocks),
         longest=longest,
