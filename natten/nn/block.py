@@ -225,6 +225,9 @@ class NeighborhoodTransformerBlock(nn.Module):
                 )
             self.register_parameter(name, gamma)
 
+    def extra_repr(self) -> str:
+        return f"layer_scale={self.gamma1 is not None}"
+
     # TorchScript infers the type of the result from the branch without registers.
     def forward(  # type: ignore[no-untyped-def]
         self, x: Tensor, cond: Tensor | None = None, registers: Tensor | None = None
