@@ -3,9 +3,9 @@
     python benchmarks/cpu.py            everything, under four minutes on two cores
     python benchmarks/cpu.py --quick    fewer rounds, two cases
 
-Every case is compared with the float64 reference first, gradients included. The contenders are timed
-in turns, so that a busy moment of the machine hits all of them; tables show medians. Results go to a
-JSON file with the machine and the versions.
+Every case is compared with the float64 reference first, gradients included. The contenders are
+timed in turns, so that a busy moment of the machine hits all of them; tables show medians. Results
+go to a JSON file with the machine and the versions.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def contenders_of(
     case: tuple[int, ...], kernel_size: int, backward: bool, flex: bool
 ) -> dict[str, Contender]:
     """The same attention three ways: heads last for ours, heads first for torch's."""
-    batch, heads, height, width, dim = case
+    height, width = case[2:4]
     inputs = inputs_of(case)
     axes = [Axis(height, kernel_size), Axis(width, kernel_size)]
     flat = [x.detach().flatten(1, 2).transpose(1, 2).contiguous().requires_grad_() for x in inputs]

@@ -16,7 +16,7 @@ order of boxes, always.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -49,9 +49,11 @@ NOWHERE = (0,) * 7
 @lru_cache(maxsize=1)
 def _numba_problem() -> str | None:
     """Why nothing can be compiled here, or None."""
-    if importlib.util.find_spec("numba") is None:
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
         return (
-            "it is compiled by numba, which is not installed: run `pip install 'natten[cpu]'` "
+            f"numba, which compiles it, is missing ({error}): run `pip install 'natten[cpu]'` "
             "or `pip install numba`"
         )
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):

@@ -1,13 +1,13 @@
-"""Compiled loops of the CPU backend: attention over a list of key rows for one query at a time.
+"""Compiled loops of the CPU backend: attention over a list of key rows, one query at a time.
 
-Everything numba compiles lives in this one file, because numba's disk cache notices changes of the file
-that holds a compiled function only, not of the files it calls into.
+Everything that numba compiles lives in this one file, because numba's disk cache notices changes
+of the file that holds a compiled function only, not of the files that it calls into.
 
-The unit of work is a box of queries (or, for the gradients of keys and values, a box of keys) of one batch
-entry, one key head and one residue of the dilation. A thread copies the rows that the box can see into a
-contiguous, zero-padded scratch array in the compute type; every stride, storage type and dilation ends
-there. A row's window is then a list of `picks`, offsets into the scratch array relative to the window's first
-row; the list changes only where the window's extents do.
+The unit of work is a box of queries (or, for the gradients of keys and values, a box of keys) of
+one batch entry, one key head and one residue of the dilation. A thread copies the rows that the box
+can see into a contiguous, zero-padded scratch array in the compute type; every stride, storage type
+and dilation ends there. A row's window is then a list of `picks`, offsets into the scratch array
+relative to the window's first row; the list changes only where the window's extents do.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def reduce_max(typing, vector):
 
 @intrinsic
 def exp(typing, vector):
-    """e ** x for x up to about 80; 0 below the normal range, NaN for NaN. Within 2 units in the last place."""
+    """e ** x within an ulp for x up to about 80; 0 below the normal range, NaN for NaN."""
 
     def generate(context, builder, signature, args):
         x = args[0]
@@ -551,7 +551,10 @@ def softmax(scores: Floats, count: int) -> float:
 
 @inner
 def score_gradients(scores: Floats, grads: Floats, count: int, lse: float, delta: float) -> None:
-    """Replace a multiple of LANES scores by weights P, and gradients of P by those of the scores."""
+    """Replace scores by weights P, and gradients of P by those of the scores.
+
+    `count` is a multiple of LANES.
+    """
     lses = splat(scores, lse)
     deltas = splat(scores, delta)
     for j in range(0, count, LANES):
@@ -702,18 +705,15 @@ def pack(
     start = locate(tensor, batch, head)
     axis_y, axis_z = after(axes, AXIS_SIZE), after(axes, 2 * AXIS_SIZE)
     box_y, box_z = after(box, BLOCK_SIZE), after(box, 2 * BLOCK_SIZE)
-    ahead = 16 * axis_z[DILATION] * tensor[AXES + 2]
-    at = 0
+    features, ahead = tensor[FEATURES], 16 * axis_z[DILATION] * tensor[AXES + 2]
     for x in range(box[LOW], box[HIGH]):
         start_x = start + (box[OTHER] + axes[DILATION] * x) * tensor[AXES]
         for y in range(box_y[LOW], box_y[HIGH]):
             start_y = start_x + (box_y[OTHER] + axis_y[DILATION] * y) * tensor[AXES + 1]
             for z in range(box_z[LOW], box_z[HIGH]):
                 start_z = start_y + (box_z[OTHER] + axis_z[DILATION] * z) * tensor[AXES + 2]
-                read_row(
-                    start_z, tensor[FEATURES], count, kind, factor, ahead, after(out, at), width
-                )
-                at += width
+                read_row(start_z, features, count, kind, factor, ahead, out, width)
+                out = after(out, width)
 
 
 @inner

@@ -12,7 +12,7 @@ import torch
 from natten.functional.problem import Problem
 from natten.window import Axis, bounds_table
 
-# The keys and values of a box this large stay in a core's own cache, and copying the halo is cheap.
+# Keys and values of a box this large stay in a core's own cache; copying the halo is still cheap.
 MAX_BOX_BYTES = 1 << 20
 MIN_BOX_BYTES = 1 << 18
 # Multiply-adds that are worth a thread of their own: about a fifth of a millisecond.
