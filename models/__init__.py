@@ -1,7 +1,8 @@
 """Image and video models built of neighborhood attention, registered with timm.
 
-Importing this package registers every model; then `timm.create_model("dinat_base")` works like any other. Families: NAT, DiNAT,
-DiNAT_s, their isotropic variants, and video models. `python -m natten.models` lists them.
+Importing this package registers every model; then `timm.create_model("dinat_base")` works like any
+other. Families: NAT, DiNAT, DiNAT_s, their isotropic variants, and video models. `python -m
+natten.models` lists them.
 """
 
 from __future__ import annotations

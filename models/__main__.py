@@ -1,7 +1,7 @@
 """Lists the models, and converts checkpoints between layouts.
 
-    python -m natten.models [list] [PATTERN]
-    python -m natten.models convert IN OUT --to natten|original|huggingface
+python -m natten.models [list] [PATTERN]
+python -m natten.models convert IN OUT --to natten|original|huggingface
 """
 
 from __future__ import annotations

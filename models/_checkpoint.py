@@ -2,12 +2,16 @@
 
 Three layouts of the same weights:
 
-- "natten": ours, timm's conventions. The downsampler opens a level (`levels.1.downsample`), the classifier is `head.fc`.
-- "original": the released checkpoints'. The downsampler closes a level (`levels.0.downsample`), the classifier is `head`;
+- "natten": ours, timm's conventions. The downsampler opens a level (`levels.1.downsample`), the
+classifier is `head.fc`.
+- "original": the released checkpoints'. The downsampler closes a level (`levels.0.downsample`), the
+classifier is `head`;
   DiNAT_s calls its levels `layers`.
-- "huggingface": transformers' DiNAT and Nat. Separate query, key and value, both layer scales in one tensor.
+- "huggingface": transformers' DiNAT and Nat. Separate query, key and value, both layer scales in
+one tensor.
 
-Converting never changes a weight: a tensor is renamed, split, stacked or, where a table is kept in the opposite order, flipped.
+Converting never changes a weight: a tensor is renamed, split, stacked or, where a table is kept in
+    the opposite order, flipped.
 """
 
 from __future__ import annotations
@@ -78,9 +82,7 @@ def build_model(
         pretrained,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(
-            out_indices=out_indices, flatten_sequential=True, feature_cls=feature_cls
-        ),
+        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True, feature_cls=feature_cls),
         **arguments,
     )
     # The configuration travels with the model: it shall not keep the checkpoint alive.
@@ -91,14 +93,17 @@ def build_model(
 
 
 def read_checkpoint(path: str | Path) -> StateDict:
-    """Reads a state dict from a `.safetensors` file or from one of `torch.save`; nothing in the file is executed.
+    """Reads a state dict from a `.safetensors` file or from one of `torch.save`; nothing in the
+    file is executed.
 
-    Of a training checkpoint, the averaged weights (`state_dict_ema`, `model_ema`) are taken if it has them, else
-    `state_dict` or `model`. Prefixes of DistributedDataParallel and torch.compile are removed.
+    Of a training checkpoint, the averaged weights (`state_dict_ema`, `model_ema`) are taken if it
+    has them, else `state_dict` or `model`. Prefixes of DistributedDataParallel and torch.compile
+    are removed.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is truncated or no checkpoint, or it asks for more than tensors (such a pickle can run any code).
+        ValueError: the file is truncated or no checkpoint, or it asks for more than tensors (such a
+            pickle can run any code).
     """
     path = Path(path)
     if not path.is_file():
@@ -110,8 +115,9 @@ def read_checkpoint(path: str | Path) -> StateDict:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is refused: it is damaged, or it needs more than tensors and plain containers to load, which could run "
-            f"any code. Save its state dict alone, best as .safetensors. ({_first_line(error)})"
+            f"{path} is refused: it is damaged, or it needs more than tensors and plain containers "
+            "to load, which could run any code. Save its state dict alone, best as .safetensors. "
+            f"({_first_line(error)})"
         ) from error
     except (SafetensorError, EOFError, RuntimeError, OSError, KeyError, ValueError) as error:
         raise ValueError(
@@ -134,7 +140,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def detect_layout(state_dict: Mapping[str, Any]) -> str:
-    """"natten", "original" or "huggingface", by the keys.
+    """ "natten", "original" or "huggingface", by the keys.
 
     Raises:
         ValueError: none of them.
@@ -163,12 +169,14 @@ def convert(
 
     Args:
         state_dict: weights of a NAT, DiNAT, DiNAT_s or isotropic model.
-        layout: "natten", "original" or "huggingface" (NAT and DiNAT alone, the others are not in transformers).
+        layout: "natten", "original" or "huggingface" (NAT and DiNAT alone, the others are not in
+            transformers).
         prefix: of the keys in the Hugging Face layout: "dinat" or "nat".
 
     Returns:
-        The new state dict, which shares memory with the old where it can, and for the report the moves: pairs of a tuple of
-        source keys and the tuple of keys they became, none for tensors that the layout computes by itself.
+        The new state dict, which shares memory with the old where it can, and for the report the
+        moves: pairs of a tuple of source keys and the tuple of keys they became, none for tensors
+        that the layout computes by itself.
 
     Raises:
         ValueError: an unknown layout, or a model that the layout cannot express.
@@ -234,8 +242,8 @@ def _from_original(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[Mo
 
     native, moves = _rename(state_dict, rename)
     for key, index in state_dict.items():
-        # Our tables go by key - query. With the difference the other way round, the first query finds the last key in the first
-        # entry of the table, not in the last.
+        # Our tables go by key - query. With the difference the other way round, the first query
+        # finds the last key in the first entry of the table, not in the last.
         if key.endswith("relative_position_index"):
             tokens = round(index.numel() ** 0.5)
             if index.flatten()[tokens - 1] == 0:
@@ -254,7 +262,8 @@ def _to_original(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[Move
 
     converted, moves = _rename(state_dict, rename)
     for key in list(converted):
-        # vitrpb: the released checkpoints hold the index that spreads the bias table over a square grid.
+        # vitrpb: the released checkpoints hold the index that spreads the bias table over a square
+        # grid.
         if layers and re.match(r"layers\.\d+\.attn\.rpb$", key):
             size = (converted[key].shape[-1] + 1) // 2
             if size % 2 == 0:
@@ -306,9 +315,7 @@ def _apply_rules(key: str, rules: tuple[tuple[str, str], ...]) -> str:
     return key
 
 
-def _to_huggingface(
-    state_dict: Mapping[str, Tensor], prefix: str
-) -> tuple[StateDict, list[Move]]:
+def _to_huggingface(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[StateDict, list[Move]]:
     if prefix not in ("dinat", "nat"):
         raise ValueError(f"prefix must be 'dinat' or 'nat', got {prefix!r}.")
     if "patch_embed.proj.0.weight" not in state_dict:
@@ -373,10 +380,11 @@ def _from_huggingface(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
-    """Makes a checkpoint of any layout fit `model`: keys to ours, bias tables to the model's windows.
+    """Makes a checkpoint of any layout fit `model`: keys to ours, bias tables to the model's
+    windows.
 
-    Applying it twice changes nothing more. Norms of detection backbones (`norm0` to `norm3`), for which the classifier has
-    no place, are dropped with a warning.
+    Applying it twice changes nothing more. Norms of detection backbones (`norm0` to `norm3`), for
+    which the classifier has no place, are dropped with a warning.
     """
     for key in ("state_dict", "model"):
         if isinstance(state_dict.get(key), Mapping):
@@ -396,7 +404,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Sta
 
 
 def resize_bias(rpb: Tensor, shape: torch.Size) -> Tensor:
-    """Resizes a table of relative position biases, `[heads, 2k-1, 2k-1]`, to another window, bicubically."""
+    """Resizes a table of relative position biases, `[heads, 2k-1, 2k-1]`, to another window,
+    bicubically.
+    """
     if rpb.shape == shape or rpb.shape[0] != shape[0] or rpb.dim() != 3:
         return rpb
     resized = F.interpolate(

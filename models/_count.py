@@ -12,12 +12,13 @@ from natten.nn import NeighborhoodAttention2D, NeighborhoodAttention3D
 def count_macs(model: nn.Module, input_size: tuple[int, ...] | None = None) -> int:
     """Multiply-accumulates of the products of one forward pass with a batch of one.
 
-    Linear layers, convolutions, and the two products of neighborhood attention over its windows; not norms, activations and
-    softmax. Models on the meta device are counted without computing.
+    Linear layers, convolutions, and the two products of neighborhood attention over its windows;
+    not norms, activations and softmax. Models on the meta device are counted without computing.
 
     Args:
         model: a model of this package.
-        input_size: of one input, without the batch; None for the `input_size` of its pretrained_cfg.
+        input_size: of one input, without the batch; None for the `input_size` of its
+            pretrained_cfg.
     """
     size = tuple(input_size or model.pretrained_cfg["input_size"])
     parameter = next(model.parameters())
@@ -45,7 +46,8 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...] | None = None) -> i
     finally:
         for hook in hooks:
             hook.remove()
-    # The operator may bring a formula of its own to torch's counter: what the hooks found replaces it.
+    # The operator may bring a formula of its own to torch's counter: what the hooks found replaces
+    # it.
     per_operator = counter.get_flop_counts().get("Global", {})
     products = sum(n for op, n in per_operator.items() if not str(op).startswith("natten."))
     return products // 2 + windows

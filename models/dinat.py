@@ -18,11 +18,9 @@ _DILATIONS_224_MINI = ((1, 8, 1), (1, 4, 1, 4), (1, 2) * 3, (1,) * 5)
 _DILATIONS_224 = ((1, 8, 1), (1, 4, 1, 4), (1, 2) * 9, (1,) * 5)
 _DILATIONS_384 = ((1, 13, 1), (1, 6, 1, 6), (1, 3) * 9, (1,) * 5)
 
-PAPER = dict(
-    paper_name="Dilated Neighborhood Attention Transformer", paper_ids="arXiv:2209.15001"
-)
-# Upstream does not state the head of its ImageNet-22k checkpoints; this is the usual one. Asking for another num_classes
-# drops the head, so fine-tuning does not depend on it.
+PAPER = dict(paper_name="Dilated Neighborhood Attention Transformer", paper_ids="arXiv:2209.15001")
+# Upstream does not state the head of its ImageNet-22k checkpoints; this is the usual one. Asking
+# for another num_classes drops the head, so fine-tuning does not depend on it.
 IN22K_CLASSES = 21841
 
 

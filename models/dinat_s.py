@@ -1,7 +1,7 @@
 """DiNAT_s: dilated neighborhood attention in the layout of Swin Transformer.
 
-Patches of 4 and patch merging instead of convolutions. Paper: `Dilated Neighborhood Attention Transformer`,
-https://arxiv.org/abs/2209.15001.
+Patches of 4 and patch merging instead of convolutions. Paper: `Dilated Neighborhood Attention
+Transformer`, https://arxiv.org/abs/2209.15001.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ _LARGE = dict(_SMALL, embed_dim=192, num_heads=(6, 12, 24, 48), drop_path_rate=0
 @register_model
 def dinat_s_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT_s-Tiny."""
-    defaults = dict(
-        _SMALL, depths=(2, 2, 6, 2), dilations=_DILATIONS_224_TINY, drop_path_rate=0.2
-    )
+    defaults = dict(_SMALL, depths=(2, 2, 6, 2), dilations=_DILATIONS_224_TINY, drop_path_rate=0.2)
     return build_model(NAT, "dinat_s_tiny", pretrained, defaults, **kwargs)
 
 

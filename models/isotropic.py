@@ -1,10 +1,11 @@
 """Isotropic models: one grid of patches from the first block to the last, as in ViT.
 
-NAT and DiNAT without levels, and ViT with a relative position bias, which they were compared with. Paper: `Dilated Neighborhood
-Attention Transformer`, https://arxiv.org/abs/2209.15001, section 4.3.
+NAT and DiNAT without levels, and ViT with a relative position bias, which they were compared with.
+Paper: `Dilated Neighborhood Attention Transformer`, https://arxiv.org/abs/2209.15001, section 4.3.
 """
 
-# No postponed annotations here: torch.fx writes those of `forward` into the code that it generates, as types.
+# No postponed annotations here: torch.fx writes those of `forward` into the code that it generates,
+# as types.
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,8 +29,9 @@ class IsotropicNAT(nn.Module):
     """Isotropic neighborhood attention classifier.
 
     Args:
-        img_size: given, every window covers the whole grid of an image of this size (dense attention with a relative
-            position bias: vitrpb); None for windows of `kernel_size` and images of any size.
+        img_size: given, every window covers the whole grid of an image of this size (dense
+            attention with a relative position bias: vitrpb); None for windows of `kernel_size` and
+                images of any size.
         in_chans: channels of the image.
         num_classes: classes; 0 for pooled features.
         global_pool: pooling of timm's `ClassifierHead`, "" for none.
@@ -39,12 +41,15 @@ class IsotropicNAT(nn.Module):
         num_heads: attention heads.
         kernel_size: window.
         dilations: dilation of every block; None for 1.
-        mlp_ratio, qkv_bias, layer_scale, drop_rate, proj_drop_rate, drop_path_rate, norm_layer, act_layer: as for `NAT`.
+        mlp_ratio, qkv_bias, layer_scale, drop_rate, proj_drop_rate, drop_path_rate, norm_layer,
+            act_layer: as for `NAT`.
 
-    Shapes: images `[B, in_chans, H, W]` to logits `[B, num_classes]`; features are `[B, H', W', embed_dim]`.
+    Shapes: images `[B, in_chans, H, W]` to logits `[B, num_classes]`; features are `[B, H', W',
+        embed_dim]`.
 
     Raises:
-        ValueError: for dilations that do not fit `depth`, or an `img_size` that is not a square of whole patches.
+        ValueError: for dilations that do not fit `depth`, or an `img_size` that is not a square of
+            whole patches.
     """
 
     def __init__(
@@ -82,7 +87,8 @@ class IsotropicNAT(nn.Module):
             height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
             if height != width or height % patch_size:
                 raise ValueError(
-                    f"img_size must be square and a multiple of the patch size {patch_size}, got {img_size}."
+                    f"img_size must be square and a multiple of the patch size {patch_size}, "
+                    f"got {img_size}."
                 )
             kernel_size = height // patch_size
 
@@ -120,7 +126,8 @@ class IsotropicNAT(nn.Module):
             )
         )
         self.feature_info = [
-            dict(num_chs=embed_dim, reduction=patch_size, module=f"layers.{j}") for j in range(depth)
+            dict(num_chs=embed_dim, reduction=patch_size, module=f"layers.{j}")
+            for j in range(depth)
         ]
         self.norm = norm_layer(embed_dim, **place)
         self.head = ClassifierHead(
@@ -139,7 +146,10 @@ class IsotropicNAT(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {"stem": r"^patch_embed", "blocks": [(r"^layers\.(\d+)", None), (r"^norm", (99999,))]}
+        return {
+            "stem": r"^patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -150,7 +160,7 @@ class IsotropicNAT(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier, and the pooling unless `global_pool` is None; 0 classes removes it."""
+        """Replaces the classifier (0 classes: removes it), and the pooling unless None."""
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pool
@@ -165,7 +175,9 @@ class IsotropicNAT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Runs the model and returns the blocks' outputs too; arguments as for `NAT`, but for blocks."""
+        """Runs the model and returns the blocks' outputs too; arguments as for `NAT`, but for
+        blocks.
+        """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
         take, last = feature_take_indices(len(self.layers), indices)
@@ -244,7 +256,9 @@ def nat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
 
 @register_model
 def dinat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
-    """Isotropic DiNAT-Small: every second block is dilated by 2, so that its window covers the grid."""
+    """Isotropic DiNAT-Small: every second block is dilated by 2, so that its window covers the
+    grid.
+    """
     defaults = dict(_SMALL, dilations=_DILATIONS)
     return build_model(IsotropicNAT, "dinat_isotropic_small", pretrained, defaults, **kwargs)
 

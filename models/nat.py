@@ -1,10 +1,11 @@
-"""NAT: Neighborhood Attention Transformer, and the hierarchical model shared with DiNAT and DiNAT_s.
+"""NAT: Neighborhood Attention Transformer, the hierarchical model that DiNAT and DiNAT_s share.
 
 Paper: `Neighborhood Attention Transformer`, https://arxiv.org/abs/2204.07143.
 Released code and checkpoints: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer.
 """
 
-# No postponed annotations here: torch.fx writes those of `forward` into the code that it generates, as types.
+# No postponed annotations here: torch.fx writes those of `forward` into the code that it generates,
+# as types.
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,7 +43,7 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-5)
 
 
 class NATLevel(nn.Module):
-    """A downsampler (Identity at the first level), then blocks at one resolution: `[B, H, W, C]` in and out."""
+    """A downsampler (none at the first level), then blocks: `[B, H, W, C]` in and out."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -72,18 +73,19 @@ class NAT(nn.Module):
         mlp_ratio: hidden width of the MLPs.
         qkv_bias: bias of the query, key and value projections.
         layer_scale: initial value of the residual scales, None for none.
-        stem: "conv" (two overlapping convolutions; convolutions between levels: NAT, DiNAT) or "patch" (patches of 4;
-            patch merging between levels: DiNAT_s).
+        stem: "conv" (two overlapping convolutions; convolutions between levels: NAT, DiNAT) or
+            "patch" (patches of 4; patch merging between levels: DiNAT_s).
         stem_strides: strides of the two convolutions of the "conv" stem.
         drop_rate: dropout in front of the classifier.
         proj_drop_rate: dropout behind the projections of attention and MLP.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         norm_layer, act_layer: normalization (LayerNorm, eps 1e-5) and activation (exact GELU).
 
-    Shapes: images `[B, in_chans, H, W]` to logits `[B, num_classes]`; features are `[B, H', W', C]`.
+    Shapes: images `[B, in_chans, H, W]` to logits `[B, num_classes]`; features are
+    `[B, H', W', C]`.
 
     Raises:
-        ValueError: for lists of different lengths, an unknown stem, or dilations that do not fit `depths`.
+        ValueError: for lists of different lengths, or an unknown stem.
     """
 
     def __init__(
@@ -151,7 +153,9 @@ class NAT(nn.Module):
             reduction = stem_strides[0] * stem_strides[1]
             downsampler: type[nn.Module] = ConvDownsampler
         else:
-            self.patch_embed = PatchTokenizer(in_chans, embed_dim, 4, norm_layer=norm_layer, **place)
+            self.patch_embed = PatchTokenizer(
+                in_chans, embed_dim, 4, norm_layer=norm_layer, **place
+            )
             reduction = 4
             downsampler = PatchMerging
 
@@ -223,7 +227,7 @@ class NAT(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier, and the pooling unless `global_pool` is None; 0 classes removes it."""
+        """Replaces the classifier (0 classes: removes it), and the pooling unless None."""
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pool
@@ -344,7 +348,7 @@ def cfg(url: str = "", top1: float | None = None, **kwargs: Any) -> dict[str, An
 
 
 def pico_cfg(name: str) -> dict[str, Any]:
-    """pretrained_cfg of a small model, trained by this project, whose weights are in the package."""
+    """pretrained_cfg of a small model that this project trained; the package has its weights."""
     return {
         **cfg(),
         "file": packaged_weights(name),

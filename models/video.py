@@ -1,13 +1,15 @@
-"""Video models of three-dimensional neighborhood attention: a hierarchical classifier and an isotropic denoiser.
+"""Video models of 3-D neighborhood attention: a hierarchical classifier, an isotropic denoiser.
 
-Clips are `[B, C, T, H, W]`. Both models can be causal in time: a frame then attends to itself and to frames before it, so that
-frames may arrive one by one. `VideoNAT.stream` takes them as they come and gives what the full clip would.
+Clips are `[B, C, T, H, W]`. Both models can be causal in time: a frame then attends to itself and
+to frames before it, so that frames may arrive one by one. `VideoNAT.stream` takes them as they come
+and gives what the full clip would.
 
 Neighborhood attention: https://arxiv.org/abs/2204.07143, in the layout of Swin Transformer (https://arxiv.org/abs/2103.14030).
 Adaptive norms: DiT, https://arxiv.org/abs/2212.09748.
 """
 
-# No postponed annotations here: torch.fx writes those of `forward` into the code that it generates, as types.
+# No postponed annotations here: torch.fx writes those of `forward` into the code that it generates,
+# as types.
 
 import math
 from collections.abc import Callable, Sequence
@@ -62,7 +64,7 @@ def as_input(features: Tensor, x: Tensor) -> Tensor:
 
 
 class FrameDownsampler(nn.Module):
-    """Patch merging within every frame: `[B, T, H, W, C]` to `[B, T, ceil(H / 2), ceil(W / 2), 2 C]`."""
+    """Patch merging within frames: `[B, T, H, W, C]` to `[B, T, ceil(H / 2), ceil(W / 2), 2C]`."""
 
     def __init__(self, dim: int, **kwargs: Any) -> None:
         super().__init__()
@@ -74,7 +76,7 @@ class FrameDownsampler(nn.Module):
 
 
 class VideoLevel(nn.Module):
-    """A downsampler (Identity at the first level), then blocks at one resolution: `[B, T, H, W, C]` in and out."""
+    """A downsampler (none at the first level), then blocks: `[B, T, H, W, C]` in and out."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -113,7 +115,8 @@ class VideoHead(nn.Module):
 class StreamState:
     """What a causal model remembers of the frames so far: its size does not grow with them.
 
-    keys, values: of every block, `[B, T, H, W, heads, head_dim]` of the last frames that its window can reach.
+    keys, values: of every block, `[B, T, H, W, heads, head_dim]` of the last frames that its
+        window can reach.
     frames: frames seen.
     feature_sum: sum over them of the pooled features, `[B, C]`.
     """
@@ -125,7 +128,12 @@ class StreamState:
 
 
 class StreamOutput(NamedTuple):
-    """features `[B, t, H', W', C]` of the new frames, logits `[B, num_classes]` of all frames so far, the new state."""
+    """What a stream returns for new frames.
+
+    features: `[B, t, H', W', C]` of the new frames.
+    logits: `[B, num_classes]` of all frames so far.
+    state: for the next call.
+    """
 
     features: Tensor
     logits: Tensor
@@ -135,8 +143,8 @@ class StreamOutput(NamedTuple):
 class VideoNAT(nn.Module):
     """Hierarchical video classifier of 3-D neighborhood attention.
 
-    Time keeps its length through all levels, space is halved between them. Positions enter through rotary embeddings of queries
-    and keys, which hold for any length of the clip.
+    Time keeps its length through all levels, space is halved between them. Positions enter through
+    rotary embeddings of queries and keys, which hold for any length of the clip.
 
     Args:
         in_chans: channels of a frame.
@@ -148,10 +156,12 @@ class VideoNAT(nn.Module):
         kernel_size: window: frames, rows, columns.
         time_dilations: dilation in time of every block, repeated over the blocks of a level.
         is_causal: whether a frame attends to no later one.
-        mlp_ratio, qkv_bias, drop_rate, proj_drop_rate, drop_path_rate, norm_layer, act_layer: as for `NAT`.
+        mlp_ratio, qkv_bias, drop_rate, proj_drop_rate, drop_path_rate, norm_layer, act_layer: as
+            for `NAT`.
 
-    Shapes: clips `[B, in_chans, T, H, W]` to logits `[B, num_classes]`; features are `[B, T', H', W', C]`. Images
-    `[B, in_chans, H, W]` are clips of one frame, and their features have no time axis, so that timm's tools apply.
+    Shapes: clips `[B, in_chans, T, H, W]` to logits `[B, num_classes]`; features are `[B, T', H',
+    W', C]`. Images `[B, in_chans, H, W]` are clips of one frame, and their features have no time
+    axis, so that timm's tools apply.
 
     Raises:
         ValueError: for lists of different lengths.
@@ -182,7 +192,8 @@ class VideoNAT(nn.Module):
         super().__init__()
         if len(num_heads) != len(depths):
             raise ValueError(
-                f"num_heads needs one entry for each of the {len(depths)} levels of depths, got {len(num_heads)}."
+                f"num_heads needs one entry for each of the {len(depths)} levels of depths, "
+                f"got {len(num_heads)}."
             )
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         norm_layer = norm_layer or LayerNorm
@@ -259,7 +270,7 @@ class VideoNAT(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier, and the pooling unless `global_pool` is None; 0 classes removes it."""
+        """Replaces the classifier (0 classes: removes it), and the pooling unless None."""
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pool
@@ -285,7 +296,8 @@ class VideoNAT(nn.Module):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Runs the model and returns the levels' outputs too; arguments as for `NAT`.
 
-        Of clips they are `[B, C, T, H', W']` ("NCHW") or `[B, T, H', W', C]` ("NHWC"), of images without T.
+        Of clips they are `[B, C, T, H', W']` ("NCHW") or `[B, T, H', W', C]` ("NHWC"), of images
+        without T.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
@@ -334,12 +346,13 @@ class VideoNAT(nn.Module):
     def stream(self, frames: Tensor, state: StreamState | None = None) -> StreamOutput:
         """Takes the next frames of a clip, one or several.
 
-        The features equal those that `forward_features` of the clip so far gives for these frames, and the logits those of
-        `forward`. The work does not depend on how many frames came before.
+        The features equal those that `forward_features` of the clip so far gives for these frames,
+        and the logits those of `forward`. The work does not depend on how many frames came before.
 
         Args:
             frames: `[B, in_chans, t, H, W]`, or one frame `[B, in_chans, H, W]`.
-            state: what the call with the frames before returned; None at the start of a clip. It is not changed.
+            state: what the call with the frames before returned; None at the start of a clip. It is
+                not changed.
 
         Raises:
             ValueError: if the model is not causal in time, or merges frames into one token.
@@ -381,7 +394,7 @@ def _stream_attention(
     first_frame: int,
     cached: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Attention of new frames to themselves and to the cached keys and values before them; also the new cache."""
+    """Attention of new frames to themselves and to cached keys and values; also the new cache."""
     extent = x.shape[1:-1]
     time_window, time_dilation = attn.kernel_size[0], attn.dilation[0]
     # Time needs no padding here: the frames of the window that do not exist are before the clip.
@@ -392,7 +405,8 @@ def _stream_attention(
         value = torch.cat([cached[1], value], dim=1)
     frames = first_frame + extent[0]
     key_origin = frames - key.shape[1]
-    # A causal window depends on no later frame, so the grid may end with this one, or where the window first fits.
+    # A causal window depends on no later frame, so the grid may end with this one, or where the
+    # window first fits.
     grid = (max(frames, time_window * time_dilation), *query.shape[2:4])
     out = neighborhood_attention_generic(
         query,
@@ -430,10 +444,11 @@ class TimestepEmbedding(nn.Module):
 
 
 class VideoDenoiser(nn.Module):
-    """Isotropic denoiser: patches, blocks of 3-D neighborhood attention with adaptive norms, patches back to pixels.
+    """Isotropic denoiser of blocks of 3-D neighborhood attention with adaptive norms.
 
-    Every block's norms are shifted and scaled, and its branches gated, by a vector of the timestep and an optional condition
-    (adaLN-Zero). Gates and the last layer begin at zero: a fresh model returns zeros.
+    Every block's norms are shifted and scaled, and its branches gated, by a vector of the timestep
+    and an optional condition (adaLN-Zero). Gates and the last layer begin at zero: a fresh model
+    returns zeros.
 
     Args:
         in_chans, out_chans: channels in and out; out_chans None for in_chans.
@@ -445,7 +460,7 @@ class VideoDenoiser(nn.Module):
         cond_dim: channels of the condition; None for none.
         mlp_ratio: hidden width of the MLPs.
 
-    Shapes: `[B, in_chans, T, H, W]` to `[B, out_chans, T, H, W]`, extents being multiples of the patch.
+    Shapes: `[B, in_chans, T, H, W]` to `[B, out_chans, T, H, W]`, multiples of the patch.
     """
 
     def __init__(
@@ -538,9 +553,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "video_nat_pico.untrained": _cfg(
-            input_size=(3, 64, 64), pool_size=(4, 4), num_classes=10
-        ),
+        "video_nat_pico.untrained": _cfg(input_size=(3, 64, 64), pool_size=(4, 4), num_classes=10),
         "video_nat_pico_causal.untrained": _cfg(
             input_size=(3, 64, 64), pool_size=(4, 4), num_classes=10
         ),
@@ -551,7 +564,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any) -> VideoNAT:
-    # The tokenizer alone does not know that an image is a clip of one frame, so features come from forward_intermediates.
+    # The tokenizer alone does not know that an image is a clip of one frame, so features come from
+    # forward_intermediates.
     kwargs.setdefault("feature_cls", "getter")
     return build_model(VideoNAT, variant, pretrained, defaults, **kwargs)
 

@@ -2,9 +2,10 @@
 
     python tests/run_timm_suite.py [-m PART_OF_A_NAME ...] [-- pytest arguments]
 
-timm's wheel has no tests, so the source distribution of the installed version is downloaded once (pip, network) and kept under
-`build/`. Its `tests/test_models.py` runs unchanged but for one line: our modules join the list of those that have
-`forward_intermediates`. Tests that download released weights are left out.
+timm's wheel has no tests, so the source distribution of the installed version is downloaded once
+(pip, network) and kept under `build/`. Its `tests/test_models.py` runs unchanged but for one line:
+our modules join the list of those that have `forward_intermediates`. Tests that download released
+weights are left out.
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ import torch
 
 timm = pytest.importorskip("timm")
 
+from original_models import OriginalIsotropic, OriginalNAT  # noqa: E402
+
 import natten.models  # noqa: E402
 from natten.models._checkpoint import checkpoint_filter_fn, convert, detect_layout  # noqa: E402
 from natten.models._count import count_macs  # noqa: E402
-from original_models import OriginalIsotropic, OriginalNAT  # noqa: E402
 
 # name: millions of parameters, giga-MACs, input size
 PUBLISHED = {
@@ -75,7 +76,7 @@ def randomize(model: torch.nn.Module) -> None:
         for name, p in model.named_parameters():
             if p.dim() > 1 and not name.endswith("rpb"):
                 p.copy_(torch.randn_like(p) * (p[0].numel() ** -0.5))
-            elif "norm" in name and name.endswith("weight") or "gamma" in name:
+            elif ("norm" in name and name.endswith("weight")) or "gamma" in name:
                 p.copy_(1 + 0.2 * torch.randn_like(p))
             else:
                 p.copy_(0.3 * torch.randn_like(p))
@@ -96,15 +97,51 @@ def assert_same_logits(original, model, size: tuple[int, int]) -> None:
 # (registered model, arguments that shrink it, the same for the original)
 SMALL = dict(embed_dim=32, num_heads=(1, 2, 4, 8), num_classes=10)
 VARIANTS = {
-    "nat_mini": (SMALL, dict(depths=(3, 4, 6, 5), dilations=[[1] * n for n in (3, 4, 6, 5)], mlp_ratio=3)),
-    "nat_small": (SMALL, dict(depths=(3, 4, 18, 5), dilations=[[1] * n for n in (3, 4, 18, 5)], mlp_ratio=2, layer_scale=1e-5)),
-    "dinat_mini": (SMALL, dict(depths=(3, 4, 6, 5), dilations=[*D224[:2], [1, 2] * 3, D224[3]], mlp_ratio=3)),
+    "nat_mini": (
+        SMALL,
+        dict(depths=(3, 4, 6, 5), dilations=[[1] * n for n in (3, 4, 6, 5)], mlp_ratio=3),
+    ),
+    "nat_small": (
+        SMALL,
+        dict(
+            depths=(3, 4, 18, 5),
+            dilations=[[1] * n for n in (3, 4, 18, 5)],
+            mlp_ratio=2,
+            layer_scale=1e-5,
+        ),
+    ),
+    "dinat_mini": (
+        SMALL,
+        dict(depths=(3, 4, 6, 5), dilations=[*D224[:2], [1, 2] * 3, D224[3]], mlp_ratio=3),
+    ),
     "dinat_small": (SMALL, dict(depths=(3, 4, 18, 5), dilations=D224, mlp_ratio=2)),
-    "dinat_base": (SMALL, dict(depths=(3, 4, 18, 5), dilations=D224, mlp_ratio=2, layer_scale=1e-5)),
+    "dinat_base": (
+        SMALL,
+        dict(depths=(3, 4, 18, 5), dilations=D224, mlp_ratio=2, layer_scale=1e-5),
+    ),
     "dinat_large": (SMALL, dict(depths=(3, 4, 18, 5), dilations=D224, mlp_ratio=2)),
-    "dinat_large_21k_11x11": (SMALL, dict(depths=(3, 4, 18, 5), dilations=D224, mlp_ratio=2, kernel_size=11)),
-    "dinat_s_tiny": (SMALL, dict(depths=(2, 2, 6, 2), dilations=[[1, 8], [1, 4], [1, 2] * 3, [1, 1]], mlp_ratio=4, merging=True)),
-    "dinat_s_small": (SMALL, dict(depths=(2, 2, 18, 2), dilations=[[1, 8], [1, 4], [1, 2] * 9, [1, 1]], mlp_ratio=4, merging=True)),
+    "dinat_large_21k_11x11": (
+        SMALL,
+        dict(depths=(3, 4, 18, 5), dilations=D224, mlp_ratio=2, kernel_size=11),
+    ),
+    "dinat_s_tiny": (
+        SMALL,
+        dict(
+            depths=(2, 2, 6, 2),
+            dilations=[[1, 8], [1, 4], [1, 2] * 3, [1, 1]],
+            mlp_ratio=4,
+            merging=True,
+        ),
+    ),
+    "dinat_s_small": (
+        SMALL,
+        dict(
+            depths=(2, 2, 18, 2),
+            dilations=[[1, 8], [1, 4], [1, 2] * 9, [1, 1]],
+            mlp_ratio=4,
+            merging=True,
+        ),
+    ),
 }
 
 
@@ -115,7 +152,8 @@ def original_of(name: str) -> OriginalNAT:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_of_the_original(name: str) -> None:
-    # Narrow, with the depths, dilations and windows of the variant itself; 224 wide and 96 high, so that one axis is padded.
+    # Narrow, with the depths, dilations and windows of the variant itself; 224 wide and 96 high, so
+    # that one axis is padded.
     model = timm.create_model(name, **VARIANTS[name][0])
     assert_same_logits(original_of(name), model, (96, 224))
 
@@ -124,8 +162,14 @@ def test_logits_of_the_original(name: str) -> None:
     ("name", "arguments"),
     [
         ("dinat_large_384", dict(depths=(3, 4, 18, 5), dilations=D384, mlp_ratio=2)),
-        ("dinat_large_384_11x11", dict(depths=(3, 4, 18, 5), dilations=D224, mlp_ratio=2, kernel_size=11)),
-        ("dinat_s_large_384", dict(depths=(2, 2, 18, 2), dilations=DS384, mlp_ratio=4, merging=True)),
+        (
+            "dinat_large_384_11x11",
+            dict(depths=(3, 4, 18, 5), dilations=D224, mlp_ratio=2, kernel_size=11),
+        ),
+        (
+            "dinat_s_large_384",
+            dict(depths=(2, 2, 18, 2), dilations=DS384, mlp_ratio=4, merging=True),
+        ),
     ],
 )
 def test_logits_of_the_original_at_384(name: str, arguments: dict) -> None:
@@ -176,7 +220,9 @@ def test_logits_of_vitrpb() -> None:
     with torch.no_grad():
         for layer in flipped.layers:
             layer.attn.rpb.copy_(layer.attn.rpb.flip(1, 2))
-            layer.attn.relative_position_index.copy_(27 * 27 - 1 - layer.attn.relative_position_index)
+            layer.attn.relative_position_index.copy_(
+                27 * 27 - 1 - layer.attn.relative_position_index
+            )
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(flipped(x), original(x))
@@ -211,9 +257,19 @@ def test_layout_of_vitrpb_round_trips() -> None:
 
 
 def huggingface_keys(depths: tuple[int, ...], layer_scale: bool) -> set[str]:
-    """State dict keys of transformers' DinatForImageClassification, from its documentation of the layout."""
-    keys = {f"dinat.embeddings.patch_embeddings.projection.{i}.{p}" for i in (0, 1) for p in ("weight", "bias")}
-    keys |= {f"{m}.{p}" for m in ("dinat.embeddings.norm", "dinat.layernorm", "classifier") for p in ("weight", "bias")}
+    """State dict keys of transformers' DinatForImageClassification, from its documentation of the
+    layout.
+    """
+    keys = {
+        f"dinat.embeddings.patch_embeddings.projection.{i}.{p}"
+        for i in (0, 1)
+        for p in ("weight", "bias")
+    }
+    keys |= {
+        f"{m}.{p}"
+        for m in ("dinat.embeddings.norm", "dinat.layernorm", "classifier")
+        for p in ("weight", "bias")
+    }
     for i, depth in enumerate(depths):
         level = f"dinat.encoder.levels.{i}"
         for j in range(depth):
@@ -226,7 +282,9 @@ def huggingface_keys(depths: tuple[int, ...], layer_scale: bool) -> set[str]:
             if layer_scale:
                 keys.add(f"{layer}.layer_scale_parameters")
         if i < len(depths) - 1:
-            keys |= {f"{level}.downsample.{k}" for k in ("reduction.weight", "norm.weight", "norm.bias")}
+            keys |= {
+                f"{level}.downsample.{k}" for k in ("reduction.weight", "norm.weight", "norm.bias")
+            }
     return keys
 
 
@@ -242,7 +300,9 @@ def test_huggingface_layout(name: str) -> None:
     assert {key for _, new in moves for key in new} == set(exported)
     layer = "dinat.encoder.levels.1.layers.2.attention.self"
     qkv = state["levels.1.blocks.2.attn.qkv.weight"]
-    assert torch.equal(torch.cat([exported[f"{layer}.{p}.weight"] for p in ("query", "key", "value")]), qkv)
+    assert torch.equal(
+        torch.cat([exported[f"{layer}.{p}.weight"] for p in ("query", "key", "value")]), qkv
+    )
     assert detect_layout(exported) == "huggingface"
     back, _ = convert(exported, "original")
     assert back.keys() == state.keys()
@@ -288,7 +348,9 @@ def test_timm_interface(name: str) -> None:
         assert [m.shape[1] for m in maps] == [info["num_chs"] for info in model.feature_info]
         normed = model.forward_intermediates(x, [-1], norm=True, intermediates_only=True)
         torch.testing.assert_close(normed[0].permute(0, 2, 3, 1), features)
-        channels_last = model.forward_intermediates(x, 1, output_fmt="NHWC", intermediates_only=True)
+        channels_last = model.forward_intermediates(
+            x, 1, output_fmt="NHWC", intermediates_only=True
+        )
         torch.testing.assert_close(channels_last[0], maps[-1].permute(0, 2, 3, 1))
         early, _ = model.forward_intermediates(x, [0], stop_early=True)
         torch.testing.assert_close(early.permute(0, 3, 1, 2), maps[0])
@@ -352,7 +414,9 @@ def test_layer_decay_groups() -> None:
     depth = sum(len(level.blocks) for level in model.levels)
     assert len({group["lr_scale"] for group in groups}) > depth
     rpb = {id(p) for n, p in model.named_parameters() if n.endswith("rpb")}
-    assert all(group["weight_decay"] == 0 for group in groups if rpb & {id(p) for p in group["params"]})
+    assert all(
+        group["weight_decay"] == 0 for group in groups if rpb & {id(p) for p in group["params"]}
+    )
 
 
 @pytest.mark.slow
@@ -379,19 +443,31 @@ def test_torchscript(name: str) -> None:
 
 
 def test_importing_natten_does_not_import_timm() -> None:
-    code = "import sys, natten; assert 'timm' not in sys.modules and 'natten.models' not in sys.modules"
+    code = "import sys, natten; assert not {'timm', 'natten.models'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_models_are_registered_once_under_their_family() -> None:
     names = timm.list_models(module="dinat")
     assert {"dinat_mini", "dinat_large_384_11x11", "dinat_large_21k"} <= set(names)
-    assert timm.list_models(module="nat") == ["nat_base", "nat_mini", "nat_pico", "nat_small", "nat_tiny"]
+    assert timm.list_models(module="nat") == [
+        "nat_base",
+        "nat_mini",
+        "nat_pico",
+        "nat_small",
+        "nat_tiny",
+    ]
     assert natten.models.nat.nat_base.__module__ == "natten.models.nat"
 
 
 def test_pretrained_cfg_of_every_released_model() -> None:
-    for name in [*PUBLISHED, *ISOTROPIC, "dinat_large_21k", "dinat_large_21k_11x11", "dinat_s_large_21k"]:
+    for name in [
+        *PUBLISHED,
+        *ISOTROPIC,
+        "dinat_large_21k",
+        "dinat_large_21k_11x11",
+        "dinat_s_large_21k",
+    ]:
         cfg = timm.get_pretrained_cfg(name)
         assert cfg.url.startswith("https://shi-labs.com/projects/"), name
         assert cfg.license == "mit"
@@ -405,7 +481,9 @@ def test_pretrained_cfg_of_every_released_model() -> None:
 def test_argument_errors() -> None:
     with pytest.raises(ValueError, match="num_heads needs one entry for each of the 3 levels"):
         timm.create_model("nat_pico", num_heads=(1, 2))
-    with pytest.raises(ValueError, match=r"dilations\[1\] needs one dilation for each of the 3 blocks"):
+    with pytest.raises(
+        ValueError, match=r"dilations\[1\] needs one dilation for each of the 3 blocks"
+    ):
         timm.create_model("nat_pico", dilations=((1, 1), (1, 1), (1,) * 5))
     with pytest.raises(ValueError, match="stem must be"):
         timm.create_model("nat_pico", stem="fourier")

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 
 timm = pytest.importorskip("timm")
 
+from original_models import OriginalNAT  # noqa: E402
+
 import natten.models  # noqa: E402
 from natten.models import read_checkpoint  # noqa: E402
 from natten.models.__main__ import main  # noqa: E402
-from original_models import OriginalNAT  # noqa: E402
 
 SMALL = dict(embed_dim=16, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1), num_classes=10)
 PLAIN = dict(dilations=((1,),) * 4)
@@ -76,7 +77,9 @@ def test_other_window_resizes_the_bias(checkpoint: Path, original: OriginalNAT) 
     want = torch.nn.functional.interpolate(table[None], size=(21, 21), mode="bicubic")[0]
     torch.testing.assert_close(model.levels[0].blocks[0].attn.rpb.detach(), want)
     # Exact for a table that the interpolation cannot bend.
-    flat = {k: torch.ones_like(v) if k.endswith("rpb") else v for k, v in model.state_dict().items()}
+    flat = {
+        k: torch.ones_like(v) if k.endswith("rpb") else v for k, v in model.state_dict().items()
+    }
     resized = natten.models.checkpoint_filter_fn(flat, small_model(kernel_size=5))
     torch.testing.assert_close(resized["levels.0.blocks.0.attn.rpb"], torch.ones(1, 9, 9))
 

@@ -12,11 +12,12 @@ import torch
 
 timm = pytest.importorskip("timm")
 
+from safetensors.torch import load_file  # noqa: E402
+
 import natten.models  # noqa: E402
 from natten.models import data, train  # noqa: E402
 from natten.models.card import write_card  # noqa: E402
 from natten.models.comparison import WindowAttention2D, replace_attention  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 
 
 def shapes(count: int = 120) -> data.ImageSet:
@@ -122,7 +123,9 @@ def test_augmentation_without_chance_is_the_identity() -> None:
 
 
 def brute_force(attn: WindowAttention2D, x: torch.Tensor) -> torch.Tensor:
-    """Every token by itself: who is in the same window of the shifted partition, without wrapping around."""
+    """Every token by itself: who is in the same window of the shifted partition, without wrapping
+    around.
+    """
     height, width = x.shape[1:3]
     w, s = attn.window, attn.shift
     query, key, value = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(3)
@@ -136,7 +139,10 @@ def brute_force(attn: WindowAttention2D, x: torch.Tensor) -> torch.Tensor:
         near = [(k, l) for k, l in tokens if window(k, l) == window(i, j)]
         for head in range(attn.num_heads):
             q = query[0, i, j, head] * query.shape[-1] ** -0.5
-            scores = [q @ key[0, k, l, head] + attn.rpb[head, k - i + w - 1, l - j + w - 1] for k, l in near]
+            scores = [
+                q @ key[0, k, l, head] + attn.rpb[head, k - i + w - 1, l - j + w - 1]
+                for k, l in near
+            ]
             weights = torch.stack(scores).softmax(0)
             out[0, i, j, head] = sum(p * value[0, k, l, head] for p, (k, l) in zip(weights, near))
     return attn.proj(out.flatten(3))
@@ -159,7 +165,9 @@ def test_window_attention(window: int, shift: int) -> None:
 def test_replaced_attention(attention: str) -> None:
     model = replace_attention(natten.models.dinat.dinat_pico(), attention, (28, 28)).eval()
     assert model(torch.randn(2, 3, 28, 28)).shape == (2, 10)
-    shifts = [getattr(block.attn, "shift", None) for level in model.levels for block in level.blocks]
+    shifts = [
+        getattr(block.attn, "shift", None) for level in model.levels for block in level.blocks
+    ]
     want = {
         "neighborhood": [None] * 10,
         "dense": [0] * 10,

@@ -30,7 +30,11 @@ def test_shapes_of_clips_and_images() -> None:
         assert model(clip).shape == (2, 5)
         assert model.forward_features(clip).shape == (2, 6, 3, 3, 128)
         _, maps = model.forward_intermediates(clip)
-        assert [tuple(m.shape) for m in maps] == [(2, 32, 6, 10, 12), (2, 64, 6, 5, 6), (2, 128, 6, 3, 3)]
+        assert [tuple(m.shape) for m in maps] == [
+            (2, 32, 6, 10, 12),
+            (2, 64, 6, 5, 6),
+            (2, 128, 6, 3, 3),
+        ]
         # An image is a clip of one frame.
         image = torch.randn(2, 3, 40, 48)
         torch.testing.assert_close(model(image), model(image[:, :, None]))
@@ -55,7 +59,11 @@ def test_stream_equals_the_clip(parts: list[int]) -> None:
             torch.testing.assert_close(logits, model(clip[:, :, :seen]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-4, atol=1e-4)
     # The memory of a stream is that of its windows.
-    reach = max((b.attn.kernel_size[0] - 1) * b.attn.dilation[0] for level in model.levels for b in level.blocks)
+    reach = max(
+        (b.attn.kernel_size[0] - 1) * b.attn.dilation[0]
+        for level in model.levels
+        for b in level.blocks
+    )
     assert max(key.shape[1] for key in state.keys) == reach
     assert state.frames == 11
 
@@ -112,7 +120,11 @@ def test_fresh_denoiser_returns_zeros_and_learns_everywhere() -> None:
         optimizer.step()
         losses.append(loss.item())
     # Zero gates keep gradients from what is behind them for the first steps alone.
-    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "k_norm" not in n)
+    assert all(
+        p.grad is not None and p.grad.any()
+        for n, p in model.named_parameters()
+        if "k_norm" not in n
+    )
     assert losses[-1] < losses[0]
 
 
