@@ -148,7 +148,7 @@ def test_unsupported_kinds_of_tensors():
 
 @pytest.mark.parametrize("name", ["fast", "cutlass", "cutlass-fmha", "CPU-fna", "cpu-", ""])
 def test_unknown_backend(name):
-    with pytest.raises(NotImplementedError, match="backend must be None or one of .*cutlass-fna"):
+    with pytest.raises(NotImplementedError, match=r"backend must be None or one of .*cutlass-fna"):
         natten.na2d(Q2, Q2, Q2, 3, backend=name)
     # The path for full windows looks at the name too.
     with pytest.raises(NotImplementedError, match="backend must be None or one of"):

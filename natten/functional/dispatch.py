@@ -71,9 +71,10 @@ def load(name: str) -> Any:
     if find_spec(module) is None:
         return _Missing(name, f"the {name} kernels are not part of this installation")
     try:
-        return getattr(import_module(module), attribute)
+        backend = getattr(import_module(module), attribute, None)
     except ImportError as error:
         return _Missing(name, f"the {name} kernels cannot be imported: {error}")
+    return backend or _Missing(name, f"the {name} kernels are not part of this installation")
 
 
 def public_names(kind: str) -> list[str]:

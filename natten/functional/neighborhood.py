@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -121,11 +120,6 @@ def _cached_plan(*arguments: Any) -> _Plan:
     """_make_plan, remembered by shapes, dtypes, devices and the text of the other arguments."""
     if torch.compiler.is_compiling():
         return _make_plan(*arguments)
-    if torch._C._is_tracing():
-        with warnings.catch_warnings():
-            # A trace is for the sizes it was made with, which is what the tracer warns of.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            return _make_plan(*arguments)
     identity: list[Any] = []
     for tensor in arguments[1:7]:
         if tensor is None:
