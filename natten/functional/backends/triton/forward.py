@@ -45,9 +45,7 @@ def softmax_step(
     shrink = tl.math.exp2(maximum - pivot)
     total = total * shrink + tl.sum(weights, 1)
     accumulator = accumulator * shrink[:, None]
-    accumulator = tl.dot(
-        weights.to(columns.dtype), columns, accumulator, input_precision=PRECISION
-    )
+    accumulator = tl.dot(weights.to(columns.dtype), columns, accumulator, input_precision=PRECISION)
     return accumulator, new_maximum, total
 
 
@@ -56,14 +54,14 @@ def forward_tile(
     program,
     query, key, value, out, lse, rpb, additional_key, additional_value,
     cumulative_query, cumulative_key,
-    query_strides, key_strides, value_strides, out_strides,
+    query_strides, key_strides, value_strides, out_strides, lse_strides,
     additional_key_strides, additional_value_strides,
     lengths, kernels, strides, dilations, query_origins, query_extents, key_origins, key_extents,
     tiles, heads, num_additional, scale,
     HEADS_PER_KV: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     FEATURES: tl.constexpr, VALUE_FEATURES: tl.constexpr,
     BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    RANK: tl.constexpr, CAUSAL: tl.constexpr, DILATED: tl.constexpr, TMA: tl.constexpr,
+    RANK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, VARLEN: tl.constexpr,
     HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr, NEGATE: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -87,12 +85,10 @@ def forward_tile(
         offset, all_exist, FEATURES, BLOCK,
     )  # fmt: skip
     key_source, key_steps = column_source(
-        key, memory_batch, kv_head, column_memory, extent, key_strides, dilations,
-        KEY_TILE, FEATURES, UNIT, RANK, DILATED, TMA,
+        key, memory_batch, kv_head, column_memory, key_strides, dilations, UNIT, RANK, TMA,
     )  # fmt: skip
     value_source, value_steps = column_source(
-        value, memory_batch, kv_head, column_memory, extent, value_strides, dilations,
-        KEY_TILE, VALUE_FEATURES, UNIT, RANK, DILATED, TMA,
+        value, memory_batch, kv_head, column_memory, value_strides, dilations, UNIT, RANK, TMA,
     )  # fmt: skip
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
@@ -103,7 +99,7 @@ def forward_tile(
             corner = column_corner(t, box, KEY_TILE, PASS, SPLIT, RANK)
             columns = load_columns(
                 key_source, memory_batch, kv_head, corner, column_first, extent, key_steps, place,
-                FEATURES, BLOCK, COLUMNS, RANK, DILATED, TMA, WIDE,
+                FEATURES, BLOCK, COLUMNS, RANK, TMA, WIDE,
             )  # fmt: skip
             scores = masked_scores(
                 query_rows, columns, corner, place, begin, width, position, first, kernels, rpb,
@@ -111,7 +107,7 @@ def forward_tile(
             )  # fmt: skip
             columns = load_columns(
                 value_source, memory_batch, kv_head, corner, column_first, extent, value_steps,
-                place, VALUE_FEATURES, VALUE_BLOCK, COLUMNS, RANK, DILATED, TMA, WIDE,
+                place, VALUE_FEATURES, VALUE_BLOCK, COLUMNS, RANK, TMA, WIDE,
             )  # fmt: skip
             accumulator, maximum, total = softmax_step(
                 scores, columns, scale, accumulator, maximum, total, HAS_RPB, PRECISION
@@ -137,17 +133,14 @@ def forward_tile(
     offset, all_exist = row_offsets(memory, exists, out_strides, 1, RANK)
     start = head_offset(memory_batch, head, out_strides, 1)
     store_rows(out + start, accumulator, offset, all_exist, VALUE_FEATURES, VALUE_BLOCK)
-    # Both results are contiguous, so their offsets differ by a factor only.
-    tl.store(
-        lse + (start + offset) // VALUE_FEATURES,
-        (maximum + tl.math.log2(total)) * LN_2,
-        mask=all_exist,
-    )
+    offset, all_exist = row_offsets(memory, exists, lse_strides, 1, RANK)
+    offset += head_offset(memory_batch, head, lse_strides, 1)
+    tl.store(lse + offset, (maximum + tl.math.log2(total)) * LN_2, mask=all_exist)
 
 
 @triton.jit(
     do_not_specialize=[
-        "query_strides", "key_strides", "value_strides", "out_strides",
+        "query_strides", "key_strides", "value_strides", "out_strides", "lse_strides",
         "additional_key_strides", "additional_value_strides",
         "lengths", "kernels", "strides", "dilations", "query_origins", "query_extents",
         "key_origins", "key_extents", "tiles", "programs", "heads", "num_additional",
@@ -156,14 +149,14 @@ def forward_tile(
 def forward_kernel(
     query, key, value, out, lse, rpb, additional_key, additional_value,
     cumulative_query, cumulative_key,
-    query_strides, key_strides, value_strides, out_strides,
+    query_strides, key_strides, value_strides, out_strides, lse_strides,
     additional_key_strides, additional_value_strides,
     lengths, kernels, strides, dilations, query_origins, query_extents, key_origins, key_extents,
     tiles, programs, heads, num_additional, scale,
     HEADS_PER_KV: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     FEATURES: tl.constexpr, VALUE_FEATURES: tl.constexpr,
     BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    RANK: tl.constexpr, CAUSAL: tl.constexpr, DILATED: tl.constexpr, TMA: tl.constexpr,
+    RANK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, VARLEN: tl.constexpr,
     HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr, NEGATE: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -176,21 +169,21 @@ def forward_kernel(
             forward_tile(
                 program, query, key, value, out, lse, rpb, additional_key, additional_value,
                 cumulative_query, cumulative_key, query_strides, key_strides, value_strides,
-                out_strides, additional_key_strides, additional_value_strides,
+                out_strides, lse_strides, additional_key_strides, additional_value_strides,
                 lengths, kernels, strides, dilations, query_origins, query_extents, key_origins,
                 key_extents, tiles, heads, num_additional, scale,
                 HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK,
-                RANK, CAUSAL, DILATED, TMA, UNIT, WIDE, VARLEN, HAS_RPB, HAS_ADDITIONAL, NEGATE,
+                RANK, CAUSAL, TMA, UNIT, WIDE, VARLEN, HAS_RPB, HAS_ADDITIONAL, NEGATE,
                 SPLIT, STAGES, PRECISION,
             )  # fmt: skip
     else:
         forward_tile(
             tl.program_id(0), query, key, value, out, lse, rpb, additional_key, additional_value,
             cumulative_query, cumulative_key, query_strides, key_strides, value_strides,
-            out_strides, additional_key_strides, additional_value_strides,
+            out_strides, lse_strides, additional_key_strides, additional_value_strides,
             lengths, kernels, strides, dilations, query_origins, query_extents, key_origins,
             key_extents, tiles, heads, num_additional, scale,
             HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK,
-            RANK, CAUSAL, DILATED, TMA, UNIT, WIDE, VARLEN, HAS_RPB, HAS_ADDITIONAL, NEGATE,
+            RANK, CAUSAL, TMA, UNIT, WIDE, VARLEN, HAS_RPB, HAS_ADDITIONAL, NEGATE,
             SPLIT, STAGES, PRECISION,
         )  # fmt: skip

@@ -239,7 +239,8 @@ def row_offsets(memory, exists, strides, UNIT: tl.constexpr, RANK: tl.constexpr)
 @triton.jit
 def head_offset(batch, head, strides, UNIT: tl.constexpr):
     """Element offset of a batch and head. `UNIT` divides every stride: it tells the alignment."""
-    return batch.to(tl.int64) * (strides[0] * UNIT) + head.to(tl.int64) * (strides[4] * UNIT)
+    batch = tl.full([], batch, tl.int64)
+    return batch * (strides[0] * UNIT) + head.to(tl.int64) * (strides[4] * UNIT)
 
 
 @triton.jit
@@ -268,21 +269,20 @@ def store_rows(base, tile, offset, exists, FEATURES: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def column_source(
-    source, batch, head, memory, extent, strides, dilations,
-    TILE: tl.constexpr, FEATURES: tl.constexpr, UNIT: tl.constexpr, RANK: tl.constexpr,
-    DILATED: tl.constexpr, TMA: tl.constexpr,
+    source, batch, head, memory, strides, dilations,
+    UNIT: tl.constexpr, RANK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Where the columns of one batch, head and dilation group come from, and their strides.
 
-    `memory` is the coordinate of the first column. With `TMA` and no dilation, `source` is a
-    descriptor of the whole tensor already; with dilation one is made for the group's strided view.
+    `memory` is the coordinate of the first column. With `TMA`, `source` is a descriptor of the
+    whole tensor, else a pointer to it.
     """
-    step_x, step_y, step_z = 0, 0, strides[3].to(tl.int64) * UNIT * dilations[2]
+    step_x, step_y, step_z = 0, 0, tl.full([], strides[3], tl.int64) * UNIT * dilations[2]
     if RANK >= 2:
-        step_y = strides[2].to(tl.int64) * UNIT * dilations[1]
+        step_y = tl.full([], strides[2], tl.int64) * UNIT * dilations[1]
     if RANK == 3:
-        step_x = strides[1].to(tl.int64) * UNIT * dilations[0]
-    if TMA and not DILATED:
+        step_x = tl.full([], strides[1], tl.int64) * UNIT * dilations[0]
+    if TMA:
         return source, (step_x, step_y, step_z)
     else:
         start = head_offset(batch, head, strides, UNIT)
@@ -291,45 +291,18 @@ def column_source(
             start += memory[1].to(tl.int64) * (strides[2] * UNIT)
         if RANK == 3:
             start += memory[0].to(tl.int64) * (strides[1] * UNIT)
-        if TMA:
-            if RANK == 3:
-                descriptor = tl.make_tensor_descriptor(
-                    source + start, [extent[0], extent[1], extent[2], FEATURES],
-                    [step_x, step_y, step_z, 1],
-                    [TILE[0], TILE[1], TILE[2], FEATURES],
-                )  # fmt: skip
-            elif RANK == 2:
-                descriptor = tl.make_tensor_descriptor(
-                    source + start, [extent[1], extent[2], FEATURES],
-                    [step_y, step_z, 1],
-                    [TILE[1], TILE[2], FEATURES],
-                )  # fmt: skip
-            else:
-                descriptor = tl.make_tensor_descriptor(
-                    source + start, [extent[2], FEATURES], [step_z, 1],
-                    [TILE[2], FEATURES],
-                )  # fmt: skip
-            return descriptor, (step_x, step_y, step_z)
-        else:
-            return source + start, (step_x, step_y, step_z)
+        return source + start, (step_x, step_y, step_z)
 
 
 @triton.jit
 def load_columns(
     source, batch, head, corner, first, extent, steps, place,
     FEATURES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
-    DILATED: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr,
+    TMA: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The column tile at `corner`, as [columns, features]; what lies outside reads as zero."""
     if TMA:
-        if not DILATED:
-            box = source.load([batch, corner[0], corner[1], first + corner[2], head * FEATURES])
-        elif RANK == 3:
-            box = source.load([corner[0], corner[1], corner[2], 0])
-        elif RANK == 2:
-            box = source.load([corner[1], corner[2], 0])
-        else:
-            box = source.load([corner[2], 0])
+        box = source.load([batch, corner[0], corner[1], first + corner[2], head * FEATURES])
         return box.reshape(COLUMNS, BLOCK)
     else:
         exists = place[2] < extent[2] - corner[2]
@@ -384,9 +357,7 @@ def masked_scores(
 
 
 @triton.jit
-def bias_slot(
-    corner, place, position, first, kernels, INVERSE: tl.constexpr, RANK: tl.constexpr
-):
+def bias_slot(corner, place, position, first, kernels, INVERSE: tl.constexpr, RANK: tl.constexpr):
     """Where the bias of each (row, column) lies in one head's table, and the table's size."""
     size = 1
     for axis in tl.static_range(3 - RANK, 3):
@@ -481,7 +452,7 @@ def row_tile(
 @triton.jit
 def column_steps(box, PASS: tl.constexpr, SPLIT: tl.constexpr):
     """Number of column tiles of a pass: 0 those in sight of every row, 1 the others (or all)."""
-    union, counts, inner, inner_counts = box
+    _union, counts, _inner, inner_counts = box
     inside = inner_counts[0] * inner_counts[1] * inner_counts[2]
     if PASS == 0:
         return inside

@@ -1,0 +1,215 @@
+"""The Triton backends: one set of kernels, loaded through pointers or through TMA descriptors.
+
+`cutlass` runs on any NVIDIA GPU that Triton supports; `hopper` reads its tiles with the tensor
+memory accelerator and multiplies with warp-group instructions; `blackwell` does the same with a
+persistent, warp-specialized loop. The names are those of NATTEN's CUTLASS backends, whose place
+they take; there is no C++ here.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from natten.context import preferences
+from natten.functional.backends.triton import launch, tiles
+from natten.functional.backends.triton.launch import BackwardTilings
+from natten.functional.backends.triton.tiles import Tiling
+from natten.functional.problem import Config, Problem, Unavailable
+
+MAX_HEAD_DIM = 256
+# Shared memory of a program on the smallest GPU that can run a backend, in bytes.
+_DEFAULT_SHARED_MEMORY = 64 * 1024
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU."""
+    return bool(knobs.runtime.interpret)
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _device_memory(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+
+
+@cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+class _Backend:
+    """An entry of the dispatch table; subclasses differ in what they run."""
+
+    name: str
+    tma = False
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+
+    def _device_refusal(self, capability: tuple[int, int]) -> str | None:
+        raise NotImplementedError
+
+    def refusal(self, problem: Problem, config: Config) -> str | None:
+        """Why this backend does not run the problem, or None if it does."""
+        if interpreted():
+            if problem.device.type != "cpu":
+                return Unavailable("Triton's interpreter is on, which runs CPU tensors only")
+            if problem.dtype == torch.bfloat16:
+                return "Triton's interpreter does not compute bfloat16"
+        elif problem.device.type != "cuda":
+            return Unavailable(f"it runs on cuda tensors, and these are on {problem.device.type}")
+        elif torch.version.hip is None:
+            reason = self._device_refusal(_capability(problem.device.index))
+            if reason is not None:
+                return Unavailable(reason)
+        if problem.dtype not in self.dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            return f"it takes {names}, not {str(problem.dtype).removeprefix('torch.')}"
+        if problem.head_dim > MAX_HEAD_DIM:
+            return f"head_dim must be at most {MAX_HEAD_DIM}, got {problem.head_dim}"
+        return self._problem_refusal(problem)
+
+    def _problem_refusal(self, problem: Problem) -> str | None:
+        return None
+
+    def _shared_memory(self, problem: Problem) -> int:
+        if problem.device.type != "cuda":
+            return _DEFAULT_SHARED_MEMORY
+        return _device_memory(problem.device.index)
+
+    def _choose(self, problem: Problem, kind: str, query: Any = None, key: Any = None) -> Tiling:
+        return tiles.choose(problem, kind, self.tma, self._shared_memory(problem), query, key)
+
+    def forward_tiling(self, problem: Problem, config: Config) -> Tiling:
+        """The tiling of the forward pass: the caller's tiles, or the cost model's."""
+        return self._choose(problem, tiles.FORWARD, config.q_tile_shape, config.kv_tile_shape)
+
+    def backward_tilings(self, problem: Problem, config: Config) -> BackwardTilings:
+        """The tilings of the backward pass."""
+        fixed = (config.backward_q_tile_shape, config.backward_kv_tile_shape)
+        query = self._choose(problem, tiles.QUERY_GRADIENT, *fixed)
+        key_value = self._choose(problem, tiles.KEY_VALUE_GRADIENT, *fixed)
+        dense = launch.dense_problem(problem, problem.num_queries, max(problem.num_additional, 1))
+        additional = tiles.choose(
+            dense, tiles.KEY_VALUE_GRADIENT, False, self._shared_memory(problem)
+        )
+        splits = 1
+        now = preferences()
+        if problem.num_additional and now.kv_parallelism and now.memory != "strict":
+            # Few tiles of additional keys, each with all queries to visit: divide the queries.
+            tokens = additional.key[0]
+            programs = -(-problem.num_additional // tokens) * problem.heads_kv * problem.batch
+            most = 64 if now.memory == "unrestricted" else 16
+            splits = max(1, min(most, 512 // max(programs, 1), problem.num_queries // 256))
+        loops = 0
+        if config.backward_kv_splits is not None:
+            loops = 1
+            for n in config.backward_kv_splits:
+                loops *= n
+        # One tile of the bias gradient lives in registers, beside both products.
+        bias = tiles.choose(problem, tiles.QUERY_GRADIENT, False, self._shared_memory(problem) // 2)
+        return BackwardTilings(query, key_value, additional, bias, splits, loops)
+
+    def forward(
+        self, problem: Problem, config: Config, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """out and logsumexp; see the backend protocol in `natten.functional.dispatch`."""
+        return launch.forward(problem, self.forward_tiling(problem, config), *tensors)  # type: ignore[arg-type]
+
+    def backward(
+        self,
+        problem: Problem,
+        config: Config,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        *tensors: Any,
+    ) -> tuple[Tensor | None, ...]:
+        """The six gradients; see the backend protocol in `natten.functional.dispatch`."""
+        return launch.backward(
+            problem,
+            self.backward_tilings(problem, config),
+            config.backward_use_pt_reduction,
+            preferences().deterministic,
+            grad_out,
+            grad_lse,
+            *tensors,
+        )
+
+    def configs(self, problem: Problem) -> list[Any]:
+        """(query tile, key tile) pairs of the forward pass; the default first."""
+        return tiles.listed(problem, tiles.FORWARD, self.tma, self._shared_memory(problem))
+
+    def backward_configs(self, problem: Problem) -> list[Any]:
+        """(query tile, key tile) pairs of the backward pass."""
+        return tiles.listed(
+            problem, tiles.KEY_VALUE_GRADIENT, self.tma, self._shared_memory(problem)
+        )
+
+
+class _Cutlass(_Backend):
+    name = "cutlass"
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+
+    def _device_refusal(self, capability: tuple[int, int]) -> str | None:
+        if capability < (7, 5):
+            return (
+                f"it needs compute capability 7.5 or newer, and this GPU has {_dotted(capability)}"
+            )
+        return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+class _Descriptors(_Backend):
+    """Backends that read whole boxes of [token, head * feature] through descriptors."""
+
+    tma = True
+    head_dims: tuple[int, ...]
+
+    def _problem_refusal(self, problem: Problem) -> str | None:
+        for name, size in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
+            if size not in self.head_dims:
+                return f"{name} must be one of {self.head_dims}, got {size}"
+        return None
+
+
+class _Hopper(_Descriptors):
+    name = "hopper"
+    head_dims = (16, 32, 64, 128, 256)
+
+    def _device_refusal(self, capability: tuple[int, int]) -> str | None:
+        if capability[0] != 9:
+            return f"it needs a Hopper GPU (9.0), and this GPU has {_dotted(capability)}"
+        return None
+
+
+class _Blackwell(_Descriptors):
+    name = "blackwell"
+    head_dims = (16, 32, 64, 128)
+
+    def _device_refusal(self, capability: tuple[int, int]) -> str | None:
+        if capability not in ((10, 0), (10, 3)):
+            return f"it needs a Blackwell GPU (10.0, 10.3), and this GPU has {_dotted(capability)}"
+        return None
+
+    def forward_tiling(self, problem: Problem, config: Config) -> Tiling:
+        """As the others, with a program for each multiprocessor if persistent."""
+        tiling = super().forward_tiling(problem, config)
+        if not config.run_persistent_kernel:
+            return tiling
+        programs = 148 if interpreted() else _multiprocessors(problem.device.index)
+        return tiles.persistent(tiling, programs, not interpreted())
+
+
+CUTLASS, HOPPER, BLACKWELL = _Cutlass(), _Hopper(), _Blackwell()
+
+__all__ = ["BLACKWELL", "CUTLASS", "HOPPER"]

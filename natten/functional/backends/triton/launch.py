@@ -1,0 +1,564 @@
+"""Launches of the kernels: what each one is given, and in which order they run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import gcd, prod
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from natten.functional.backends.triton.backward import (
+    bias_gradient_kernel,
+    key_value_gradient_kernel,
+    query_gradient_kernel,
+    statistics_kernel,
+)
+from natten.functional.backends.triton.forward import forward_kernel
+from natten.functional.backends.triton.tiles import Tiling
+from natten.functional.problem import Problem
+
+# Wider values are computed a slice at a time: everything is linear in the value.
+MAX_VALUE_DIM = 256
+VALUE_SLICE = 128
+# Programs of the bias gradient that share a batch: enough to fill a large GPU.
+_BIAS_PROGRAMS = 2048
+_LOG2_E = 1.4426950408889634
+_NO_STRIDES = (0,) * 5
+
+
+def _pad(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
+    """One value for each of three axes; leading axes that the grid lacks get ``fill``."""
+    return (fill,) * (3 - len(values)) + tuple(values)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of batch, three axes of tokens, and heads."""
+    batch, *tokens, head, _ = tensor.stride()
+    return (batch, *_pad(tokens, 0), head)
+
+
+def _statistic_strides(shape: Sequence[int], heads: int, heads_last: bool) -> tuple[int, ...]:
+    """Strides of one number a token and head: [batch, tokens, heads] or [batch, heads, tokens]."""
+    tokens = prod(shape)
+    unit = heads if heads_last else 1
+    steps = [unit * prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return (tokens * heads, *_pad(steps, 0), 1 if heads_last else tokens)
+
+
+def _unit(*strides: tuple[int, ...]) -> int:
+    """Largest power of two up to 16 that divides all strides: what the compiler may assume."""
+    return gcd(16, *(s for group in strides for s in group))
+
+
+def _divide(strides: tuple[int, ...], unit: int) -> tuple[int, ...]:
+    return tuple(s // unit for s in strides)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor itself unless its features are not adjacent."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _describable(tensor: Tensor) -> Tensor:
+    """The tensor itself if a TMA descriptor can view it as [batch, tokens, heads * features]."""
+    size = tensor.element_size()
+    suits = (
+        tensor.stride(-1) == 1
+        and (tensor.shape[-2] == 1 or tensor.stride(-2) == tensor.shape[-1])
+        and tensor.data_ptr() % 16 == 0
+        and all(s > 0 and s * size % 16 == 0 for s in tensor.stride()[:-2])
+    )
+    # A stride of 0 (an expanded tensor) would survive clone() without contiguous().
+    return tensor if suits else tensor.contiguous()
+
+
+def _descriptor(tensor: Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
+    batch, *tokens, heads, features = tensor.shape
+    batch_stride, *steps = tensor.stride()[:-2]
+    # Axes that the grid lacks are never stepped along; any valid stride will do.
+    return TensorDescriptor(
+        tensor,
+        [batch, *_pad(tokens, 1), heads * features],
+        [batch_stride, *_pad(steps, batch_stride), 1],
+        [1, *tile, features],
+    )
+
+
+def block(features: int) -> int:
+    """Features of a tile: a power of two, at least what a matrix product takes."""
+    return max(16, triton.next_power_of_2(features))
+
+
+def _tile_counts(
+    origin: Sequence[int], extent: Sequence[int], dilation: Sequence[int], tile: Sequence[int]
+) -> tuple[int, ...]:
+    """Tiles along each axis that cover the box, in the dilation group that needs most."""
+    counts = []
+    for begin, size, step, width in zip(origin, extent, dilation, tile, strict=True):
+        most = 0
+        # First and last position of a group change from group to group at these places only.
+        for group in {0, begin % step, (begin + size - 1) % step, step - 1}:
+            first = -(-max(begin - group, 0) // step)
+            last = -(-max(begin + size - group, 0) // step)
+            most = max(most, -(-last // width) - first // width)
+        counts.append(most)
+    return tuple(counts)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of float32 products: torch's float32 matmul precision decides."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
+def _scales(scale: float) -> tuple[float, bool]:
+    """Factor of the scores in base 2, positive, and whether they are negated first.
+
+    The running maximum is taken before scaling, so the factor must keep the order, and a product
+    with -inf must stay -inf: zero becomes a factor too small to change any weight.
+    """
+    return max(abs(scale) * _LOG2_E, 1e-30), scale < 0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A kernel's programs, and all its arguments but the tensors."""
+
+    programs: int
+    options: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    kernel: Any,
+    problem: Problem,
+    tiling: Tiling,
+    sequences: int,
+    head_dim_v: int,
+    precision: str,
+    inverse: bool,
+    strides: tuple[tuple[int, ...], ...],
+    additional: tuple[tuple[int, ...], ...],
+    outputs: tuple[tuple[str, tuple[int, ...]], ...],
+) -> _Plan:
+    """What follows from problem, tiling and layout.
+
+    ``strides`` are those of query, key, value and, in the backward pass, the output's gradient;
+    ``additional`` those of additional keys and values, if any; ``outputs`` name the strides of
+    what the kernel writes. ``inverse`` says that key tiles own the programs.
+    """
+    query_tile, key_tile = _pad(tiling.query, 1), _pad(tiling.key, 1)
+    query_extents, key_extents = problem.query_shape, problem.key_shape
+    if problem.varlen:
+        # The longest sequence decides how many programs there are for each.
+        query_extents, key_extents = (problem.max_seqlen_q,), (problem.max_seqlen_kv,)
+    dilations = _pad(problem.dilation, 1)
+    query_box = (_pad(problem.query_origin, 0), _pad(query_extents, 1))
+    key_box = (_pad(problem.key_origin, 0), _pad(key_extents, 1))
+    row_box, row_tile, column_tile = query_box, query_tile, key_tile
+    heads, columns_read = problem.heads, strides[1:3]
+    if inverse:
+        row_box, row_tile, column_tile = key_box, key_tile, query_tile
+        heads, columns_read = problem.heads_kv, (strides[0], strides[-1])
+    tiles = _tile_counts(*row_box, dilations, row_tile)
+    unit = _unit(*strides, *additional)
+    scale, negate = _scales(problem.scale)
+    programs = prod(tiles) * prod(dilations) * heads * sequences
+    options = {
+        "lengths": _pad(problem.grid, 1),
+        "kernels": _pad(problem.kernel_size, 1),
+        "strides": _pad(problem.stride, 1),
+        "dilations": dilations,
+        "query_origins": query_box[0],
+        "query_extents": query_box[1],
+        "key_origins": key_box[0],
+        "key_extents": key_box[1],
+        "tiles": tiles,
+        "programs": programs,
+        "heads": heads,
+        "batches": problem.batch,
+        "num_additional": problem.num_additional,
+        "scale": scale,
+        "gradient_scale": problem.scale,
+        "query_strides": _divide(strides[0], unit),
+        "key_strides": _divide(strides[1], unit),
+        "value_strides": _divide(strides[2], unit),
+        "out_gradient_strides": _divide(strides[-1], unit),
+        "additional_key_strides": _divide(additional[0], unit) if additional else _NO_STRIDES,
+        "additional_value_strides": _divide(additional[1], unit) if additional else _NO_STRIDES,
+        "lse_strides": _statistic_strides(problem.query_shape, problem.heads, True),
+        "statistic_strides": _statistic_strides(problem.query_shape, problem.heads, False),
+        "HEADS_PER_KV": problem.heads // problem.heads_kv,
+        "QUERY_TILE": query_tile,
+        "KEY_TILE": key_tile,
+        "FEATURES": problem.head_dim,
+        "VALUE_FEATURES": head_dim_v,
+        "BLOCK": block(problem.head_dim),
+        "VALUE_BLOCK": block(head_dim_v),
+        "RANK": problem.rank,
+        "CAUSAL": _pad(problem.is_causal, False),
+        "TMA": tiling.tma,
+        "UNIT": unit,
+        "WIDE": any(
+            sum(t * d * s for t, d, s in zip(column_tile, dilations, group[1:4], strict=True))
+            >= 2**31
+            for group in columns_read
+        ),
+        "VARLEN": problem.varlen,
+        "HAS_RPB": problem.has_rpb,
+        "HAS_ADDITIONAL": bool(additional),
+        "NEGATE": negate,
+        "SPLIT": tiling.split,
+        "STAGES": tiling.stages,
+        "PRECISION": precision,
+        "PERSISTENT": tiling.programs > 0,
+        "WARP_SPECIALIZE": tiling.specialize,
+        "num_warps": tiling.warps,
+        **dict(outputs),
+    }
+    accepted = {*kernel.arg_names, "num_warps"}
+    return _Plan(programs, {name: v for name, v in options.items() if name in accepted})
+
+
+def _sequences(problem: Problem, cumulative: Tensor | None) -> int:
+    return problem.batch if cumulative is None else cumulative.shape[0] - 1
+
+
+def forward(
+    problem: Problem,
+    tiling: Tiling,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    cumulative_query: Tensor | None,
+    cumulative_key: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out and logsumexp; arguments as in the backend protocol."""
+    out = torch.empty(problem.output_shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=query.device)
+    columns = _describable if tiling.tma else _readable
+    query, key, value = _readable(query), columns(key), columns(value)
+    additional: tuple[tuple[int, ...], ...] = ()
+    if additional_keys is not None and additional_values is not None:
+        additional_keys, additional_values = (
+            _readable(additional_keys),
+            _readable(additional_values),
+        )
+        additional = (_strides(additional_keys), _strides(additional_values))
+    if rpb is not None:
+        rpb = rpb.contiguous()
+    width = problem.head_dim_v if problem.head_dim_v <= MAX_VALUE_DIM else VALUE_SLICE
+    for start in range(0, problem.head_dim_v, width):
+        part_out, part_value, part_additional = out, value, additional_values
+        if width != problem.head_dim_v:
+            part = slice(start, start + width)
+            part_out, part_value = out[..., part], value[..., part]
+            if additional_values is not None:
+                part_additional = additional_values[..., part]
+        plan = _plan(
+            forward_kernel, problem, tiling, _sequences(problem, cumulative_query),
+            part_value.shape[-1], _precision(query.dtype), False,
+            (_strides(query), _strides(key), _strides(value)), additional,
+            (("out_strides", _strides(part_out)),),
+        )  # fmt: skip
+        if not plan.programs:
+            break
+        key_tile = plan.options["KEY_TILE"]
+        forward_kernel[(min(tiling.programs or plan.programs, plan.programs),)](
+            query,
+            _descriptor(key, key_tile) if tiling.tma else key,
+            _descriptor(part_value, key_tile) if tiling.tma else part_value,
+            part_out, lse, rpb, additional_keys, part_additional, cumulative_query, cumulative_key,
+            **plan.options,
+        )  # fmt: skip
+    return out, lse
+
+
+@dataclass(frozen=True)
+class BackwardTilings:
+    """Tilings of the kernels of a backward pass, by the gradients they compute.
+
+    Attributes:
+        query: Of the query.
+        key_value: Of key and value.
+        additional: Of additional keys and values.
+        bias: Of the bias.
+        splits: Programs that share the queries of one tile of additional keys; each needs
+            float32 memory of its own for what it sums.
+        loops: Programs for each head that take turns on its key tiles; 0 for one a tile.
+    """
+
+    query: Tiling
+    key_value: Tiling
+    additional: Tiling
+    bias: Tiling
+    splits: int = 1
+    loops: int = 0
+
+
+def backward(
+    problem: Problem,
+    tilings: BackwardTilings,
+    torch_reduction: bool,
+    deterministic: bool,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    cumulative_query: Tensor | None,
+    cumulative_key: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The six gradients; arguments as in the backend protocol."""
+    if problem.head_dim_v <= MAX_VALUE_DIM:
+        return _Backward(
+            problem, tilings, torch_reduction, deterministic, grad_out, grad_lse, query, key, value,
+            rpb, additional_keys, additional_values, cumulative_query, cumulative_key, out, lse,
+            query.dtype,
+        ).run(needs)  # fmt: skip
+    sums: list[Tensor | None] = [None] * 6
+    slices: dict[int, list[Tensor]] = {2: [], 5: []}
+    for start in range(0, problem.head_dim_v, VALUE_SLICE):
+        part = slice(start, start + VALUE_SLICE)
+        gradients = _Backward(
+            problem, tilings, torch_reduction, deterministic, grad_out[..., part],
+            # The logsumexp belongs to all slices: its gradient counts once.
+            grad_lse if start == 0 else None,
+            query, key, value[..., part], rpb, additional_keys,
+            None if additional_values is None else additional_values[..., part],
+            cumulative_query, cumulative_key, out[..., part], lse, torch.float32,
+        ).run(needs)  # fmt: skip
+        for index, gradient in enumerate(gradients):
+            if gradient is not None and index in slices:
+                slices[index].append(gradient)
+            elif gradient is not None:
+                before = sums[index]
+                sums[index] = gradient if before is None else before + gradient
+    for index, parts in slices.items():
+        if parts:
+            sums[index] = torch.cat(parts, -1)
+    return tuple(sums)
+
+
+class _Backward:
+    """One backward pass: its tensors in readable layouts, and the launches on them."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        tilings: BackwardTilings,
+        torch_reduction: bool,
+        deterministic: bool,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        additional_keys: Tensor | None,
+        additional_values: Tensor | None,
+        cumulative_query: Tensor | None,
+        cumulative_key: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        self.problem, self.tilings, self.dtype = problem, tilings, dtype
+        self.deterministic = deterministic
+        # Each of them is read as columns by one of the kernels.
+        query_layout = _describable if tilings.key_value.tma else _readable
+        key_layout = _describable if tilings.query.tma else _readable
+        self.query, self.grad_out = query_layout(query), grad_out.contiguous()
+        self.key, self.value = key_layout(key), key_layout(value)
+        self.rpb = None if rpb is None else rpb.contiguous()
+        self.additional: tuple[Tensor, ...] = ()
+        if additional_keys is not None and additional_values is not None:
+            self.additional = (_readable(additional_keys), _readable(additional_values))
+        self.cumulative = (cumulative_query, cumulative_key)
+        self.sequences = _sequences(problem, cumulative_query)
+        self.precision = _precision(query.dtype)
+        self.lse_base2, self.delta = self._statistics(out, lse, grad_lse, torch_reduction)
+
+    def _statistics(
+        self, out: Tensor, lse: Tensor, grad_lse: Tensor | None, torch_reduction: bool
+    ) -> tuple[Tensor, Tensor]:
+        problem = self.problem
+        tokens, heads, features = problem.num_queries, problem.heads, out.shape[-1]
+        shape = (problem.batch, heads, tokens)
+        lse_base2 = torch.empty(shape, dtype=torch.float32, device=out.device)
+        if torch_reduction:
+            rows = (self.grad_out.float() * out.float()).sum(-1)
+            if grad_lse is not None:
+                rows = rows - grad_lse
+            delta = rows.reshape(problem.batch, tokens, heads).transpose(1, 2).contiguous()
+        else:
+            delta = torch.empty_like(lse_base2)
+        rows = 64
+        statistics_kernel[(triton.cdiv(tokens, rows) * heads * problem.batch,)](
+            out.contiguous(), self.grad_out, lse.contiguous(),
+            None if grad_lse is None else grad_lse.contiguous(),
+            lse_base2, delta, tokens, heads,
+            VALUE_FEATURES=features, VALUE_BLOCK=block(features), ROWS=rows,
+            HAS_LSE_GRADIENT=grad_lse is not None, HAS_DELTA=not torch_reduction,
+        )  # fmt: skip
+        return lse_base2, delta
+
+    def run(self, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        query = key = value = bias = additional_key = additional_value = None
+        if needs[0]:
+            query = self._query()
+        if needs[1] or needs[2]:
+            key, value = self._key_value(
+                self.problem, self.tilings.key_value, 1, self.tilings.loops,
+                (self.query, self.key, self.value, self.grad_out), self.rpb, self.cumulative,
+            )  # fmt: skip
+        if needs[3] and self.rpb is not None:
+            bias = self._bias(self.rpb)
+        if needs[4] or needs[5]:
+            # Every query sees every additional token: plain attention over flat queries.
+            tokens, context = self.problem.num_queries, self.problem.num_additional
+            additional_key, additional_value = self._key_value(
+                dense_problem(self.problem, tokens, context), self.tilings.additional,
+                self.tilings.splits, 0,
+                (self.query.flatten(1, -3), *self.additional, self.grad_out.flatten(1, -3)),
+                None, (None, None),
+            )  # fmt: skip
+        return query, key, value, bias, additional_key, additional_value
+
+    def _plan(
+        self,
+        kernel: Any,
+        problem: Problem,
+        tiling: Tiling,
+        tensors: Sequence[Tensor],
+        additional: Sequence[Tensor] = (),
+        inverse: bool = False,
+        **outputs: Tensor,
+    ) -> _Plan:
+        return _plan(
+            kernel, problem, tiling, self.sequences, self.value.shape[-1], self.precision, inverse,
+            tuple(map(_strides, tensors)), tuple(map(_strides, additional)),
+            tuple((name, _strides(output)) for name, output in outputs.items()),
+        )  # fmt: skip
+
+    def _query(self) -> Tensor:
+        tiling = self.tilings.query
+        gradient = torch.empty(self.query.shape, dtype=self.dtype, device=self.query.device)
+        plan = self._plan(
+            query_gradient_kernel, self.problem, tiling,
+            (self.query, self.key, self.value, self.grad_out), self.additional,
+            query_gradient_strides=gradient,
+        )  # fmt: skip
+        key_tile = plan.options["KEY_TILE"]
+        if plan.programs:
+            query_gradient_kernel[(plan.programs,)](
+                self.query,
+                _descriptor(self.key, key_tile) if tiling.tma else self.key,
+                _descriptor(self.value, key_tile) if tiling.tma else self.value,
+                self.grad_out, self.lse_base2, self.delta, gradient, self.rpb,
+                *(self.additional or (None, None)), *self.cumulative,
+                **plan.options,
+            )  # fmt: skip
+        return gradient
+
+    def _key_value(
+        self,
+        problem: Problem,
+        tiling: Tiling,
+        splits: int,
+        loops: int,
+        tensors: tuple[Tensor, ...],
+        rpb: Tensor | None,
+        cumulative: tuple[Tensor | None, Tensor | None],
+    ) -> tuple[Tensor, Tensor]:
+        query, key, value, grad_out = tensors
+        dtype = self.dtype if splits == 1 else torch.float32
+        key_gradient = torch.empty((splits, *key.shape), dtype=dtype, device=key.device)
+        value_gradient = torch.empty((splits, *value.shape), dtype=dtype, device=key.device)
+        plan = self._plan(
+            key_value_gradient_kernel, problem, tiling, tensors, inverse=True,
+            key_gradient_strides=key_gradient[0], value_gradient_strides=value_gradient[0],
+        )  # fmt: skip
+        programs = plan.programs * splits
+        query_tile = plan.options["QUERY_TILE"]
+        launched = programs
+        if loops:
+            launched = min(programs, loops * problem.heads_kv * self.sequences)
+        if programs:
+            key_value_gradient_kernel[(launched,)](
+                _descriptor(query, query_tile) if tiling.tma else query,
+                key, value,
+                _descriptor(grad_out, query_tile) if tiling.tma else grad_out,
+                self.lse_base2, self.delta, key_gradient, value_gradient, rpb, *cumulative,
+                splits=splits, split_size=key.numel(), value_split_size=value.numel(),
+                LOOP=launched < programs,
+                **plan.options,
+            )  # fmt: skip
+        if splits == 1:
+            return key_gradient[0], value_gradient[0]
+        return key_gradient.sum(0).to(self.dtype), value_gradient.sum(0).to(self.dtype)
+
+    def _bias(self, rpb: Tensor) -> Tensor:
+        problem, tiling = self.problem, self.tilings.bias
+        plan = self._plan(
+            bias_gradient_kernel, problem, tiling,
+            (self.query, self.key, self.value, self.grad_out),
+        )  # fmt: skip
+        # Tiles of one batch entry; the batch is divided among programs.
+        programs = plan.programs // max(self.sequences, 1)
+        splits = max(1, min(problem.batch, _BIAS_PROGRAMS // max(programs, 1)))
+        factor = self._fixed_point() if self.deterministic else None
+        dtype = torch.float32 if factor is None else torch.int64
+        gradient = torch.zeros(rpb.shape, dtype=dtype, device=self.query.device)
+        if programs:
+            bias_gradient_kernel[(programs * splits,)](
+                self.query, self.key, self.value, self.grad_out, self.lse_base2, self.delta,
+                gradient, rpb, factor, splits=splits, **plan.options,
+            )  # fmt: skip
+        return gradient if factor is None else gradient.double() / factor
+
+    def _fixed_point(self) -> Tensor:
+        """A power of two that turns the bias gradient into integers of 62 bits without overflow.
+
+        A score's gradient is at most |dO| |V| + |delta|; a bias has one of each query.
+        """
+        norms = [t.float().norm(dim=-1).amax() for t in (self.grad_out, self.value)]
+        bound = norms[0] * norms[1] + self.delta.abs().amax()
+        bits = torch.log2(bound * (self.problem.batch * self.problem.num_queries)).ceil()
+        return torch.exp2((61 - bits).clamp(-126, 126))
+
+
+@lru_cache(maxsize=4096)
+def dense_problem(problem: Problem, num_queries: int, num_keys: int) -> Problem:
+    """Attention of all queries to ``num_keys`` tokens, with the other facts of ``problem``."""
+    length = (max(num_queries, num_keys),)
+    return replace(
+        problem,
+        query_shape=(num_queries,),
+        key_shape=(num_keys,),
+        kernel_size=length,
+        stride=(1,),
+        dilation=(1,),
+        is_causal=(False,),
+        grid=length,
+        query_origin=(0,),
+        key_origin=(0,),
+        num_additional=0,
+        has_rpb=False,
+    )

@@ -1,0 +1,302 @@
+"""Which tiles a kernel uses: the geometry of windows, and a small cost model over it.
+
+The time of a kernel is, to first order, the pairs of queries and keys that its tiles cover,
+divided by the rate at which a tile of that size is computed. The first factor follows from the
+windows exactly (`work`). The second is measured, on an H100, relative to the best tile: the
+tables below. Nothing is timed at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+from triton import next_power_of_2
+
+from natten import window
+from natten.functional.problem import Problem
+from natten.window import Axis
+
+Shape = tuple[int, ...]
+# Column tiles have up to 2 ** _MAX_LOG tokens along an axis.
+_MAX_LOG = 9
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one kernel divides its work.
+
+    Attributes:
+        query: Query tile, one extent an axis; powers of two.
+        key: Key tile.
+        warps: Warps of a program.
+        stages: Tiles in flight.
+        split: Whether tiles in full sight of the others get a loop of their own, without masks.
+        tma: Whether tiles of the inner loop are loaded by the tensor memory accelerator.
+        programs: For persistent kernels, the number of programs; 0 for one a tile.
+        specialize: Whether loads, products and softmax get warps of their own.
+    """
+
+    query: Shape
+    key: Shape
+    warps: int = 4
+    stages: int = 2
+    split: bool = False
+    tma: bool = False
+    programs: int = 0
+    specialize: bool = False
+
+
+class _Size(NamedTuple):
+    """Tokens of a row and a column tile, how to run them, and their relative rate."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    rate: float
+
+
+# Rates with masks in the inner loop, and where `split` leaves them out (1-D and large windows).
+_FORWARD: dict[int, tuple[_Size, ...]] = {
+    32: (_Size(64, 64, 4, 3, 1.0), _Size(64, 128, 4, 2, 0.95)),
+    64: (_Size(64, 128, 4, 2, 1.0), _Size(64, 64, 4, 3, 0.93), _Size(128, 64, 4, 3, 1.05)),
+    128: (_Size(128, 128, 8, 3, 1.0), _Size(64, 64, 4, 3, 0.97), _Size(128, 64, 4, 2, 1.03)),
+    256: (_Size(64, 64, 4, 2, 1.0), _Size(128, 64, 8, 2, 1.0)),
+}
+_FORWARD_SPLIT: dict[int, tuple[_Size, ...]] = {
+    **_FORWARD,
+    64: (_Size(128, 64, 4, 3, 1.0), _Size(64, 64, 4, 3, 0.93)),
+    128: (_Size(128, 128, 8, 3, 1.0), _Size(64, 64, 4, 3, 0.92), _Size(128, 64, 4, 2, 0.93)),
+}
+_QUERY_GRADIENT: dict[int, tuple[_Size, ...]] = {
+    32: (_Size(64, 64, 4, 2, 1.0),),
+    64: (_Size(64, 64, 4, 2, 1.0),),
+    128: (_Size(64, 64, 4, 2, 1.0),),
+    256: (_Size(64, 32, 4, 2, 1.0),),
+}
+_QUERY_GRADIENT_SPLIT: dict[int, tuple[_Size, ...]] = {
+    **_QUERY_GRADIENT,
+    128: (_Size(128, 64, 8, 3, 1.08), _Size(64, 64, 4, 2, 1.0)),
+}
+# Rows are keys here.
+_KEY_VALUE_GRADIENT: dict[int, tuple[_Size, ...]] = {
+    32: (_Size(64, 32, 4, 2, 1.0), _Size(64, 64, 4, 2, 0.98)),
+    64: (_Size(64, 64, 4, 2, 1.0), _Size(64, 128, 4, 2, 1.02)),
+    128: (_Size(64, 64, 4, 2, 1.0),),
+    256: (_Size(64, 32, 8, 1, 1.0),),
+}
+_KEY_VALUE_GRADIENT_SPLIT: dict[int, tuple[_Size, ...]] = {
+    **_KEY_VALUE_GRADIENT,
+    64: (_Size(64, 128, 4, 2, 1.35), _Size(64, 64, 4, 2, 1.0)),
+}
+FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT = "forward", "query", "key_value"
+_TABLES = {
+    FORWARD: (_FORWARD, _FORWARD_SPLIT),
+    QUERY_GRADIENT: (_QUERY_GRADIENT, _QUERY_GRADIENT_SPLIT),
+    KEY_VALUE_GRADIENT: (_KEY_VALUE_GRADIENT, _KEY_VALUE_GRADIENT_SPLIT),
+}
+
+
+@lru_cache(maxsize=4096)
+def _axis_work(
+    axis: Axis,
+    row_origin: int,
+    row_extent: int,
+    column_origin: int,
+    column_extent: int,
+    tile: int,
+    inverse: bool,
+) -> tuple[float, ...]:
+    """Rows times columns that are computed along one axis, for column tiles of 1, 2, 4 ... tokens.
+
+    Rows come in tiles of ``tile``; each visits the column tiles that cover the union of its rows'
+    windows. Counted in the first dilation group, which is as large as any, times their number.
+    """
+    begin, end = window.box_bounds(0, axis.dilation, row_origin, row_extent)
+    column_begin, column_end = window.box_bounds(0, axis.dilation, column_origin, column_extent)
+    begin, end = int(begin), int(end)
+    if end <= begin:
+        return (0.0,) * (_MAX_LOG + 1)
+    first = torch.arange(begin // tile * tile, end, tile)
+    last = (first + tile).clamp(max=end) - 1
+    first = first.clamp(min=begin)
+    bounds = window.inverse_position_bounds if inverse else window.position_bounds
+    start = bounds(first, 0, axis)[0].clamp(int(column_begin), int(column_end))
+    stop = bounds(last, 0, axis)[1].clamp(int(column_begin), int(column_end))
+    union = (stop - start).clamp(min=0)
+    rows = float(tile * axis.dilation)
+    return tuple(
+        rows * float(((union + (1 << n) - 1) // (1 << n) * (1 << n)).sum())
+        for n in range(_MAX_LOG + 1)
+    )
+
+
+@lru_cache(maxsize=16384)
+def work(problem: Problem, query_tile: Shape, key_tile: Shape, inverse: bool = False) -> float:
+    """Query-key pairs that tiles of these shapes cover, for one batch entry and head.
+
+    ``inverse`` counts for the kernel whose rows are keys.
+    """
+    queries = zip(problem.query_origin, problem.query_shape, query_tile, strict=True)
+    keys = zip(problem.key_origin, problem.key_shape, key_tile, strict=True)
+    rows, columns = (keys, queries) if inverse else (queries, keys)
+    total = 1.0
+    for axis, (origin, extent, tile), (column_origin, column_extent, column_tile) in zip(
+        problem.axes, rows, columns, strict=True
+    ):
+        by_size = _axis_work(axis, origin, extent, column_origin, column_extent, tile, inverse)
+        total *= by_size[column_tile.bit_length() - 1]
+    return total
+
+
+def needed(problem: Problem) -> int:
+    """Query-key pairs of full windows, for one batch entry and head."""
+    return problem.num_queries * prod(problem.kernel_size)
+
+
+def shapes(tokens: int, rank: int) -> Iterator[Shape]:
+    """All shapes of ``rank`` powers of two that hold ``tokens`` tokens."""
+    if rank == 1:
+        yield (tokens,)
+        return
+    first = 1
+    while first <= tokens:
+        for rest in shapes(tokens // first, rank - 1):
+            yield (first, *rest)
+        first *= 2
+
+
+@lru_cache(maxsize=4096)
+def best_shapes(
+    problem: Problem, queries: int, keys: int, inverse: bool = False
+) -> tuple[Shape, Shape]:
+    """The shapes of so many tokens that cover the fewest pairs.
+
+    Among equals, those that read the longest runs along the last axis.
+    """
+
+    def cost(pair: tuple[Shape, Shape]) -> tuple[float, ...]:
+        return (work(problem, *pair, inverse), -pair[1][-1], -pair[0][-1])
+
+    pairs = ((q, k) for q in shapes(queries, problem.rank) for k in shapes(keys, problem.rank))
+    return min(pairs, key=cost)
+
+
+def _table(problem: Problem, kind: str, split: bool) -> tuple[_Size, ...]:
+    block = next_power_of_2(max(problem.head_dim, min(problem.head_dim_v, 256), 32))
+    return _TABLES[kind][split][min(block, 256)]
+
+
+def _uses_split(problem: Problem) -> bool:
+    """Whether enough tiles lie inside all windows to be worth a loop of their own.
+
+    In 3-D most tiles touch the surface of the windows, and finding the others costs more.
+    """
+    return problem.rank < 3 and all(
+        k == n or k >= 48 for k, n in zip(problem.kernel_size, problem.grid, strict=True)
+    )
+
+
+def _fit(tiling: Tiling, problem: Problem, shared_memory: int) -> Tiling:
+    """The tiling with as many stages as fit, and smaller tiles where even one does not."""
+    size = problem.dtype.itemsize
+    features = next_power_of_2(problem.head_dim) + next_power_of_2(min(problem.head_dim_v, 256))
+    tokens = prod(tiling.query) + tiling.stages * prod(tiling.key)
+    if tokens * features * size <= shared_memory:
+        return tiling
+    if tiling.stages > 1:
+        return _fit(replace(tiling, stages=tiling.stages - 1), problem, shared_memory)
+    query, key = tiling.query, tiling.key
+    if prod(key) > 16:
+        key = _halve(key)
+    elif prod(query) > 16:
+        query = _halve(query)
+    else:
+        return tiling
+    return _fit(replace(tiling, query=query, key=key), problem, shared_memory)
+
+
+def _halve(shape: Shape) -> Shape:
+    longest = max(range(len(shape)), key=lambda axis: shape[axis])
+    return tuple(n // 2 if axis == longest else n for axis, n in enumerate(shape))
+
+
+def persistent(tiling: Tiling, programs: int, specialize: bool) -> Tiling:
+    """The tiling with ``programs`` programs that take tiles in turn."""
+    return replace(tiling, programs=programs, specialize=specialize)
+
+
+def _make(problem: Problem, pair: tuple[Shape, Shape], size: _Size, tma: bool) -> Tiling:
+    split = _uses_split(problem)
+    # Narrow heads gain nothing from descriptors; dilated boxes have none.
+    use_tma = tma and problem.head_dim > 32 and not any(d > 1 for d in problem.dilation)
+    return Tiling(*pair, size.warps, size.stages, split, use_tma)
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    problem: Problem,
+    kind: str,
+    tma: bool,
+    shared_memory: int,
+    query: Shape | None = None,
+    key: Shape | None = None,
+) -> Tiling:
+    """The tiling with the least estimated time; ``query`` and ``key`` fix the tile shapes."""
+    inverse = kind == KEY_VALUE_GRADIENT
+    sizes = _table(problem, kind, _uses_split(problem))
+    if problem.dtype == torch.float32:
+        # Twice the memory a token and, at full precision, no tensor cores: small tiles.
+        sizes = (_Size(64 if problem.head_dim <= 64 else 32, 32, 4, 2, 1.0),)
+    if query is not None and key is not None:
+        rows, columns = (key, query) if inverse else (query, key)
+        tokens = prod(rows), prod(columns)
+        like = min(sizes, key=lambda s: abs(s.rows - tokens[0]) + abs(s.columns - tokens[1]))
+        # A warp group of four warps computes 64 rows.
+        warps = 8 if tokens[0] >= 128 and max(problem.head_dim, tokens[1]) >= 128 else 4
+        size = like._replace(warps=warps, stages=min(like.stages, 2))
+        return _fit(_make(problem, (query, key), size, tma), problem, shared_memory)
+
+    def estimate(size: _Size) -> float:
+        return work(problem, *pair(size), inverse) / size.rate
+
+    def pair(size: _Size) -> tuple[Shape, Shape]:
+        queries, keys = (size.columns, size.rows) if inverse else (size.rows, size.columns)
+        return best_shapes(problem, queries, keys, inverse)
+
+    size = min(sizes, key=estimate)
+    return _fit(_make(problem, pair(size), size, tma), problem, shared_memory)
+
+
+def listed(problem: Problem, kind: str, tma: bool, shared_memory: int) -> list[tuple[Shape, Shape]]:
+    """All (query tile, key tile) pairs that a kernel accepts, the default first, then by work."""
+    inverse = kind == KEY_VALUE_GRADIENT
+    default = choose(problem, kind, tma, shared_memory)
+    largest = 128 if problem.head_dim <= 128 and problem.dtype != torch.float32 else 64
+    sizes = [n for n in (32, 64, 128) if n <= largest]
+    longest = 16 if problem.rank == 3 else 128
+
+    def usual(tokens: int) -> list[Shape]:
+        return [s for s in shapes(tokens, problem.rank) if max(s) <= longest]
+
+    pairs = {
+        (q, k)
+        for queries in sizes
+        for keys in sizes
+        for q in usual(queries)
+        for k in usual(keys)
+        if _fits(problem, q, k, shared_memory)
+    }
+    ordered = sorted(pairs, key=lambda pair: (work(problem, *pair, inverse), pair))
+    first = (default.query, default.key)
+    return [first, *(pair for pair in ordered if pair != first)]
+
+
+def _fits(problem: Problem, query: Shape, key: Shape, shared_memory: int) -> bool:
+    tiling = Tiling(query, key, stages=1)
+    return _fit(tiling, problem, shared_memory) == tiling
