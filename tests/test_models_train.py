@@ -202,7 +202,8 @@ def test_shipped_weights_reach_their_stated_accuracy(name: str) -> None:
     gray = timm.create_model(name, pretrained=True, in_chans=1).eval()
     x = (images[:8] - mean) / std
     with torch.no_grad():
-        torch.testing.assert_close(gray(x[:, :1]), model(x), rtol=1e-3, atol=1e-3)
+        # The first convolution's weights are summed in float16.
+        torch.testing.assert_close(gray(x[:, :1]), model(x), rtol=1e-2, atol=1e-2)
 
 
 def test_card(tmp_path: Path) -> None:
