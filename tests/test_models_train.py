@@ -15,8 +15,7 @@ timm = pytest.importorskip("timm")
 from safetensors.torch import load_file  # noqa: E402
 
 import natten.models  # noqa: E402
-from natten.models import data, train  # noqa: E402
-from natten.models.card import write_card  # noqa: E402
+from natten.models import card, data, train  # noqa: E402
 from natten.models.comparison import WindowAttention2D, replace_attention  # noqa: E402
 
 
@@ -92,6 +91,16 @@ def test_resumed_run_equals_the_uninterrupted(stripes: Path, tmp_path: Path) -> 
 
 def test_dense_attention_trains(stripes: Path, tmp_path: Path) -> None:
     assert run(stripes, tmp_path, "--attention", "dense")["attention"] == "dense"
+
+
+def test_card_command_installs_the_weights(stripes: Path, tmp_path: Path) -> None:
+    run(stripes, tmp_path / "run", "--epochs", "1")
+    card.main([str(tmp_path / "run"), "--output", str(tmp_path / "weights")])
+    weights = load_file(tmp_path / "weights" / "dinat_pico.stripes.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    stated = json.loads((tmp_path / "weights" / "dinat_pico.stripes.json").read_text())
+    text = (tmp_path / "weights" / "dinat_pico.stripes.md").read_text()
+    assert f"{stated['test_accuracy']:.2f}%" in text
 
 
 def test_split_is_stratified_and_fixed() -> None:
@@ -206,7 +215,7 @@ def test_shipped_weights_reach_their_stated_accuracy(name: str) -> None:
         torch.testing.assert_close(gray(x[:, :1]), model(x), rtol=1e-2, atol=1e-2)
 
 
-def test_card(tmp_path: Path) -> None:
+def test_card() -> None:
     settings = {"epochs": 2, "batch_size": 32, "lr": 0.002, "seed": 0, "amp": True}
     result = {
         "model": "dinat_pico",
@@ -224,13 +233,13 @@ def test_card(tmp_path: Path) -> None:
         "settings": settings,
     }
     dense = {**result, "attention": "dense", "test_accuracy": 97.25}
-    card = write_card([result, dense])
-    assert "# dinat_pico.mnist5k" in card
-    assert "| **neighborhood** | 97.50 | 98.00 | 23,456 | 1,234 |" in card
-    assert "| dense | 97.25 |" in card
-    assert 'timm.create_model("dinat_pico.mnist5k", pretrained=True)' in card
+    text = card.write_card([result, dense])
+    assert "# dinat_pico.mnist5k" in text
+    assert "| **neighborhood** | 97.50 | 98.00 | 23,456 | 1,234 |" in text
+    assert "| dense | 97.25 |" in text
+    assert 'timm.create_model("dinat_pico.mnist5k", pretrained=True)' in text
     with pytest.raises(ValueError, match="one result with neighborhood attention"):
-        write_card([dense])
+        card.write_card([dense])
     other = {**dense, "settings": {**settings, "epochs": 3}}
     with pytest.raises(ValueError, match="other settings"):
-        write_card([result, other])
+        card.write_card([result, other])
