@@ -589,12 +589,12 @@ def video_nat_pico_causal(pretrained: bool = False, **kwargs: Any) -> VideoNAT:
 
 @register_model
 def video_nat_tiny(pretrained: bool = False, **kwargs: Any) -> VideoNAT:
-    """VideoNAT of the size of DiNAT_s-Tiny."""
+    """VideoNAT with 12 million parameters."""
     return _create("video_nat_tiny", pretrained, _TINY, **kwargs)
 
 
 @register_model
 def video_nat_tiny_causal(pretrained: bool = False, **kwargs: Any) -> VideoNAT:
-    """VideoNAT of the size of DiNAT_s-Tiny, causal in time."""
+    """VideoNAT with 12 million parameters, causal in time."""
     defaults = dict(_TINY, is_causal=True)
     return _create("video_nat_tiny_causal", pretrained, defaults, **kwargs)

@@ -5,7 +5,7 @@
 timm's wheel has no tests, so the source distribution of the installed version is downloaded once
 (pip, network) and kept under `build/`. Its `tests/test_models.py` runs unchanged but for one line:
 our modules join the list of those that have `forward_intermediates`. Tests that download released
-weights are left out.
+weights are left out; those of the weights in the package run.
 """
 
 from __future__ import annotations
