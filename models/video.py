@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import (
-    checkpoint_seq,
     generate_default_cfgs,
     register_model,
     register_notrace_function,
@@ -38,7 +37,7 @@ from natten.nn import (
 from natten.nn.core import crop, fit_window
 
 from ._checkpoint import build_model
-from .nat import LayerNorm, cfg, init_weights
+from .nat import LayerNorm, NATLevel, cfg, init_weights
 
 __all__ = ["StreamOutput", "StreamState", "VideoDenoiser", "VideoNAT"]
 
@@ -73,22 +72,6 @@ class FrameDownsampler(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, frames = x.shape[0], x.shape[1]
         return self.merging(x.flatten(0, 1)).unflatten(0, (batch, frames))
-
-
-class VideoLevel(nn.Module):
-    """A downsampler (none at the first level), then blocks: `[B, T, H, W, C]` in and out."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
 
 
 class VideoHead(nn.Module):
@@ -236,7 +219,7 @@ class VideoNAT(nn.Module):
                 )
                 for j in range(depth)
             ]
-            levels.append(VideoLevel(downsample, blocks))
+            levels.append(NATLevel(downsample, blocks))
             self.feature_info.append(
                 dict(num_chs=dim, reduction=patch_size[-1] * 2**i, module=f"levels.{i}")
             )
