@@ -158,8 +158,9 @@ class CpuBackend:
     ) -> tuple[Tensor, Tensor]:
         """The output and the logsumexp."""
         if problem.varlen:
-            out = query.new_empty(problem.output_shape)
-            lse = query.new_empty(problem.lse_shape, dtype=problem.accumulation_dtype)
+            # Tokens behind the last sequence belong to none.
+            out = query.new_zeros(problem.output_shape)
+            lse = query.new_full(problem.lse_shape, -torch.inf, dtype=problem.accumulation_dtype)
             for part, q, kv in _sequences(problem, cumulative_seqlen_q, cumulative_seqlen_kv):
                 out[:, q], lse[:, q] = self.forward(
                     part,
