@@ -143,6 +143,50 @@ def test_bad_varlen(arguments, message):
         natten.attention(query, key, value, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("ends", "longest", "message"),
+    [
+        (int32(1, 10), 9, "must rise from 0"),
+        (int32(0, 7, 5), 7, "must rise from 0"),
+        (int32(0, 11), 11, "must rise from 0"),
+        (int32(0, 10), 9, "max_seqlen_Q must be at least the longest sequence 10"),
+    ],
+)
+def test_bad_cumulative_lengths(ends, longest, message):
+    query, key, value = qkv(10, 10, batch=1)
+    with pytest.raises(ValueError, match=message):
+        natten.attention(
+            query,
+            key,
+            value,
+            cumulative_seqlen_Q=ends,
+            cumulative_seqlen_KV=ends,
+            max_seqlen_Q=longest,
+            max_seqlen_KV=longest,
+        )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_tokens_behind_the_last_sequence(backend):
+    query, key, value = qkv(10, 10, batch=1)
+    query.requires_grad_()
+    out, lse = natten.attention(
+        query,
+        key,
+        value,
+        cumulative_seqlen_Q=int32(0, 4, 6),
+        cumulative_seqlen_KV=int32(0, 4, 6),
+        max_seqlen_Q=4,
+        max_seqlen_KV=4,
+        return_lse=True,
+        backend=backend,
+    )
+    assert not bool(out[:, 6:].any())
+    assert bool((lse[:, 6:] == -torch.inf).all())
+    out.sum().backward()
+    assert not bool(query.grad[:, 6:].any())
+
+
 def test_varlen_needs_batch_1():
     query, key, value = qkv(10, 10, batch=2)
     with pytest.raises(ValueError, match="batch size 1"):

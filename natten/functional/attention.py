@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +26,23 @@ def _check_cumulative(name: str, cumulative: Any, tensor: Tensor) -> None:
         )
     if cumulative.device != tensor.device:
         raise ValueError(f"{name} must be on {tensor.device}, got {cumulative.device}")
+
+
+def _check_ends(name: str, cumulative: Tensor, tokens: int, longest: int) -> None:
+    """Check what the tensor holds where looking costs nothing: on a CPU, outside of a compiler."""
+    if torch.compiler.is_compiling() or type(cumulative) is not Tensor or not cumulative.is_cpu:
+        return
+    ends = cumulative.tolist()
+    lengths = [after - before for before, after in pairwise(ends)]
+    if ends[0] != 0 or min(lengths) < 0 or ends[-1] > tokens:
+        raise ValueError(
+            f"cumulative_seqlen_{name} must rise from 0 to at most the number of packed tokens "
+            f"{tokens}, got {ends}"
+        )
+    if max(lengths) > longest:
+        raise ValueError(
+            f"max_seqlen_{name} must be at least the longest sequence {max(lengths)}, got {longest}"
+        )
 
 
 def _max_seqlen(name: str, value: Any) -> int:
@@ -77,12 +95,11 @@ def _varlen(
             "cumulative_seqlen_Q and cumulative_seqlen_KV must have the same length, got "
             f"{cumulative_seqlen_Q.shape[0]} and {cumulative_seqlen_KV.shape[0]}"
         )
-    return (
-        cumulative_seqlen_Q,
-        cumulative_seqlen_KV,
-        _max_seqlen("max_seqlen_Q", max_seqlen_Q),
-        _max_seqlen("max_seqlen_KV", max_seqlen_KV),
-    )
+    longest_q = _max_seqlen("max_seqlen_Q", max_seqlen_Q)
+    longest_kv = _max_seqlen("max_seqlen_KV", max_seqlen_KV)
+    _check_ends("Q", cumulative_seqlen_Q, query.shape[1], longest_q)
+    _check_ends("KV", cumulative_seqlen_KV, key.shape[1], longest_kv)
+    return cumulative_seqlen_Q, cumulative_seqlen_KV, longest_q, longest_kv
 
 
 def attention(
@@ -136,7 +153,8 @@ def attention(
         is_causal: Whether query i sees the keys 0 to i only (aligned at the first token).
         seqlens_Q: int32 ``[sequences]``, lengths of packed sequences.
         seqlens_KV: Likewise, of the keys.
-        cumulative_seqlen_Q: int32 ``[sequences + 1]``, where each sequence starts, and the end.
+        cumulative_seqlen_Q: int32 ``[sequences + 1]``, where each sequence starts, and the end;
+            tokens behind the end attend to nothing. What it holds is checked on the CPU only.
         cumulative_seqlen_KV: Likewise, of the keys.
         max_seqlen_Q: Longest query sequence.
         max_seqlen_KV: Longest key sequence.
