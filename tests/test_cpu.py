@@ -261,6 +261,29 @@ def test_missing_numba_is_the_environments_fault(monkeypatch):
     assert isinstance(cpu.CPU.refusal(problem(), DEFAULT_CONFIG), Unavailable)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("query", torch.zeros(1, 8, 1, 8, dtype=torch.bfloat16)),
+        ("key", torch.zeros(1, 7, 1, 8)),
+        ("value", torch.zeros(1, 8, 1, 9)),
+        ("additional_keys", torch.zeros(1, 2, 1, 8)),
+    ],
+)
+def test_loops_never_get_tensors_of_another_problem(name, wrong):
+    """They would read out of bounds."""
+    names = ["query", "key", "value", "rpb", "additional_keys", "additional_values"]
+    right = dict.fromkeys(names[:3], torch.zeros(1, 8, 1, 8)) | dict.fromkeys(names[3:])
+    tensors = list((right | {name: wrong}).values())
+    with pytest.raises(ValueError, match=name):
+        cpu.CPU.forward(problem(), DEFAULT_CONFIG, *tensors, None, None)
+    out, lse = cpu.CPU.forward(problem(), DEFAULT_CONFIG, *right.values(), None, None)
+    with pytest.raises(ValueError, match=name):
+        cpu.CPU.backward(
+            problem(), DEFAULT_CONFIG, out, None, *tensors, None, None, out, lse, (True,) * 6
+        )
+
+
 def test_chosen_on_the_cpu():
     assert dispatch.resolve(problem(), DEFAULT_CONFIG) is cpu.CPU
 

@@ -117,6 +117,41 @@ def _sequences(
         yield part, slice(q, q_end), slice(kv, kv_end)
 
 
+def _check(problem: Problem, **tensors: Tensor | None) -> None:
+    """Compiled loops trust the problem, not the tensors: make sure that they agree.
+
+    Raises:
+        ValueError: a tensor of another shape or type than the problem says.
+    """
+    batch, heads, extra = problem.batch, problem.heads_kv, problem.num_additional
+    shapes = {
+        "query": (batch, *problem.query_shape, problem.heads, problem.head_dim),
+        "key": (batch, *problem.key_shape, heads, problem.head_dim),
+        "value": (batch, *problem.key_shape, heads, problem.head_dim_v),
+        "rpb": (problem.heads, *(2 * k - 1 for k in problem.kernel_size)),
+        "additional_keys": (batch, extra, heads, problem.head_dim),
+        "additional_values": (batch, extra, heads, problem.head_dim_v),
+        "out": problem.output_shape,
+        "grad_out": problem.output_shape,
+    }
+    optional = set()
+    if not problem.has_rpb:
+        optional.add("rpb")
+    if not extra:
+        optional.update(("additional_keys", "additional_values"))
+    for name, tensor in tensors.items():
+        if tensor is None and name in optional:
+            continue
+        # The bias is converted.
+        matches = tensor is not None and (name == "rpb" or tensor.dtype == problem.dtype)
+        if not matches or tensor.shape != shapes[name] or tensor.device.type != "cpu":
+            got = tensor if tensor is None else f"{tuple(tensor.shape)}, {tensor.dtype}"
+            raise ValueError(
+                f"{name} must be {shapes[name]}, {problem.dtype} on the CPU for this problem, "
+                f"got {got}"
+            )
+
+
 class CpuBackend:
     """The backend protocol on compiled CPU kernels."""
 
@@ -175,6 +210,10 @@ class CpuBackend:
                     None,
                 )
             return out, lse
+        _check(
+            problem, query=query, key=key, value=value, rpb=rpb,
+            additional_keys=additional_keys, additional_values=additional_values,
+        )  # fmt: skip
         if dense.suits(problem, query, key, value):
             return dense.forward(problem, query, key, value)
         # numba takes half a second to import.
@@ -235,6 +274,11 @@ class CpuBackend:
                 for gradient, place, piece in zip(gradients, (q, kv, kv), parts):
                     gradient[:, place] = piece
             return (*gradients, None, None, None)
+        _check(
+            problem, query=query, key=key, value=value, rpb=rpb,
+            additional_keys=additional_keys, additional_values=additional_values,
+            grad_out=grad_out, out=out,
+        )  # fmt: skip
         if dense.suits(problem, query, key, value, grad_out):
             gradients = dense.backward(problem, grad_out, grad_lse, query, key, value, out, lse)
             return (*gradients, None, None, None)
