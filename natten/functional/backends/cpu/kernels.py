@@ -294,7 +294,7 @@ def prefetch(typing, address, like, index):
         pointer = builder.bitcast(builder.gep(start, [args[2]]), cgutils.voidptr_t)
         flags = [ir.IntType(32)(flag) for flag in (0, 3, 1)]
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t] + [ir.IntType(32)] * 3)
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        function = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
         builder.call(function, [pointer, *flags])
         return context.get_dummy_value()
 
