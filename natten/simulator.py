@@ -1,0 +1,642 @@
+"""What tiles cost, without a GPU: exact counts, bounds on the speedup, predicted times, advice.
+
+Kernels compute attention a tile of queries and a tile of keys at a time. A query tile visits the
+key tiles that its windows touch. Key tiles in sight of every query are *full*, the others are
+*partial*: computed like the full ones, then masked. What is masked away is waste, and depends on
+window, stride, dilation and tile shapes. All counts here follow from :mod:`natten.window` and are
+exact.
+
+In this library's kernels the key tiles of a query tile begin where the union of its windows does.
+Others keep both kinds of tiles on multiples of their shapes: ``aligned=True`` counts so.
+
+Method: Generalized Neighborhood Attention (https://arxiv.org/abs/2504.16922).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+
+from natten import devices, validation, window
+from natten.devices import Device
+from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
+from natten.types import BoolOrSequence, IntOrSequence
+from natten.window import Axis
+
+Shape = tuple[int, ...]
+
+# The cost model. A kernel computes all pairs of its tiles at one rate, a share of the peak of the
+# matrix units that covers the softmax too; masks one pair after the other on the vector units; and
+# spends some time on every tile of rows outside the loop. Fitted to the times of our kernels on an
+# H100 (`benchmarks/results`); other devices are scaled by their facts, untested.
+FORWARD_EFFICIENCY = 0.52
+BACKWARD_EFFICIENCY = 0.42
+MASK_OPERATIONS = 8.5  # vector instructions per masked pair
+ROW_TILE_SECONDS = 0.74e-6  # of one multiprocessor
+LAUNCH_SECONDS = 7.8e-6
+_LANES = 128  # vector lanes of a multiprocessor
+# Shares of the maker's bandwidth that a copy reaches.
+_BANDWIDTH_EFFICIENCY = 0.9
+
+
+class _AxisCounts(NamedTuple):
+    """Along one axis, summed over dilation groups: tiles of rows, of rows and columns."""
+
+    row_tiles: int
+    visited: int
+    full: int
+    all: int
+
+
+class _Box(NamedTuple):
+    """Rows and columns along one axis: origin and extent of each, in tokens of the grid."""
+
+    row_origin: int
+    row_extent: int
+    column_origin: int
+    column_extent: int
+
+
+@lru_cache(maxsize=65536)
+def _count_axis(
+    axis: Axis, box: _Box, row_tile: int, column_tile: int, inverse: bool, aligned: bool
+) -> _AxisCounts:
+    groups: Counter[tuple[int, ...]] = Counter()
+    example: dict[tuple[int, ...], int] = {}
+    for group in range(axis.dilation):
+        rows = window.box_bounds(group, axis.dilation, box.row_origin, box.row_extent)
+        columns = window.box_bounds(group, axis.dilation, box.column_origin, box.column_extent)
+        kind = (
+            int(window.group_length(group, axis)),
+            *(max(0, int(bound)) for bound in (*rows, *columns)),
+        )
+        groups[kind] += 1
+        example[kind] = group
+    total = [0, 0, 0, 0]
+    for kind, times in groups.items():
+        found = _count_group(axis, example[kind], *kind[1:], row_tile, column_tile, inverse, aligned)
+        total = [t + times * n for t, n in zip(total, found, strict=True)]
+    return _AxisCounts(*total)
+
+
+def _count_group(
+    axis: Axis,
+    group: int,
+    row_begin: int,
+    row_end: int,
+    column_begin: int,
+    column_end: int,
+    row_tile: int,
+    column_tile: int,
+    inverse: bool,
+    aligned: bool,
+) -> _AxisCounts:
+    """Of one dilation group, with bounds in its positions."""
+    if row_end <= row_begin:
+        return _AxisCounts(0, 0, 0, 0)
+    bounds = window.inverse_position_bounds if inverse else window.position_bounds
+    first = torch.arange(row_begin // row_tile * row_tile, row_end, row_tile)
+    last = (first + row_tile).clamp(max=row_end) - 1
+    first = first.clamp(min=row_begin)
+    (begin, sight_end), (sight, end) = (
+        tuple(b.clamp(column_begin, max(column_end, column_begin)) for b in bounds(row, group, axis))
+        for row in (first, last)
+    )
+    origin = torch.full_like(begin, column_begin) if aligned else begin
+    first_tile = (begin - origin) // column_tile
+    end_tile = torch.where(end > begin, -(-(end - origin) // column_tile), first_tile)
+    first_full = -(-(sight - origin) // column_tile)
+    end_full = torch.minimum((sight_end - origin) // column_tile, end_tile)
+    full = (end_full - torch.maximum(first_full, first_tile)).clamp(min=0)
+    whole = -(-(column_end - column_begin) // column_tile)
+    return _AxisCounts(
+        len(first), int((end_tile - first_tile).sum()), int(full.sum()), len(first) * whole
+    )
+
+
+def _boxes(problem: Problem, inverse: bool) -> list[_Box]:
+    queries = zip(problem.query_origin, problem.query_shape, strict=True)
+    keys = zip(problem.key_origin, problem.key_shape, strict=True)
+    pairs = zip(keys, queries) if inverse else zip(queries, keys)
+    return [_Box(*row, *column) for row, column in pairs]
+
+
+def needed_pairs(problem: Problem) -> int:
+    """Pairs of a query and a key that it attends to, for one batch entry and head."""
+    total = 1
+    for axis, box in zip(problem.axes, _boxes(problem, False), strict=True):
+        start, end = window.bounds_table(axis, *box)
+        total *= int((end - start).sum())
+    return total + problem.num_queries * problem.num_additional
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One kernel: the tiles that it visits and what that costs, over all batch entries and heads.
+
+    Attributes:
+        name: "forward", "query gradient" or "key and value gradient".
+        q_tile_shape: Tile of queries.
+        kv_tile_shape: Tile of keys.
+        row_tiles: Tiles whose results the kernel computes: of keys in the last of the three.
+        visited: Pairs of a row tile and a column tile that are computed.
+        full: Those of them in which every query sees every key.
+        skipped: Pairs of tiles that are not computed, out of all that dense attention has.
+        executed_flops: Floating-point operations of matrix products that are executed.
+        ms: Predicted milliseconds.
+        limit: What bounds them: "compute", "memory" or "occupancy" (too few tiles for the device).
+    """
+
+    name: str
+    q_tile_shape: Shape
+    kv_tile_shape: Shape
+    row_tiles: int
+    visited: int
+    full: int
+    skipped: int
+    executed_flops: int
+    ms: float
+    limit: str
+
+    @property
+    def partial(self) -> int:
+        """Visited tiles that have to be masked."""
+        return self.visited - self.full
+
+
+class _Kernel(NamedTuple):
+    """What distinguishes the kernels, per head_dim and head_dim_v features of each pair."""
+
+    name: str
+    kind: str  # as natten.functional.backends.triton.tiles calls it
+    inverse: bool
+    products: tuple[int, int]  # with head_dim and with head_dim_v features
+
+
+_FORWARD = _Kernel("forward", "forward", False, (1, 1))
+# Two passes, each of which computes the weights and their gradients again.
+_BACKWARD = (
+    _Kernel("query gradient", "query", False, (2, 1)),
+    _Kernel("key and value gradient", "key_value", True, (2, 2)),
+)
+_BACKWARD_PRODUCTS = (3, 2)  # that cannot be avoided
+
+
+def _element_bytes(problem: Problem) -> int:
+    return problem.dtype.itemsize
+
+
+def _traffic(problem: Problem, backward: bool) -> int:
+    """Bytes that must be read and written, each once."""
+    queries, keys = problem.num_queries, problem.num_keys + problem.num_additional
+    d, dv = problem.head_dim, problem.head_dim_v
+    rows = queries * problem.heads * (d + dv) + keys * problem.heads_kv * (d + dv)
+    # Backward: all of these, the gradients of output and inputs.
+    elements = rows + (rows + queries * problem.heads * dv if backward else 0)
+    statistics = 4 * queries * problem.heads
+    return problem.batch * (elements * _element_bytes(problem) + statistics)
+
+
+def _tile_chooser(device: Device) -> Any:
+    """The tile choice of the GPU backends for a device: (problem, kind, query, key) -> tiling."""
+    try:
+        from natten.functional.backends.triton import tiles
+    except ImportError as error:
+        raise RuntimeError(
+            f"the tile shapes that kernels would use are chosen with {error.name or 'triton'}, "
+            "which is not installed: give q_tile_shape and kv_tile_shape"
+        ) from error
+    tma = device.capability is not None and device.capability[0] in (9, 10)
+
+    def choose(problem: Problem, kind: str, query: Shape | None, key: Shape | None) -> Any:
+        return tiles.choose(problem, kind, tma, device.shared_memory, query, key)
+
+    return choose
+
+
+class _Fixed(NamedTuple):
+    """A tiling where the caller names the tiles and there is no Triton."""
+
+    query: Shape
+    key: Shape
+    split: bool = False
+
+
+def _tiling(
+    problem: Problem, kernel: _Kernel, device: Device, query: Shape | None, key: Shape | None
+) -> Any:
+    if query is not None and key is not None:
+        try:
+            tiling = _tile_chooser(device)(problem, kernel.kind, query, key)
+        except RuntimeError:
+            return _Fixed(query, key)
+        # Kernels shrink tiles that do not fit the device; counts are of what was asked for.
+        return _Fixed(query, key, tiling.split)
+    return _tile_chooser(device)(problem, kernel.kind, None, None)
+
+
+def _simulate_pass(
+    problem: Problem,
+    kernel: _Kernel,
+    device: Device,
+    query_tile: Shape | None,
+    key_tile: Shape | None,
+    aligned: bool,
+) -> Pass:
+    tiling = _tiling(problem, kernel, device, query_tile, key_tile)
+    rows, columns = tiling.query, tiling.key
+    if kernel.inverse:
+        rows, columns = columns, rows
+    counts = [
+        _count_axis(axis, box, row, column, kernel.inverse, aligned)
+        for axis, box, row, column in zip(
+            problem.axes, _boxes(problem, kernel.inverse), rows, columns, strict=True
+        )
+    ]
+    row_tiles, visited, full, everything = (prod(numbers) for numbers in zip(*counts))
+    if problem.num_additional and not kernel.inverse:
+        size = prod(columns)
+        visited += row_tiles * -(-problem.num_additional // size)
+        full += row_tiles * (problem.num_additional // size)
+        everything += row_tiles * -(-problem.num_additional // size)
+    times = problem.batch * problem.heads
+    row_tiles *= problem.batch * (problem.heads_kv if kernel.inverse else problem.heads)
+    visited, full, skipped = visited * times, full * times, (everything - visited) * times
+    pairs = visited * prod(rows) * prod(columns)
+    masked = pairs - (full * prod(rows) * prod(columns) if tiling.split else 0)
+    d, dv = problem.head_dim, problem.head_dim_v
+    flops = 2 * pairs * (kernel.products[0] * d + kernel.products[1] * dv)
+    ms, limit = _predict(problem, kernel, device, flops, masked, row_tiles)
+    return Pass(
+        kernel.name, tuple(tiling.query), tuple(tiling.key), row_tiles, visited, full, skipped,
+        flops, ms, limit,
+    )  # fmt: skip
+
+
+def _predict(
+    problem: Problem, kernel: _Kernel, device: Device, flops: int, masked: int, row_tiles: int
+) -> tuple[float, str]:
+    """Milliseconds of one kernel, and what limits it."""
+    backward = kernel is not _FORWARD
+    efficiency = BACKWARD_EFFICIENCY if backward else FORWARD_EFFICIENCY
+    vector_rate = device.multiprocessors * _LANES * device.clock * 1e9
+    compute = (
+        flops / (efficiency * device.rate(problem.dtype) * 1e12)
+        + masked * MASK_OPERATIONS / vector_rate
+        + row_tiles * ROW_TILE_SECONDS / device.multiprocessors
+    )
+    limit = "compute"
+    if 0 < row_tiles < device.multiprocessors:
+        compute *= device.multiprocessors / row_tiles
+        limit = "occupancy"
+    # The two kernels of the backward pass share its traffic.
+    traffic = _traffic(problem, backward) / (2 if backward else 1)
+    memory = traffic / (_BANDWIDTH_EFFICIENCY * device.bandwidth * 1e9)
+    if memory > compute:
+        compute, limit = memory, "memory"
+    return (compute + LAUNCH_SECONDS) * 1e3, limit
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _times(shape: Iterable[Any]) -> str:
+    return "x".join(str(n) for n in shape)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
+    """Columns of text under a header; the first ``left`` are aligned to the left."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if n < left else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What :func:`simulate` found. ``str()`` is a table.
+
+    Attributes:
+        problem: The call without its data.
+        device: For which times are predicted.
+        aligned: Whether tiles of keys lie on multiples of their shape.
+        forward: The forward kernel.
+        backward: The kernels of the backward pass.
+        needed_pairs: Pairs of a query and a key that it attends to, over batch and heads.
+        dense_pairs: All pairs of a query and a key.
+        dense_ms: Predicted milliseconds of dense attention with the same kernel.
+    """
+
+    problem: Problem
+    device: Device
+    aligned: bool
+    forward: Pass
+    backward: tuple[Pass, ...]
+    needed_pairs: int
+    dense_pairs: int
+    dense_ms: float
+
+    @property
+    def needed_flops(self) -> int:
+        """Floating-point operations that the forward pass cannot avoid."""
+        return 2 * self.needed_pairs * (self.problem.head_dim + self.problem.head_dim_v)
+
+    @property
+    def dense_flops(self) -> int:
+        """Floating-point operations of a dense forward pass."""
+        return 2 * self.dense_pairs * (self.problem.head_dim + self.problem.head_dim_v)
+
+    @property
+    def needed_backward_flops(self) -> int:
+        """Floating-point operations that the backward pass cannot avoid: five products."""
+        d, dv = self.problem.head_dim, self.problem.head_dim_v
+        return 2 * self.needed_pairs * (_BACKWARD_PRODUCTS[0] * d + _BACKWARD_PRODUCTS[1] * dv)
+
+    @property
+    def waste(self) -> float:
+        """Executed over needed operations of the forward pass; 1 is none."""
+        return self.forward.executed_flops / max(self.needed_flops, 1)
+
+    @property
+    def ideal_speedup(self) -> float:
+        """Over dense attention, if only what is needed were computed: the bound for any tiles."""
+        return self.dense_flops / max(self.needed_flops, 1)
+
+    @property
+    def speedup_bound(self) -> float:
+        """Over dense attention at the same rate, with these tiles."""
+        return self.dense_flops / max(self.forward.executed_flops, 1)
+
+    @property
+    def forward_ms(self) -> float:
+        """Predicted milliseconds of the forward pass."""
+        return self.forward.ms
+
+    @property
+    def backward_ms(self) -> float:
+        """Predicted milliseconds of the backward pass."""
+        return sum(kernel.ms for kernel in self.backward)
+
+    @property
+    def predicted_speedup(self) -> float:
+        """Predicted time of dense attention over that of the forward pass."""
+        return self.dense_ms / self.forward_ms
+
+    @cached_property
+    def passes(self) -> tuple[Pass, ...]:
+        """Forward and backward kernels."""
+        return (self.forward, *self.backward)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers, texts and lists only, for JSON."""
+        problem = self.problem
+        return {
+            "shape": list(problem.query_shape),
+            "kernel_size": list(problem.kernel_size),
+            "stride": list(problem.stride),
+            "dilation": list(problem.dilation),
+            "is_causal": list(problem.is_causal),
+            "batch": problem.batch,
+            "heads": problem.heads,
+            "heads_kv": problem.heads_kv,
+            "head_dim": problem.head_dim,
+            "head_dim_v": problem.head_dim_v,
+            "additional": problem.num_additional,
+            "dtype": str(problem.dtype).removeprefix("torch."),
+            "device": self.device.name,
+            "aligned": self.aligned,
+            "passes": [{**asdict(p), "partial": p.partial} for p in self.passes],
+            "needed_flops": self.needed_flops,
+            "needed_backward_flops": self.needed_backward_flops,
+            "dense_flops": self.dense_flops,
+            "waste": self.waste,
+            "ideal_speedup": self.ideal_speedup,
+            "speedup_bound": self.speedup_bound,
+            "forward_ms": self.forward_ms,
+            "backward_ms": self.backward_ms,
+            "dense_ms": self.dense_ms,
+            "predicted_speedup": self.predicted_speedup,
+        }
+
+    def __str__(self) -> str:
+        p = self.problem
+        rows = [
+            (
+                kernel.name, _times(kernel.q_tile_shape), _times(kernel.kv_tile_shape),
+                f"{kernel.row_tiles:,}", f"{kernel.visited:,}", f"{kernel.full:,}",
+                f"{kernel.partial:,}", f"{kernel.skipped:,}",
+                _rounded(kernel.executed_flops / 1e9), _rounded(kernel.ms), kernel.limit,
+            )
+            for kernel in self.passes
+        ]  # fmt: skip
+        header = (
+            "kernel", "q tile", "kv tile", "row tiles", "visited", "full", "partial", "skipped",
+            "GFLOP", "ms", "limit",
+        )  # fmt: skip
+        return "\n".join(
+            (
+                f"{_times(p.query_shape)} tokens, kernel_size {_times(p.kernel_size)}, stride "
+                f"{_times(p.stride)}, dilation {_times(p.dilation)}, causal {_times(p.is_causal)}; "
+                f"batch {p.batch}, heads {p.heads}/{p.heads_kv}, head_dim "
+                f"{p.head_dim}/{p.head_dim_v}, {str(p.dtype).removeprefix('torch.')}; "
+                f"{self.device.full_name}"
+                + (", key tiles aligned to their shape" if self.aligned else ""),
+                "",
+                table(header, rows),
+                "",
+                f"needed          {_rounded(self.needed_flops / 1e9)} GFLOP forward, "
+                f"{_rounded(self.needed_backward_flops / 1e9)} backward; dense "
+                f"{_rounded(self.dense_flops / 1e9)} forward",
+                f"executed        {self.waste:.2f} times what is needed, forward",
+                f"best speedup    {_rounded(self.ideal_speedup)} over dense attention by needed "
+                f"operations, {_rounded(self.speedup_bound)} with these tiles",
+                f"predicted       {_rounded(self.forward_ms)} ms forward, "
+                f"{_rounded(self.backward_ms)} ms backward, {_rounded(self.dense_ms)} ms dense "
+                f"forward: speedup {_rounded(self.predicted_speedup)}",
+            )
+        )
+
+
+def make_problem(
+    shape: Sequence[int],
+    kernel_size: IntOrSequence,
+    stride: IntOrSequence | None = 1,
+    dilation: IntOrSequence | None = 1,
+    is_causal: BoolOrSequence | None = False,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    heads_kv: int | None = None,
+    head_dim: int = 128,
+    head_dim_v: int | None = None,
+    additional: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    requires_grad: bool = False,
+) -> Problem:
+    """The problem that a call over a whole grid states, checked; see :func:`simulate`."""
+    if isinstance(shape, int):
+        shape = (shape,)
+    shape = validation.int_tuple("shape", tuple(shape), len(shape))
+    if not 1 <= len(shape) <= 3:
+        raise ValueError(f"shape must have 1, 2 or 3 axes of tokens, got {shape}")
+    heads_kv = heads if heads_kv is None else heads_kv
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    for name, value, minimum in (
+        ("batch", batch, 1), ("heads", heads, 1), ("heads_kv", heads_kv, 1),
+        ("head_dim", head_dim, 1), ("head_dim_v", head_dim_v, 1), ("additional", additional, 0),
+    ):  # fmt: skip
+        if not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} must be an int of at least {minimum}, got {value!r}")
+    if heads % heads_kv:
+        raise ValueError(f"heads must be a multiple of heads_kv, got {heads} and {heads_kv}")
+    zeros = (0,) * len(shape)
+    windows = validation.check_window(shape, kernel_size, stride, dilation, is_causal)
+    return Problem(
+        batch, shape, shape, heads, heads_kv, head_dim, head_dim_v, *windows, shape, zeros, zeros,
+        validation.check_scale(None, head_dim), num_additional=additional, dtype=dtype,
+        device=torch.device(device), requires_grad=requires_grad,
+    )  # fmt: skip
+
+
+def dense_of(problem: Problem) -> Problem:
+    """Attention of all queries to all keys, with the other facts of ``problem``."""
+    length = (max(problem.num_queries, problem.num_keys),)
+    return replace(
+        problem,
+        query_shape=(problem.num_queries,),
+        key_shape=(problem.num_keys,),
+        kernel_size=length, stride=(1,), dilation=(1,), is_causal=(False,), grid=length,
+        query_origin=(0,), key_origin=(0,), has_rpb=False,
+    )  # fmt: skip
+
+
+def simulate_problem(
+    problem: Problem,
+    device: Device,
+    config: Config = DEFAULT_CONFIG,
+    aligned: bool = False,
+) -> Simulation:
+    """:func:`simulate` for a problem, which may also be one of boxes of a grid.
+
+    Tile shapes come from ``config``, or are the backends' own choice.
+    """
+    if problem.varlen:
+        raise ValueError("packed sequences cannot be simulated: give one sequence as a problem")
+    forward = _simulate_pass(
+        problem, _FORWARD, device, config.q_tile_shape, config.kv_tile_shape, aligned
+    )
+    tiles = config.backward_q_tile_shape, config.backward_kv_tile_shape
+    if tiles == (None, None) and config.q_tile_shape is not None and not _has_triton():
+        tiles = config.q_tile_shape, config.kv_tile_shape
+    backward = tuple(
+        _simulate_pass(problem, kernel, device, *tiles, aligned) for kernel in _BACKWARD
+    )
+    times = problem.batch * problem.heads
+    dense = dense_of(problem)
+    dense_tile = None if _has_triton() else (128,)
+    return Simulation(
+        problem, device, aligned, forward, backward,
+        needed_pairs(problem) * times,
+        problem.num_queries * (problem.num_keys + problem.num_additional) * times,
+        _simulate_pass(dense, _FORWARD, device, dense_tile, dense_tile, False).ms,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def simulate(
+    shape: Sequence[int],
+    kernel_size: IntOrSequence,
+    stride: IntOrSequence | None = 1,
+    dilation: IntOrSequence | None = 1,
+    is_causal: BoolOrSequence | None = False,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    heads_kv: int | None = None,
+    head_dim: int = 128,
+    head_dim_v: int | None = None,
+    additional: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    q_tile_shape: Sequence[int] | None = None,
+    kv_tile_shape: Sequence[int] | None = None,
+    backward_q_tile_shape: Sequence[int] | None = None,
+    backward_kv_tile_shape: Sequence[int] | None = None,
+    aligned: bool = False,
+    device: str | Device = "h100",
+) -> Simulation:
+    """Count the tiles and operations of a call and predict its time; nothing is computed.
+
+    >>> print(natten.simulate((30, 48, 80), (18, 24, 24), heads=24).waste)  # doctest: +SKIP
+    1.43
+
+    Args:
+        shape: Tokens along each of 1, 2 or 3 axes.
+        kernel_size: Window size; an int stands for every axis.
+        stride: Queries that share one window.
+        dilation: Distance of neighbors.
+        is_causal: Whether queries attend to no later token.
+        batch: Batch size.
+        heads: Query heads.
+        heads_kv: Key and value heads; default as many.
+        head_dim: Features of a head.
+        head_dim_v: Features of a value head; default as many.
+        additional: Additional keys that every query sees.
+        dtype: Of the tensors.
+        q_tile_shape: Query tile of the forward pass; default what the kernels would choose.
+        kv_tile_shape: Key tile that goes with it. Tiles of any size are counted.
+        backward_q_tile_shape: Query tile of the backward pass.
+        backward_kv_tile_shape: Key tile of the backward pass.
+        aligned: Count key tiles on multiples of their shape, as in other libraries, instead of
+            from the start of the union of a query tile's windows.
+        device: A name of ``natten.devices.DEVICES``, or what a driver calls the device.
+
+    Returns:
+        A :class:`Simulation`. Predictions hold for half precision on an H100; elsewhere the facts
+        of the device scale them.
+
+    Raises:
+        ValueError: An argument is wrong by itself or does not fit the others.
+        RuntimeError: No tile shapes are given, and Triton is missing, which chooses them.
+    """
+    problem = make_problem(
+        shape, kernel_size, stride, dilation, is_causal, batch=batch, heads=heads,
+        heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v, additional=additional,
+        dtype=dtype,
+    )  # fmt: skip
+    config = Config(
+        *validation.check_tiles(
+            ("q_tile_shape", "kv_tile_shape"), q_tile_shape, kv_tile_shape, problem.rank
+        ),
+        *validation.check_tiles(
+            ("backward_q_tile_shape", "backward_kv_tile_shape"),
+            backward_q_tile_shape,
+            backward_kv_tile_shape,
+            problem.rank,
+        ),
+    )
+    facts = device if isinstance(device, Device) else devices.find(device)
+    return simulate_problem(problem, facts, config, aligned)
