@@ -62,6 +62,8 @@ if TYPE_CHECKING:
         NeighborhoodAttention2D,
         NeighborhoodAttention3D,
     )
+    from natten.profile_file import load_profile
+    from natten.simulator import simulate
 
 __version__ = "1.0.0.dev0"
 
@@ -88,6 +90,8 @@ _LAZY = {
     "NeighborhoodAttention1D": "natten.nn",
     "NeighborhoodAttention2D": "natten.nn",
     "NeighborhoodAttention3D": "natten.nn",
+    "load_profile": "natten.profile_file",
+    "simulate": "natten.simulator",
 }
 _LAZY_MODULES = ("distributed", "experimental", "flops", "legacy", "models", "nn", "viz")
 
@@ -134,11 +138,13 @@ __all__ = [
     "is_memory_usage_default",
     "is_memory_usage_strict",
     "is_memory_usage_unrestricted",
+    "load_profile",
     "merge_attentions",
     "na1d",
     "na2d",
     "na3d",
     "set_memory_usage_preference",
+    "simulate",
     "use_deterministic_algorithms",
     "use_kv_parallelism_in_fused_na",
 ]

@@ -73,10 +73,7 @@ _TABLE = (
     ("b300", "NVIDIA B300", (10, 3), 148, 1.97, 227, 288, 8000, 2500, 1250, 76),
     ("rtx5090", "NVIDIA GeForce RTX 5090", (12, 0), 170, 2.41, 99, 32, 1792, 210, 105, 105),
 )  # fmt: skip
-DEVICES: dict[str, Device] = {
-    row[0]: Device(*row[:5], row[5] * KIB, *row[6:])  # type: ignore[arg-type]
-    for row in _TABLE
-}
+DEVICES: dict[str, Device] = {row[0]: Device(*row[:5], row[5] * KIB, *row[6:]) for row in _TABLE}
 
 
 def _plain(name: str) -> str:

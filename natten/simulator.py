@@ -15,12 +15,11 @@ Method: Generalized Neighborhood Attention (https://arxiv.org/abs/2504.16922).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import product
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -29,6 +28,9 @@ from natten.devices import Device
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
 from natten.types import BoolOrSequence, IntOrSequence
 from natten.window import Axis
+
+if TYPE_CHECKING:
+    from natten.advice import Advice
 
 Shape = tuple[int, ...]
 
@@ -64,49 +66,48 @@ class _Box(NamedTuple):
     column_extent: int
 
 
+class _Group(NamedTuple):
+    """A dilation group along one axis: its length, and its rows and columns as positions."""
+
+    length: int
+    row_begin: int
+    row_end: int
+    column_begin: int
+    column_end: int
+
+
 @lru_cache(maxsize=65536)
 def _count_axis(
     axis: Axis, box: _Box, row_tile: int, column_tile: int, inverse: bool, aligned: bool
 ) -> _AxisCounts:
-    groups: Counter[tuple[int, ...]] = Counter()
-    example: dict[tuple[int, ...], int] = {}
+    # Most groups are alike: those are counted once.
+    groups: Counter[_Group] = Counter()
     for group in range(axis.dilation):
         rows = window.box_bounds(group, axis.dilation, box.row_origin, box.row_extent)
         columns = window.box_bounds(group, axis.dilation, box.column_origin, box.column_extent)
-        kind = (
-            int(window.group_length(group, axis)),
-            *(max(0, int(bound)) for bound in (*rows, *columns)),
-        )
-        groups[kind] += 1
-        example[kind] = group
+        bounds = (max(0, int(bound)) for bound in (*rows, *columns))
+        groups[_Group(int(window.group_length(group, axis)), *bounds)] += 1
     total = [0, 0, 0, 0]
-    for kind, times in groups.items():
-        found = _count_group(axis, example[kind], *kind[1:], row_tile, column_tile, inverse, aligned)
+    for alike, times in groups.items():
+        found = _count_group(axis, alike, row_tile, column_tile, inverse, aligned)
         total = [t + times * n for t, n in zip(total, found, strict=True)]
     return _AxisCounts(*total)
 
 
 def _count_group(
-    axis: Axis,
-    group: int,
-    row_begin: int,
-    row_end: int,
-    column_begin: int,
-    column_end: int,
-    row_tile: int,
-    column_tile: int,
-    inverse: bool,
-    aligned: bool,
+    axis: Axis, alike: _Group, row_tile: int, column_tile: int, inverse: bool, aligned: bool
 ) -> _AxisCounts:
-    """Of one dilation group, with bounds in its positions."""
+    length, row_begin, row_end, column_begin, column_end = alike
     if row_end <= row_begin:
         return _AxisCounts(0, 0, 0, 0)
+    # A group is an axis without dilation.
+    inside = axis._replace(length=length, dilation=1)
     bounds = window.inverse_position_bounds if inverse else window.position_bounds
     first = torch.arange(row_begin // row_tile * row_tile, row_end, row_tile)
     last = (first + row_tile).clamp(max=row_end) - 1
     first = first.clamp(min=row_begin)
     (begin, sight_end), (sight, end) = (
-        tuple(b.clamp(column_begin, max(column_end, column_begin)) for b in bounds(row, group, axis))
+        tuple(b.clamp(column_begin, max(column_end, column_begin)) for b in bounds(row, 0, inside))
         for row in (first, last)
     )
     origin = torch.full_like(begin, column_begin) if aligned else begin
@@ -312,6 +313,12 @@ def _times(shape: Iterable[Any]) -> str:
     return "x".join(str(n) for n in shape)
 
 
+def _causal(is_causal: Sequence[bool]) -> str:
+    if len(set(is_causal)) == 1:
+        return "yes" if is_causal[0] else "no"
+    return "axis " + ", ".join(str(axis) for axis, causal in enumerate(is_causal) if causal)
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
     """Columns of text under a header; the first ``left`` are aligned to the left."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
@@ -402,6 +409,12 @@ class Simulation:
         """Forward and backward kernels."""
         return (self.forward, *self.backward)
 
+    def advise(self) -> Advice:
+        """Strides, dilations, windows and tile shapes that waste less: `natten.advice.advise`."""
+        from natten.advice import advise
+
+        return advise(self)
+
     def as_dict(self) -> dict[str, Any]:
         """Numbers, texts and lists only, for JSON."""
         problem = self.problem
@@ -451,8 +464,8 @@ class Simulation:
         return "\n".join(
             (
                 f"{_times(p.query_shape)} tokens, kernel_size {_times(p.kernel_size)}, stride "
-                f"{_times(p.stride)}, dilation {_times(p.dilation)}, causal {_times(p.is_causal)}; "
-                f"batch {p.batch}, heads {p.heads}/{p.heads_kv}, head_dim "
+                f"{_times(p.stride)}, dilation {_times(p.dilation)}, causal "
+                f"{_causal(p.is_causal)}; batch {p.batch}, heads {p.heads}/{p.heads_kv}, head_dim "
                 f"{p.head_dim}/{p.head_dim_v}, {str(p.dtype).removeprefix('torch.')}; "
                 f"{self.device.full_name}"
                 + (", key tiles aligned to their shape" if self.aligned else ""),
@@ -640,3 +653,15 @@ def simulate(
     )
     facts = device if isinstance(device, Device) else devices.find(device)
     return simulate_problem(problem, facts, config, aligned)
+
+
+__all__ = [
+    "Pass",
+    "Simulation",
+    "dense_of",
+    "make_problem",
+    "needed_pairs",
+    "simulate",
+    "simulate_problem",
+    "table",
+]

@@ -27,8 +27,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from natten import profile_file
 from natten.context import Preferences, preferences
-from natten.functional.problem import Config, Problem, Unavailable
+from natten.functional.problem import DEFAULT_CONFIG, Config, Problem, Unavailable
 
 logger = logging.getLogger("natten")
 
@@ -206,6 +207,17 @@ def resolve(problem: Problem, config: Config, name: str = "") -> Any:
     return _resolve(problem, config, name, preferences())
 
 
+def _preferred(problem: Problem, config: Config) -> str | None:
+    """The backend that a loaded profile found fastest, unless the caller has wishes of his own."""
+    name = profile_file.preferred_backend(problem) if config == DEFAULT_CONFIG else None
+    return name if name is not None and _refusal(name, problem, config) is None else None
+
+
+def forget() -> None:
+    """Decide again who runs which problem: profiles have changed."""
+    _resolve.cache_clear()
+
+
 # Refusals may depend on the preferences, which are part of the key for that reason.
 @lru_cache(maxsize=4096)
 def _resolve(problem: Problem, config: Config, name: str, _: Preferences) -> Any:
@@ -217,6 +229,9 @@ def _resolve(problem: Problem, config: Config, name: str, _: Preferences) -> Any
         backend = load(name)
         check_tiles(backend, problem, config)
         return backend
+    preferred = _preferred(problem, config)
+    if preferred is not None:
+        return load(preferred)
     reasons = []
     for candidate in BACKENDS:
         reason = _auto_refusal(candidate, problem, config)
@@ -281,7 +296,8 @@ class Explanation:
 def explain(problem: Problem, config: Config, kind: str = FNA) -> Explanation:
     """Ask every backend about ``problem``."""
     decisions = []
-    chosen = ""
+    preferred = _preferred(problem, config)
+    chosen = "" if preferred is None else f"{preferred}-{kind}"
     for name in BACKENDS:
         reason = _auto_refusal(name, problem, config)
         decisions.append(Decision(f"{name}-{kind}", reason))
@@ -299,6 +315,7 @@ __all__ = [
     "can_run",
     "check_tiles",
     "explain",
+    "forget",
     "load",
     "parse_name",
     "public_names",

@@ -1,0 +1,271 @@
+"""Profile files: which backend and tiles were fastest on a device, for later calls to use.
+
+``natten profile --optimize --output FILE`` writes them, :func:`load_profile` or the environment
+variable ``NATTEN_PROFILE`` apply them. An entry holds for calls of one shape class: the same grid,
+window, head sizes, dtype and kind of call, for any batch size and number of heads. What a caller
+asks for himself always wins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from natten import devices
+from natten.functional.problem import Config, Problem
+
+FORMAT = "natten profile"
+VERSION = 1
+VARIABLE = "NATTEN_PROFILE"
+
+ShapeClass = tuple[Any, ...]
+_CLASS_FIELDS = (
+    "grid", "query_shape", "key_shape", "query_origin", "key_origin",
+    "kernel_size", "stride", "dilation", "is_causal", "head_dim", "head_dim_v",
+)  # fmt: skip
+
+
+def shape_class(problem: Problem) -> ShapeClass:
+    """What a problem shares with those that an entry holds for."""
+    return (
+        *(getattr(problem, name) for name in _CLASS_FIELDS),
+        problem.dtype,
+        problem.device.type,
+        problem.num_additional > 0,
+        problem.has_rpb,
+        problem.varlen,
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The fastest way found for one shape class, forward or forward and backward.
+
+    Attributes:
+        problem: The problem that was measured.
+        backend: The fastest backend, without suffix.
+        config: Its knobs.
+        ms: Measured milliseconds.
+    """
+
+    problem: Problem
+    backend: str
+    config: Config
+    ms: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a file holds.
+
+    Attributes:
+        device: The driver's name of the device that was measured.
+        capability: Its CUDA compute capability; None for a CPU.
+        entries: One for each shape class, with and without gradients.
+        natten_version: That wrote the file.
+    """
+
+    device: str
+    capability: tuple[int, int] | None
+    entries: tuple[Entry, ...]
+    natten_version: str
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value).removeprefix("torch.")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def save_profile(path: str | os.PathLike[str], profile: Profile) -> None:
+    """Write a profile; the file is complete or not there."""
+    entries = [
+        {
+            "problem": {f.name: _encode(getattr(e.problem, f.name)) for f in fields(Problem)},
+            "backend": e.backend,
+            "config": {name: _encode(value) for name, value in asdict(e.config).items()},
+            "ms": e.ms,
+        }
+        for e in profile.entries
+    ]
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "natten": profile.natten_version,
+        "device": profile.device,
+        "capability": _encode(profile.capability),
+        "entries": entries,
+    }
+    target = Path(path)
+    draft = target.with_name(target.name + ".part")
+    draft.write_text(json.dumps(document, indent=1) + "\n")
+    draft.replace(target)
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def _decode_entry(entry: dict[str, Any]) -> Entry:
+    values = _tuples(entry["problem"])
+    values["dtype"] = getattr(torch, values["dtype"])
+    values["device"] = torch.device(values["device"])
+    config = Config(**_tuples(entry["config"]))
+    from natten.functional.dispatch import BACKENDS
+
+    if entry["backend"] not in BACKENDS:
+        raise ValueError(f"no backend is called {entry['backend']!r}")
+    if not isinstance(values["dtype"], torch.dtype):
+        raise ValueError(f"{values['dtype']!r} is no dtype")
+    problem = Problem(**values)
+    hash((problem, config))
+    return Entry(problem, entry["backend"], config, float(entry["ms"]))
+
+
+def read_profile(path: str | os.PathLike[str]) -> Profile:
+    """Read a profile without applying it.
+
+    Raises:
+        ValueError: The file is not a profile of this version, or damaged.
+        FileNotFoundError: There is no such file.
+    """
+    try:
+        document = json.loads(Path(path).read_text())
+        if document["format"] != FORMAT:
+            raise ValueError(f"its format is {document['format']!r}")
+        if document["version"] != VERSION:
+            raise ValueError(
+                f"its version is {document['version']!r}, and this natten reads {VERSION}"
+            )
+        capability = document["capability"]
+        return Profile(
+            str(document["device"]),
+            None if capability is None else (int(capability[0]), int(capability[1])),
+            tuple(_decode_entry(entry) for entry in document["entries"]),
+            str(document["natten"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{os.fspath(path)} is not a usable natten profile: {reason}") from error
+
+
+def _check_device(path: str | os.PathLike[str], profile: Profile) -> None:
+    if profile.capability is None:
+        here = devices.driver_name("cpu")
+    elif not torch.cuda.is_available():
+        here = "none (no CUDA device)"
+    else:
+        here = devices.driver_name("cuda")
+    if here != profile.device:
+        raise ValueError(
+            f"{os.fspath(path)} is a profile of another device: it was measured on "
+            f"{profile.device!r}, and the device here is {here!r}"
+        )
+
+
+class _Applied:
+    """The entries in use, by shape class and whether gradients follow; None before the first look.
+
+    The environment variable is read when a call first asks.
+    """
+
+    entries: dict[tuple[ShapeClass, bool], Entry] | None = None
+
+
+def load_profile(path: str | os.PathLike[str] | None) -> int:
+    """Let later calls use the backends and tiles of a profile file.
+
+    Calls that name a backend or tiles are not changed. What was loaded before stays, except for
+    shape classes that the file holds as well.
+
+    Args:
+        path: A file that ``natten profile --optimize`` wrote; None forgets all that was loaded.
+
+    Returns:
+        The number of entries that now apply.
+
+    Raises:
+        ValueError: The file is damaged, not a profile, or of another device.
+        FileNotFoundError: There is no such file.
+    """
+    # Which asks this module in turn.
+    from natten.functional import dispatch
+
+    if path is None:
+        entries: dict[tuple[ShapeClass, bool], Entry] = {}
+    else:
+        profile = read_profile(path)
+        _check_device(path, profile)
+        entries = dict(_Applied.entries or {})
+        for e in profile.entries:
+            try:
+                dispatch.check_tiles(dispatch.load(e.backend), e.problem, e.config)
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(path)} cannot be used here: {error}") from error
+            entries[shape_class(e.problem), e.problem.requires_grad] = e
+    _Applied.entries = entries
+    dispatch.forget()
+    return len(entries)
+
+
+def _entry(problem: Problem) -> Entry | None:
+    entries = _Applied.entries
+    if entries is None:
+        _Applied.entries = {}
+        path = os.environ.get(VARIABLE)
+        if path:
+            try:
+                load_profile(path)
+            except (OSError, ValueError) as error:
+                _Applied.entries = None
+                raise ValueError(f"the environment variable {VARIABLE}: {error}") from error
+        entries = _Applied.entries
+    if not entries:
+        return None
+    key = shape_class(problem)
+    found = entries.get((key, problem.requires_grad))
+    # Tiles of a forward pass that was measured with its backward pass are as good without.
+    return found or entries.get((key, not problem.requires_grad))
+
+
+def lookup(problem: Problem, backend: str) -> Config | None:
+    """The knobs that a loaded profile has for a problem on a backend (a name without suffix)."""
+    entry = _entry(problem)
+    return entry.config if entry is not None and entry.backend == backend else None
+
+
+def preferred_backend(problem: Problem) -> str | None:
+    """The backend (without suffix) that a loaded profile has for a problem."""
+    entry = _entry(problem)
+    return None if entry is None else entry.backend
+
+
+def merged(profile: Profile, entries: Iterable[Entry]) -> Profile:
+    """The profile with the entries, which replace those of the same shape class."""
+
+    def key(entry: Entry) -> tuple[ShapeClass, bool]:
+        return shape_class(entry.problem), entry.problem.requires_grad
+
+    by_class = {key(e): e for e in (*profile.entries, *entries)}
+    return Profile(
+        profile.device, profile.capability, tuple(by_class.values()), profile.natten_version
+    )
+
+
+__all__ = [
+    "Entry",
+    "Profile",
+    "load_profile",
+    "lookup",
+    "merged",
+    "preferred_backend",
+    "read_profile",
+    "save_profile",
+    "shape_class",
+]
