@@ -84,7 +84,10 @@ def write_card(results: Sequence[dict[str, Any]]) -> str:
         raise ValueError(f"a card needs one result with neighborhood attention, got {len(ours)}.")
     main = ours[0]
     for result in results:
-        for field in ("model", "data", "settings", "device"):
+        if result["model"].removeprefix("di") != main["model"].removeprefix("di"):
+            # Without their own attention, a NAT and the DiNAT of its size are one network.
+            raise ValueError(f"a card of {main['model']} got a run of {result['model']}.")
+        for field in ("data", "settings", "device"):
             if result[field] != main[field]:
                 raise ValueError(
                     f"the run with {result['attention']} attention has other {field}: "

@@ -240,6 +240,9 @@ def test_card() -> None:
     assert 'timm.create_model("dinat_pico.mnist5k", pretrained=True)' in text
     with pytest.raises(ValueError, match="one result with neighborhood attention"):
         card.write_card([dense])
+    assert card.write_card([result, {**dense, "model": "nat_pico"}]) == text
+    with pytest.raises(ValueError, match="got a run of nat_mini"):
+        card.write_card([result, {**dense, "model": "nat_mini"}])
     other = {**dense, "settings": {**settings, "epochs": 3}}
     with pytest.raises(ValueError, match="other settings"):
         card.write_card([result, other])
