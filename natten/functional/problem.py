@@ -73,6 +73,14 @@ class Problem:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     requires_grad: bool = False
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
+    def __hash__(self) -> int:
+        # Plans are looked up by problems at every call.
+        return self._hash
+
     @property
     def rank(self) -> int:
         """Axes of tokens."""

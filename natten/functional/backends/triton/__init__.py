@@ -8,7 +8,9 @@ they take; there is no C++ here.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -44,6 +46,13 @@ def _device_memory(index: int | None) -> int:
 @cache
 def _multiprocessors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device current, which Triton launches on, unless it is."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 class _Backend:
@@ -121,7 +130,8 @@ class _Backend:
         self, problem: Problem, config: Config, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """out and logsumexp; see the backend protocol in `natten.functional.dispatch`."""
-        return launch.forward(problem, self.forward_tiling(problem, config), *tensors)  # type: ignore[arg-type]
+        with _on(problem.device):
+            return launch.forward(problem, self.forward_tiling(problem, config), *tensors)  # type: ignore[arg-type]
 
     def backward(
         self,
@@ -132,15 +142,16 @@ class _Backend:
         *tensors: Any,
     ) -> tuple[Tensor | None, ...]:
         """The six gradients; see the backend protocol in `natten.functional.dispatch`."""
-        return launch.backward(
-            problem,
-            self.backward_tilings(problem, config),
-            config.backward_use_pt_reduction,
-            preferences().deterministic,
-            grad_out,
-            grad_lse,
-            *tensors,
-        )
+        with _on(problem.device):
+            return launch.backward(
+                problem,
+                self.backward_tilings(problem, config),
+                config.backward_use_pt_reduction,
+                preferences().deterministic,
+                grad_out,
+                grad_lse,
+                *tensors,
+            )
 
     def configs(self, problem: Problem) -> list[Any]:
         """(query tile, key tile) pairs of the forward pass; the default first."""
@@ -186,6 +197,40 @@ class _Hopper(_Descriptors):
     name = "hopper"
     head_dims = (16, 32, 64, 128, 256)
 
+    def forward_tiling(self, problem: Problem, config: Config) -> Tiling:
+        """The tiling that the schedule asks for, among those the caller's tiles allow.
+
+        "non": a program for each tile. "coop": programs that stay, and two warp groups share a
+        tile of 128 queries. "pp": programs that stay, of one warp group and 64 queries, two or
+        more on a multiprocessor, whose products and softmax alternate. None: the cost model's.
+        """
+        schedule = config.kernel_schedule
+        query, key = config.q_tile_shape, config.kv_tile_shape
+        if schedule in ("coop", "pp") and query is None:
+            memory = self._shared_memory(problem)
+            columns = 64 if schedule == "pp" or problem.head_dim > 64 else 128
+            rows = 64 if schedule == "pp" else 128
+            query, key = tiles.best_shapes(problem, rows, columns)
+            tiling = tiles.choose(problem, tiles.FORWARD, self.tma, memory, query, key)
+        else:
+            tiling = super().forward_tiling(problem, config)
+        if schedule not in ("coop", "pp"):
+            return tiling
+        warps = 8 if schedule == "coop" else 4
+        resident = 1 if schedule == "coop" else 2
+        programs = resident * (132 if interpreted() else _multiprocessors(problem.device.index))
+        return tiles.persistent(tiling, programs, False, warps)
+
+    def configs(self, problem: Problem) -> list[Any]:
+        """((query tile, key tile), schedule) of the forward pass; the default first."""
+        rows = {"non": (64, 128), "coop": (128,), "pp": (64,)}
+        return [
+            (pair, schedule)
+            for pair in super().configs(problem)
+            for schedule, sizes in rows.items()
+            if prod(pair[0]) in sizes
+        ]
+
     def _device_refusal(self, capability: tuple[int, int]) -> str | None:
         if capability[0] != 9:
             return f"it needs a Hopper GPU (9.0), and this GPU has {_dotted(capability)}"
@@ -207,7 +252,7 @@ class _Blackwell(_Descriptors):
         if not config.run_persistent_kernel:
             return tiling
         programs = 148 if interpreted() else _multiprocessors(problem.device.index)
-        return tiles.persistent(tiling, programs, not interpreted())
+        return tiles.persistent(tiling, programs, not interpreted(), tiling.warps)
 
 
 CUTLASS, HOPPER, BLACKWELL = _Cutlass(), _Hopper(), _Blackwell()

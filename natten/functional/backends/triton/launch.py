@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from math import gcd, prod
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from natten.functional.backends.triton.backward import (
@@ -20,14 +21,12 @@ from natten.functional.backends.triton.backward import (
     statistics_kernel,
 )
 from natten.functional.backends.triton.forward import forward_kernel
-from natten.functional.backends.triton.tiles import Tiling
+from natten.functional.backends.triton.tiles import MAX_VALUE_DIM, VALUE_SLICE, Tiling
 from natten.functional.problem import Problem
 
-# Wider values are computed a slice at a time: everything is linear in the value.
-MAX_VALUE_DIM = 256
-VALUE_SLICE = 128
 # Programs of the bias gradient that share a batch: enough to fill a large GPU.
 _BIAS_PROGRAMS = 2048
+_STATISTICS_ROWS = 64
 _LOG2_E = 1.4426950408889634
 _NO_STRIDES = (0,) * 5
 
@@ -111,11 +110,20 @@ def _tile_counts(
     return tuple(counts)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products: torch's float32 matmul precision decides."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
+def _precision(tensor: Tensor) -> str:
+    """Of float32 products: torch's float32 matmul precision decides.
+
+    Full precision takes three products on tensor cores that know tf32, or none at all.
+    """
+    if tensor.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    tensor_cores = tensor.is_cuda and torch.version.hip is None and _capability(tensor.device) >= 8
+    return "tf32x3" if tensor_cores else "ieee"
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _scales(scale: float) -> tuple[float, bool]:
@@ -133,6 +141,43 @@ class _Plan:
 
     programs: int
     options: dict[str, Any]
+    # Compiled kernels, by what Triton specializes on besides `options`.
+    compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = field(default_factory=dict)
+
+
+def _run(kernel: Any, programs: int, plan: _Plan, *tensors: Any, **options: Any) -> None:
+    """Launch a kernel, whose first parameters are ``tensors``.
+
+    Triton works out anew at every launch which compiled kernel the arguments call for, at a
+    hundred microseconds for as many arguments as there are here. A plan fixes all but types and
+    alignment of the tensors, so the compiled kernel is kept with it.
+    """
+    if programs == 0:
+        return
+    identity = (programs, *(_kind(tensor) for tensor in tensors), *options.values())
+    found = plan.compiled.get(identity)
+    if found is None or knobs.runtime.launch_enter_hook or knobs.runtime.launch_exit_hook:
+        compiled = kernel[(programs,)](*tensors, **plan.options, **options)
+        if compiled is not None and hasattr(compiled, "packed_metadata"):
+            values = {**plan.options, **options}
+            rest = kernel.arg_names[len(tensors) :]
+            plan.compiled[identity] = compiled, tuple(values[name] for name in rest)
+        return
+    compiled, rest = found
+    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    compiled.run(
+        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *tensors, *rest,
+    )  # fmt: skip
+
+
+def _kind(tensor: Any) -> Any:
+    """What Triton specializes on: the type, and whether the address is a multiple of 16."""
+    if tensor is None:
+        return None
+    if isinstance(tensor, TensorDescriptor):
+        return tensor.base.dtype
+    return tensor.dtype, tensor.data_ptr() % 16 == 0
 
 
 @lru_cache(maxsize=4096)
@@ -147,30 +192,31 @@ def _plan(
     strides: tuple[tuple[int, ...], ...],
     additional: tuple[tuple[int, ...], ...],
     outputs: tuple[tuple[str, tuple[int, ...]], ...],
+    splits: int = 1,
 ) -> _Plan:
     """What follows from problem, tiling and layout.
 
     ``strides`` are those of query, key, value and, in the backward pass, the output's gradient;
     ``additional`` those of additional keys and values, if any; ``outputs`` name the strides of
-    what the kernel writes. ``inverse`` says that key tiles own the programs.
+    what the kernel writes. ``inverse`` says that key tiles own the programs, ``splits`` of them
+    each.
     """
     query_tile, key_tile = _pad(tiling.query, 1), _pad(tiling.key, 1)
-    query_extents, key_extents = problem.query_shape, problem.key_shape
-    if problem.varlen:
-        # The longest sequence decides how many programs there are for each.
-        query_extents, key_extents = (problem.max_seqlen_q,), (problem.max_seqlen_kv,)
     dilations = _pad(problem.dilation, 1)
-    query_box = (_pad(problem.query_origin, 0), _pad(query_extents, 1))
-    key_box = (_pad(problem.key_origin, 0), _pad(key_extents, 1))
+    query_box = (_pad(problem.query_origin, 0), _pad(problem.query_shape, 1))
+    key_box = (_pad(problem.key_origin, 0), _pad(problem.key_shape, 1))
     row_box, row_tile, column_tile = query_box, query_tile, key_tile
     heads, columns_read = problem.heads, strides[1:3]
     if inverse:
         row_box, row_tile, column_tile = key_box, key_tile, query_tile
         heads, columns_read = problem.heads_kv, (strides[0], strides[-1])
+    if problem.varlen:
+        # As many programs for each sequence as the longest needs.
+        row_box = row_box[0], _pad((problem.max_seqlen_kv if inverse else problem.max_seqlen_q,), 1)
     tiles = _tile_counts(*row_box, dilations, row_tile)
     unit = _unit(*strides, *additional)
     scale, negate = _scales(problem.scale)
-    programs = prod(tiles) * prod(dilations) * heads * sequences
+    programs = prod(tiles) * prod(dilations) * heads * sequences * splits
     options = {
         "lengths": _pad(problem.grid, 1),
         "kernels": _pad(problem.kernel_size, 1),
@@ -183,6 +229,7 @@ def _plan(
         "tiles": tiles,
         "programs": programs,
         "heads": heads,
+        "splits": splits,
         "batches": problem.batch,
         "num_additional": problem.num_additional,
         "scale": scale,
@@ -227,6 +274,13 @@ def _plan(
     return _Plan(programs, {name: v for name, v in options.items() if name in accepted})
 
 
+def _allocate(
+    problem: Problem, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Memory for a result: zeros where tokens may belong to no sequence, else uninitialized."""
+    return (torch.zeros if problem.varlen else torch.empty)(shape, dtype=dtype, device=device)
+
+
 def _sequences(problem: Problem, cumulative: Tensor | None) -> int:
     return problem.batch if cumulative is None else cumulative.shape[0] - 1
 
@@ -244,8 +298,10 @@ def forward(
     cumulative_key: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """out and logsumexp; arguments as in the backend protocol."""
-    out = torch.empty(problem.output_shape, dtype=query.dtype, device=query.device)
+    out = _allocate(problem, problem.output_shape, query.dtype, query.device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=query.device)
+    if problem.varlen:
+        lse.fill_(-torch.inf)
     columns = _describable if tiling.tma else _readable
     query, key, value = _readable(query), columns(key), columns(value)
     additional: tuple[tuple[int, ...], ...] = ()
@@ -267,19 +323,17 @@ def forward(
                 part_additional = additional_values[..., part]
         plan = _plan(
             forward_kernel, problem, tiling, _sequences(problem, cumulative_query),
-            part_value.shape[-1], _precision(query.dtype), False,
+            part_value.shape[-1], _precision(query), False,
             (_strides(query), _strides(key), _strides(value)), additional,
             (("out_strides", _strides(part_out)),),
         )  # fmt: skip
-        if not plan.programs:
-            break
         key_tile = plan.options["KEY_TILE"]
-        forward_kernel[(min(tiling.programs or plan.programs, plan.programs),)](
+        _run(
+            forward_kernel, min(tiling.programs or plan.programs, plan.programs), plan,
             query,
             _descriptor(key, key_tile) if tiling.tma else key,
             _descriptor(part_value, key_tile) if tiling.tma else part_value,
             part_out, lse, rpb, additional_keys, part_additional, cumulative_query, cumulative_key,
-            **plan.options,
         )  # fmt: skip
     return out, lse
 
@@ -356,6 +410,22 @@ def backward(
     return tuple(sums)
 
 
+@lru_cache(maxsize=4096)
+def _statistics_plan(
+    tokens: int, heads: int, features: int, has_lse_gradient: bool, has_delta: bool
+) -> _Plan:
+    options = {
+        "tokens": tokens,
+        "heads": heads,
+        "VALUE_FEATURES": features,
+        "VALUE_BLOCK": block(features),
+        "ROWS": _STATISTICS_ROWS,
+        "HAS_LSE_GRADIENT": has_lse_gradient,
+        "HAS_DELTA": has_delta,
+    }
+    return _Plan(0, options)
+
+
 class _Backward:
     """One backward pass: its tensors in readable layouts, and the launches on them."""
 
@@ -392,7 +462,7 @@ class _Backward:
             self.additional = (_readable(additional_keys), _readable(additional_values))
         self.cumulative = (cumulative_query, cumulative_key)
         self.sequences = _sequences(problem, cumulative_query)
-        self.precision = _precision(query.dtype)
+        self.precision = _precision(query)
         self.lse_base2, self.delta = self._statistics(out, lse, grad_lse, torch_reduction)
 
     def _statistics(
@@ -409,13 +479,11 @@ class _Backward:
             delta = rows.reshape(problem.batch, tokens, heads).transpose(1, 2).contiguous()
         else:
             delta = torch.empty_like(lse_base2)
-        rows = 64
-        statistics_kernel[(triton.cdiv(tokens, rows) * heads * problem.batch,)](
+        plan = _statistics_plan(tokens, heads, features, grad_lse is not None, not torch_reduction)
+        _run(
+            statistics_kernel, triton.cdiv(tokens, _STATISTICS_ROWS) * heads * problem.batch, plan,
             out.contiguous(), self.grad_out, lse.contiguous(),
-            None if grad_lse is None else grad_lse.contiguous(),
-            lse_base2, delta, tokens, heads,
-            VALUE_FEATURES=features, VALUE_BLOCK=block(features), ROWS=rows,
-            HAS_LSE_GRADIENT=grad_lse is not None, HAS_DELTA=not torch_reduction,
+            None if grad_lse is None else grad_lse.contiguous(), lse_base2, delta,
         )  # fmt: skip
         return lse_base2, delta
 
@@ -449,32 +517,32 @@ class _Backward:
         tensors: Sequence[Tensor],
         additional: Sequence[Tensor] = (),
         inverse: bool = False,
+        splits: int = 1,
         **outputs: Tensor,
     ) -> _Plan:
         return _plan(
             kernel, problem, tiling, self.sequences, self.value.shape[-1], self.precision, inverse,
             tuple(map(_strides, tensors)), tuple(map(_strides, additional)),
-            tuple((name, _strides(output)) for name, output in outputs.items()),
+            tuple((name, _strides(output)) for name, output in outputs.items()), splits,
         )  # fmt: skip
 
     def _query(self) -> Tensor:
         tiling = self.tilings.query
-        gradient = torch.empty(self.query.shape, dtype=self.dtype, device=self.query.device)
+        gradient = _allocate(self.problem, self.query.shape, self.dtype, self.query.device)
         plan = self._plan(
             query_gradient_kernel, self.problem, tiling,
             (self.query, self.key, self.value, self.grad_out), self.additional,
             query_gradient_strides=gradient,
         )  # fmt: skip
         key_tile = plan.options["KEY_TILE"]
-        if plan.programs:
-            query_gradient_kernel[(plan.programs,)](
-                self.query,
-                _descriptor(self.key, key_tile) if tiling.tma else self.key,
-                _descriptor(self.value, key_tile) if tiling.tma else self.value,
-                self.grad_out, self.lse_base2, self.delta, gradient, self.rpb,
-                *(self.additional or (None, None)), *self.cumulative,
-                **plan.options,
-            )  # fmt: skip
+        _run(
+            query_gradient_kernel, plan.programs, plan,
+            self.query,
+            _descriptor(self.key, key_tile) if tiling.tma else self.key,
+            _descriptor(self.value, key_tile) if tiling.tma else self.value,
+            self.grad_out, self.lse_base2, self.delta, gradient, self.rpb,
+            *(self.additional or (None, None)), *self.cumulative,
+        )  # fmt: skip
         return gradient
 
     def _key_value(
@@ -489,48 +557,46 @@ class _Backward:
     ) -> tuple[Tensor, Tensor]:
         query, key, value, grad_out = tensors
         dtype = self.dtype if splits == 1 else torch.float32
-        key_gradient = torch.empty((splits, *key.shape), dtype=dtype, device=key.device)
-        value_gradient = torch.empty((splits, *value.shape), dtype=dtype, device=key.device)
+        key_gradient = _allocate(problem, (splits, *key.shape), dtype, key.device)
+        value_gradient = _allocate(problem, (splits, *value.shape), dtype, key.device)
         plan = self._plan(
-            key_value_gradient_kernel, problem, tiling, tensors, inverse=True,
+            key_value_gradient_kernel, problem, tiling, tensors, inverse=True, splits=splits,
             key_gradient_strides=key_gradient[0], value_gradient_strides=value_gradient[0],
         )  # fmt: skip
-        programs = plan.programs * splits
         query_tile = plan.options["QUERY_TILE"]
-        launched = programs
+        launched = plan.programs
         if loops:
-            launched = min(programs, loops * problem.heads_kv * self.sequences)
-        if programs:
-            key_value_gradient_kernel[(launched,)](
-                _descriptor(query, query_tile) if tiling.tma else query,
-                key, value,
-                _descriptor(grad_out, query_tile) if tiling.tma else grad_out,
-                self.lse_base2, self.delta, key_gradient, value_gradient, rpb, *cumulative,
-                splits=splits, split_size=key.numel(), value_split_size=value.numel(),
-                LOOP=launched < programs,
-                **plan.options,
-            )  # fmt: skip
+            launched = min(launched, loops * problem.heads_kv * self.sequences)
+        _run(
+            key_value_gradient_kernel, launched, plan,
+            _descriptor(query, query_tile) if tiling.tma else query,
+            key, value,
+            _descriptor(grad_out, query_tile) if tiling.tma else grad_out,
+            self.lse_base2, self.delta, key_gradient, value_gradient, rpb, *cumulative,
+            split_size=key.numel(), value_split_size=value.numel(), LOOP=launched < plan.programs,
+        )  # fmt: skip
         if splits == 1:
             return key_gradient[0], value_gradient[0]
         return key_gradient.sum(0).to(self.dtype), value_gradient.sum(0).to(self.dtype)
 
     def _bias(self, rpb: Tensor) -> Tensor:
-        problem, tiling = self.problem, self.tilings.bias
-        plan = self._plan(
-            bias_gradient_kernel, problem, tiling,
-            (self.query, self.key, self.value, self.grad_out),
-        )  # fmt: skip
+        problem = self.problem
+        tensors = (self.query, self.key, self.value, self.grad_out)
+        one = self._plan(bias_gradient_kernel, problem, self.tilings.bias, tensors)
         # Tiles of one batch entry; the batch is divided among programs.
-        programs = plan.programs // max(self.sequences, 1)
+        programs = one.programs // max(self.sequences, 1)
         splits = max(1, min(problem.batch, _BIAS_PROGRAMS // max(programs, 1)))
+        plan = self._plan(
+            bias_gradient_kernel, problem, self.tilings.bias, tensors, splits=splits
+        )  # fmt: skip
         factor = self._fixed_point() if self.deterministic else None
         dtype = torch.float32 if factor is None else torch.int64
         gradient = torch.zeros(rpb.shape, dtype=dtype, device=self.query.device)
-        if programs:
-            bias_gradient_kernel[(programs * splits,)](
-                self.query, self.key, self.value, self.grad_out, self.lse_base2, self.delta,
-                gradient, rpb, factor, splits=splits, **plan.options,
-            )  # fmt: skip
+        _run(
+            bias_gradient_kernel, programs * splits, plan,
+            self.query, self.key, self.value, self.grad_out, self.lse_base2, self.delta,
+            gradient, rpb, factor,
+        )  # fmt: skip
         return gradient if factor is None else gradient.double() / factor
 
     def _fixed_point(self) -> Tensor:

@@ -378,13 +378,17 @@ def bias_slot(corner, place, position, first, kernels, INVERSE: tl.constexpr, RA
 
 
 @triton.jit
-def sequence_of(cumulative, batch, extent, VARLEN: tl.constexpr):
-    """First token and length of one sequence of a packed batch."""
+def sequence_of(cumulative, batch, tokens, VARLEN: tl.constexpr):
+    """First token and length of one sequence of a packed batch of so many tokens.
+
+    Cut to the tokens that there are: nobody has looked at these numbers yet.
+    """
     if VARLEN:
-        first = tl.load(cumulative + batch)
-        return first, tl.load(cumulative + batch + 1) - first
+        first = tl.minimum(tl.maximum(tl.load(cumulative + batch), 0), tokens)
+        stop = tl.minimum(tl.load(cumulative + batch + 1), tokens)
+        return first, tl.maximum(stop - first, 0)
     else:
-        return 0, extent
+        return 0, tokens
 
 
 @triton.jit

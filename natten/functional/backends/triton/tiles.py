@@ -22,6 +22,9 @@ from natten.functional.problem import Problem
 from natten.window import Axis
 
 Shape = tuple[int, ...]
+# Wider values are computed a slice at a time: everything is linear in the value.
+MAX_VALUE_DIM = 256
+VALUE_SLICE = 128
 # Column tiles have up to 2 ** _MAX_LOG tokens along an axis.
 _MAX_LOG = 9
 
@@ -102,6 +105,16 @@ _TABLES = {
 }
 
 
+class _AxisWork(NamedTuple):
+    """Rows times columns that are computed along one axis, for column tiles of 1, 2, 4 ... tokens.
+
+    ``inside`` counts those of column tiles in full sight of their row tile.
+    """
+
+    covered: tuple[float, ...]
+    inside: tuple[float, ...]
+
+
 @lru_cache(maxsize=4096)
 def _axis_work(
     axis: Axis,
@@ -111,47 +124,54 @@ def _axis_work(
     column_extent: int,
     tile: int,
     inverse: bool,
-) -> tuple[float, ...]:
-    """Rows times columns that are computed along one axis, for column tiles of 1, 2, 4 ... tokens.
+) -> _AxisWork:
+    """Rows come in tiles of ``tile``; each visits the column tiles that cover their windows' union.
 
-    Rows come in tiles of ``tile``; each visits the column tiles that cover the union of its rows'
-    windows. Counted in the first dilation group, which is as large as any, times their number.
+    Counted in the first dilation group, which is as large as any, times their number.
     """
     begin, end = window.box_bounds(0, axis.dilation, row_origin, row_extent)
     column_begin, column_end = window.box_bounds(0, axis.dilation, column_origin, column_extent)
     begin, end = int(begin), int(end)
     if end <= begin:
-        return (0.0,) * (_MAX_LOG + 1)
+        return _AxisWork((0.0,) * (_MAX_LOG + 1), (0.0,) * (_MAX_LOG + 1))
     first = torch.arange(begin // tile * tile, end, tile)
     last = (first + tile).clamp(max=end) - 1
     first = first.clamp(min=begin)
     bounds = window.inverse_position_bounds if inverse else window.position_bounds
-    start = bounds(first, 0, axis)[0].clamp(int(column_begin), int(column_end))
-    stop = bounds(last, 0, axis)[1].clamp(int(column_begin), int(column_end))
-    union = (stop - start).clamp(min=0)
+    limits = int(column_begin), int(column_end)
+    starts, stops = (t.clamp(*limits) for t in bounds(torch.stack([first, last]), 0, axis))
+    union = (stops[1] - starts[0]).clamp(min=0)
     rows = float(tile * axis.dilation)
-    return tuple(
-        rows * float(((union + (1 << n) - 1) // (1 << n) * (1 << n)).sum())
-        for n in range(_MAX_LOG + 1)
-    )
+    covered, inside = [], []
+    for width in (1 << n for n in range(_MAX_LOG + 1)):
+        covered.append(rows * width * float(((union + width - 1) // width).sum()))
+        inner_first = (starts[1] - starts[0] + width - 1) // width
+        inner = ((stops[0] - starts[0]) // width - inner_first).clamp(min=0)
+        inside.append(rows * width * float(inner.sum()))
+    return _AxisWork(tuple(covered), tuple(inside))
+
+
+class Work(NamedTuple):
+    """Query-key pairs that tiles cover, for one batch entry and head, and those without a mask."""
+
+    covered: float
+    inside: float
 
 
 @lru_cache(maxsize=16384)
-def work(problem: Problem, query_tile: Shape, key_tile: Shape, inverse: bool = False) -> float:
-    """Query-key pairs that tiles of these shapes cover, for one batch entry and head.
-
-    ``inverse`` counts for the kernel whose rows are keys.
-    """
+def work(problem: Problem, query_tile: Shape, key_tile: Shape, inverse: bool = False) -> Work:
+    """What tiles of these shapes compute; ``inverse`` for the kernel whose rows are keys."""
     queries = zip(problem.query_origin, problem.query_shape, query_tile, strict=True)
     keys = zip(problem.key_origin, problem.key_shape, key_tile, strict=True)
     rows, columns = (keys, queries) if inverse else (queries, keys)
-    total = 1.0
+    covered = inside = 1.0
     for axis, (origin, extent, tile), (column_origin, column_extent, column_tile) in zip(
         problem.axes, rows, columns, strict=True
     ):
         by_size = _axis_work(axis, origin, extent, column_origin, column_extent, tile, inverse)
-        total *= by_size[column_tile.bit_length() - 1]
-    return total
+        covered *= by_size.covered[column_tile.bit_length() - 1]
+        inside *= by_size.inside[column_tile.bit_length() - 1]
+    return Work(covered, inside)
 
 
 def needed(problem: Problem) -> int:
@@ -181,44 +201,56 @@ def best_shapes(
     """
 
     def cost(pair: tuple[Shape, Shape]) -> tuple[float, ...]:
-        return (work(problem, *pair, inverse), -pair[1][-1], -pair[0][-1])
+        return (work(problem, *pair, inverse).covered, -pair[1][-1], -pair[0][-1])
 
     pairs = ((q, k) for q in shapes(queries, problem.rank) for k in shapes(keys, problem.rank))
     return min(pairs, key=cost)
 
 
-def _table(problem: Problem, kind: str, split: bool) -> tuple[_Size, ...]:
-    block = next_power_of_2(max(problem.head_dim, min(problem.head_dim_v, 256), 32))
-    return _TABLES[kind][split][min(block, 256)]
+def _value_dim(problem: Problem) -> int:
+    return problem.head_dim_v if problem.head_dim_v <= MAX_VALUE_DIM else VALUE_SLICE
 
 
-def _uses_split(problem: Problem) -> bool:
+def _sizes(problem: Problem, kind: str, split: bool) -> tuple[_Size, ...]:
+    if problem.dtype == torch.float32:
+        # Twice the memory a token, and three products for one: small tiles.
+        return (_Size(64, 32 if problem.head_dim > 32 else 64, 4, 2, 1.0),)
+    return _TABLES[kind][split][next_power_of_2(max(problem.head_dim, _value_dim(problem), 32))]
+
+
+def _splits(problem: Problem, pair: tuple[Shape, Shape], inverse: bool) -> bool:
     """Whether enough tiles lie inside all windows to be worth a loop of their own.
 
-    In 3-D most tiles touch the surface of the windows, and finding the others costs more.
+    In 3-D, naming the tiles that do not costs more.
     """
-    return problem.rank < 3 and all(
-        k == n or k >= 48 for k, n in zip(problem.kernel_size, problem.grid, strict=True)
-    )
+    covered, inside = work(problem, *pair, inverse)
+    return inside >= (0.75 if problem.rank == 3 else 0.5) * max(covered, 1.0)
 
 
-def _fit(tiling: Tiling, problem: Problem, shared_memory: int) -> Tiling:
+def _shared_memory(tiling: Tiling, problem: Problem, kind: str) -> int:
+    """Bytes that the tiles of a program take, about."""
+    query, value = next_power_of_2(problem.head_dim), next_power_of_2(_value_dim(problem))
+    rows, columns = prod(tiling.query), prod(tiling.key)
+    if kind == KEY_VALUE_GRADIENT:
+        rows, columns = columns, rows
+    # The forward pass keeps rows of queries; the gradients keep pairs of rows, too.
+    kept = rows * (query if kind == FORWARD else query + value)
+    return (kept + tiling.stages * columns * (query + value)) * problem.dtype.itemsize
+
+
+def _fit(tiling: Tiling, problem: Problem, kind: str, limit: int) -> Tiling:
     """The tiling with as many stages as fit, and smaller tiles where even one does not."""
-    size = problem.dtype.itemsize
-    features = next_power_of_2(problem.head_dim) + next_power_of_2(min(problem.head_dim_v, 256))
-    tokens = prod(tiling.query) + tiling.stages * prod(tiling.key)
-    if tokens * features * size <= shared_memory:
+    if _shared_memory(tiling, problem, kind) <= limit:
         return tiling
     if tiling.stages > 1:
-        return _fit(replace(tiling, stages=tiling.stages - 1), problem, shared_memory)
-    query, key = tiling.query, tiling.key
-    if prod(key) > 16:
-        key = _halve(key)
-    elif prod(query) > 16:
-        query = _halve(query)
+        return _fit(replace(tiling, stages=tiling.stages - 1), problem, kind, limit)
+    if prod(tiling.key) > 16:
+        smaller = replace(tiling, key=_halve(tiling.key))
+    elif prod(tiling.query) > 16:
+        smaller = replace(tiling, query=_halve(tiling.query))
     else:
         return tiling
-    return _fit(replace(tiling, query=query, key=key), problem, shared_memory)
+    return _fit(smaller, problem, kind, limit)
 
 
 def _halve(shape: Shape) -> Shape:
@@ -226,13 +258,14 @@ def _halve(shape: Shape) -> Shape:
     return tuple(n // 2 if axis == longest else n for axis, n in enumerate(shape))
 
 
-def persistent(tiling: Tiling, programs: int, specialize: bool) -> Tiling:
+def persistent(tiling: Tiling, programs: int, specialize: bool, warps: int) -> Tiling:
     """The tiling with ``programs`` programs that take tiles in turn."""
-    return replace(tiling, programs=programs, specialize=specialize)
+    return replace(tiling, programs=programs, specialize=specialize, warps=warps)
 
 
-def _make(problem: Problem, pair: tuple[Shape, Shape], size: _Size, tma: bool) -> Tiling:
-    split = _uses_split(problem)
+def _make(
+    problem: Problem, pair: tuple[Shape, Shape], size: _Size, split: bool, tma: bool
+) -> Tiling:
     # Narrow heads gain nothing from descriptors; dilated boxes have none.
     use_tma = tma and problem.head_dim > 32 and not any(d > 1 for d in problem.dilation)
     return Tiling(*pair, size.warps, size.stages, split, use_tma)
@@ -249,28 +282,26 @@ def choose(
 ) -> Tiling:
     """The tiling with the least estimated time; ``query`` and ``key`` fix the tile shapes."""
     inverse = kind == KEY_VALUE_GRADIENT
-    sizes = _table(problem, kind, _uses_split(problem))
-    if problem.dtype == torch.float32:
-        # Twice the memory a token and, at full precision, no tensor cores: small tiles.
-        sizes = (_Size(64 if problem.head_dim <= 64 else 32, 32, 4, 2, 1.0),)
     if query is not None and key is not None:
-        rows, columns = (key, query) if inverse else (query, key)
-        tokens = prod(rows), prod(columns)
-        like = min(sizes, key=lambda s: abs(s.rows - tokens[0]) + abs(s.columns - tokens[1]))
+        rows, columns = (prod(t) for t in ((key, query) if inverse else (query, key)))
         # A warp group of four warps computes 64 rows.
-        warps = 8 if tokens[0] >= 128 and max(problem.head_dim, tokens[1]) >= 128 else 4
-        size = like._replace(warps=warps, stages=min(like.stages, 2))
-        return _fit(_make(problem, (query, key), size, tma), problem, shared_memory)
-
-    def estimate(size: _Size) -> float:
-        return work(problem, *pair(size), inverse) / size.rate
-
-    def pair(size: _Size) -> tuple[Shape, Shape]:
-        queries, keys = (size.columns, size.rows) if inverse else (size.rows, size.columns)
-        return best_shapes(problem, queries, keys, inverse)
-
-    size = min(sizes, key=estimate)
-    return _fit(_make(problem, pair(size), size, tma), problem, shared_memory)
+        warps = 8 if rows >= 128 and max(problem.head_dim, columns) >= 128 else 4
+        size = _Size(rows, columns, warps, 2, 1.0)
+        split = _splits(problem, (query, key), inverse)
+        return _fit(_make(problem, (query, key), size, split, tma), problem, kind, shared_memory)
+    best: tuple[float, Tiling] | None = None
+    for split in (False, True):
+        for size in _sizes(problem, kind, split):
+            queries, keys = (size.columns, size.rows) if inverse else (size.rows, size.columns)
+            pair = best_shapes(problem, queries, keys, inverse)
+            if _splits(problem, pair, inverse) != split:
+                continue
+            time = work(problem, *pair, inverse).covered / size.rate
+            if best is None or time < best[0]:
+                best = time, _make(problem, pair, size, split, tma)
+    if best is None:
+        raise RuntimeError("no tile size suits the problem")
+    return _fit(best[1], problem, kind, shared_memory)
 
 
 def listed(problem: Problem, kind: str, tma: bool, shared_memory: int) -> list[tuple[Shape, Shape]]:
@@ -290,13 +321,8 @@ def listed(problem: Problem, kind: str, tma: bool, shared_memory: int) -> list[t
         for keys in sizes
         for q in usual(queries)
         for k in usual(keys)
-        if _fits(problem, q, k, shared_memory)
+        if _shared_memory(Tiling(q, k, stages=1), problem, kind) <= shared_memory
     }
-    ordered = sorted(pairs, key=lambda pair: (work(problem, *pair, inverse), pair))
+    ordered = sorted(pairs, key=lambda pair: (work(problem, *pair, inverse).covered, pair))
     first = (default.query, default.key)
     return [first, *(pair for pair in ordered if pair != first)]
-
-
-def _fits(problem: Problem, query: Shape, key: Shape, shared_memory: int) -> bool:
-    tiling = Tiling(query, key, stages=1)
-    return _fit(tiling, problem, shared_memory) == tiling
