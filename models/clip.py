@@ -126,9 +126,14 @@ def forward(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def predict(model: VideoDenoiser, frames: Tensor) -> Tensor:
-    """The frame after every frame of a clip `[B, 3, T, H, W]`, each from the frames up to it."""
-    time_zero = frames.new_zeros(len(frames))
-    return frames + model(2 * frames - 1, time_zero)
+    """The frame after every frame of a clip `[B, 3, T, H, W]`, each from the frames up to it.
+
+    Beside every frame the model is shown what has changed since the one before, so that motion
+    within a patch need not be found by attention.
+    """
+    before = torch.cat([frames[:, :, :1], frames[:, :, :-1]], dim=2)
+    shown = torch.cat([2 * frames - 1, 4 * (frames - before)], dim=1)
+    return frames + model(shown, frames.new_zeros(len(frames)))
 
 
 def psnr(squared_error: float) -> float:
@@ -182,6 +187,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             f"no scene of the video is long enough to train on clips of {options.context} frames."
         )
     model = VideoDenoiser(
+        in_chans=6,
+        out_chans=3,
         patch_size=(1, 4, 4),
         embed_dim=options.embed_dim,
         depth=options.depth,
