@@ -21,7 +21,7 @@ from natten.context import preferences
 from natten.functional.backends.triton import launch, tiles
 from natten.functional.backends.triton.launch import BackwardTilings
 from natten.functional.backends.triton.tiles import Tiling
-from natten.functional.problem import Config, Problem, Unavailable
+from natten.functional.problem import DEFAULT_CONFIG, Config, Problem, Unavailable
 
 MAX_HEAD_DIM = 256
 # Shared memory of a program on the smallest GPU that can run a backend, in bytes.
@@ -60,6 +60,7 @@ class _Backend:
 
     name: str
     tma = False
+    largest_tile = 128
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 
     def _device_refusal(self, capability: tuple[int, int]) -> str | None:
@@ -122,8 +123,7 @@ class _Backend:
             loops = 1
             for n in config.backward_kv_splits:
                 loops *= n
-        # One tile of the bias gradient lives in registers, beside both products.
-        bias = tiles.choose(problem, tiles.QUERY_GRADIENT, False, self._shared_memory(problem) // 2)
+        bias = tiles.choose(problem, tiles.BIAS_GRADIENT, False, self._shared_memory(problem))
         return BackwardTilings(query, key_value, additional, bias, splits, loops)
 
     def forward(
@@ -155,13 +155,15 @@ class _Backend:
 
     def configs(self, problem: Problem) -> list[Any]:
         """(query tile, key tile) pairs of the forward pass; the default first."""
-        return tiles.listed(problem, tiles.FORWARD, self.tma, self._shared_memory(problem))
+        return self._listed(problem, tiles.FORWARD, self.forward_tiling(problem, DEFAULT_CONFIG))
 
     def backward_configs(self, problem: Problem) -> list[Any]:
-        """(query tile, key tile) pairs of the backward pass."""
-        return tiles.listed(
-            problem, tiles.KEY_VALUE_GRADIENT, self.tma, self._shared_memory(problem)
-        )
+        """(query tile, key tile) pairs of the backward pass; the default first."""
+        default = self.backward_tilings(problem, DEFAULT_CONFIG).key_value
+        return self._listed(problem, tiles.KEY_VALUE_GRADIENT, default)
+
+    def _listed(self, problem: Problem, kind: str, default: Tiling) -> list[Any]:
+        return tiles.listed(problem, kind, default, self._shared_memory(problem), self.largest_tile)
 
 
 class _Cutlass(_Backend):
@@ -240,6 +242,7 @@ class _Hopper(_Descriptors):
 class _Blackwell(_Descriptors):
     name = "blackwell"
     head_dims = (16, 32, 64, 128)
+    largest_tile = 256
 
     def _device_refusal(self, capability: tuple[int, int]) -> str | None:
         if capability not in ((10, 0), (10, 3)):
@@ -247,12 +250,18 @@ class _Blackwell(_Descriptors):
         return None
 
     def forward_tiling(self, problem: Problem, config: Config) -> Tiling:
-        """As the others, with a program for each multiprocessor if persistent."""
-        tiling = super().forward_tiling(problem, config)
-        if not config.run_persistent_kernel:
-            return tiling
-        programs = 148 if interpreted() else _multiprocessors(problem.device.index)
-        return tiles.persistent(tiling, programs, not interpreted(), tiling.warps)
+        """Tiles of 128 queries, a matrix instruction's rows, and specialized warps."""
+        query, key = config.q_tile_shape, config.kv_tile_shape
+        if query is None:
+            query, key = tiles.best_shapes(problem, 128, 64)
+        tiling = self._choose(problem, tiles.FORWARD, query, key)
+        warps = 8 if problem.head_dim > 64 or prod(query) > 128 else 4
+        # Warps specialize around descriptor loads.
+        specialize = tiling.tma and not interpreted()
+        programs = 0
+        if config.run_persistent_kernel:
+            programs = 148 if interpreted() else _multiprocessors(problem.device.index)
+        return tiles.persistent(tiling, programs, specialize, warps)
 
 
 CUTLASS, HOPPER, BLACKWELL = _Cutlass(), _Hopper(), _Blackwell()

@@ -65,6 +65,7 @@ def forward_tile(
     UNIT: tl.constexpr, WIDE: tl.constexpr, VARLEN: tl.constexpr,
     HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr, NEGATE: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
     COLUMNS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
@@ -95,7 +96,12 @@ def forward_tile(
     total = tl.zeros([ROWS], tl.float32)
     accumulator = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
     for PASS in tl.static_range(0 if SPLIT else 1, 2):
-        for t in tl.range(0, column_steps(box, PASS, SPLIT), num_stages=STAGES):
+        for t in tl.range(
+            0,
+            column_steps(box, PASS, SPLIT),
+            num_stages=STAGES,
+            warp_specialize=WARP_SPECIALIZE,
+        ):
             corner = column_corner(t, box, KEY_TILE, PASS, SPLIT, RANK)
             columns = load_columns(
                 key_source, memory_batch, kv_head, corner, column_first, extent, key_steps, place,
@@ -163,9 +169,7 @@ def forward_kernel(
     PERSISTENT: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     if PERSISTENT:
-        for program in tl.range(
-            tl.program_id(0), programs, tl.num_programs(0), warp_specialize=WARP_SPECIALIZE
-        ):
+        for program in tl.range(tl.program_id(0), programs, tl.num_programs(0)):
             forward_tile(
                 program, query, key, value, out, lse, rpb, additional_key, additional_value,
                 cumulative_query, cumulative_key, query_strides, key_strides, value_strides,
@@ -174,7 +178,7 @@ def forward_kernel(
                 key_extents, tiles, heads, num_additional, scale,
                 HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK,
                 RANK, CAUSAL, TMA, UNIT, WIDE, VARLEN, HAS_RPB, HAS_ADDITIONAL, NEGATE,
-                SPLIT, STAGES, PRECISION,
+                SPLIT, STAGES, PRECISION, WARP_SPECIALIZE,
             )  # fmt: skip
     else:
         forward_tile(
@@ -185,5 +189,5 @@ def forward_kernel(
             key_extents, tiles, heads, num_additional, scale,
             HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK,
             RANK, CAUSAL, TMA, UNIT, WIDE, VARLEN, HAS_RPB, HAS_ADDITIONAL, NEGATE,
-            SPLIT, STAGES, PRECISION,
+            SPLIT, STAGES, PRECISION, WARP_SPECIALIZE,
         )  # fmt: skip

@@ -77,16 +77,28 @@ def _describable(tensor: Tensor) -> Tensor:
     return tensor if suits else tensor.contiguous()
 
 
+# Checked descriptors without their tensors, by layout and tile.
+_descriptors: dict[Any, dict[str, Any]] = {}
+
+
 def _descriptor(tensor: Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
-    batch, *tokens, heads, features = tensor.shape
-    batch_stride, *steps = tensor.stride()[:-2]
-    # Axes that the grid lacks are never stepped along; any valid stride will do.
-    return TensorDescriptor(
-        tensor,
-        [batch, *_pad(tokens, 1), heads * features],
-        [batch_stride, *_pad(steps, batch_stride), 1],
-        [1, *tile, features],
-    )
+    identity = (tensor.shape, tensor.stride(), tile)
+    fields = _descriptors.get(identity)
+    if fields is None:
+        batch, *tokens, heads, features = tensor.shape
+        batch_stride, *steps = tensor.stride()[:-2]
+        # Axes that the grid lacks are never stepped along; any valid stride will do.
+        checked = TensorDescriptor(
+            tensor,
+            [batch, *_pad(tokens, 1), heads * features],
+            [batch_stride, *_pad(steps, batch_stride), 1],
+            [1, *tile, features],
+        )
+        fields = _descriptors[identity] = {**vars(checked), "base": None}
+    # The class checks its arguments at every construction, as long as all the rest here takes.
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(fields, base=tensor)
+    return descriptor
 
 
 def block(features: int) -> int:

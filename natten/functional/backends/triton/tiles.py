@@ -97,11 +97,20 @@ _KEY_VALUE_GRADIENT_SPLIT: dict[int, tuple[_Size, ...]] = {
     **_KEY_VALUE_GRADIENT,
     64: (_Size(64, 128, 4, 2, 1.35), _Size(64, 64, 4, 2, 1.0)),
 }
+# The scores' gradient of a whole tile stays in registers, beside both products.
+_BIAS_GRADIENT: dict[int, tuple[_Size, ...]] = {
+    32: (_Size(64, 32, 4, 2, 1.0),),
+    64: (_Size(64, 32, 4, 2, 1.0),),
+    128: (_Size(64, 32, 4, 1, 1.0),),
+    256: (_Size(32, 32, 4, 1, 1.0),),
+}
 FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT = "forward", "query", "key_value"
+BIAS_GRADIENT = "bias"
 _TABLES = {
     FORWARD: (_FORWARD, _FORWARD_SPLIT),
     QUERY_GRADIENT: (_QUERY_GRADIENT, _QUERY_GRADIENT_SPLIT),
     KEY_VALUE_GRADIENT: (_KEY_VALUE_GRADIENT, _KEY_VALUE_GRADIENT_SPLIT),
+    BIAS_GRADIENT: (_BIAS_GRADIENT, _BIAS_GRADIENT),
 }
 
 
@@ -304,12 +313,14 @@ def choose(
     return _fit(best[1], problem, kind, shared_memory)
 
 
-def listed(problem: Problem, kind: str, tma: bool, shared_memory: int) -> list[tuple[Shape, Shape]]:
+def listed(
+    problem: Problem, kind: str, default: Tiling, shared_memory: int, largest: int = 128
+) -> list[tuple[Shape, Shape]]:
     """All (query tile, key tile) pairs that a kernel accepts, the default first, then by work."""
     inverse = kind == KEY_VALUE_GRADIENT
-    default = choose(problem, kind, tma, shared_memory)
-    largest = 128 if problem.head_dim <= 128 and problem.dtype != torch.float32 else 64
-    sizes = [n for n in (32, 64, 128) if n <= largest]
+    if problem.head_dim > 128 or problem.dtype == torch.float32:
+        largest = 64
+    sizes = [n for n in (32, 64, 128, 256) if n <= largest]
     longest = 16 if problem.rank == 3 else 128
 
     def usual(tokens: int) -> list[Shape]:
