@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from natten import flops
+from natten._older import find_older
 from natten.context import (
     allow_flex_compile,
     allow_flex_compile_backprop,
@@ -85,6 +87,9 @@ if (
 ):
     __path__.append(str(_here.parent))
 
+_find_older = find_older(__name__)
+flops.register()
+
 # Imported at first use, so that importing natten stays fast.
 _LAZY = {
     "NeighborhoodAttention1D": "natten.nn",
@@ -101,7 +106,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_LAZY[name]), name)
     if name in _LAZY_MODULES:
         return import_module(f"natten.{name}")
-    raise AttributeError(f"module 'natten' has no attribute {name!r}")
+    return _find_older(name)
 
 
 __all__ = [

@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 import torch
 
+from natten._older import find_older
 from natten.types import MemoryPreference
 
 
@@ -207,6 +208,9 @@ class NattenContext:
         global _preferences
         with _lock:
             _preferences = Preferences()
+
+
+__getattr__ = find_older(__name__)
 
 
 __all__ = [

@@ -1,5 +1,8 @@
 """The operations as functions."""
 
+from __future__ import annotations
+
+from natten._older import find_older
 from natten.functional.attention import attention
 from natten.functional.merge import merge_attentions
 from natten.functional.neighborhood import (
@@ -9,13 +12,22 @@ from natten.functional.neighborhood import (
     na3d,
     neighborhood_attention_generic,
 )
+from natten.functional.unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
+
+__getattr__ = find_older(__name__)
 
 __all__ = [
     "attention",
     "explain",
     "merge_attentions",
     "na1d",
+    "na1d_av",
+    "na1d_qk",
     "na2d",
+    "na2d_av",
+    "na2d_qk",
     "na3d",
+    "na3d_av",
+    "na3d_qk",
     "neighborhood_attention_generic",
 ]

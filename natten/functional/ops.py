@@ -31,6 +31,7 @@ _PARAMETERS = (
 )
 # Tensors before the parameters in the schema; the first six are differentiable.
 _NUM_TENSORS = 8
+_IS_CAUSAL = _NUM_TENSORS + 3
 
 _library = torch.library.Library("natten", "DEF")
 _library.define(
@@ -40,6 +41,11 @@ _library.define(
     f"neighborhood_attention_backward(Tensor? grad_out, Tensor? grad_logsumexp, {_TENSORS}, "
     f"Tensor out, Tensor logsumexp, {_PARAMETERS}, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# The first, for torch.jit.trace, which takes lists of plain integers only.
+_CONSTANTS = _PARAMETERS.replace("SymInt", "int").replace("bool[]", "int[]")
+_library.define(
+    f"neighborhood_attention_traced({_TENSORS}, {_CONSTANTS}) -> (Tensor out, Tensor logsumexp)"
 )
 
 
@@ -319,6 +325,12 @@ def call(*arguments: Any) -> tuple[Tensor, Tensor]:
     if _is_plain(arguments[:_NUM_TENSORS]):
         # The last argument says whether gradients are needed.
         return _Attention.apply(*arguments) if arguments[-1] else _forward(*arguments)
+    if torch.jit.is_tracing():
+        constants = [
+            [int(v) for v in p] if isinstance(p, (tuple, list)) else p
+            for p in arguments[_NUM_TENSORS:-1]
+        ]
+        return neighborhood_attention_traced(*arguments[:_NUM_TENSORS], *constants, False)
     return neighborhood_attention(*arguments)
 
 
@@ -351,6 +363,7 @@ def _autograd_kernel(
 
 neighborhood_attention = torch.ops.natten.neighborhood_attention.default
 neighborhood_attention_backward = torch.ops.natten.neighborhood_attention_backward.default
+neighborhood_attention_traced = torch.ops.natten.neighborhood_attention_traced.default
 
 for _operator, _implementation, _fake, _function in (
     (neighborhood_attention, _forward, _forward_fake, _Attention),
@@ -360,6 +373,18 @@ for _operator, _implementation, _fake, _function in (
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     _library.impl(_name, _autograd_kernel(_operator, _function), "Autograd", with_keyset=True)
     torch.library.register_fake(f"natten::{_name}", _fake, lib=_library)
+
+
+def _forward_traced(*arguments: Any) -> tuple[Tensor, Tensor]:
+    is_causal = [bool(c) for c in arguments[_IS_CAUSAL]]
+    # Whether there are gradients is a matter of each run.
+    requires_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in arguments[:_NUM_TENSORS]
+    )
+    return call(*arguments[:_IS_CAUSAL], is_causal, *arguments[_IS_CAUSAL + 1 : -1], requires_grad)
+
+
+_library.impl("neighborhood_attention_traced", _forward_traced, "CompositeImplicitAutograd")
 
 
 def autocast_dtype(tensor: Any) -> torch.dtype | None:

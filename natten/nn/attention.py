@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from natten.functional import attention, merge_attentions
 from natten.nn.core import NeighborhoodModule, check_grid, check_sequence, crop, place
 from natten.nn.explicit import AttentionMap, attention_map
+from natten.nn.older import accepts_older_arguments
 from natten.nn.rotary import RotaryEmbedding, rotate
 
 # Control flow on shapes cannot be traced symbolically: in an fx graph each is one call.
@@ -57,6 +58,9 @@ class NeighborhoodAttention(NeighborhoodModule):
             to 0.15 expect it for small inputs.
         device, dtype: of the parameters.
 
+    Arguments of NATTEN 0.14 to 0.17 (`dim`, `bias` for rel_pos_bias with padding, positional
+    orders that can be told apart) are taken as well; `natten.nn.older` has the rules.
+
     Parameters: `qkv.*`, rows in the order query, key, value, each heads by head_dim; `proj.*`;
     and `rpb`, `q_norm.weight`, `k_norm.weight` where asked for.
 
@@ -64,6 +68,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         ValueError: for arguments that do not fit each other.
     """
 
+    @accepts_older_arguments
     def __init__(
         self,
         embed_dim: int,

@@ -1,0 +1,241 @@
+"""Floating-point operations of neighborhood attention, from its windows: borders and causal windows
+count what they are, not kernel_size.
+
+``torch.utils.flop_counter.FlopCounterMode`` knows the operators of this package as soon as both are
+imported. A multiply-add is two operations there, a backward pass counts its recomputed scores, and
+softmax counts nothing. fvcore counts multiply-adds, and needs :func:`add_natten_handle`.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import sys
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten.window import Axis, bounds_table
+
+_COUNTER = "torch.utils.flop_counter"
+# Of the operator: tensors, then kernel_size, stride, dilation, is_causal, scale, grid, origins.
+_NUM_TENSORS = 8
+
+
+@lru_cache(maxsize=1024)
+def count_pairs(
+    axes: tuple[Axis, ...],
+    query_shape: tuple[int, ...] | None = None,
+    key_shape: tuple[int, ...] | None = None,
+    query_origin: tuple[int, ...] | None = None,
+    key_origin: tuple[int, ...] | None = None,
+) -> int:
+    """Pairs of a query and a key that it attends to, in a grid or between two boxes of it."""
+    rank = len(axes)
+    lengths = tuple(axis.length for axis in axes)
+    total = 1
+    for axis, *box in zip(
+        axes,
+        query_origin or (0,) * rank,
+        query_shape or lengths,
+        key_origin or (0,) * rank,
+        key_shape or lengths,
+        strict=True,
+    ):
+        start, end = bounds_table(axis, *box)
+        total *= int((end - start).sum())
+    return total
+
+
+def _readable(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+
+
+def _pairs(tensors: Sequence[Any], parameters: Sequence[Any]) -> tuple[int, int]:
+    """Pairs of a call of the operator: with keys of the grid, and with additional keys."""
+    query, key, _, _, additional_keys, _, cumulative_q, cumulative_kv = tensors
+    kernel, stride, dilation, is_causal, _, grid, *origins, max_q, max_kv = parameters
+    batch, heads = query.shape[0], query.shape[-2]
+    query_shape, key_shape = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
+    repeats = batch * heads
+    if cumulative_q is not None:
+        if _readable(cumulative_q):
+            ends = [pairwise(c.tolist()) for c in (cumulative_q, cumulative_kv)]
+            lengths = [(b - a, d - c) for (a, b), (c, d) in zip(*ends, strict=True)]
+        else:
+            # The largest that it can be.
+            lengths = [(max_q, max_kv)] * (cumulative_q.shape[0] - 1)
+        total = 0
+        for q, kv in lengths:
+            if q and kv:
+                longest = max(q, kv)
+                total += count_pairs((Axis(longest, longest, 1, 1, is_causal[0]),), (q,), (kv,))
+        return repeats * total, 0
+    axes = tuple(map(Axis, grid, kernel, stride, dilation, map(bool, is_causal)))
+    in_grid = count_pairs(axes, query_shape, key_shape, *map(tuple, origins))
+    extra = 0 if additional_keys is None else additional_keys.shape[1]
+    return repeats * in_grid, repeats * prod(query_shape) * extra
+
+
+def attention_flops(*arguments: Any, **_: Any) -> int:
+    """Of natten::neighborhood_attention, by the arguments of its schema."""
+    tensors, parameters = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:]
+    head_dim, head_dim_v = tensors[0].shape[-1], tensors[2].shape[-1]
+    return 2 * sum(_pairs(tensors, parameters[:10])) * (head_dim + head_dim_v)
+
+
+def attention_backward_flops(*arguments: Any, **_: Any) -> int:
+    """Of natten::neighborhood_attention_backward: scores again, the gradient of the weights, and
+    the gradients that are asked for.
+    """
+    tensors = arguments[2 : 2 + _NUM_TENSORS]
+    *parameters, needs = arguments[4 + _NUM_TENSORS :]
+    head_dim, head_dim_v = tensors[0].shape[-1], tensors[2].shape[-1]
+    total = 0
+    for pairs, key, value in zip(_pairs(tensors, parameters[:10]), (1, 4), (2, 5), strict=True):
+        features = head_dim + head_dim_v
+        features += head_dim * (needs[0] + needs[key]) + head_dim_v * needs[value]
+        total += 2 * pairs * features
+    return total
+
+
+def window_flops(first: Tensor, second: Tensor, *window: Any, **_: Any) -> int:
+    """Of natten::window_dot, window_sum and window_scatter."""
+    batch, heads, *tokens, features = second.shape
+    *sizes, is_causal = window[:4]
+    axes = tuple(map(Axis, tokens, *sizes, map(bool, is_causal)))
+    return 2 * batch * heads * count_pairs(axes) * features
+
+
+def _formulas() -> dict[str, Callable[..., int]]:
+    return {
+        "neighborhood_attention": attention_flops,
+        "neighborhood_attention_traced": attention_flops,
+        "neighborhood_attention_backward": attention_backward_flops,
+        "window_dot": window_flops,
+        "window_sum": window_flops,
+        "window_scatter": window_flops,
+    }
+
+
+def _register() -> None:
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for name, formula in _formulas().items():
+        operator = getattr(torch.ops.natten, name)
+        if operator not in flop_registry:
+            register_flop_formula(operator, get_raw=True)(_without_result(formula))
+
+
+def _without_result(formula: Callable[..., int]) -> Callable[..., int]:
+    def count(*arguments: Any, out_val: Any = None, **named: Any) -> int:
+        return formula(*arguments, **named)
+
+    return count
+
+
+class _Registrar(importlib.abc.MetaPathFinder):
+    """Registers the formulas when torch's counter is imported, which itself takes as long as all
+    of this package.
+    """
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: Any) -> None:
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register() -> None:
+    """Make torch's FlopCounterMode count our operators, now or when it is imported."""
+    if _COUNTER in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Registrar) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Registrar())
+
+
+def _constant(value: Any) -> Any:
+    """What a value of a traced graph holds: a tensor of its shape on no device, or a constant."""
+    if value.type().kind() == "TensorType":
+        return torch.empty(value.type().sizes() or (), device="meta")
+    if value.node().kind() == "prim::ListConstruct":
+        return [_constant(v) for v in value.node().inputs()]
+    return value.toIValue()
+
+
+def _handle(formula: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:
+    def handle(inputs: list[Any], outputs: list[Any]) -> int:
+        return formula(*map(_constant, inputs)) // 2
+
+    return handle
+
+
+def add_natten_handle(flop_counter: Any) -> Any:
+    """Make an fvcore ``FlopCountAnalysis`` count our operators; returns it."""
+    handles = {f"natten::{name}": _handle(formula) for name, formula in _formulas().items()}
+    free = dict.fromkeys(("natten::window_bias", "natten::window_bias_sum"))
+    return flop_counter.set_op_handle(**handles, **free)
+
+
+def get_flops(model: torch.nn.Module, input: Any, disable_warnings: bool = False) -> int:
+    """Multiply-adds of ``model(input)``, counted by fvcore.
+
+    Raises:
+        RuntimeError: fvcore is not installed.
+    """
+    try:
+        from fvcore.nn import FlopCountAnalysis
+    except ImportError as error:
+        raise RuntimeError(
+            "get_flops counts with fvcore, which is not installed (pip install fvcore); "
+            "torch.utils.flop_counter.FlopCounterMode counts without it"
+        ) from error
+    counter = add_natten_handle(FlopCountAnalysis(model, input))
+    if disable_warnings:
+        counter = counter.unsupported_ops_warnings(False)
+    return int(counter.total())
+
+
+def _qk_flop(inputs: list[Any], outputs: list[Any]) -> int:
+    """Multiply-adds of an unfused QK of older versions, with fvcore's arguments of a handle."""
+    return prod(inputs[0].type().sizes()) * outputs[0].type().sizes()[-1]
+
+
+def _av_flop(inputs: list[Any], outputs: list[Any]) -> int:
+    """Multiply-adds of an unfused AV of older versions, with fvcore's arguments of a handle."""
+    return prod(outputs[0].type().sizes()) * inputs[0].type().sizes()[-1]
+
+
+qk_1d_rpb_flop = qk_2d_rpb_flop = qk_3d_rpb_flop = _qk_flop
+av_1d_flop = av_2d_flop = av_3d_flop = _av_flop
+
+__all__ = [
+    "add_natten_handle",
+    "attention_backward_flops",
+    "attention_flops",
+    "av_1d_flop",
+    "av_2d_flop",
+    "av_3d_flop",
+    "count_pairs",
+    "get_flops",
+    "qk_1d_rpb_flop",
+    "qk_2d_rpb_flop",
+    "qk_3d_rpb_flop",
+    "register",
+    "window_flops",
+]

@@ -1,0 +1,258 @@
+"""The products that attention over windows is made of, as torch.library operators.
+
+With slot j of a query's window standing for the key ``key(q, j)``::
+
+    natten::window_dot       out[q, j] = a[q] · b[key(q, j)]
+    natten::window_sum       out[q] = sum over j of weights[q, j] * b[key(q, j)]
+    natten::window_scatter   out[key(q, j)] += weights[q, j] * a[q]
+    natten::window_bias      out[q, j] = table[key(q, j) - q]
+    natten::window_bias_sum  out[key(q, j) - q] += weights[q, j]
+
+Each is linear in each of its tensors, and the derivative of one is another, so that derivatives of
+every order exist. Memory is linear in queries times window, and sums have a fixed order: results
+are the same on every run.
+
+Tensors are heads-first, ``[batch, heads, *tokens, features]``; slots are in row-major order from
+the start of the window. Causal windows leave slots at their tail empty: the dot product there is
+``empty``, and weights there are not read. Numbers of 16 bits are summed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten.functional.backends import gather
+from natten.window import Axis
+
+# Plain integers, is_causal 0 and 1: torch.jit.trace takes no other lists.
+_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal"
+
+_library = torch.library.Library("natten", "FRAGMENT")
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> ModuleType | None:
+    """The loops for CPUs, None without numba."""
+    from natten.functional.backends.cpu import _numba_problem
+
+    if _numba_problem() is not None:
+        return None
+    # numba takes half a second to import.
+    from natten.functional.backends.cpu import products
+
+    return products
+
+
+def _axes(tokens: Any, window: tuple[Any, ...]) -> tuple[Axis, ...]:
+    *sizes, is_causal = window
+    return tuple(map(Axis, tokens, *sizes, map(bool, is_causal)))
+
+
+def _run(name: str, first: Tensor, second: Tensor, window: tuple[Any, ...], *more: Any) -> Tensor:
+    """A product of two tensors ``[batch, heads, *tokens, features]`` by whoever can."""
+    shape = second.shape
+    axes = _axes(shape[2:-1], window)
+    units, tokens = shape[0] * shape[1], prod(shape[2:-1])
+    a = first.reshape(units, tokens, first.shape[-1])
+    b = second.reshape(units, tokens, shape[-1])
+    if not (units and tokens):
+        width = prod(window[0]) if name == "dot" else shape[-1]
+        return first.new_empty(*shape[:-1], width)
+    backend: Any = gather
+    if a.device.type == "cpu":
+        # torch's matrix products of 16 bits do not all sum in float32 on CPUs.
+        precise = torch.float64 if a.dtype == torch.float64 else torch.float32
+        a, b = a.to(precise), b.to(precise)
+        backend = _compiled() or gather
+    out = getattr(backend, name)(a, b, axes, *more)
+    return out.to(first.dtype).view(*shape[:-1], out.shape[-1])
+
+
+def _dot(a: Tensor, b: Tensor, *window: Any) -> Tensor:
+    *window_, empty = window
+    return _run("dot", a, b, tuple(window_), empty)
+
+
+def _sum(weights: Tensor, b: Tensor, *window: Any) -> Tensor:
+    return _run("weighted_sum", weights, b, window)
+
+
+def _scatter(weights: Tensor, a: Tensor, *window: Any) -> Tensor:
+    return _run("scatter", weights, a, window)
+
+
+def _relative(axes: tuple[Axis, ...], device: torch.device) -> list[Tensor]:
+    """For each axis, the entry of the table that each query adds to each slot: [length, k]."""
+    entries = []
+    for axis in axes:
+        own = torch.arange(axis.length, device=device)
+        start = (gather.keys_of_queries(axis, device).first - own) // axis.dilation
+        slot = torch.arange(axis.kernel_size, device=device)
+        # Only empty slots leave the table.
+        entries.append((start[:, None] + slot + axis.kernel_size - 1).clamp(0, 2 * slot.numel() - 2))
+    return entries
+
+
+def _bias(table: Tensor, tokens: Any, *window: Any) -> Tensor:
+    axes = _axes(tokens, window)
+    rank = len(axes)
+    index = []
+    for i, entries in enumerate(_relative(axes, table.device)):
+        shape = [1] * (2 * rank)
+        shape[i], shape[rank + i] = entries.shape
+        index.append(entries.view(shape))
+    return table[(slice(None), *index)].flatten(rank + 1)
+
+
+def _bias_sum(weights: Tensor, *window: Any) -> Tensor:
+    heads, *tokens, _ = weights.shape
+    axes = _axes(tokens, window)
+    rank = len(axes)
+    # One axis after the other, as products with matrices of zeros and ones: index_add_ has no
+    # fixed order on GPUs. In float64, which no setting rounds.
+    total = weights.double().unflatten(-1, [axis.kernel_size for axis in axes])
+    for i, (axis, entries) in enumerate(zip(axes, _relative(axes, weights.device), strict=True)):
+        width = 2 * axis.kernel_size - 1
+        selected = torch.nn.functional.one_hot(entries.flatten(), width).double()
+        # Tokens come before slots, and sums after both.
+        last = total.movedim((1, 1 + rank - i), (-2, -1)).flatten(-2)
+        total = last @ selected
+    return total.reshape(heads, *(2 * k - 1 for k in window[0])).to(weights.dtype)
+
+
+def _dot_fake(a: Tensor, b: Tensor, kernel_size: Any, *_: Any) -> Tensor:
+    return a.new_empty(*a.shape[:-1], prod(kernel_size))
+
+
+def _like_second(weights: Tensor, b: Tensor, *_: Any) -> Tensor:
+    return b.new_empty(b.shape)
+
+
+def _bias_fake(table: Tensor, tokens: Any, kernel_size: Any, *_: Any) -> Tensor:
+    return table.new_empty(table.shape[0], *tokens, prod(kernel_size))
+
+
+def _bias_sum_fake(weights: Tensor, kernel_size: Any, *_: Any) -> Tensor:
+    return weights.new_empty(weights.shape[0], *(2 * k - 1 for k in kernel_size))
+
+
+def _gradients_of_dot(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    a, b = ctx.saved_tensors
+    return _pair(ctx, window_sum, grad, b, window_scatter, grad, a)
+
+
+def _gradients_of_sum(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weights, b = ctx.saved_tensors
+    return _pair(ctx, _dot_or_zero, grad, b, window_scatter, weights, grad)
+
+
+def _gradients_of_scatter(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weights, a = ctx.saved_tensors
+    return _pair(ctx, _dot_or_zero, a, grad, window_sum, weights, grad)
+
+
+def _dot_or_zero(a: Tensor, b: Tensor, *window: Any) -> Tensor:
+    return window_dot(a, b, *window, 0.0)
+
+
+def _pair(
+    ctx: Any,
+    left: Callable[..., Tensor],
+    left_a: Tensor,
+    left_b: Tensor,
+    right: Callable[..., Tensor],
+    right_a: Tensor,
+    right_b: Tensor,
+) -> tuple[Any, ...]:
+    need_left, need_right, *others = ctx.needs_input_grad
+    window = ctx.window
+    return (
+        left(left_a, left_b, *window) if need_left else None,
+        right(right_a, right_b, *window) if need_right else None,
+        *[None] * len(others),
+    )
+
+
+def _keep_both(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.window = inputs[2:6]
+
+
+def _gradient_of_bias(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return (window_bias_sum(grad, *ctx.window), None, None, None, None, None)
+
+
+def _gradient_of_bias_sum(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return (window_bias(grad, ctx.tokens, *ctx.window), None, None, None, None)
+
+
+def _keep_window(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.window = inputs[-4:]
+    ctx.tokens = inputs[0].shape[1:-1]
+
+
+def _define(
+    name: str,
+    arguments: str,
+    implementation: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    gradient: Callable[..., tuple[Any, ...]],
+    keep: Callable[..., None],
+) -> torch._ops.OpOverload:
+    _library.define(f"{name}({arguments}) -> Tensor")
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    qualified = f"natten::{name}"
+    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_autograd(qualified, gradient, setup_context=keep, lib=_library)
+    return getattr(torch.ops.natten, name).default
+
+
+window_dot = _define(
+    "window_dot",
+    f"Tensor a, Tensor b, {_WINDOW}, float empty",
+    _dot,
+    _dot_fake,
+    _gradients_of_dot,
+    _keep_both,
+)
+window_sum = _define(
+    "window_sum",
+    f"Tensor weights, Tensor b, {_WINDOW}",
+    _sum,
+    _like_second,
+    _gradients_of_sum,
+    _keep_both,
+)
+window_scatter = _define(
+    "window_scatter",
+    f"Tensor weights, Tensor a, {_WINDOW}",
+    _scatter,
+    _like_second,
+    _gradients_of_scatter,
+    _keep_both,
+)
+window_bias = _define(
+    "window_bias",
+    f"Tensor table, SymInt[] tokens, {_WINDOW}",
+    _bias,
+    _bias_fake,
+    _gradient_of_bias,
+    _keep_window,
+)
+window_bias_sum = _define(
+    "window_bias_sum",
+    f"Tensor weights, {_WINDOW}",
+    _bias_sum,
+    _bias_sum_fake,
+    _gradient_of_bias_sum,
+    _keep_window,
+)
+
+__all__ = ["window_bias", "window_bias_sum", "window_dot", "window_scatter", "window_sum"]

@@ -1,0 +1,239 @@
+"""Neighborhood attention in two steps, with the scores in between.
+
+    scores = na2d_qk(query * scale, key, kernel_size)
+    out = na2d_av(scores.softmax(dim=-1), value, kernel_size)
+
+:func:`natten.na2d` computes the same in one kernel, without the scores in memory. The two steps are
+for whatever has to see or change the scores or the weights, and for weights that no softmax made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten import validation
+from natten.functional.ops import autocast, autocast_dtype
+from natten.functional.products import window_bias, window_dot, window_sum
+from natten.types import BoolOrSequence, IntOrSequence
+
+
+def _check_grid(name: str, tensor: Tensor, rank: int) -> None:
+    validation.check_is_tensor(name, tensor)
+    if tensor.dim() != rank + 3:
+        raise ValueError(
+            f"{name} must have {rank + 3} dimensions, [batch, heads, {rank} of tokens, features], "
+            f"got shape {tuple(tensor.shape)}"
+        )
+
+
+def _check_match(name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor) -> None:
+    """``expected`` has None where any extent will do."""
+    validation.check_is_tensor(name, tensor)
+    if tensor.dim() != len(expected) or any(
+        e is not None and n != e for n, e in zip(tensor.shape, expected)
+    ):
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} must have shape [{wanted}], got {tuple(tensor.shape)}")
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be {like.dtype} on {like.device} as the other tensors are, got "
+            f"{tensor.dtype} on {tensor.device}"
+        )
+
+
+def _cast(*tensors: Tensor | None) -> list[Any]:
+    dtype = autocast_dtype(tensors[0])
+    return list(tensors) if dtype is None else autocast(dtype, *tensors)
+
+
+def window_scores(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    kernel_size: IntOrSequence,
+    dilation: IntOrSequence | None = 1,
+    additional_keys: Tensor | None = None,
+    is_causal: BoolOrSequence | None = False,
+    rpb: Tensor | None = None,
+    *,
+    stride: IntOrSequence | None = 1,
+) -> Tensor:
+    """na1d_qk, na2d_qk and na3d_qk: ``rank`` says which."""
+    query, key, additional_keys = _cast(query, key, additional_keys)
+    _check_grid("query", query, rank)
+    _check_match("key", key, tuple(query.shape), query)
+    batch, heads, *tokens, features = query.shape
+    kernel, strides, dilations, causal = validation.check_window(
+        tuple(tokens), kernel_size, stride, dilation, is_causal
+    )
+    window = (kernel, strides, dilations, [int(c) for c in causal])
+    scores = window_dot(query, key, *window, -torch.inf if any(causal) else 0.0)
+    if rpb is not None:
+        # Heads come last where the other functions of this package have them.
+        validation.check_rpb(rpb, query.movedim(1, -2), kernel, causal)
+        scores = scores + window_bias(rpb.to(scores.dtype), tokens, *window)
+    if additional_keys is not None:
+        _check_match("additional_keys", additional_keys, (batch, heads, None, features), query)
+        more = query.flatten(2, -2) @ additional_keys.transpose(-2, -1)
+        scores = torch.cat([scores, more.unflatten(2, tokens)], dim=-1)
+    return scores
+
+
+def window_values(
+    rank: int,
+    attn: Tensor,
+    value: Tensor,
+    kernel_size: IntOrSequence,
+    dilation: IntOrSequence | None = 1,
+    additional_values: Tensor | None = None,
+    is_causal: BoolOrSequence | None = False,
+    *,
+    stride: IntOrSequence | None = 1,
+) -> Tensor:
+    """na1d_av, na2d_av and na3d_av: ``rank`` says which."""
+    attn, value, additional_values = _cast(attn, value, additional_values)
+    _check_grid("value", value, rank)
+    validation.check_is_tensor("attn", attn)
+    heads, *tokens = value.shape[1:-1]
+    kernel, strides, dilations, causal = validation.check_window(
+        tuple(tokens), kernel_size, stride, dilation, is_causal
+    )
+    window = (kernel, strides, dilations, [int(c) for c in causal])
+    slots = prod(kernel)
+    extra = 0
+    if additional_values is not None:
+        expected = (None, heads, None, value.shape[-1])
+        _check_match("additional_values", additional_values, expected, value)
+        extra = additional_values.shape[2]
+    _check_match("attn", attn, (None, heads, *tokens, slots + extra), value)
+    tensors = (attn, value, additional_values)
+    batches = {int(t.shape[0]) for t in tensors if t is not None} - {1}
+    if len(batches) > 1:
+        raise ValueError(
+            "attn, value and additional_values must have one batch size, or a batch of 1 for all, "
+            f"got {sorted(batches)}"
+        )
+    batch = batches.pop() if batches else 1
+    weights = attn.expand(batch, *attn.shape[1:])
+    out = window_sum(weights[..., :slots], value.expand(batch, *value.shape[1:]), *window)
+    if additional_values is not None:
+        more = weights[..., slots:].flatten(2, -2) @ additional_values
+        out = out + more.unflatten(2, tokens)
+    return out
+
+
+_QK = """The dot products of every query with the keys of its window, over {axes}.
+
+    Nothing is scaled: multiply the query by ``head_dim ** -0.5`` for attention. Forward and
+    backward take memory linear in tokens times window; derivatives of every order exist.
+
+    Args:
+        query: ``[batch, heads, {tokens}, head_dim]`` (heads first), any floating dtype.
+        key: Of query's shape.
+        kernel_size: Window size, an int or one for each axis.
+        dilation: Distance of neighbors.
+        additional_keys: ``[batch, heads, context, head_dim]``, seen by every query.
+        is_causal: Whether queries see no later token, for each axis.
+        rpb: Relative position bias ``[heads, 2 * kernel_size - 1 for each axis]``, added to the
+            scores. Bidirectional axes only.
+        stride: Queries that share one window.
+
+    Returns:
+        ``[batch, heads, {tokens}, slots]``, slots = the product of kernel_size, and context more
+        with additional keys, which come last. Slot j of an axis is the key ``start + j *
+        dilation``; slots are in row-major order. Causal windows that the border cuts short hold
+        -inf in the slots at their tail.
+
+    Raises:
+        ValueError: An argument is wrong by itself, or does not fit the others.
+
+    References: https://arxiv.org/abs/2204.07143, https://arxiv.org/abs/2209.15001
+    """
+
+_AV = """The sum of the values of every query's window, weighted, over {axes}.
+
+    The weights are the caller's: they need not come from a softmax, nor sum to 1. Those in slots
+    that a causal window leaves empty are not read.
+
+    Args:
+        attn: ``[batch, heads, {tokens}, slots]`` in the order of :func:`na{rank}d_qk`.
+        value: ``[batch, heads, {tokens}, head_dim]``, of attn's dtype. Either of both may have a
+            batch of 1, which then goes with all of the other.
+        kernel_size: Window size, an int or one for each axis.
+        dilation: Distance of neighbors.
+        additional_values: ``[batch, heads, context, head_dim]``, for the last slots of attn.
+        is_causal: Whether queries see no later token, for each axis.
+        stride: Queries that share one window.
+
+    Returns:
+        Of value's shape, batch apart.
+
+    Raises:
+        ValueError: An argument is wrong by itself, or does not fit the others.
+    """
+
+
+def _qk_of_rank(rank: int) -> Callable[..., Tensor]:
+    def function(
+        query: Tensor,
+        key: Tensor,
+        kernel_size: IntOrSequence,
+        dilation: IntOrSequence | None = 1,
+        additional_keys: Tensor | None = None,
+        is_causal: BoolOrSequence | None = False,
+        rpb: Tensor | None = None,
+        *,
+        stride: IntOrSequence | None = 1,
+    ) -> Tensor:
+        return window_scores(
+            rank,
+            query,
+            key,
+            kernel_size,
+            dilation,
+            additional_keys,
+            is_causal,
+            rpb,
+            stride=stride,
+        )
+
+    return _named(function, f"na{rank}d_qk", _QK, rank)
+
+
+def _av_of_rank(rank: int) -> Callable[..., Tensor]:
+    def function(
+        attn: Tensor,
+        value: Tensor,
+        kernel_size: IntOrSequence,
+        dilation: IntOrSequence | None = 1,
+        additional_values: Tensor | None = None,
+        is_causal: BoolOrSequence | None = False,
+        *,
+        stride: IntOrSequence | None = 1,
+    ) -> Tensor:
+        return window_values(
+            rank, attn, value, kernel_size, dilation, additional_values, is_causal, stride=stride
+        )
+
+    return _named(function, f"na{rank}d_av", _AV, rank)
+
+
+def _named(function: Callable[..., Tensor], name: str, doc: str, rank: int) -> Callable[..., Tensor]:
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = doc.format(
+        rank=rank,
+        axes="one axis" if rank == 1 else f"{rank} axes",
+        tokens=", ".join("XYZ"[:rank]),
+    )
+    return function
+
+
+na1d_qk, na2d_qk, na3d_qk = map(_qk_of_rank, (1, 2, 3))
+na1d_av, na2d_av, na3d_av = map(_av_of_rank, (1, 2, 3))
+
+__all__ = ["na1d_av", "na1d_qk", "na2d_av", "na2d_qk", "na3d_av", "na3d_qk"]
