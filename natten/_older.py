@@ -1,4 +1,4 @@
-"""Names of older versions, found where programs import them, without a cost to those that do not."""
+"""Names of older versions, found where programs import them, at no cost to those that do not."""
 
 from __future__ import annotations
 

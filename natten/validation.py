@@ -6,6 +6,7 @@ NotImplementedError. Texts name the argument, what was expected and what was got
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -64,6 +65,19 @@ def check_scale(scale: Any, head_dim: int) -> float:
     return float(scale)
 
 
+def _warn_of_flags(dilation: Any) -> None:
+    """Warn if dilation is what only is_causal can be: the sixth argument up to NATTEN 0.17."""
+    values = dilation if isinstance(dilation, (tuple, list)) else (dilation,)
+    if any(isinstance(v, bool) for v in values):
+        warnings.warn(
+            f"dilation got {dilation!r}: by position, the arguments after kernel_size are stride, "
+            "dilation and is_causal, and were dilation and is_causal up to NATTEN 0.17. Write "
+            "dilation= and is_causal= by name",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
 def check_window(
     grid: tuple[int, ...],
     kernel_size: Any,
@@ -75,13 +89,15 @@ def check_window(
     rank = len(grid)
     kernel = int_tuple("kernel_size", kernel_size, rank)
     strides = int_tuple("stride", 1 if stride is None else stride, rank)
+    _warn_of_flags(dilation)
     dilations = int_tuple("dilation", 1 if dilation is None else dilation, rank)
     causal = bool_tuple("is_causal", False if is_causal is None else is_causal, rank)
     for axis in range(rank):
         if strides[axis] > kernel[axis]:
             raise ValueError(
                 f"stride must be at most kernel_size along every axis, got stride={strides} and "
-                f"kernel_size={kernel}"
+                f"kernel_size={kernel}; if dilation is meant, which was the fifth argument up to "
+                "NATTEN 0.17, write dilation="
             )
         # An axis without tokens has no windows to fit.
         if kernel[axis] * dilations[axis] > grid[axis] > 0:

@@ -95,8 +95,9 @@ def _relative(axes: tuple[Axis, ...], device: torch.device) -> list[Tensor]:
         own = torch.arange(axis.length, device=device)
         start = (gather.keys_of_queries(axis, device).first - own) // axis.dilation
         slot = torch.arange(axis.kernel_size, device=device)
+        last = 2 * axis.kernel_size - 2
         # Only empty slots leave the table.
-        entries.append((start[:, None] + slot + axis.kernel_size - 1).clamp(0, 2 * slot.numel() - 2))
+        entries.append((start[:, None] + slot + axis.kernel_size - 1).clamp(0, last))
     return entries
 
 

@@ -31,7 +31,7 @@ def _check_grid(name: str, tensor: Tensor, rank: int) -> None:
         )
 
 
-def _check_match(name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor) -> None:
+def _check_match(name: str, tensor: Tensor, expected: tuple[int | None, ...], like: Tensor) -> None:
     """``expected`` has None where any extent will do."""
     validation.check_is_tensor(name, tensor)
     if tensor.dim() != len(expected) or any(
@@ -223,7 +223,9 @@ def _av_of_rank(rank: int) -> Callable[..., Tensor]:
     return _named(function, f"na{rank}d_av", _AV, rank)
 
 
-def _named(function: Callable[..., Tensor], name: str, doc: str, rank: int) -> Callable[..., Tensor]:
+def _named(
+    function: Callable[..., Tensor], name: str, doc: str, rank: int
+) -> Callable[..., Tensor]:
     function.__name__ = function.__qualname__ = name
     function.__doc__ = doc.format(
         rank=rank,

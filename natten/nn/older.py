@@ -19,8 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 _BY_NAME = (
-    "write them by name: embed_dim=, num_heads=, kernel_size=, dilation=, is_causal=, "
-    "rel_pos_bias="
+    "write them by name: embed_dim=, num_heads=, kernel_size=, dilation=, is_causal=, rel_pos_bias="
 )
 
 

@@ -6,7 +6,6 @@ from natten._older import find_older
 from natten.utils import checks, log
 from natten.utils.checks import check_all_args
 
-
 __getattr__ = find_older(__name__)
 
 
