@@ -12,9 +12,18 @@ from itertools import product
 from math import log2, prod
 from typing import Any
 
+from natten import devices
 from natten.devices import Device
+from natten.functional.dispatch import tile_pairs
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
-from natten.simulator import Shape, Simulation, simulate_problem, table
+from natten.simulator import (
+    Shape,
+    Simulation,
+    gpu_backend,
+    on_gpu,
+    simulate_problem,
+    table,
+)
 
 _MAX_CANDIDATES = 64
 _MAX_ROWS = 12
@@ -188,10 +197,11 @@ def _windows(problem: Problem) -> list[Problem]:
 
 
 def _tiles(simulation: Simulation) -> list[Config]:
-    from natten.functional.backends.triton import tiles
-
-    problem, device = simulation.problem, simulation.device
-    listed = tiles.listed(problem, tiles.FORWARD, True, device.shared_memory)
+    problem, device = on_gpu(simulation.problem), simulation.device
+    backend = gpu_backend(problem, device)
+    with devices.pretending(device):
+        listed = [pair for pair, _ in tile_pairs(backend.configs(problem))]
+    listed = list(dict.fromkeys(listed))
     # Smaller tiles leave parts of the matrix units idle, which the predictions do not know.
     pairs = [pair for pair in listed if min(map(prod, pair)) >= _MIN_TOKENS] or listed
     return [Config(q_tile_shape=q, kv_tile_shape=kv) for q, kv in pairs[:_MAX_CANDIDATES]]

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -148,4 +151,55 @@ def current(device: torch.device | str) -> Device:
     )
 
 
-__all__ = ["DEVICES", "Device", "current", "driver_name", "find"]
+# GPU backends ask for the facts of a device through the functions below.
+_pretended: ContextVar[Device | None] = ContextVar("pretended device", default=None)
+
+
+@contextmanager
+def pretending(device: Device) -> Iterator[None]:
+    """Inside, backends decide and plan as if every CUDA device were this one; nothing may run."""
+    token = _pretended.set(device)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
+
+def capability(index: int | None) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    device = _pretended.get()
+    if device is None:
+        return _properties(index)[0]
+    return device.capability or (0, 0)
+
+
+def shared_memory(index: int | None) -> int:
+    """The bytes of shared memory that one program may use on a CUDA device."""
+    device = _pretended.get()
+    return _properties(index)[1] if device is None else device.shared_memory
+
+
+def multiprocessors(index: int | None) -> int:
+    """The multiprocessors of a CUDA device."""
+    device = _pretended.get()
+    return _properties(index)[2] if device is None else device.multiprocessors
+
+
+@cache
+def _properties(index: int | None) -> tuple[tuple[int, int], int, int]:
+    p = torch.cuda.get_device_properties(index)
+    memory = getattr(p, "shared_memory_per_block_optin", 64 * KIB)
+    return (p.major, p.minor), memory, p.multi_processor_count
+
+
+__all__ = [
+    "DEVICES",
+    "Device",
+    "capability",
+    "current",
+    "driver_name",
+    "find",
+    "multiprocessors",
+    "pretending",
+    "shared_memory",
+]

@@ -176,25 +176,20 @@ class _Kernel(NamedTuple):
     """What distinguishes the kernels, per head_dim and head_dim_v features of each pair."""
 
     name: str
-    kind: str  # as natten.functional.backends.triton.tiles calls it
     inverse: bool
     products: tuple[int, int]  # with head_dim and with head_dim_v features
 
 
-_FORWARD = _Kernel("forward", "forward", False, (1, 1))
+_FORWARD = _Kernel("forward", False, (1, 1))
 # Two passes, each of which computes the weights and their gradients again.
 _BACKWARD = (
-    _Kernel("query gradient", "query", False, (2, 1)),
-    _Kernel("key and value gradient", "key_value", True, (2, 2)),
+    _Kernel("query gradient", False, (2, 1)),
+    _Kernel("key and value gradient", True, (2, 2)),
 )
 _BACKWARD_PRODUCTS = (3, 2)  # that cannot be avoided
 
 
-def _element_bytes(problem: Problem) -> int:
-    return problem.dtype.itemsize
-
-
-def _traffic(problem: Problem, backward: bool) -> int:
+def traffic(problem: Problem, backward: bool) -> int:
     """Bytes that must be read and written, each once."""
     queries, keys = problem.num_queries, problem.num_keys + problem.num_additional
     d, dv = problem.head_dim, problem.head_dim_v
@@ -202,56 +197,76 @@ def _traffic(problem: Problem, backward: bool) -> int:
     # Backward: all of these, the gradients of output and inputs.
     elements = rows + (rows + queries * problem.heads * dv if backward else 0)
     statistics = 4 * queries * problem.heads
-    return problem.batch * (elements * _element_bytes(problem) + statistics)
+    return problem.batch * (elements * problem.dtype.itemsize + statistics)
 
 
-def _tile_chooser(device: Device) -> Any:
-    """The tile choice of the GPU backends for a device: (problem, kind, query, key) -> tiling."""
-    try:
-        from natten.functional.backends.triton import tiles
-    except ImportError as error:
-        raise RuntimeError(
-            f"the tile shapes that kernels would use are chosen with {error.name or 'triton'}, "
-            "which is not installed: give q_tile_shape and kv_tile_shape"
-        ) from error
-    tma = device.capability is not None and device.capability[0] in (9, 10)
-
-    def choose(problem: Problem, kind: str, query: Shape | None, key: Shape | None) -> Any:
-        return tiles.choose(problem, kind, tma, device.shared_memory, query, key)
-
-    return choose
-
-
-class _Fixed(NamedTuple):
-    """A tiling where the caller names the tiles and there is no Triton."""
+class _Tiling(NamedTuple):
+    """Tiles of one kernel, and whether full key tiles are computed without masks."""
 
     query: Shape
     key: Shape
     split: bool = False
 
 
-def _tiling(
-    problem: Problem, kernel: _Kernel, device: Device, query: Shape | None, key: Shape | None
-) -> Any:
-    if query is not None and key is not None:
-        try:
-            tiling = _tile_chooser(device)(problem, kernel.kind, query, key)
-        except RuntimeError:
-            return _Fixed(query, key)
+def gpu_backend(problem: Problem, device: Device) -> Any:
+    """The backend that would run a problem on a device, which need not be here.
+
+    Raises:
+        RuntimeError: Triton is missing, or no GPU backend runs the problem there.
+    """
+    try:
+        from natten.functional.backends import triton
+    except ImportError as error:
+        raise RuntimeError(
+            f"which tile shapes kernels would use is known to the GPU backends, which need "
+            f"{error.name or 'triton'}: give q_tile_shape and kv_tile_shape"
+        ) from error
+    there = on_gpu(problem)
+    with devices.pretending(device):
+        for backend in (triton.BLACKWELL, triton.HOPPER, triton.CUTLASS):
+            reason = backend.refusal(there, DEFAULT_CONFIG)
+            if reason is None:
+                return backend
+    raise RuntimeError(
+        f"no GPU backend runs this on {device.name} ({backend.name}: {reason}): to count tiles "
+        "nevertheless, give q_tile_shape and kv_tile_shape"
+    )
+
+
+def on_gpu(problem: Problem) -> Problem:
+    """The same problem for tensors on a GPU."""
+    return problem if problem.device.type == "cuda" else replace(problem, device=_GPU)
+
+
+_GPU = torch.device("cuda")
+
+
+def _tilings(problem: Problem, device: Device, config: Config, backward: bool) -> list[_Tiling]:
+    """Of the forward kernel, or of both backward kernels."""
+    if backward:
+        asked = config.backward_q_tile_shape, config.backward_kv_tile_shape
+    else:
+        asked = config.q_tile_shape, config.kv_tile_shape
+    try:
+        backend, there = gpu_backend(problem, device), on_gpu(problem)
+        with devices.pretending(device):
+            if backward:
+                both = backend.backward_tilings(there, config)
+                found = [both.query, both.key_value]
+            else:
+                found = [backend.forward_tiling(there, config)]
         # Kernels shrink tiles that do not fit the device; counts are of what was asked for.
-        return _Fixed(query, key, tiling.split)
-    return _tile_chooser(device)(problem, kernel.kind, None, None)
+        return [_Tiling(asked[0] or t.query, asked[1] or t.key, t.split) for t in found]
+    except (RuntimeError, IndexError):
+        # No backend, or tiles that are no powers of two.
+        if asked[0] is None or asked[1] is None:
+            raise
+        return [_Tiling(asked[0], asked[1])] * (2 if backward else 1)
 
 
 def _simulate_pass(
-    problem: Problem,
-    kernel: _Kernel,
-    device: Device,
-    query_tile: Shape | None,
-    key_tile: Shape | None,
-    aligned: bool,
+    problem: Problem, kernel: _Kernel, device: Device, tiling: _Tiling, aligned: bool
 ) -> Pass:
-    tiling = _tiling(problem, kernel, device, query_tile, key_tile)
     rows, columns = tiling.query, tiling.key
     if kernel.inverse:
         rows, columns = columns, rows
@@ -276,9 +291,8 @@ def _simulate_pass(
     flops = 2 * pairs * (kernel.products[0] * d + kernel.products[1] * dv)
     ms, limit = _predict(problem, kernel, device, flops, masked, row_tiles)
     return Pass(
-        kernel.name, tuple(tiling.query), tuple(tiling.key), row_tiles, visited, full, skipped,
-        flops, ms, limit,
-    )  # fmt: skip
+        kernel.name, tiling.query, tiling.key, row_tiles, visited, full, skipped, flops, ms, limit
+    )
 
 
 def _predict(
@@ -298,8 +312,8 @@ def _predict(
         compute *= device.multiprocessors / row_tiles
         limit = "occupancy"
     # The two kernels of the backward pass share its traffic.
-    traffic = _traffic(problem, backward) / (2 if backward else 1)
-    memory = traffic / (_BANDWIDTH_EFFICIENCY * device.bandwidth * 1e9)
+    moved = traffic(problem, backward) / (2 if backward else 1)
+    memory = moved / (_BANDWIDTH_EFFICIENCY * device.bandwidth * 1e9)
     if memory > compute:
         compute, limit = memory, "memory"
     return (compute + LAUNCH_SECONDS) * 1e3, limit
@@ -551,33 +565,31 @@ def simulate_problem(
     """
     if problem.varlen:
         raise ValueError("packed sequences cannot be simulated: give one sequence as a problem")
-    forward = _simulate_pass(
-        problem, _FORWARD, device, config.q_tile_shape, config.kv_tile_shape, aligned
-    )
-    tiles = config.backward_q_tile_shape, config.backward_kv_tile_shape
-    if tiles == (None, None) and config.q_tile_shape is not None and not _has_triton():
-        tiles = config.q_tile_shape, config.kv_tile_shape
-    backward = tuple(
-        _simulate_pass(problem, kernel, device, *tiles, aligned) for kernel in _BACKWARD
-    )
+    (forward_tiling,) = _tilings(problem, device, config, False)
+    if config.backward_q_tile_shape is None and config.q_tile_shape is not None:
+        try:
+            backward_tilings = _tilings(problem, device, config, True)
+        except RuntimeError:
+            backward_tilings = [forward_tiling] * 2
+    else:
+        backward_tilings = _tilings(problem, device, config, True)
     times = problem.batch * problem.heads
     dense = dense_of(problem)
-    dense_tile = None if _has_triton() else (128,)
+    try:
+        (dense_tiling,) = _tilings(dense, device, DEFAULT_CONFIG, False)
+    except RuntimeError:
+        dense_tiling = _Tiling((128,), (128,))
     return Simulation(
-        problem, device, aligned, forward, backward,
+        problem, device, aligned,
+        _simulate_pass(problem, _FORWARD, device, forward_tiling, aligned),
+        tuple(
+            _simulate_pass(problem, kernel, device, tiling, aligned)
+            for kernel, tiling in zip(_BACKWARD, backward_tilings, strict=True)
+        ),
         needed_pairs(problem) * times,
         problem.num_queries * (problem.num_keys + problem.num_additional) * times,
-        _simulate_pass(dense, _FORWARD, device, dense_tile, dense_tile, False).ms,
+        _simulate_pass(dense, _FORWARD, device, dense_tiling, False).ms,
     )  # fmt: skip
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def simulate(
@@ -659,9 +671,12 @@ __all__ = [
     "Pass",
     "Simulation",
     "dense_of",
+    "gpu_backend",
     "make_problem",
     "needed_pairs",
+    "on_gpu",
     "simulate",
     "simulate_problem",
     "table",
+    "traffic",
 ]

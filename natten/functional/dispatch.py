@@ -109,7 +109,8 @@ def _device_refusal(name: str, problem: Problem) -> str | None:
     return Unavailable(f"it runs on {device} tensors, and these are on {problem.device.type}")
 
 
-def _refusal(name: str, problem: Problem, config: Config) -> str | None:
+def refusal(name: str, problem: Problem, config: Config) -> str | None:
+    """Why the backend called ``name`` (without suffix) would not run ``problem`` if named."""
     if _DEVICES.get(name) == "cpu":
         reason = _device_refusal(name, problem)
         if reason is not None:
@@ -131,10 +132,10 @@ def _auto_refusal(name: str, problem: Problem, config: Config) -> str | None:
 
 def can_run(name: str, problem: Problem, config: Config) -> bool:
     """Whether the backend called ``name`` (without suffix) would run ``problem`` if named."""
-    return _refusal(name, problem, config) is None
+    return refusal(name, problem, config) is None
 
 
-def _tile_pairs(configs: list[Any]) -> list[tuple[Any, str | None]]:
+def tile_pairs(configs: list[Any]) -> list[tuple[Any, str | None]]:
     """(tile pair, kernel schedule or None) of each listed configuration."""
     return [
         ((tuple(c[0][0]), tuple(c[0][1])), c[1])
@@ -153,7 +154,7 @@ def _check_pair(
 ) -> None:
     if pair[0] is None:
         return
-    listed = _tile_pairs(list_configs())
+    listed = tile_pairs(list_configs())
     if not listed or any(
         p == pair and (schedule is None or s in (None, schedule)) for p, s in listed
     ):
@@ -210,7 +211,7 @@ def resolve(problem: Problem, config: Config, name: str = "") -> Any:
 def _preferred(problem: Problem, config: Config) -> str | None:
     """The backend that a loaded profile found fastest, unless the caller has wishes of his own."""
     name = profile_file.preferred_backend(problem) if config == DEFAULT_CONFIG else None
-    return name if name is not None and _refusal(name, problem, config) is None else None
+    return name if name is not None and refusal(name, problem, config) is None else None
 
 
 def forget() -> None:
@@ -222,7 +223,7 @@ def forget() -> None:
 @lru_cache(maxsize=4096)
 def _resolve(problem: Problem, config: Config, name: str, _: Preferences) -> Any:
     if name:
-        reason = _refusal(name, problem, config)
+        reason = refusal(name, problem, config)
         if reason is not None:
             kind = RuntimeError if isinstance(reason, Unavailable) else NotImplementedError
             raise kind(f"backend {name!r} cannot run this problem: {reason}")
@@ -319,5 +320,7 @@ __all__ = [
     "load",
     "parse_name",
     "public_names",
+    "refusal",
     "resolve",
+    "tile_pairs",
 ]

@@ -9,7 +9,6 @@ they take; there is no C++ here.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -18,6 +17,9 @@ from torch import Tensor
 from triton import knobs
 
 from natten.context import preferences
+from natten.devices import capability as _capability
+from natten.devices import multiprocessors as _multiprocessors
+from natten.devices import shared_memory as _device_memory
 from natten.functional.backends.triton import launch, tiles
 from natten.functional.backends.triton.launch import BackwardTilings
 from natten.functional.backends.triton.tiles import Tiling
@@ -31,21 +33,6 @@ _DEFAULT_SHARED_MEMORY = 64 * 1024
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU."""
     return bool(knobs.runtime.interpret)
-
-
-@cache
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-@cache
-def _device_memory(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
-
-
-@cache
-def _multiprocessors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,0 +1,196 @@
+"""The command `natten`: profile, simulate, explain, info and demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+_FAILED = 2
+_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_FAILED, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def _profile_arguments(parser: argparse.ArgumentParser) -> None:
+    from natten.profiler.arguments import add_arguments
+
+    add_arguments(parser)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from natten.profiler.run import run
+
+    return run(options)
+
+
+def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
+    from natten import devices
+    from natten.profiler.arguments import add_problem_arguments
+
+    add_problem_arguments(parser)
+    group = parser.add_argument_group("simulation")
+    for name in ("q-tile", "kv-tile", "backward-q-tile", "backward-kv-tile"):
+        group.add_argument(
+            f"--{name}", type=int, nargs="+", metavar="N", help="default: what kernels would use"
+        )
+    group.add_argument(
+        "--aligned", action="store_true", help="key tiles on multiples of their shape"
+    )
+    group.add_argument(
+        "--device-name", default="h100", metavar="NAME",
+        help=f"one of {', '.join(devices.DEVICES)}; default: h100",
+    )  # fmt: skip
+    group.add_argument(
+        "--advise", action="store_true", help="strides, windows and tiles that waste less"
+    )
+    group.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the advice (needs matplotlib)"
+    )
+    group.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from natten.profiler.arguments import DTYPES, window_of
+    from natten.simulator import simulate
+
+    def tile(values: list[int] | None) -> tuple[int, ...] | None:
+        rank = len(options.input_size)
+        return None if values is None else tuple(values) * (rank if len(values) == 1 else 1)
+
+    found = simulate(
+        tuple(options.input_size), **window_of(options), batch=options.batch_size,
+        heads=options.heads, heads_kv=options.heads_kv, head_dim=options.dim,
+        head_dim_v=options.dim_value, additional=options.add_kv, dtype=DTYPES[options.dtype],
+        q_tile_shape=tile(options.q_tile), kv_tile_shape=tile(options.kv_tile),
+        backward_q_tile_shape=tile(options.backward_q_tile),
+        backward_kv_tile_shape=tile(options.backward_kv_tile),
+        aligned=options.aligned, device=options.device_name,
+    )  # fmt: skip
+    advice = found.advise() if options.advise or options.plot else None
+    if options.plot is not None and advice is not None:
+        from natten import viz
+
+        viz.advice_figure(advice).savefig(options.plot, dpi=120)
+    if options.json:
+        document = found.as_dict()
+        if advice is not None:
+            document["advice"] = advice.as_dict()
+        _write(json.dumps(document, indent=1))
+    else:
+        _write(str(found))
+        if advice is not None:
+            _write(f"\n{advice}")
+    return 0
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    from natten.profiler.arguments import add_problem_arguments
+
+    add_problem_arguments(parser)
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda; default: a GPU if any")
+
+
+def _explain(options: argparse.Namespace) -> int:
+    import torch
+
+    from natten.functional.dispatch import explain
+    from natten.functional.problem import DEFAULT_CONFIG
+    from natten.profiler.arguments import device_of, problem_of
+
+    problem = problem_of(options, device_of(options))
+    if problem.device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("there is no CUDA device here")
+    _write(str(explain(problem, DEFAULT_CONFIG)))
+    return 0
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-check", action="store_true", help="skip the check of the backends")
+
+
+def _info(options: argparse.Namespace) -> int:
+    from natten.info import info
+
+    text, failed = info(check=not options.no_check)
+    _write(text)
+    return 1 if failed else 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from natten import demo
+
+    return demo.main(options.rest)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+# name: what it does, its arguments, its function
+_Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Any], int]]
+_COMMANDS: dict[str, _Command] = {
+    "profile": ("time a call, list or search settings", _profile_arguments, _profile),
+    "simulate": ("count tiles, predict times, give advice", _simulate_arguments, _simulate),
+    "explain": ("who would run a call, and why others would not", _explain_arguments, _explain),
+    "info": ("versions, devices, backends: for a bug report", _info_arguments, _info),
+}
+
+
+def _parser(prog: str, command: str | None) -> argparse.ArgumentParser:
+    """Of one command, or of all."""
+    if command is not None:
+        text, add_arguments, _ = _COMMANDS[command]
+        parser = _Parser(prog=prog, description=text)
+        add_arguments(parser)
+        return parser
+    import natten
+
+    parser = _Parser(prog=prog, description="Neighborhood attention on the command line.")
+    parser.add_argument("--version", action="version", version=f"natten {natten.__version__}")
+    names = {name: text for name, (text, *_) in _COMMANDS.items()}
+    names["demo"] = "attention over a photograph: a table and a picture"
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in names.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command line. Returns the exit code.
+
+    0 is success; 1 a check that failed; 2 a wrong request, explained in one line.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words else None
+    title = prog or (f"natten {name}" if name else "natten")
+    try:
+        if name == "demo":
+            return _demo(argparse.Namespace(rest=words[1:]))
+        if name not in _COMMANDS:
+            _parser("natten", None).parse_args(words)
+            return 0
+        options = _parser(title, name).parse_args(words[1:])
+        return _COMMANDS[name][2](options)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{title}: interrupted\n")
+        return _INTERRUPTED
+    except ModuleNotFoundError as error:
+        text = f"{error.name} is not installed: pip install 'natten[profiler]'"
+    except (ValueError, NotImplementedError, RuntimeError, MemoryError, OSError) as error:
+        # torch.OutOfMemoryError is a RuntimeError.
+        text = " ".join(str(error).split()) or type(error).__name__
+    sys.stderr.write(f"{title}: error: {text}\n")
+    return _FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""The command line of the profiler."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from natten import devices, validation
+from natten.devices import Device
+from natten.functional.dispatch import FMHA, FNA, parse_name
+from natten.functional.problem import Config, Problem
+from natten.simulator import make_problem
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+}
+# Implementations of others, of dense attention.
+OTHERS = ("cudnn", "fav2", "xformers")
+BASELINES = ("dense", *OTHERS, "flex")
+DEFAULT_PROFILE = "natten-profile.json"
+
+
+def boolean(text: str) -> bool:
+    """ "False" is False, and what is neither true nor false is an error."""
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    try:
+        return values[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}") from None
+
+
+def _flag(parser: Any, *names: str, **options: Any) -> None:
+    """An option that is on by its name alone, and takes True or False."""
+    parser.add_argument(
+        *names, type=boolean, nargs="?", const=True, metavar="BOOL", **{"default": False, **options}
+    )
+
+
+def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
+    """What states a call: shared by `profile`, `simulate` and `explain`."""
+    group = parser.add_argument_group("problem")
+    integers: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
+    group.add_argument(
+        "-i", "--input-size", required=True, **integers, help="tokens along each of 1 to 3 axes"
+    )
+    group.add_argument("-b", "--batch-size", type=int, default=1, metavar="N")
+    group.add_argument("-n", "--heads", type=int, default=1, metavar="N", help="query heads")
+    group.add_argument("--heads-kv", type=int, metavar="N", help="default: as many as --heads")
+    group.add_argument("-d", "--dim", type=int, default=64, metavar="N", help="of a head")
+    group.add_argument("--dim-value", type=int, metavar="N", help="default: as --dim")
+    group.add_argument(
+        "-w", "--window-size", **integers, help="one value an axis, or one for all; default: all"
+    )
+    group.add_argument("-s", "--stride", **integers, default=[1], help="default: 1")
+    group.add_argument("--dilation", **integers, default=[1], help="default: 1")
+    group.add_argument(
+        "-c", "--causal", type=boolean, nargs="*", default=[False], metavar="BOOL",
+        help="one value an axis, or one for all; alone it means True",
+    )  # fmt: skip
+    group.add_argument("--dtype", choices=DTYPES, default="fp16")
+    group.add_argument(
+        "--add-kv", type=int, default=0, metavar="N", help="additional keys that all queries see"
+    )
+    _flag(group, "--backprop", help="the backward pass, too")
+
+
+def _tile_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("settings")
+    group.add_argument(
+        "--backend", metavar="NAME",
+        help="of natten, such as cutlass-fna, or cudnn, fav2, xformers; default: natten chooses",
+    )  # fmt: skip
+    group.add_argument(
+        "--fmha-backend", metavar="NAME", help="for additional keys and windows of the whole input"
+    )
+    for name, text in (
+        ("q-tile", "query tile of the forward pass"),
+        ("kv-tile", "key tile of the forward pass"),
+        ("backward-q-tile", "query tile of the backward pass"),
+        ("backward-kv-tile", "key tile of the backward pass"),
+    ):
+        group.add_argument(f"--{name}", type=int, nargs="+", metavar="N", help=text)
+    group.add_argument("--schedule", choices=("non", "coop", "pp"), help="of Hopper kernels")
+    _flag(group, "--persistent", default=True, help="persistent scheduling; default: True")
+    _flag(group, "--compile", help="compile FlexAttention")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options of `natten profile`."""
+    add_problem_arguments(parser)
+    _tile_arguments(parser)
+    group = parser.add_argument_group("profiling")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if any")
+    group.add_argument("--warmup-steps", type=int, default=10, metavar="N", help="default: 10")
+    group.add_argument(
+        "--baseline", nargs="*", choices=BASELINES, default=["dense"], metavar="NAME",
+        help=f"to compare with: {', '.join(BASELINES)}; default: dense",
+    )  # fmt: skip
+    group = parser.add_argument_group("choosing settings")
+    _flag(group, "--dry-run", help="list the valid configurations and run nothing")
+    group.add_argument(
+        "--device-name", metavar="NAME",
+        help=f"with --dry-run: a device that need not be here ({', '.join(devices.DEVICES)})",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-configs", type=int, default=10, metavar="N", help="listed; 0: all; default: 10"
+    )
+    _flag(group, "--optimize", help="search for the fastest backend and tiles, and profile those")
+    group.add_argument(
+        "--optimize-warmup-steps", type=int, default=5, metavar="N", help="default: 5"
+    )
+    group.add_argument(
+        "--optimize-seconds", type=float, default=45.0, metavar="T", help="to search; default: 45"
+    )
+    group.add_argument(
+        "--save", default=DEFAULT_PROFILE, metavar="FILE",
+        help=f"with --optimize: the profile file to write; default: {DEFAULT_PROFILE}",
+    )  # fmt: skip
+    group = parser.add_argument_group("output")
+    for kind in ("json", "csv"):
+        group.add_argument(
+            f"--{kind}", nargs="?", const="-", metavar="FILE",
+            help=f"write {kind.upper()}; without a file, to standard output instead of tables",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked command line.
+
+    Attributes:
+        problem: The call to profile.
+        config: Its knobs.
+        backend: A natten backend without suffix, one of ``OTHERS``, or "" for natten's choice.
+        fmha_backend: The public name for attention, or None.
+        named_device: A device that configurations are listed for without having it.
+        options: The remaining options, as argparse has them.
+    """
+
+    problem: Problem
+    config: Config
+    backend: str
+    fmha_backend: str | None
+    named_device: Device | None
+    options: argparse.Namespace
+
+
+def _per_axis(name: str, values: list[Any], rank: int) -> Any:
+    if len(values) not in (1, rank):
+        raise ValueError(
+            f"{name} must have one value or {rank}, as many as --input-size, got "
+            f"{' '.join(map(str, values))}"
+        )
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def window_of(options: argparse.Namespace) -> dict[str, Any]:
+    """kernel_size, stride, dilation and is_causal for the functions that take them."""
+    rank = len(options.input_size)
+    kernel_size = options.window_size
+    return {
+        "kernel_size": (
+            tuple(options.input_size)
+            if kernel_size is None
+            else _per_axis("--window-size", kernel_size, rank)
+        ),
+        "stride": _per_axis("--stride", options.stride, rank),
+        "dilation": _per_axis("--dilation", options.dilation, rank),
+        "is_causal": _per_axis("--causal", options.causal or [True], rank),
+    }
+
+
+def problem_of(options: argparse.Namespace, device: torch.device | str = "cpu") -> Problem:
+    """The problem that the options state.
+
+    Raises:
+        ValueError: They do not fit each other.
+    """
+    return make_problem(
+        tuple(options.input_size), **window_of(options), batch=options.batch_size,
+        heads=options.heads, heads_kv=options.heads_kv, head_dim=options.dim,
+        head_dim_v=options.dim_value, additional=options.add_kv, dtype=DTYPES[options.dtype],
+        device=device, requires_grad=options.backprop,
+    )  # fmt: skip
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    if options.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu or cuda, got {options.device!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {options.device!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"--device {options.device}: there are {torch.cuda.device_count()} CUDA devices here"
+        )
+    return device
+
+
+def _config(options: argparse.Namespace, rank: int) -> Config:
+    def tile(name: str) -> Any:
+        values = getattr(options, name)
+        return None if values is None else _per_axis("--" + name.replace("_", "-"), values, rank)
+
+    values = (
+        tile("q_tile"), tile("kv_tile"), tile("backward_q_tile"), tile("backward_kv_tile"), None,
+        False, options.persistent, options.schedule, options.compile,
+    )  # fmt: skip
+    return Config(*validation.check_knobs(rank, values))
+
+
+def request_of(options: argparse.Namespace) -> Request:
+    """Check a command line.
+
+    Raises:
+        ValueError, NotImplementedError, RuntimeError: With a text for whoever typed it.
+    """
+    if options.dry_run and options.optimize:
+        raise ValueError("--dry-run and --optimize exclude each other: give one of them")
+    for name in ("warmup_steps", "optimize_warmup_steps", "max_configs", "optimize_seconds"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+    named = None
+    if options.device_name is not None:
+        if not options.dry_run:
+            raise ValueError("--device-name is for --dry-run: nothing runs on an absent device")
+        named = devices.find(options.device_name)
+    device = torch.device("cuda") if named is not None else device_of(options)
+    problem = problem_of(options, device)
+    backend = options.backend or ""
+    if backend and backend not in OTHERS:
+        try:
+            backend = parse_name(backend, FNA)
+        except NotImplementedError as error:
+            text = f"{error}; or one of {', '.join(OTHERS)}"
+            raise NotImplementedError(text) from None
+    if backend in OTHERS and (options.dry_run or options.optimize):
+        raise ValueError(f"--backend {backend} has no settings to list or to search")
+    if options.fmha_backend is not None:
+        parse_name(options.fmha_backend, FMHA)
+    return Request(
+        problem, _config(options, problem.rank), backend, options.fmha_backend, named, options
+    )
+
+
+__all__ = [
+    "BASELINES",
+    "DTYPES",
+    "OTHERS",
+    "Request",
+    "add_arguments",
+    "add_problem_arguments",
+    "boolean",
+    "device_of",
+    "problem_of",
+    "request_of",
+    "window_of",
+]
