@@ -1,0 +1,371 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: every feature, in small problems.
+
+The interpreter does not compute bfloat16; the GPU tests do. It costs some 40 ms a program, so that
+most cases run with batch 1 and one or two tiles. All cases with all backends are marked
+``exhaustive``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from cases import CASES, Case
+from checks import check_problem, make_inputs, run
+from interpret import main, run_interpreted
+
+import natten
+
+pytest.importorskip("triton")
+
+NAMED = {case.name: case for case in CASES}
+HALF, SINGLE = torch.float16, torch.float32
+# The error of eager attention, times this, is the budget.
+FACTOR = 1.5
+
+
+def _thin(name: str) -> Case:
+    """A named case with batch 1."""
+    return replace(NAMED[name], batch=1)
+
+
+def _wide(name: str, **changes: object) -> Case:
+    """A named case with heads of 64 features, which are loaded through descriptors."""
+    case = replace(NAMED[name], batch=1, head_dim=64, head_dim_v=64)
+    return replace(case, **{"heads": 1, "heads_kv": 1, **changes})  # type: ignore[arg-type]
+
+
+# By group: backend, dtype, cases. Each group is a process.
+GROUPS: dict[str, list[tuple[str, torch.dtype, list[Case]]]] = {
+    "cutlass_windows": [
+        (
+            "cutlass",
+            HALF,
+            [
+                *map(
+                    _thin,
+                    (
+                        "2d",
+                        "1d_long_window",
+                        "1d_k1",
+                        "2d_even",
+                        "1d_one_token",
+                        "2d_window_is_length_one_axis",
+                        "3d_flat_axis",
+                        "1d_s3_d2_causal",
+                        "2d_s25_d23_cb",
+                        "2d_dilation_ragged_groups",
+                        "2d_blocked_partial",
+                        "2d_causal_window_is_length",
+                    ),
+                ),
+                replace(NAMED["3d"], batch=1, heads=1, heads_kv=1),
+                replace(NAMED["3d_s213_d122_causal"], batch=1, heads=1, heads_kv=1),
+                NAMED["1d"],
+            ],
+        ),
+    ],
+    "cutlass_heads": [
+        (
+            "cutlass",
+            HALF,
+            [
+                _thin("2d_gqa"),
+                _thin("2d_mqa"),
+                _thin("1d_gqa_causal_strided"),
+                _thin("2d_dv_larger"),
+                _thin("2d_dv_smaller"),
+                _thin("2d_head_dim_8"),
+                _thin("2d_head_dim_40"),
+                NAMED["2d_head_dim_256"],
+                _thin("2d_non_contiguous_gqa"),
+                _thin("2d_scale_0"),
+                _thin("2d_scale_negative"),
+                _thin("2d_large_scores"),
+                Case("2d_dv_320", (6, 5), (3, 3), head_dim_v=320, heads=1, batch=1),
+            ],
+        ),
+    ],
+    "cutlass_extras": [
+        (
+            "cutlass",
+            HALF,
+            [
+                NAMED["1d_additional"],
+                _thin("2d_additional_many"),
+                _thin("2d_additional_dilated_strided"),
+                _thin("2d_additional_gqa_dv"),
+                _thin("2d_additional_full_window"),
+                _thin("2d_rpb"),
+                _thin("2d_rpb_strided"),
+                _thin("2d_rpb_gqa"),
+                _thin("2d_rpb_additional"),
+                NAMED["1d_rpb"],
+                Case(
+                    "2d_dv_320_additional_rpb",
+                    (6, 5),
+                    (3, 3),
+                    head_dim_v=320,
+                    heads=1,
+                    batch=1,
+                    additional=3,
+                    rpb=True,
+                ),
+                Case("1d_rpb_additional_negative", (9,), (3,), scale=-0.3, rpb=True, additional=2),
+            ],
+        ),
+    ],
+    "cutlass_boxes": [
+        (
+            "cutlass",
+            HALF,
+            [
+                *map(
+                    _thin,
+                    (
+                        "1d_sub_queries",
+                        "1d_sub_disjoint",
+                        "1d_sub_causal",
+                        "2d_sub",
+                        "2d_sub_dilated",
+                        "2d_sub_additional",
+                        "2d_sub_rpb",
+                        "3d_sub",
+                    ),
+                ),
+                NAMED["attention_cross"],
+                NAMED["attention_causal_cross_long"],
+                NAMED["attention_no_keys"],
+                NAMED["attention_gqa"],
+                NAMED["attention_non_contiguous"],
+                NAMED["varlen"],
+                NAMED["varlen_cross"],
+                NAMED["varlen_causal"],
+                NAMED["varlen_empty_sequences"],
+                NAMED["varlen_gqa"],
+            ],
+        ),
+    ],
+    "cutlass_float32": [
+        (
+            "cutlass",
+            SINGLE,
+            [
+                _thin("2d"),
+                _thin("1d_s3_d2_causal"),
+                _thin("2d_gqa"),
+                _thin("2d_dv_smaller"),
+                _thin("2d_non_contiguous"),
+                _thin("2d_additional"),
+                _thin("2d_rpb_dilated"),
+                _thin("2d_sub"),
+                _thin("2d_large_scores"),
+                NAMED["attention_causal"],
+                NAMED["varlen_cross"],
+            ],
+        ),
+    ],
+    "hopper": [
+        (
+            "hopper",
+            HALF,
+            [
+                _wide("1d", heads=2, heads_kv=2),
+                _wide("2d"),
+                _wide("3d"),
+                _wide("2d_s25_d11_cb"),
+                _wide("2d_dilation_ragged_groups"),
+                _wide("2d_gqa", heads=4, heads_kv=2),
+                _wide("2d_non_contiguous", heads=2, heads_kv=2),
+                _wide("2d_dv_smaller", head_dim_v=32, heads=2, heads_kv=2),
+                _wide("2d_additional"),
+                _wide("2d_rpb"),
+                _wide("2d_sub_strided"),
+                _wide("attention_cross"),
+                _wide("attention_causal"),
+                _wide("varlen_cross"),
+                _wide("varlen_causal"),
+                _wide("2d_scale_negative"),
+                _thin("2d_window_is_length"),
+                NAMED["2d_head_dim_256"],
+                NAMED["1d_head_dim_128"],
+            ],
+        ),
+    ],
+    "blackwell": [
+        (
+            "blackwell",
+            HALF,
+            [
+                _wide("1d_s3_d1_causal", heads=2, heads_kv=2),
+                _wide("2d"),
+                _wide("2d_gqa", heads=4, heads_kv=2),
+                _wide("2d_additional"),
+                _wide("2d_rpb"),
+                _wide("3d_sub"),
+                _wide("attention_causal"),
+                _wide("varlen"),
+                NAMED["1d_head_dim_128"],
+            ],
+        ),
+    ],
+}
+
+
+def _run_group(group: str) -> None:
+    for backend, dtype, cases in GROUPS[group]:
+        for case in cases:
+            check_problem(case, backend, dtype, factor=FACTOR)
+
+
+def _check_tile_shapes() -> None:
+    """Tiles that callers choose, in both passes, and the names that known clients use."""
+    check = partial(check_problem, dtype=HALF, factor=FACTOR)
+    plane = replace(NAMED["2d_k7"], batch=1, heads=1, heads_kv=1)
+    space = replace(NAMED["3d"], batch=1, heads=1, heads_kv=1)
+    check(
+        plane, "cutlass", q_tile_shape=(8, 8), kv_tile_shape=(8, 8),
+        backward_q_tile_shape=(8, 8), backward_kv_tile_shape=(8, 8),
+    )  # fmt: skip
+    check(
+        plane, "cutlass", q_tile_shape=(2, 64), kv_tile_shape=(32, 1),
+        backward_q_tile_shape=(1, 32), backward_kv_tile_shape=(128, 1),
+    )  # fmt: skip
+    check(
+        space, "cutlass", q_tile_shape=(4, 4, 4), kv_tile_shape=(4, 4, 4),
+        backward_q_tile_shape=(2, 4, 8), backward_kv_tile_shape=(4, 4, 4),
+    )  # fmt: skip
+    check(
+        replace(space, head_dim=64, head_dim_v=64), "hopper",
+        q_tile_shape=(4, 4, 8), kv_tile_shape=(4, 4, 8),
+        backward_q_tile_shape=(4, 4, 4), backward_kv_tile_shape=(4, 4, 8),
+    )  # fmt: skip
+    check(
+        _wide("attention_causal"), "hopper", q_tile_size=64, kv_tile_size=32,
+        backward_q_tile_size=32, backward_kv_tile_size=64,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="q_tile_shape"):
+        check(plane, "cutlass", q_tile_shape=(3, 8), kv_tile_shape=(8, 8))
+
+
+def _check_schedules() -> None:
+    """The forward schedules of `hopper`, and `blackwell` with one program for each tile."""
+    for schedule in ("non", "coop", "pp"):
+        for case in (_wide("1d", heads=2, heads_kv=2), _wide("2d_s25_d11_cb")):
+            check_problem(
+                case, "hopper", HALF, factor=FACTOR, backward=False, kernel_schedule=schedule
+            )
+    case = _wide("2d_gqa", heads=4, heads_kv=2)
+    check_problem(
+        case, "blackwell", HALF, factor=FACTOR, backward=False, run_persistent_kernel=False
+    )
+
+
+def _check_backward_knobs() -> None:
+    """Splits of the key tiles, row sums by torch, memory preference, KV parallelism."""
+    check = partial(check_problem, dtype=HALF, factor=FACTOR)
+    check(_thin("2d_gqa"), "cutlass", backward_kv_splits=(1, 2))
+    check(_wide("1d_long_window"), "hopper", backward_kv_splits=(1,))
+    check(_thin("2d_rpb_additional"), "cutlass", backward_use_pt_reduction=True)
+    check(NAMED["varlen"], "cutlass", backward_use_pt_reduction=True)
+    many_queries = Case("1d_splits", (600,), (3,), batch=1, heads=1, additional=4)
+    for preference in ("strict", "unrestricted"):
+        with natten.set_memory_usage_preference(preference):
+            check(many_queries, "cutlass")
+    with natten.use_kv_parallelism_in_fused_na(False):
+        check(replace(many_queries, tokens=(520,), key_tokens=(520,)), "cutlass")
+
+
+def _check_determinism() -> None:
+    """Determinism asked for: correct, and the same bits again, with a bias too."""
+    with natten.use_deterministic_algorithms():
+        for name in ("2d_rpb", "1d_additional"):
+            case = _thin(name)
+            check_problem(case, "cutlass", HALF, factor=FACTOR)
+            inputs = make_inputs(case, HALF)
+            reruns = []
+            for _ in range(2):
+                out, lse = run(case, inputs, "cutlass-fna")
+                loss = out.float().sum() + lse.sum()
+                reruns.append(torch.autograd.grad(loss, list(inputs.tensors().values())))
+            for first, second in zip(*reruns):
+                assert torch.equal(first, second)
+
+
+def _check_missing_values() -> None:
+    """What a row does not see has no effect, even if it is NaN or infinite."""
+    for backend in ("cutlass-fna", "hopper-fna"):
+        query, key, value = torch.randn(3, 1, 20, 1, 64, dtype=HALF)
+        out = natten.na1d(query, key, value, 5, backend=backend)
+        key[:, 10], value[:, 10] = torch.inf, torch.nan
+        marred = natten.na1d(query, key, value, 5, backend=backend)
+        sees = torch.zeros(20, dtype=torch.bool)
+        sees[8:13] = True
+        assert bool(marred[:, sees].isnan().all())
+        # A masked weight is 0, and 0 * NaN is NaN: only whole tiles are skipped. Keys alone may
+        # hold anything.
+        value[:, 10] = 0.0
+        marred = natten.na1d(query, key, value, 5, backend=backend)
+        torch.testing.assert_close(marred[:, ~sees], out[:, ~sees])
+
+
+def _check_empty() -> None:
+    """Batch 0 has empty results and zero gradients of the parameters."""
+    for shape in ((0, 7, 2, 16), (0, 5, 6, 2, 16)):
+        tensors = [torch.randn(shape, dtype=HALF, requires_grad=True) for _ in range(3)]
+        rank = len(shape) - 3
+        rpb = torch.randn(2, *(5,) * rank, dtype=HALF, requires_grad=True)
+        out = natten.functional.neighborhood_attention_generic(
+            *tensors, 3, rpb=rpb, backend="cutlass-fna"
+        )
+        assert out.shape == shape
+        gradients = torch.autograd.grad(out.sum(), [*tensors, rpb])
+        assert all(g.shape == t.shape for g, t in zip(gradients, tensors))
+        assert bool((gradients[-1] == 0).all())
+
+
+def _exhaustive(backend: str, dtype: torch.dtype) -> None:
+    failures = []
+    for case in CASES:
+        try:
+            check_problem(case, backend, dtype, factor=FACTOR)
+        except NotImplementedError:
+            continue
+        except AssertionError as error:
+            failures.append(f"{case}: {error}")
+    assert not failures, "\n".join(failures)
+
+
+EXHAUSTIVE = {
+    "all_cutlass_float16": partial(_exhaustive, "cutlass", HALF),
+    "all_cutlass_float32": partial(_exhaustive, "cutlass", SINGLE),
+    "all_hopper": partial(_exhaustive, "hopper", HALF),
+    "all_blackwell": partial(_exhaustive, "blackwell", HALF),
+}
+CHECKS = {
+    **{name: partial(_run_group, name) for name in GROUPS},
+    "tile_shapes": _check_tile_shapes,
+    "schedules": _check_schedules,
+    "backward_knobs": _check_backward_knobs,
+    "determinism": _check_determinism,
+    "missing_values": _check_missing_values,
+    "empty": _check_empty,
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_interpreted(name: str) -> None:
+    run_interpreted(__file__, name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", EXHAUSTIVE)
+def test_all_cases(name: str) -> None:
+    run_interpreted(__file__, name, timeout=3500.0)
+
+
+if __name__ == "__main__":
+    main({**CHECKS, **EXHAUSTIVE})
