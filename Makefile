@@ -12,7 +12,7 @@ SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
 	TORCHINDUCTOR_COMPILE_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-timm lint format typecheck figures clean
+.PHONY: help demo test test-timm test-transformers lint format typecheck figures clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -26,7 +26,7 @@ $(BIN)/python:
 $(INSTALLED): pyproject.toml setup.py | $(BIN)/python
 	@echo "installing natten and what its tests and demo need (the first time takes minutes)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
-		--editable '.[cpu,profiler,dev]'
+		--editable '.[all]'
 	@touch $@
 
 demo: $(INSTALLED)  ## attention over a photograph: a table here, the picture in demo.png
@@ -38,6 +38,9 @@ test: lint typecheck  ## everything that CI checks: lint, types, tests (no accel
 
 test-timm: $(INSTALLED)  ## timm's own model tests on our models (downloads its source distribution)
 	@$(SINGLE_THREADED) $(BIN)/python tests/run_timm_suite.py
+
+test-transformers: $(INSTALLED)  ## DiNAT and Nat of Hugging Face transformers on our operations (pip, network)
+	@$(SINGLE_THREADED) $(BIN)/python tests/run_transformers.py
 
 lint: $(INSTALLED)  ## ruff: lint rules and format, changing nothing
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . || \
@@ -53,7 +56,16 @@ typecheck: $(INSTALLED)  ## mypy on the public surface
 figures: $(INSTALLED)  ## draw docs/figures again
 	@$(BIN)/python docs/figures.py
 
+docs: $(INSTALLED)  ## the documentation site, in site/; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "open site/index.html"
+
+notebooks: $(INSTALLED)  ## run all notebooks on the CPU and store their outputs
+	@for script in notebooks/*.py; do \
+		echo "$$script"; \
+		(cd notebooks && ../$(BIN)/jupytext --quiet --to ipynb --execute "$${script##*/}") || exit 1; \
+	done
+
 clean:  ## remove what builds and runs leave behind, not .venv
-	@rm -rf build dist *.egg-info demo.png .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf build dist site *.egg-info demo.png .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find natten models tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null \
 		|| true

@@ -1,0 +1,350 @@
+"""What the documentation site computes when it is built.
+
+Pages ask for tables by a comment, `<!-- table: NAME -->`, so that nothing typed by hand goes stale:
+they come from running the dispatch table, from the registered models, and from the files in
+`benchmarks/`. Equations become MathML, which browsers draw without scripts, and the notebooks
+become pages with their stored outputs.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import griffe
+import torch
+from latex2mathml.converter import convert as mathml
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from natten.context import NattenContext, allow_flex_compile, allow_flex_compile_backprop
+from natten.functional import dispatch
+from natten.functional.problem import Config, Problem
+
+ROOT = Path(__file__).resolve().parents[1]
+YES = "✓"
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    header = list(header)
+    lines = [header, ["-"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+# --- what runs where
+
+_GPUS = {
+    "Hopper (9.0)": (9, 0),
+    "Blackwell (10.0)": (10, 0),
+    "Ampere (8.0)": (8, 0),
+    "Turing (7.5)": (7, 5),
+}
+
+
+def _problem(device: str = "cpu", **changes: Any) -> Problem:
+    """2-D, 56 x 56 tokens, a window of 7 x 7, 4 heads of 64, float16."""
+    grid = (56, 56)
+    values: dict[str, Any] = dict(
+        batch=1, query_shape=grid, key_shape=grid, heads=4, heads_kv=4, head_dim=64, head_dim_v=64,
+        kernel_size=(7, 7), stride=(1, 1), dilation=(1, 1), is_causal=(False, False), grid=grid,
+        query_origin=(0, 0), key_origin=(0, 0), scale=0.125, dtype=torch.float16,
+        device=torch.device(device), requires_grad=True,
+    )  # fmt: skip
+    return Problem(**{**values, **changes})
+
+
+# Torch's determinism belongs to the process, so these are calls as they are by default.
+_CALLS: dict[str, dict[str, Any]] = {
+    "float16, bfloat16": {},
+    "float32": dict(dtype=torch.float32),
+    "float64": dict(dtype=torch.float64),
+    "stride, dilation, causal": dict(stride=(2, 2), dilation=(2, 1), is_causal=(True, False)),
+    "head_dim 256": dict(head_dim=256, head_dim_v=256),
+    "head_dim 24": dict(head_dim=24, head_dim_v=24),
+    "head_dim 512": dict(head_dim=512, head_dim_v=512),
+    "values of another head_dim (64 and 128)": dict(head_dim_v=128),
+    "fewer key heads (GQA)": dict(heads_kv=2),
+    "additional keys": dict(num_additional=16),
+    "relative position bias": dict(has_rpb=True),
+    "boxes of a grid": dict(grid=(112, 56)),
+    "packed sequences (`attention`)": dict(
+        query_shape=(256,), key_shape=(256,), grid=(256,), kernel_size=(256,), stride=(1,),
+        dilation=(1,), is_causal=(False,), query_origin=(0,), key_origin=(0,), varlen=True,
+        max_seqlen_q=128, max_seqlen_kv=128,
+    ),
+}  # fmt: skip
+
+
+def _on_gpu(capability: tuple[int, int], ask: Callable[[], Any]) -> Any:
+    """`ask`, with the kernels told that the GPU has this compute capability."""
+    from natten.functional.backends import triton
+
+    with patch.object(triton, "_capability", lambda index: capability):
+        return ask()
+
+
+def _refusal(name: str, problem: Problem, config: Config) -> str | None:
+    """Like `natten.explain`; a reason to run only when named does not count as one."""
+    device = dispatch._device_refusal(name, problem)
+    return device or dispatch.load(name).refusal(problem, config)
+
+
+_HOMES = {"blackwell": (10, 0), "hopper": (9, 0), "cutlass": (9, 0), "flex": (9, 0)}
+
+
+def support_by_call() -> str:
+    """Every backend on hardware that it is for, asked about every kind of call."""
+    notes: dict[str, int] = {}
+    rows = []
+    for title, changes in _CALLS.items():
+        row = [title]
+        for name in dispatch.BACKENDS:
+            on_gpu = name in _HOMES
+            problem = _problem("cuda" if on_gpu else "cpu", **changes)
+            reason = _on_gpu(
+                _HOMES.get(name, (9, 0)),
+                lambda name=name, problem=problem: _refusal(name, problem, Config()),
+            )
+            if reason is None:
+                row.append(YES)
+            else:
+                row.append(f"[{notes.setdefault(reason, len(notes) + 1)}]")
+        rows.append(row)
+    table = markdown_table(["call, with gradients", *(f"`{n}`" for n in dispatch.BACKENDS)], rows)
+    listed = "\n".join(f"- [{number}] {reason}" for reason, number in notes.items())
+    return f"{table}\n\n{listed}"
+
+
+def support_by_device() -> str:
+    """The backend that `backend=None` takes, and all that could be named."""
+    rows = []
+    for title, capability in [("CPU", None), *_GPUS.items()]:
+        problem = _problem("cuda" if capability else "cpu")
+
+        def ask(problem: Problem = problem) -> list[str]:
+            return [n for n in dispatch.BACKENDS if _refusal(n, problem, Config()) is None]
+
+        able = ask() if capability is None else _on_gpu(capability, ask)
+        rows.append([title, f"`{able[0]}`", ", ".join(f"`{name}`" for name in able[1:])])
+    return markdown_table(["tensors on", "`backend=None` runs", "can be named too"], rows)
+
+
+def support_of_compiled_flex() -> str:
+    """What FlexAttention says when compiled."""
+    config = Config(torch_compile=True)
+    with allow_flex_compile(), allow_flex_compile_backprop():
+        rows = []
+        for title, problem in {
+            "GPU, float16, head_dim 64": _problem("cuda"),
+            "GPU, float16, head_dim 24": _problem("cuda", head_dim=24, head_dim_v=24),
+            "GPU, float64": _problem("cuda", dtype=torch.float64),
+            "CPU, forward": _problem("cpu", requires_grad=False),
+        }.items():
+            rows.append([title, dispatch.load("flex").refusal(problem, config) or YES])
+    NattenContext.reset()
+    return markdown_table(["`torch_compile=True`", "`flex`"], rows)
+
+
+# --- models
+
+
+def model_table() -> str:
+    from natten.models.__main__ import listing
+
+    table = listing("")
+    return markdown_table(
+        [str(column.header) for column in table.columns],
+        zip(*(list(column.cells) for column in table.columns), strict=True),
+    )
+
+
+def shipped_weights() -> str:
+    """One row for every model whose weights are in the package."""
+    rows = []
+    for path in sorted((ROOT / "models" / "weights").glob("*.json")):
+        result = json.loads(path.read_text())
+        rows.append(
+            [
+                f"`{path.stem}`",
+                f"{result['parameters'] / 1e6:.2f} M",
+                f"{result['test_accuracy']:.2f}% of {result['images']['test']} images",
+                f"{result['images_per_second_inference']:,.0f}",
+                f"{result['images_per_second_training']:,.0f}",
+                result["device"],
+            ]
+        )
+    if not rows:
+        return "No weights are in the package yet."
+    header = ["model", "parameters", "test accuracy", "inference, images/s", "training, images/s"]
+    return markdown_table([*header, "measured on"], rows)
+
+
+# --- benchmarks
+
+
+def _benchmark(name: str) -> dict[str, Any] | None:
+    path = ROOT / "benchmarks" / name
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _shape(values: Iterable[int]) -> str:
+    return "×".join(map(str, values))
+
+
+def cpu_results() -> str:
+    results = _benchmark("cpu.json")
+    if results is None:
+        return "Not measured yet: `python benchmarks/cpu.py`."
+    machine = results["machine"]
+    rivals = list(dict.fromkeys(name for case in results["cases"] for name in case["others_ms"]))
+    rows = []
+    for case in results["cases"]:
+        batch, heads, *grid, head_dim = case["case"]
+        rows.append(
+            [
+                f"{batch}, {_shape(grid)}, {heads} heads of {head_dim}",
+                _shape([case["kernel_size"]] * len(grid)),
+                case["pass"],
+                f"{case['natten_ms']:.1f}",
+                *(
+                    f"{case['others_ms'][name]:.0f}" if name in case["others_ms"] else "–"
+                    for name in rivals
+                ),
+                f"{case['times_faster']:.1f}",
+            ]
+        )
+    table = markdown_table(
+        ["batch, tokens, heads", "window", "pass", "natten, ms", *(f"{n}, ms" for n in rivals)]
+        + ["times faster"],
+        rows,
+    )
+    tokens = "; ".join(
+        f"{c['n']}²: {c['forward_ms'] * 1e6 / c['n'] ** 2:.0f} ns" for c in results["linearity"]
+    )
+    return (
+        f"{table}\n\nForward time of one token on square grids: {tokens}. Dense attention's would be "
+        "64 times as long on the last as on the first.\n\n"
+        f"*{machine['processor']} ({machine['instructions']}), {machine['threads']} threads, torch "
+        f"{machine['torch']}, numba {machine['numba']}, {machine['time'][:10]}; load "
+        f"{machine['load'][0]:.1f} on {machine['cores']} cores. "
+        f"First call {results['footprint']['first_call_s']:.1f} s with an empty cache, "
+        f"{results['footprint']['cached_call_s']:.1f} s in the next process.*"
+    )
+
+
+def gpu_results() -> str:
+    found = sorted((ROOT / "benchmarks").glob("**/*h100*.json"))
+    ours = [path for path in found if path.parent.name != "peers"]
+    if not ours:
+        return (
+            "No results of `benchmarks/gpu.py` are stored yet; it prints a table on a machine "
+            "with a GPU."
+        )
+    results = json.loads(ours[0].read_text())
+    rows = []
+    for case in results["cases"]:
+        if "fwd_ms" not in case:
+            continue
+        peers = case.get("peers", {})
+        cells = []
+        for key in ("fwd_ms", "bwd_ms"):
+            best = min((p[key] for p in peers.values() if p.get(key)), default=None)
+            cells += [f"{case[key]:.3g}" if case.get(key) else "–", f"{best:.3g}" if best else "–"]
+        rows.append([f"`{case['name']}`", case.get("dtype", ""), *cells])
+    header = ["case", "dtype", "forward, ms", "best peer", "backward, ms", "best peer"]
+    versions = {k: v for k, v in results.items() if isinstance(v, str)}
+    return (
+        markdown_table(header, rows)
+        + "\n\n*"
+        + ", ".join(f"{name}: {value}" for name, value in versions.items())
+        + f". From `{ours[0].relative_to(ROOT).as_posix()}`.*"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "support-by-call": support_by_call,
+    "support-by-device": support_by_device,
+    "support-of-compiled-flex": support_of_compiled_flex,
+    "models": model_table,
+    "shipped-weights": shipped_weights,
+    "cpu-results": cpu_results,
+    "gpu-results": gpu_results,
+}
+_table = cache(lambda name: TABLES[name]())
+
+
+# --- notebooks
+
+
+def _notebook_pages(config: MkDocsConfig, files: Files) -> None:
+    import nbformat
+    from nbconvert import MarkdownExporter
+
+    listing = ["# Notebooks", "", (ROOT / "notebooks" / "README.md").read_text().split("\n", 1)[1]]
+    pages = ["notebooks/index.md"]
+    exporter = MarkdownExporter()
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        text, resources = exporter.from_notebook_node(
+            notebook, resources={"output_files_dir": path.stem, "unique_key": path.stem}
+        )
+        for name, content in resources["outputs"].items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
+        note = (
+            f"\n\n*This page shows `notebooks/{path.name}` with its stored outputs; run it from a "
+            "clone.*\n"
+        )
+        title, _, rest = text.lstrip().partition("\n")
+        files.append(
+            File.generated(config, f"notebooks/{path.stem}.md", content=title + note + rest)
+        )
+        pages.append(f"notebooks/{path.stem}.md")
+    files.append(File.generated(config, "notebooks/index.md", content="\n".join(listing)))
+    for section in config.nav or []:
+        if "Notebooks" in section:
+            section["Notebooks"] = pages
+
+
+# --- what mkdocs and griffe call
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    _notebook_pages(config, files)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    return re.sub(r"<!-- table: ([a-z-]+) -->", lambda match: _table(match[1]), markdown)
+
+
+_EQUATION = re.compile(r'<(div|span) class="arithmatex">(\\[\[(])(.*?)\\[\])]</\1>', re.DOTALL)
+
+
+def _drawn(match: re.Match[str]) -> str:
+    display = "block" if match[2] == r"\[" else "inline"
+    return (
+        f'<{match[1]} class="arithmatex">'
+        f"{mathml(html.unescape(match[3]).strip(), display=display)}</{match[1]}>"
+    )
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    return _EQUATION.sub(_drawn, content)
+
+
+_ROLE = re.compile(r":(?:func|class|meth|mod|attr):`~?([^`]+)`")
+
+
+class PlainRoles(griffe.Extension):
+    """Docstrings name functions as Sphinx does; on the site, names are code."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = _ROLE.sub(r"`\1`", obj.docstring.value)

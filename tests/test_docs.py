@@ -1,0 +1,187 @@
+"""The documentation: its code runs, its tables are there, its error texts exist, the site builds."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TROUBLES = ROOT / "docs" / "troubleshooting.md"
+BLOCK = re.compile(r"(<!-- gpu -->\n+)?```python\n(.*?)```", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    needs_gpu: bool
+    code: str
+
+    def compile(self):
+        # Line numbers of the page, for tracebacks.
+        return compile("\n" * self.line + self.code, str(self.page), "exec")
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(page, text.count("\n", 0, match.start(2)), match[1] is not None, match[2])
+        for match in BLOCK.finditer(text)
+    ]
+
+
+WITH_CODE = [page for page in PAGES if blocks_of(page)]
+
+
+def test_pages_have_code():
+    assert ROOT / "README.md" in WITH_CODE
+    assert len(WITH_CODE) >= 8
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
+def test_code_runs(page):
+    # The blocks of a page are one program, as a reader types it.
+    if page.stem == "models" or "import timm" in page.read_text():
+        pytest.importorskip("timm")
+    names = {"__name__": f"docs_{page.stem}"}
+    for block in blocks_of(page):
+        code = block.compile()
+        if torch.cuda.is_available() or not block.needs_gpu:
+            exec(code, names)
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
+def test_gpu_code_is_marked(page):
+    for block in blocks_of(page):
+        guarded = block.needs_gpu or "cuda.is_available()" in block.code
+        assert guarded or "cuda" not in block.code, f"{page.name}, line {block.line}"
+
+
+# --- error texts
+
+SOURCES_IN_FULL = ("natten/validation.py", "natten/functional/dispatch.py")
+
+
+def texts(source: Path) -> Iterator[str]:
+    """The messages that a module raises, with … for what is filled in."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            text = literal(node.exc.args[0])
+            if text.strip("… "):
+                yield text
+
+
+def literal(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(literal(part) for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return literal(node.left) + literal(node.right)
+    return "…"
+
+
+def pieces(text: str) -> list[str]:
+    """The fixed parts of a message."""
+    return [piece for piece in (part.strip(" ,;:") for part in text.split("…")) if len(piece) > 3]
+
+
+def page_texts() -> list[str]:
+    return re.findall(r"^\| `(.*?)` (?:\(a warning\) )?\|", TROUBLES.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("source", SOURCES_IN_FULL)
+def test_errors_are_documented(source):
+    page = "\n".join(page_texts())
+    for text in texts(ROOT / source):
+        # What follows the first gap may be listed in short.
+        first = max(pieces(text.split(", got")[0]), key=len)
+        assert first in page, f"docs/troubleshooting.md lacks {text!r}"
+
+
+def test_documented_errors_exist():
+    code = "\n".join(path.read_text() for path in (ROOT / "natten").rglob("*.py"))
+    # Adjacent string literals are one text.
+    code = re.sub(r'"\s*\n\s*f?"', "", code)
+    code = re.sub(r"\{[^{}]*\}", "…", code)
+    listed = page_texts()
+    assert len(listed) > 40
+    for text in listed:
+        for piece in pieces(text):
+            assert piece in code, f"no such error: {text!r} ({piece!r})"
+
+
+# --- the site
+
+
+def build_site(folder: Path) -> None:
+    pytest.importorskip("material", reason="needs pip install '.[docs]'")
+    pytest.importorskip("mkdocstrings", reason="needs pip install '.[docs]'")
+    pytest.importorskip("latex2mathml", reason="needs pip install '.[docs]'")
+    pytest.importorskip("nbconvert", reason="needs pip install '.[notebooks]'")
+    run = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def check_tables(site: Path) -> None:
+    for page in PAGES[1:]:
+        built = (site / page.with_suffix(".html").name).read_text()
+        assert not re.search(r"<!-- table: [a-z-]+ -->", built), page
+    assert (site / "backends.html").read_text().count("✓") > 40
+    assert "<math" in (site / "semantics.html").read_text()
+    assert "dinat_large_384" in (site / "models.html").read_text()
+
+
+def check_links(site: Path) -> None:
+    link = re.compile(r'(?:href|src)="([^"]+)"')
+    texts = {page: page.read_text() for page in site.rglob("*.html")}
+    anchors = {page: set(re.findall(r'id="([^"]+)"', text)) for page, text in texts.items()}
+    for page, text in texts.items():
+        if page.name == "404.html":  # its links are absolute: it is shown anywhere
+            continue
+        for target in link.findall(text):
+            if re.match(r"(https?:|mailto:|data:|javascript:)", target):
+                continue
+            path, _, anchor = target.partition("#")
+            path = path.partition("?")[0]
+            goal = (page.parent / path).resolve() if path else page
+            if goal.is_dir():
+                goal = goal / "index.html"
+            assert goal.exists(), f"{page.relative_to(site)} links to {target}"
+            if anchor and goal.suffix == ".html":
+                assert anchor in anchors[goal], f"{page.relative_to(site)} links to {target}"
+
+
+def check_nothing_comes_from_elsewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]+src="(https?://[^"]+)"', text)
+        loaded += re.findall(
+            r'<link[^>]+rel="(?:stylesheet|preconnect)"[^>]*href="(https?://[^"]+)"', text
+        )
+        assert not loaded, f"{page.name} loads {loaded}"
+
+
+# One test, because it takes a build.
+@pytest.mark.slow
+def test_site(tmp_path):
+    build_site(tmp_path)
+    check_tables(tmp_path)
+    check_links(tmp_path)
+    check_nothing_comes_from_elsewhere(tmp_path)
