@@ -229,8 +229,8 @@ def cpu_results() -> str:
         f"{c['n']}²: {c['forward_ms'] * 1e6 / c['n'] ** 2:.0f} ns" for c in results["linearity"]
     )
     return (
-        f"{table}\n\nForward time of one token on square grids: {tokens}. Dense attention's would be "
-        "64 times as long on the last as on the first.\n\n"
+        f"{table}\n\nForward time of one token on square grids: {tokens}. Dense attention's would "
+        "be 64 times as long on the last as on the first.\n\n"
         f"*{machine['processor']} ({machine['instructions']}), {machine['threads']} threads, torch "
         f"{machine['torch']}, numba {machine['numba']}, {machine['time'][:10]}; load "
         f"{machine['load'][0]:.1f} on {machine['cores']} cores. "

@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its tables are there, its error texts exist, the site builds."""
+"""The documentation: its code runs, its error texts exist, the site builds and links."""
 
 from __future__ import annotations
 
