@@ -40,7 +40,7 @@ def count_pairs(
     rank = len(axes)
     lengths = tuple(axis.length for axis in axes)
     total = 1
-    for axis, *box in zip(
+    for axis, origin, extent, origin_kv, extent_kv in zip(
         axes,
         query_origin or (0,) * rank,
         query_shape or lengths,
@@ -48,7 +48,7 @@ def count_pairs(
         key_shape or lengths,
         strict=True,
     ):
-        start, end = bounds_table(axis, *box)
+        start, end = bounds_table(axis, origin, extent, origin_kv, extent_kv)
         total *= int((end - start).sum())
     return total
 

@@ -258,10 +258,16 @@ def test_activation_checkpointing():
 
 @pytest.mark.filterwarnings("ignore")
 def test_trace_does_not_record_constants():
-    """The deprecated tracer has no lists of bools; it must not record a kernel's result instead."""
-    query = torch.randn(1, 9, 2, 8)
-    with pytest.raises(RuntimeError, match="Tracing"):
-        torch.jit.trace(lambda q: natten.na1d(q, q, q, 3), query)
+    """The deprecated tracer records the operator, and not a kernel's result."""
+    traced = torch.jit.trace(
+        lambda q: natten.na1d(q, q, q, 3, is_causal=True), torch.randn(1, 9, 2, 8)
+    )
+    assert "natten::neighborhood_attention_traced" in str(traced.graph)
+    query = torch.randn(1, 9, 2, 8, requires_grad=True)
+    expected = natten.na1d(query, query, query, 3, is_causal=True)
+    torch.testing.assert_close(traced(query), expected)
+    grads = [torch.autograd.grad(out.sum(), query)[0] for out in (traced(query), expected)]
+    torch.testing.assert_close(*grads)
 
 
 def test_export():

@@ -104,12 +104,12 @@ def _relative(axes: tuple[Axis, ...], device: torch.device) -> list[Tensor]:
 def _bias(table: Tensor, tokens: Any, *window: Any) -> Tensor:
     axes = _axes(tokens, window)
     rank = len(axes)
-    index = []
+    index: list[Any] = [slice(None)]
     for i, entries in enumerate(_relative(axes, table.device)):
         shape = [1] * (2 * rank)
         shape[i], shape[rank + i] = entries.shape
         index.append(entries.view(shape))
-    return table[(slice(None), *index)].flatten(rank + 1)
+    return table[tuple(index)].flatten(rank + 1)
 
 
 def _bias_sum(weights: Tensor, *window: Any) -> Tensor:
