@@ -20,7 +20,7 @@ from natten.context import preferences
 from natten.devices import capability as _capability
 from natten.devices import multiprocessors as _multiprocessors
 from natten.devices import shared_memory as _device_memory
-from natten.functional.backends.triton import launch, tiles
+from natten.functional.backends.triton import launch, tiles, wide
 from natten.functional.backends.triton.launch import BackwardTilings
 from natten.functional.backends.triton.tiles import Tiling
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem, Unavailable
@@ -40,6 +40,20 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def _widened(tensors: tuple[Any, ...], slices: int, width: int) -> tuple[Any, ...]:
+    """The tensors of a problem, as those of its slices."""
+    query, key, value, rpb, context_key, context_value, *cumulative = tensors
+    return (
+        wide.repeat(query, slices),
+        wide.repeat(key, slices),
+        wide.split(value, slices, width),
+        wide.repeat(rpb, slices, 0),
+        wide.repeat(context_key, slices),
+        wide.split(context_value, slices, width),
+        *cumulative,
+    )
 
 
 class _Backend:
@@ -117,8 +131,15 @@ class _Backend:
         self, problem: Problem, config: Config, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """out and logsumexp; see the backend protocol in `natten.functional.dispatch`."""
+        wide_problem, slices = wide.sliced(problem)
+        tiling = self.forward_tiling(wide_problem, config)
         with _on(problem.device):
-            return launch.forward(problem, self.forward_tiling(problem, config), *tensors)  # type: ignore[arg-type]
+            if slices == 1:
+                return launch.forward(problem, tiling, *tensors)  # type: ignore[arg-type]
+            out, lse = launch.forward(
+                wide_problem, tiling, *_widened(tensors, slices, wide_problem.head_dim_v)
+            )  # type: ignore[arg-type]
+            return wide.join(out, slices, problem.head_dim_v), lse[..., : problem.heads]
 
     def backward(
         self,
@@ -129,16 +150,31 @@ class _Backend:
         *tensors: Any,
     ) -> tuple[Tensor | None, ...]:
         """The six gradients; see the backend protocol in `natten.functional.dispatch`."""
+        wide_problem, slices = wide.sliced(problem)
+        tilings = self.backward_tilings(wide_problem, config)
+        options = tilings, config.backward_use_pt_reduction, preferences().deterministic
         with _on(problem.device):
-            return launch.backward(
-                problem,
-                self.backward_tilings(problem, config),
-                config.backward_use_pt_reduction,
-                preferences().deterministic,
-                grad_out,
-                grad_lse,
-                *tensors,
-            )
+            if slices == 1:
+                return launch.backward(problem, *options, grad_out, grad_lse, *tensors)
+            *inputs, out, lse, needs = tensors
+            width = wide_problem.head_dim_v
+            if grad_lse is not None:
+                # The slices share the logsumexp: its gradient counts once.
+                grad_lse = torch.nn.functional.pad(grad_lse, (0, (slices - 1) * problem.heads))
+            query, key, value, bias, context_key, context_value = launch.backward(
+                wide_problem, *options, wide.split(grad_out, slices, width), grad_lse,
+                *_widened(tuple(inputs), slices, width),
+                wide.split(out, slices, width), wide.repeat(lse, slices, -1), needs,
+            )  # fmt: skip
+        features = problem.head_dim_v
+        return (
+            wide.add(query, slices),
+            wide.add(key, slices),
+            None if value is None else wide.join(value, slices, features),
+            wide.add(bias, slices, 0),
+            wide.add(context_key, slices),
+            None if context_value is None else wide.join(context_value, slices, features),
+        )
 
     def configs(self, problem: Problem) -> list[Any]:
         """(query tile, key tile) pairs of the forward pass; the default first."""

@@ -26,6 +26,7 @@ from .primitives import (
     column_source,
     column_steps,
     head_offset,
+    in_sight,
     load_columns,
     load_rows,
     masked_scores,
@@ -393,6 +394,11 @@ def bias_gradient_kernel(
 
     for t in tl.range(0, column_steps(box, 1, False), num_stages=1):
         corner = column_corner(t, box, KEY_TILE, 1, False, RANK)
+        # Bias and mask are the same for the whole batch.
+        seen = in_sight(corner, place, begin, width, RANK)
+        slot, size = bias_slot(corner, place, position, first, kernels, False, RANK)
+        bias = tl.load(rpb + head.to(tl.int64) * size + slot, mask=seen, other=0.0)
+        bias = tl.where(seen, bias.to(tl.float32) * LOG2_E, float("-inf"))
         accumulator = tl.zeros([ROWS, COLUMNS], tl.float32)
         for batch in tl.range(
             batches * split // splits, batches * (split + 1) // splits, num_stages=STAGES
@@ -422,15 +428,13 @@ def bias_gradient_kernel(
                 value_source, batch, kv_head, corner, column_first, extent, value_steps, place,
                 VALUE_FEATURES, VALUE_BLOCK, COLUMNS, RANK, False, WIDE,
             )  # fmt: skip
-            scores = masked_scores(
-                query_rows, key_columns, corner, place, begin, width, position, first, kernels,
-                rpb, head, scale, True, False, True, NEGATE, RANK, PRECISION,
-            )  # fmt: skip
-            weights = tl.math.exp2(scores - row_lse[:, None])
+            scores = tl.dot(query_rows, key_columns.T, input_precision=PRECISION)
+            if NEGATE:
+                scores = -scores
+            weights = tl.math.exp2(scores * scale + bias - row_lse[:, None])
             weight_gradient = tl.dot(gradient_rows, value_columns.T, input_precision=PRECISION)
             accumulator += weights * (weight_gradient - row_delta[:, None])
-        slot, size = bias_slot(corner, place, position, first, kernels, False, RANK)
-        seen = all_exist[:, None] & (slot >= 0) & (slot < size) & (accumulator != 0.0)
+        seen = seen & all_exist[:, None]
         target = bias_gradient + head.to(tl.int64) * size + slot
         if factor is None:
             tl.atomic_add(target, accumulator, mask=seen, sem="relaxed")

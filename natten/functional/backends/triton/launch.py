@@ -21,7 +21,7 @@ from natten.functional.backends.triton.backward import (
     statistics_kernel,
 )
 from natten.functional.backends.triton.forward import forward_kernel
-from natten.functional.backends.triton.tiles import MAX_VALUE_DIM, VALUE_SLICE, Tiling
+from natten.functional.backends.triton.tiles import Tiling
 from natten.functional.problem import Problem
 
 # Programs of the bias gradient that share a batch: enough to fill a large GPU.
@@ -325,28 +325,19 @@ def forward(
         additional = (_strides(additional_keys), _strides(additional_values))
     if rpb is not None:
         rpb = rpb.contiguous()
-    width = problem.head_dim_v if problem.head_dim_v <= MAX_VALUE_DIM else VALUE_SLICE
-    for start in range(0, problem.head_dim_v, width):
-        part_out, part_value, part_additional = out, value, additional_values
-        if width != problem.head_dim_v:
-            part = slice(start, start + width)
-            part_out, part_value = out[..., part], value[..., part]
-            if additional_values is not None:
-                part_additional = additional_values[..., part]
-        plan = _plan(
-            forward_kernel, problem, tiling, _sequences(problem, cumulative_query),
-            part_value.shape[-1], _precision(query), False,
-            (_strides(query), _strides(key), _strides(value)), additional,
-            (("out_strides", _strides(part_out)),),
-        )  # fmt: skip
-        key_tile = plan.options["KEY_TILE"]
-        _run(
-            forward_kernel, min(tiling.programs or plan.programs, plan.programs), plan,
-            query,
-            _descriptor(key, key_tile) if tiling.tma else key,
-            _descriptor(part_value, key_tile) if tiling.tma else part_value,
-            part_out, lse, rpb, additional_keys, part_additional, cumulative_query, cumulative_key,
-        )  # fmt: skip
+    plan = _plan(
+        forward_kernel, problem, tiling, _sequences(problem, cumulative_query), problem.head_dim_v,
+        _precision(query), False, (_strides(query), _strides(key), _strides(value)), additional,
+        (("out_strides", _strides(out)),),
+    )  # fmt: skip
+    key_tile = plan.options["KEY_TILE"]
+    _run(
+        forward_kernel, min(tiling.programs or plan.programs, plan.programs), plan,
+        query,
+        _descriptor(key, key_tile) if tiling.tma else key,
+        _descriptor(value, key_tile) if tiling.tma else value,
+        out, lse, rpb, additional_keys, additional_values, cumulative_query, cumulative_key,
+    )  # fmt: skip
     return out, lse
 
 
@@ -392,34 +383,10 @@ def backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The six gradients; arguments as in the backend protocol."""
-    if problem.head_dim_v <= MAX_VALUE_DIM:
-        return _Backward(
-            problem, tilings, torch_reduction, deterministic, grad_out, grad_lse, query, key, value,
-            rpb, additional_keys, additional_values, cumulative_query, cumulative_key, out, lse,
-            query.dtype,
-        ).run(needs)  # fmt: skip
-    sums: list[Tensor | None] = [None] * 6
-    slices: dict[int, list[Tensor]] = {2: [], 5: []}
-    for start in range(0, problem.head_dim_v, VALUE_SLICE):
-        part = slice(start, start + VALUE_SLICE)
-        gradients = _Backward(
-            problem, tilings, torch_reduction, deterministic, grad_out[..., part],
-            # The logsumexp belongs to all slices: its gradient counts once.
-            grad_lse if start == 0 else None,
-            query, key, value[..., part], rpb, additional_keys,
-            None if additional_values is None else additional_values[..., part],
-            cumulative_query, cumulative_key, out[..., part], lse, torch.float32,
-        ).run(needs)  # fmt: skip
-        for index, gradient in enumerate(gradients):
-            if gradient is not None and index in slices:
-                slices[index].append(gradient)
-            elif gradient is not None:
-                before = sums[index]
-                sums[index] = gradient if before is None else before + gradient
-    for index, parts in slices.items():
-        if parts:
-            sums[index] = torch.cat(parts, -1)
-    return tuple(sums)
+    return _Backward(
+        problem, tilings, torch_reduction, deterministic, grad_out, grad_lse, query, key, value,
+        rpb, additional_keys, additional_values, cumulative_query, cumulative_key, out, lse,
+    ).run(needs)  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
@@ -459,9 +426,8 @@ class _Backward:
         cumulative_key: Tensor | None,
         out: Tensor,
         lse: Tensor,
-        dtype: torch.dtype,
     ) -> None:
-        self.problem, self.tilings, self.dtype = problem, tilings, dtype
+        self.problem, self.tilings, self.dtype = problem, tilings, query.dtype
         self.deterministic = deterministic
         # Each of them is read as columns by one of the kernels.
         query_layout = _describable if tilings.key_value.tma else _readable

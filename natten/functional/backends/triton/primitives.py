@@ -320,6 +320,21 @@ def load_columns(
 
 
 @triton.jit
+def in_sight(corner, place, begin, width, RANK: tl.constexpr):
+    """Whether each row sees each column of the tile at `corner`: [rows, columns]."""
+    # One unsigned comparison tests both bounds of an axis.
+    distance = (place[2] + corner[2])[None, :] - begin[2][:, None]
+    seen = distance.to(tl.uint32) < width[2].to(tl.uint32)[:, None]
+    if RANK >= 2:
+        distance = (place[1] + corner[1])[None, :] - begin[1][:, None]
+        seen = seen & (distance.to(tl.uint32) < width[1].to(tl.uint32)[:, None])
+    if RANK == 3:
+        distance = (place[0] + corner[0])[None, :] - begin[0][:, None]
+        seen = seen & (distance.to(tl.uint32) < width[0].to(tl.uint32)[:, None])
+    return seen
+
+
+@triton.jit
 def masked_scores(
     rows, columns, corner, place, begin, width, position, first, kernels, rpb, head, scale,
     MASKED: tl.constexpr, INVERSE: tl.constexpr, HAS_RPB: tl.constexpr, NEGATE: tl.constexpr,
@@ -334,22 +349,14 @@ def masked_scores(
     if NEGATE:
         scores = -scores
     if MASKED:
-        # One unsigned comparison tests both bounds of an axis.
-        distance = (place[2] + corner[2])[None, :] - begin[2][:, None]
-        seen = distance.to(tl.uint32) < width[2].to(tl.uint32)[:, None]
-        if RANK >= 2:
-            distance = (place[1] + corner[1])[None, :] - begin[1][:, None]
-            seen = seen & (distance.to(tl.uint32) < width[1].to(tl.uint32)[:, None])
-        if RANK == 3:
-            distance = (place[0] + corner[0])[None, :] - begin[0][:, None]
-            seen = seen & (distance.to(tl.uint32) < width[0].to(tl.uint32)[:, None])
+        seen = in_sight(corner, place, begin, width, RANK)
     if HAS_RPB:
         slot, size = bias_slot(corner, place, position, first, kernels, INVERSE, RANK)
-        pointer = rpb + head.to(tl.int64) * size + slot
+        table = rpb + head.to(tl.int64) * size
         if MASKED:
-            bias = tl.load(pointer, mask=seen, other=0.0)
+            bias = tl.load(table + slot, mask=seen, other=0.0)
         else:
-            bias = tl.load(pointer)
+            bias = tl.load(table + slot)
         scores = scores * scale + bias.to(tl.float32) * LOG2_E
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
@@ -358,23 +365,32 @@ def masked_scores(
 
 @triton.jit
 def bias_slot(corner, place, position, first, kernels, INVERSE: tl.constexpr, RANK: tl.constexpr):
-    """Where the bias of each (row, column) lies in one head's table, and the table's size."""
-    size = 1
-    for axis in tl.static_range(3 - RANK, 3):
-        size *= 2 * kernels[axis] - 1
-    step = size
-    slot = tl.zeros([1, 1], tl.int32)
-    for axis in tl.static_range(3 - RANK, 3):
-        step = step // (2 * kernels[axis] - 1)
-        # key position - query position + kernel - 1, rows being queries unless INVERSE
-        row = position[axis]
-        column = place[axis] + (corner[axis] + first[axis])
-        if INVERSE:
-            distance = row[:, None] - column[None, :]
-        else:
-            distance = column[None, :] - row[:, None]
-        slot = slot + (distance + (kernels[axis] - 1)) * step
-    return slot, size
+    """Where the bias of each (row, column) lies in one head's table, and the table's size.
+
+    Along an axis that is key position - query position + kernel - 1. The part of the row, that of
+    the column inside its tile and that of the tile are summed separately: one addition a pair.
+    """
+    size = 2 * kernels[2] - 1
+    row = position[2]
+    column = place[2]
+    tile = corner[2] + first[2]
+    middle = kernels[2] - 1
+    if RANK >= 2:
+        row += position[1] * size
+        column += place[1] * size
+        tile += (corner[1] + first[1]) * size
+        middle += (kernels[1] - 1) * size
+        size *= 2 * kernels[1] - 1
+    if RANK == 3:
+        row += position[0] * size
+        column += place[0] * size
+        tile += (corner[0] + first[0]) * size
+        middle += (kernels[0] - 1) * size
+        size *= 2 * kernels[0] - 1
+    if INVERSE:
+        return (row + (middle - tile))[:, None] - column[None, :], size
+    else:
+        return ((tile + middle) - row)[:, None] + column[None, :], size
 
 
 @triton.jit

@@ -22,9 +22,6 @@ from natten.functional.problem import Problem
 from natten.window import Axis
 
 Shape = tuple[int, ...]
-# Wider values are computed a slice at a time: everything is linear in the value.
-MAX_VALUE_DIM = 256
-VALUE_SLICE = 128
 # Column tiles have up to 2 ** _MAX_LOG tokens along an axis.
 _MAX_LOG = 9
 
@@ -216,15 +213,12 @@ def best_shapes(
     return min(pairs, key=cost)
 
 
-def _value_dim(problem: Problem) -> int:
-    return problem.head_dim_v if problem.head_dim_v <= MAX_VALUE_DIM else VALUE_SLICE
-
-
 def _sizes(problem: Problem, kind: str, split: bool) -> tuple[_Size, ...]:
     if problem.dtype == torch.float32:
         # Twice the memory a token, and three products for one: small tiles.
-        return (_Size(64, 32 if problem.head_dim > 32 else 64, 4, 2, 1.0),)
-    return _TABLES[kind][split][next_power_of_2(max(problem.head_dim, _value_dim(problem), 32))]
+        features = max(problem.head_dim, problem.head_dim_v)
+        return (_Size(64 if features <= 128 else 32, 64 if features <= 32 else 32, 4, 2, 1.0),)
+    return _TABLES[kind][split][next_power_of_2(max(problem.head_dim, problem.head_dim_v, 32))]
 
 
 def _splits(problem: Problem, pair: tuple[Shape, Shape], inverse: bool) -> bool:
@@ -238,7 +232,7 @@ def _splits(problem: Problem, pair: tuple[Shape, Shape], inverse: bool) -> bool:
 
 def _shared_memory(tiling: Tiling, problem: Problem, kind: str) -> int:
     """Bytes that the tiles of a program take, about."""
-    query, value = next_power_of_2(problem.head_dim), next_power_of_2(_value_dim(problem))
+    query, value = next_power_of_2(problem.head_dim), next_power_of_2(problem.head_dim_v)
     rows, columns = prod(tiling.query), prod(tiling.key)
     if kind == KEY_VALUE_GRADIENT:
         rows, columns = columns, rows
@@ -270,6 +264,10 @@ def _halve(shape: Shape) -> Shape:
 def persistent(tiling: Tiling, programs: int, specialize: bool, warps: int) -> Tiling:
     """The tiling with ``programs`` programs that take tiles in turn."""
     return replace(tiling, programs=programs, specialize=specialize, warps=warps)
+
+
+# Products below which making descriptors takes the host longer than they save the GPU.
+_TMA_PRODUCTS = 1e10
 
 
 def _make(
@@ -310,7 +308,10 @@ def choose(
                 best = time, _make(problem, pair, size, split, tma)
     if best is None:
         raise RuntimeError("no tile size suits the problem")
-    return _fit(best[1], problem, kind, shared_memory)
+    covered, tiling = best[0], best[1]
+    if covered * problem.heads * problem.batch * problem.head_dim < _TMA_PRODUCTS:
+        tiling = replace(tiling, tma=False)
+    return _fit(tiling, problem, kind, shared_memory)
 
 
 def listed(
