@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import warnings
@@ -688,10 +689,45 @@ def test_fvcore_is_asked_for(monkeypatch):
         flops.get_flops(torch.nn.Identity(), X)
 
 
+INTERPRETED = """
+import torch
+from natten.functional.backends import gather
+from natten.functional.backends.triton import products
+from natten.window import Axis
+
+torch.manual_seed(0)
+for axes, dim in (
+    ((Axis(9, 3, 1, 2, True),), 5),
+    ((Axis(7, 3, 2, 2), Axis(6, 4, 1, 1)), 4),
+    ((Axis(4, 2), Axis(5, 3, 1, 1, True), Axis(6, 3, 1, 2)), 3),
+):
+    tokens = torch.Size(a.length for a in axes).numel()
+    slots = torch.Size(a.kernel_size for a in axes).numel()
+    a, b = torch.randn(2, 3, tokens, dim, dtype=torch.float64).unbind()
+    weights = torch.randn(3, tokens, slots, dtype=torch.float64)
+    for name, arguments in (
+        ("dot", (a, b, axes, -1.0)),
+        ("weighted_sum", (weights, b, axes)),
+        ("scatter", (weights, a, axes)),
+    ):
+        got = getattr(products, name)(*arguments)
+        torch.testing.assert_close(got, getattr(gather, name)(*arguments))
+"""
+
+
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=environment)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_gpu(case, dtype):
+@pytest.mark.parametrize("implementation", ["triton", "gather"])
+def test_gpu(case, dtype, implementation, monkeypatch):
+    if implementation == "gather":
+        monkeypatch.setattr(products, "_kernels", lambda: None)
     rank, arguments, _ = window(case)
     query, key, value = (t.detach().to(dtype) for t in make(case, count=3, dim=16))
     has_bias = "causal" not in case

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,16 @@ from natten.window import Axis
 _WINDOW = "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal"
 
 _library = torch.library.Library("natten", "FRAGMENT")
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> ModuleType | None:
+    """The kernels for GPUs, None without Triton."""
+    if find_spec("triton") is None:
+        return None
+    from natten.functional.backends.triton import products
+
+    return products
 
 
 @lru_cache(maxsize=1)
@@ -66,7 +77,9 @@ def _run(name: str, first: Tensor, second: Tensor, window: tuple[Any, ...], *mor
         width = prod(window[0]) if name == "dot" else shape[-1]
         return first.new_empty(*shape[:-1], width)
     backend: Any = gather
-    if a.device.type == "cpu":
+    if a.device.type == "cuda":
+        backend = _kernels() or gather
+    elif a.device.type == "cpu":
         # torch's matrix products of 16 bits do not all sum in float32 on CPUs.
         precise = torch.float64 if a.dtype == torch.float64 else torch.float32
         a, b = a.to(precise), b.to(precise)
