@@ -1,15 +1,25 @@
-"""Draws the pictures in docs/figures: `make figures`."""
+"""Draws the pictures in docs/figures: `make figures`. What is measured is read from benchmarks."""
 
 from __future__ import annotations
 
+import argparse
+import json
+from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
-from natten import demo, viz
+import natten
+from natten import demo, devices, viz
+from natten.simulator import traffic
 
+ROOT = Path(__file__).parents[1]
 FIGURES = Path(__file__).parent / "figures"
+PEERS = ROOT / "benchmarks" / "peers" / "h100.json"
+RESULTS = ROOT / "benchmarks" / "results" / "h100.json"
 
 
 def neighborhoods() -> Figure:
@@ -30,7 +40,153 @@ def neighborhoods() -> Figure:
     return figure
 
 
+def neighborhood_1d() -> Figure:
+    """Two queries of a sequence, with context tokens that all queries see."""
+    return viz.neighborhood_figure(
+        [(4,), (20,)], (24,), 6, 2, context=4, title="kernel_size=6, stride=2"
+    )
+
+
+def neighborhood_3d() -> Figure:
+    """Two queries of a video, causal in time."""
+    return viz.neighborhood_figure(
+        [(2, 3, 3), (5, 7, 6)], (6, 8, 8), (3, 5, 5), 1, 1, (True, False, False),
+        title="kernel_size=(3, 5, 5), is_causal=(True, False, False)",
+    )  # fmt: skip
+
+
+def tiles() -> Figure:
+    """Which key tiles one tile of queries visits: aligned tiles and ours, and the block mask."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    panels = figure.subplots(1, 3)
+    call = dict(shape=(32, 32), kernel_size=(13, 13), q_tile_shape=(4, 4), kv_tile_shape=(4, 4))
+    for axes, aligned, title in (
+        (panels[0], True, "key tiles on a fixed grid"),
+        (panels[1], False, "key tiles from the union of the windows"),
+    ):
+        viz.draw_tiles(axes, (3, 4), **call, aligned=aligned)
+        axes.set_title(f"{title}\n{axes.get_title()}", fontsize=10)
+        axes.set_xlabel("token, axis 1")
+        axes.set_ylabel("token, axis 0")
+    viz.draw_block_mask(panels[2], (16, 16), 7, q_tile_shape=(4, 4), kv_tile_shape=(4, 4))
+    panels[2].set_title(f"all tiles of a 16 x 16 grid, window 7 x 7\n{panels[2].get_title()}")
+    panels[2].title.set_fontsize(10)
+    viz.draw_tile_legend(figure)
+    return figure
+
+
+def advice() -> Figure:
+    """Stride and window advice for a video model's attention."""
+    return viz.advice_figure(natten.simulate((30, 48, 80), (18, 24, 24), heads=24).advise())
+
+
+def _simulated(case: dict[str, Any]) -> natten.simulator.Simulation:
+    return natten.simulate(
+        case["shape"], case["kernel_size"], case["stride"], case["dilation"], case["is_causal"],
+        batch=case["batch"], heads=case["heads"], heads_kv=case.get("heads_kv"),
+        head_dim=case["head_dim"], head_dim_v=case.get("head_dim_v"),
+        additional=case.get("additional_kv", 0),
+    )  # fmt: skip
+
+
+def _measured() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Cases and what was measured of them in bfloat16."""
+    cases = {case["name"]: case for case in json.loads(PEERS.read_text())["cases"]}
+    results = json.loads(RESULTS.read_text())["cases"]
+    return [
+        (cases[r["case"]], r)
+        for r in results
+        if r["dtype"] == "torch.bfloat16" and "fwd_ms" in r and r["case"] in cases
+    ]
+
+
+def roofline() -> Figure:
+    """The measured forward passes below the limits of the device."""
+    points = {}
+    for case, result in _measured():
+        found = _simulated(case)
+        points[case["name"]] = (
+            found.needed_flops / traffic(found.problem, False),
+            found.needed_flops / result["fwd_ms"] / 1e9,
+        )
+    figure = Figure(figsize=(8.5, 4.6), layout="constrained")
+    viz.draw_roofline(figure.subplots(), devices.find("h100"), torch.bfloat16, points)
+    return figure
+
+
+def benchmark() -> Figure:
+    """Measured times beside the best that others reach."""
+    measured = _measured()
+    names = [case["name"] for case, _ in measured]
+    figure = Figure(figsize=(12, 0.42 * len(names) + 1.4), layout="constrained")
+    for axes, key, title in zip(
+        figure.subplots(1, 2, sharey=True), ("fwd_ms", "bwd_ms"), ("forward", "backward")
+    ):
+        peers = [r.get(f"peer_{key}") for _, r in measured]
+        viz.draw_benchmark(
+            axes, names,
+            {
+                "natten": [r.get(key) for _, r in measured],
+                "the best of the others": [v if v and isfinite(v) else None for v in peers],
+            },
+            f"milliseconds, {title}",
+        )  # fmt: skip
+    return figure
+
+
+def prediction() -> Figure:
+    """Predicted over measured times."""
+    measured = _measured()
+    figure = Figure(figsize=(8, 0.36 * len(measured) + 1.3), layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(1 / 1.15, 1.15, color="#9A9A9A", alpha=0.25, label="within 15 %")
+    for key, marker, color in (("fwd_ms", "o", 0), ("bwd_ms", "s", 1)):
+        pairs = [(_simulated(case), result[key]) for case, result in measured]
+        ratios = [(s.forward_ms if key == "fwd_ms" else s.backward_ms) / ms for s, ms in pairs]
+        axes.scatter(
+            ratios, range(len(ratios)), marker=marker, s=40, color=viz.SERIES_COLORS[color],
+            edgecolors="black", linewidths=0.6, zorder=3,
+            label="forward" if key == "fwd_ms" else "backward",
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yticks(range(len(measured)), labels=[case["name"] for case, _ in measured], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1, color="#9A9A9A", linewidth=1)
+    axes.set_xlabel("predicted over measured time")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    return figure
+
+
+# name: its function, whether it needs measurements
+DRAWN: dict[str, tuple[Callable[[], Figure], bool]] = {
+    "neighborhoods": (neighborhoods, False),
+    "neighborhood-1d": (neighborhood_1d, False),
+    "neighborhood-3d": (neighborhood_3d, False),
+    "tiles": (tiles, False),
+    "advice": (advice, False),
+    "roofline": (roofline, True),
+    "benchmark": (benchmark, True),
+    "prediction": (prediction, True),
+}
+
+
+def main() -> None:
+    """Draw all figures, or those that are named, for light and dark pages."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(DRAWN)}, attention; default: all")
+    parser.add_argument("--output", type=Path, default=FIGURES)
+    options = parser.parse_args()
+    options.output.mkdir(exist_ok=True)
+    for name, (draw, is_measured) in DRAWN.items():
+        if (options.names and name not in options.names) or (is_measured and not RESULTS.exists()):
+            continue
+        for theme, suffix in (("light", ""), ("dark", "-dark")):
+            with viz.theme(theme):
+                draw().savefig(options.output / f"{name}{suffix}.png", dpi=80)
+    if not options.names or "attention" in options.names:
+        demo.main(["--output", str(options.output / "attention.png")])
+
+
 if __name__ == "__main__":
-    FIGURES.mkdir(exist_ok=True)
-    neighborhoods().savefig(FIGURES / "neighborhoods.png", dpi=80)
-    demo.main(["--output", str(FIGURES / "attention.png")])
+    main()

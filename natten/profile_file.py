@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,20 @@ def load_profile(path: str | os.PathLike[str] | None) -> int:
     return len(entries)
 
 
+@contextmanager
+def without_profile() -> Iterator[None]:
+    """Inside, nothing that was loaded applies: backends choose for themselves."""
+    from natten.functional import dispatch
+
+    kept, _Applied.entries = _Applied.entries, {}
+    dispatch.forget()
+    try:
+        yield
+    finally:
+        _Applied.entries = kept
+        dispatch.forget()
+
+
 def _entry(problem: Problem) -> Entry | None:
     entries = _Applied.entries
     if entries is None:
@@ -268,4 +283,5 @@ __all__ = [
     "read_profile",
     "save_profile",
     "shape_class",
+    "without_profile",
 ]

@@ -1,27 +1,79 @@
-"""Pictures: the neighborhood of a token, and what its query attends to.
+"""Pictures: neighborhoods, tiles, what a query attends to, what calls cost.
 
-Matplotlib is imported by the functions that draw. The colours are those of Okabe and Ito and the
-map "viridis", which people with any kind of colour vision can tell apart.
+Matplotlib is imported by the functions that draw. Functions called ``draw_...`` draw into axes that
+the caller has made; those called ``..._figure`` make their own. Inside ``with theme("dark"):`` they
+draw for dark pages.
+
+The colours are those of Okabe and Ito and the map "viridis", which people with any kind of colour
+vision can tell apart; what belongs to different things also differs in brightness, hatching or
+markers, for prints in grey.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from natten import window
-from natten.validation import check_window
+from natten.validation import check_window, int_tuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+
+    from natten.advice import Advice, Suggestion
+    from natten.devices import Device
 
 QUERY_COLOR = "#D55E00"
 TOKEN_COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 WEIGHT_MAP = "viridis"
+# From bright to dark, so that they differ in grey: partial tiles are also hatched.
+SKIPPED, PARTIAL, FULL = "#EDEDED", "#E69F00", "#0072B2"
+SERIES_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo")
+_MARKERS = "osD^vP"
+
+_DARK = {
+    "figure.facecolor": "#16181D", "savefig.facecolor": "#16181D", "axes.facecolor": "#16181D",
+    "text.color": "#E8E8E8", "axes.labelcolor": "#E8E8E8", "axes.edgecolor": "#9A9A9A",
+    "xtick.color": "#C8C8C8", "ytick.color": "#C8C8C8", "grid.color": "#3A3D44",
+    "legend.facecolor": "#22252C", "legend.edgecolor": "#3A3D44",
+}  # fmt: skip
+_DARK_EMPTY, _LIGHT_EMPTY = "#30333B", "#EDEDED"
+
+
+@contextmanager
+def theme(name: str) -> Iterator[None]:
+    """Draw for "light" or "dark" pages inside the block, which should also save the figure."""
+    import matplotlib
+
+    if name not in ("light", "dark"):
+        raise ValueError(f"theme must be 'light' or 'dark', got {name!r}")
+    parameters: Any = {"hatch.linewidth": 0.7, **(_DARK if name == "dark" else {})}
+    with matplotlib.rc_context(parameters):
+        yield
+
+
+def _is_dark() -> bool:
+    import matplotlib
+    from matplotlib.colors import to_rgb
+
+    return sum(to_rgb(matplotlib.rcParams["figure.facecolor"])) < 1.5
+
+
+def _empty_color() -> str:
+    return _DARK_EMPTY if _is_dark() else _LIGHT_EMPTY
+
+
+def _ink() -> str:
+    return "white" if _is_dark() else "black"
 
 
 def attended_tokens(
@@ -69,6 +121,56 @@ def attention_weights(
     return grid
 
 
+def _neighborhoods(
+    positions: Sequence[Sequence[int]], shape: Sequence[int], arguments: Sequence[Any]
+) -> tuple[Tensor, list[list[tuple[int, ...]]]]:
+    """Which of the neighborhoods a token is in, -1 for none, and the queries that share each."""
+
+    def tokens_of(position: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        found = attended_tokens(position, shape, *arguments)
+        return tuple(tuple(axis.tolist()) for axis in found)
+
+    owner = torch.full(tuple(shape), -1)
+    everyone = list(product(*(range(n) for n in shape)))
+    tokens = {query: tokens_of(query) for query in everyone}
+    sharing = []
+    for number, position in enumerate(positions):
+        own = tokens[tuple(position)]
+        owner[torch.meshgrid(*(torch.tensor(axis) for axis in own), indexing="ij")] = number
+        sharing.append([query for query, theirs in tokens.items() if theirs == own])
+    return owner, sharing
+
+
+def _draw_grid(
+    axes: Axes, owner: Tensor, marks: Sequence[tuple[tuple[int, int], bool]], size: float = 1.0
+) -> None:
+    """A plane of tokens in the colours of their neighborhoods, and queries: (place, is chosen)."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Rectangle
+
+    image = torch.tensor(to_rgb(_empty_color())).repeat(*owner.shape, 1)
+    for y, x in (owner >= 0).nonzero().tolist():
+        number = int(owner[y, x]) % len(TOKEN_COLORS)
+        image[y, x] = torch.tensor(to_rgb(TOKEN_COLORS[number]))
+        if number:
+            axes.add_patch(
+                Rectangle(
+                    (x - 0.5, y - 0.5), 1, 1, fill=False, linewidth=0,
+                    edgecolor=(0, 0, 0, 0.35), hatch=_HATCHES[number],
+                )
+            )  # fmt: skip
+    for (y, x), chosen in marks:
+        mark, area = ("s", 60 * size) if chosen else (".", 14 * size)
+        axes.scatter([x], [y], marker=mark, s=area, c="black", linewidths=0, zorder=3)
+    axes.imshow(image.numpy(), interpolation="nearest")
+    height, width = owner.shape
+    axes.set_xticks([x - 0.5 for x in range(width + 1)], labels=[])
+    axes.set_yticks([y - 0.5 for y in range(height + 1)], labels=[])
+    axes.grid(color=axes.get_facecolor(), linewidth=1)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
 def draw_neighborhood(
     axes: Axes,
     positions: Sequence[Sequence[int]],
@@ -83,35 +185,241 @@ def draw_neighborhood(
     A query is a black square in a neighborhood of its own colour. Dots mark the other queries
     whose neighborhood is the same.
     """
-    from matplotlib.colors import to_rgb
-
     if len(shape) not in (1, 2):
         raise ValueError(f"shape: a grid of 1 or 2 axes can be drawn, got {tuple(shape)}")
-    row = len(shape) == 1  # drawn as a grid of one row
+    arguments = (kernel_size, stride, dilation, is_causal)
+    owner, sharing = _neighborhoods(positions, shape, arguments)
+    marks = []
+    for position, queries in zip(positions, sharing):
+        for query in queries:
+            y, x = (0, *query) if len(shape) == 1 else query
+            marks.append(((y, x), query == tuple(position)))
+    # A single axis is drawn as a grid of one row.
+    _draw_grid(axes, owner.unsqueeze(0) if len(shape) == 1 else owner, marks)
 
-    def tokens_of(position: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        found = attended_tokens(position, shape, kernel_size, stride, dilation, is_causal)
-        return tuple(tuple(axis.tolist()) for axis in found)
 
-    image = torch.full((*shape, 3), 0.93)
-    everyone = list(torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape)))
-    neighborhoods = {tuple(query.tolist()): tokens_of(query.tolist()) for query in everyone}
-    for number, position in enumerate(positions):
-        own = neighborhoods[tuple(position)]
-        color = torch.tensor(to_rgb(TOKEN_COLORS[number % len(TOKEN_COLORS)]))
-        image[torch.meshgrid(*(torch.tensor(axis) for axis in own), indexing="ij")] = color
-        for query, tokens in neighborhoods.items():
-            if tokens == own:
-                y, x = (0, *query) if row else query
-                mark, size = ("s", 60) if query == tuple(position) else (".", 14)
-                axes.scatter([x], [y], marker=mark, s=size, c="black", linewidths=0, zorder=3)
-    axes.imshow((image.unsqueeze(0) if row else image).numpy(), interpolation="nearest")
-    height, width = (1, *shape) if row else shape
-    axes.set_xticks([x - 0.5 for x in range(width + 1)], labels=[])
-    axes.set_yticks([y - 0.5 for y in range(height + 1)], labels=[])
-    axes.grid(color="white", linewidth=1)
-    axes.tick_params(length=0)
+def neighborhood_figure(
+    positions: Sequence[Sequence[int]],
+    shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    context: int = 0,
+    title: str = "",
+) -> Figure:
+    """The neighborhoods of queries in a grid of 1, 2 or 3 axes, 3-D grids as a row of planes.
+
+    context: additional tokens that every query sees, drawn to the right, with a bold outline.
+    """
+    from matplotlib.figure import Figure
+
+    shape = int_tuple("shape", tuple(shape), len(shape))
+    if len(shape) not in (1, 2, 3):
+        raise ValueError(f"shape: a grid of 1 to 3 axes can be drawn, got {shape}")
+    owner, sharing = _neighborhoods(positions, shape, (kernel_size, stride, dilation, is_causal))
+    planes = owner.view(-1, *owner.shape[-2:]) if len(shape) > 1 else owner.view(1, 1, -1)
+    count, height, width = planes.shape
+    cell = min(0.3, 12 / (count * (width + 1)))
+    extra = 2.5 * cell + 0.6 if context else 0
+    size = (count * (width + 1) * cell + extra, height * cell + 0.75)
+    figure = Figure(figsize=size, layout="constrained")
+    ratios = [width] * count + ([max(extra / cell - 1, 2)] if context else [])
+    panels = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
+    for number in range(count):
+        marks = []
+        for position, queries in zip(positions, sharing):
+            for query in queries:
+                plane, y, x = (0,) * (3 - len(query)) + query
+                if plane == number:
+                    marks.append(((y, x), query == tuple(position)))
+        _draw_grid(panels[number], planes[number], marks, size=(cell / 0.3) ** 2)
+        if len(shape) == 3:
+            panels[number].set_xlabel(f"plane {number}", fontsize=9)
+    if context:
+        _draw_context(panels[-1], context)
+    if title:
+        figure.suptitle(title, fontsize=9, family="monospace")
+    return figure
+
+
+def _draw_context(axes: Axes, count: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    shown = min(count, 6)
+    for row in range(shown):
+        axes.add_patch(
+            Rectangle(
+                (-0.5, row - 0.5), 1, 1, facecolor=TOKEN_COLORS[2], edgecolor=_ink(), linewidth=1.5
+            )
+        )
+    axes.set_xlim(-0.7, 0.7)
+    axes.set_ylim(shown - 0.3, -0.7)
+    axes.set_aspect("equal")
+    axes.set_xticks([])
+    axes.set_yticks([])
     axes.spines[:].set_visible(False)
+    axes.set_xlabel(f"{count} context", fontsize=9)
+
+
+def _tile_states(axis: window.Axis, q_tile: int, kv_tile: int) -> Tensor:
+    """Of tiles on multiples of their shapes along an axis: 0 skipped, 1 partial, 2 full."""
+    mask = window.grid_mask([axis])
+    rows = -(-axis.length // q_tile)
+    columns = -(-axis.length // kv_tile)
+    states = torch.zeros(rows, columns, dtype=torch.int64)
+    for row, column in product(range(rows), range(columns)):
+        tile = mask[row * q_tile : (row + 1) * q_tile, column * kv_tile : (column + 1) * kv_tile]
+        states[row, column] = int(tile.any()) + int(tile.all())
+    return states
+
+
+def draw_block_mask(
+    axes: Axes,
+    shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    q_tile_shape: Sequence[int],
+    kv_tile_shape: Sequence[int],
+) -> None:
+    """Draw the block-sparse mask: which pairs of tiles are full, partial (hatched) or skipped.
+
+    Tiles lie on multiples of their shapes and are in row-major order. Title: how many there are.
+    """
+    from matplotlib.colors import ListedColormap
+
+    windows = check_window(tuple(shape), kernel_size, stride, 1, is_causal)
+    rank = len(shape)
+    q_tile = int_tuple("q_tile_shape", q_tile_shape, rank)
+    kv_tile = int_tuple("kv_tile_shape", kv_tile_shape, rank)
+    states = torch.full((1, 1), 2)
+    for values in zip(shape, *windows, q_tile, kv_tile):
+        own = _tile_states(window.Axis(*values[:5]), *values[5:])
+        # A pair is skipped if it is along any axis, and full if it is along all.
+        states = torch.minimum(
+            states.repeat_interleave(own.shape[0], 0).repeat_interleave(own.shape[1], 1),
+            own.repeat(*states.shape),
+        )
+    dark = _is_dark()
+    colors = ListedColormap([_empty_color(), PARTIAL, "#56B4E9" if dark else FULL])
+    axes.imshow(states.numpy(), cmap=colors, vmin=0, vmax=2, interpolation="nearest")
+    if states.numel() <= 4096:
+        _hatch(axes, [(y, x, 1, 1) for y, x in (states == 1).nonzero().tolist()])
+    counts = [int((states == n).sum()) for n in range(3)]
+    axes.set_title(f"{counts[2]} full, {counts[1]} partial, {counts[0]} skipped", fontsize=9)
+    axes.set_xlabel("tiles of keys")
+    axes.set_ylabel("tiles of queries")
+    axes.tick_params(labelsize=8)
+
+
+def _hatch(axes: Axes, boxes: Sequence[tuple[float, float, float, float]]) -> None:
+    """Hatch boxes of (y, x, height, width) cells."""
+    from matplotlib.patches import Rectangle
+
+    for y, x, height, width in boxes:
+        axes.add_patch(
+            Rectangle(
+                (x - 0.5, y - 0.5), width, height, fill=False, linewidth=0,
+                edgecolor=(0, 0, 0, 0.55), hatch="////",
+            )
+        )  # fmt: skip
+
+
+def draw_tiles(
+    axes: Axes,
+    tile: Sequence[int],
+    shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    q_tile_shape: Sequence[int],
+    kv_tile_shape: Sequence[int],
+    aligned: bool = False,
+) -> None:
+    """Draw the key tiles that one tile of queries visits, over a 1-D or 2-D grid.
+
+    tile: which query tile, counted along each axis. Its queries are outlined, full key tiles dark,
+    partial ones hatched. aligned: key tiles on multiples of their shape, instead of from the start
+    of the union of the windows.
+    """
+    from matplotlib.patches import Rectangle
+
+    shape = tuple(shape)
+    if len(shape) not in (1, 2):
+        raise ValueError(f"shape: a grid of 1 or 2 axes can be drawn, got {shape}")
+    windows = check_window(shape, kernel_size, stride, 1, is_causal)
+    rank = len(shape)
+    q_tile = int_tuple("q_tile_shape", q_tile_shape, rank)
+    kv_tile = int_tuple("kv_tile_shape", kv_tile_shape, rank)
+    spans: list[list[tuple[int, int, bool]]] = []
+    queries = []
+    for n, values in enumerate(zip(shape, *windows)):
+        axis = window.Axis(*values)
+        first = tile[n] * q_tile[n]
+        if not 0 <= first < axis.length:
+            raise ValueError(f"tile must lie in the grid {shape}, got {tuple(tile)} of {q_tile}")
+        last = min(first + q_tile[n], axis.length) - 1
+        start, end = (int(b) for b in window.union_bounds(first, last, 0, axis))
+        sight, sight_end = (int(b) for b in window.intersection_bounds(first, last, 0, axis))
+        origin = start // kv_tile[n] * kv_tile[n] if aligned else start
+        spans.append(
+            [
+                (corner, kv_tile[n], sight <= corner and corner + kv_tile[n] <= sight_end)
+                for corner in range(origin, end, kv_tile[n])
+            ]
+        )
+        queries.append((first, last + 1 - first))
+    if rank == 1:
+        spans.insert(0, [(0, 1, True)])
+        queries.insert(0, (0, 1))
+        shape = (1, *shape)
+    full_color = "#56B4E9" if _is_dark() else FULL
+    height, width = shape
+    axes.add_patch(Rectangle((-0.5, -0.5), width, height, facecolor=_empty_color(), zorder=0))
+    counts = [0, 0]
+    for (y, tall, y_full), (x, wide, x_full) in product(*spans):
+        full = y_full and x_full
+        counts[full] += 1
+        axes.add_patch(
+            Rectangle(
+                (x - 0.5, y - 0.5), wide, tall, facecolor=full_color if full else PARTIAL,
+                edgecolor=axes.get_facecolor(), linewidth=1, zorder=1,
+            )
+        )  # fmt: skip
+        if not full:
+            _hatch(axes, [(y, x, tall, wide)])
+    (y, tall), (x, wide) = queries
+    axes.add_patch(
+        Rectangle(
+            (x - 0.5, y - 0.5), wide, tall, fill=False, edgecolor=QUERY_COLOR, linewidth=2.5,
+            zorder=3,
+        )
+    )  # fmt: skip
+    axes.set_xlim(-1.5, width + 0.5)
+    axes.set_ylim(height + 0.5, -1.5)
+    axes.set_aspect("equal")
+    axes.set_title(f"{counts[1]} full, {counts[0]} partial", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[:].set_visible(False)
+
+
+def draw_tile_legend(figure: Figure) -> None:
+    """What the colours of :func:`draw_tiles` and :func:`draw_block_mask` mean, below a figure."""
+    from matplotlib.patches import Patch
+
+    full = "#56B4E9" if _is_dark() else FULL
+    figure.legend(
+        handles=[
+            Patch(facecolor=full, label="full: no mask"),
+            Patch(facecolor=PARTIAL, hatch="////", edgecolor="black", label="partial: masked"),
+            Patch(facecolor=_empty_color(), label="skipped"),
+        ],
+        loc="outside lower center", ncols=3, fontsize=9, frameon=False,
+    )  # fmt: skip
 
 
 def draw_attention(
@@ -155,3 +463,178 @@ def draw_attention(
     axes.set_xticks([])
     axes.set_yticks([])
     return layer
+
+
+def module_attention_figure(
+    module: nn.Module,
+    x: Tensor,
+    image: Tensor,
+    positions: Sequence[Sequence[int]],
+    *,
+    heads: Sequence[int] | None = None,
+) -> Figure:
+    """What queries of a 2-D module of `natten.nn` attend to in a picture, a column for each head.
+
+    module: with an `attention_map(x, positions)`, such as `NeighborhoodAttention2D`.
+    x: `[1, X, Y, channels]`, its input. image: `[height, width, 3]` in [0, 1], resized to the grid.
+    positions: tokens, a row for each. heads: which to show (default: all, and their mean first).
+    """
+    from matplotlib.figure import Figure
+
+    if not callable(getattr(module, "attention_map", None)):
+        raise ValueError(f"module must have an attention_map method, got {type(module).__name__}")
+    if x.dim() != 4 or x.shape[0] != 1:
+        raise ValueError(f"x must have the shape [1, X, Y, channels], got {tuple(x.shape)}")
+    with torch.no_grad():
+        weights = module.attention_map(x, positions).grid[0]  # type: ignore[operator]
+    small = torch.nn.functional.interpolate(
+        image.movedim(-1, 0)[None].float(), size=tuple(x.shape[1:3]), mode="area"
+    )[0].movedim(0, -1)
+    columns = [("mean of heads", weights.mean(1))] if heads is None else []
+    shown = range(weights.shape[1]) if heads is None else heads
+    columns += [(f"head {head}", weights[:, head]) for head in shown]
+    figure = Figure(figsize=(2.1 * len(columns) + 0.6, 2.2 * len(positions)), layout="constrained")
+    panels = figure.subplots(len(positions), len(columns), squeeze=False)
+    for row, position in enumerate(positions):
+        for axes, (title, maps) in zip(panels[row], columns):
+            layer = draw_attention(axes, small, maps[row], position)
+            if not row:
+                axes.set_title(title, fontsize=10)
+        panels[row][0].set_ylabel(f"query {tuple(position)}", fontsize=9)
+    figure.colorbar(
+        layer, ax=panels, location="right", shrink=0.8,
+        label="attention weight, relative to the strongest",
+    )  # fmt: skip
+    return figure
+
+
+def draw_roofline(
+    axes: Axes,
+    device: Device,
+    dtype: torch.dtype,
+    points: Mapping[str, tuple[float, float]],
+) -> None:
+    """Draw calls below what a device can reach.
+
+    points: by name, operations per byte and TFLOP/s.
+    """
+    peak, bandwidth = device.rate(dtype), device.bandwidth
+    ridge = peak * 1e3 / bandwidth
+    intensities = [intensity for intensity, _ in points.values()] or [ridge]
+    low, high = min(*intensities, ridge) / 3, max(*intensities, ridge) * 3
+    axes.plot([low, ridge, high], [low * bandwidth / 1e3, peak, peak], color=_ink(), linewidth=1.5)
+    for n, (name, (intensity, rate)) in enumerate(points.items()):
+        axes.scatter(
+            [intensity], [rate], marker=_MARKERS[n % len(_MARKERS)], s=42,
+            color=SERIES_COLORS[n % len(SERIES_COLORS)], edgecolors=_ink(), linewidths=0.6,
+            label=name, zorder=3,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.annotate(
+        f"{peak:.0f} TFLOP/s", (high, peak), (-4, -12), textcoords="offset points", ha="right",
+        fontsize=8,
+    )  # fmt: skip
+    axes.annotate(
+        f"{bandwidth:.0f} GB/s", (low, low * bandwidth / 1e3), (8, 0), textcoords="offset points",
+        fontsize=8,
+    )  # fmt: skip
+    axes.set_xlabel("needed operations per needed byte")
+    axes.set_ylabel("needed TFLOP/s")
+    axes.set_title(device.full_name, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def draw_benchmark(
+    axes: Axes, names: Sequence[str], series: Mapping[str, Sequence[float | None]], unit: str
+) -> None:
+    """Draw a horizontal bar for each name and series, with its value; None leaves a bar out.
+
+    unit: of the values, the label of the axis, which is logarithmic if they differ much.
+    """
+    thick = 0.8 / max(len(series), 1)
+    values = [v for row in series.values() for v in row if v is not None]
+    if values and min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_xscale("log")
+    for n, (label, row) in enumerate(series.items()):
+        places = [i + (n - (len(series) - 1) / 2) * thick for i in range(len(names))]
+        given = [(place, value) for place, value in zip(places, row) if value is not None]
+        axes.barh(
+            [place for place, _ in given], [value for _, value in given], height=thick, label=label,
+            color=SERIES_COLORS[n % len(SERIES_COLORS)], hatch=_HATCHES[n % len(_HATCHES)],
+            edgecolor=(0, 0, 0, 0.5), linewidth=0.3,
+        )  # fmt: skip
+        for place, value in given:
+            axes.annotate(
+                f"{value:.3g}", (value, place), (3, 0), textcoords="offset points", va="center",
+                fontsize=7,
+            )  # fmt: skip
+    axes.margins(x=0.12)
+    axes.set_yticks(range(len(names)), labels=names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+
+
+def advice_figure(advice: Advice) -> Figure:
+    """Speedup against stride, and the Pareto front of window size and time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    problem = advice.simulation.problem
+    _draw_front(
+        left, advice.strides, [prod(s.stride) for s in advice.strides],
+        [s.speedup for s in advice.strides], "stride", problem.stride,
+    )  # fmt: skip
+    # Beyond this line masks are saved, too: tiles become full.
+    left.axhline(advice.simulation.waste, color=_ink(), linestyle="--", linewidth=1)
+    left.annotate(
+        "no wasted operations", (0.02, advice.simulation.waste), (0, 4), textcoords="offset points", fontsize=8,
+        xycoords=("axes fraction", "data"),
+    )  # fmt: skip
+    left.set_xscale("log", base=2)
+    left.set_xlabel("queries that share a window (product of strides)")
+    left.set_ylabel("predicted speedup over the call as asked for")
+    left.set_title(f"window {'x'.join(map(str, problem.kernel_size))}", fontsize=10)
+    windows = sorted(advice.windows, key=lambda s: prod(s.kernel_size))
+    _draw_front(
+        right, windows, [prod(s.kernel_size) for s in windows], [s.ms for s in windows],
+        "kernel_size", problem.kernel_size,
+    )  # fmt: skip
+    right.set_xlabel("keys in a window")
+    right.set_ylabel("predicted milliseconds, forward")
+    right.set_title("nearby windows: no other has more keys in less time", fontsize=10)
+    grid = "x".join(map(str, problem.query_shape))
+    figure.suptitle(f"{grid} tokens on {advice.simulation.device.full_name}", fontsize=11)
+    return figure
+
+
+def _draw_front(
+    axes: Axes,
+    suggestions: Sequence[Suggestion],
+    x: Sequence[float],
+    y: Sequence[float],
+    of: str,
+    asked: tuple[int, ...],
+) -> None:
+    axes.plot(x, y, color=SERIES_COLORS[0], linewidth=1, zorder=1)
+    for n, suggestion in enumerate(suggestions):
+        value = getattr(suggestion, of)
+        same = value == asked
+        axes.scatter(
+            [x[n]], [y[n]], marker="*" if same else "o", s=150 if same else 36,
+            color=QUERY_COLOR if same else SERIES_COLORS[0], edgecolors=_ink(), linewidths=0.6,
+            zorder=3, label="as asked for" if same else None,
+        )  # fmt: skip
+        axes.annotate(
+            "x".join(map(str, value)), (x[n], y[n]), (6, -11), textcoords="offset points",
+            fontsize=7.5,
+        )  # fmt: skip
+    axes.margins(x=0.12, y=0.12)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left")

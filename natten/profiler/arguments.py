@@ -237,6 +237,8 @@ def request_of(options: argparse.Namespace) -> Request:
         named = devices.find(options.device_name)
     device = torch.device("cuda") if named is not None else device_of(options)
     problem = problem_of(options, device)
+    if problem.dtype.itemsize < 2:
+        raise NotImplementedError(f"no backend computes {options.dtype}: give fp16, bf16 or fp32")
     backend = options.backend or ""
     if backend and backend not in OTHERS:
         try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
@@ -14,9 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-# Kineto, below torch's profiler, tells of every start and stop.
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
 # What kernels and operators are called by those who wrote them, and what they do.
 _OURS, _EXTRA, _MEMORY, _OTHER = "natten", "additional pass", "memory", "other"
@@ -144,6 +143,20 @@ def _short(kernel: str) -> str:
     return name if len(name) <= 48 else name[:47] + "…"
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Kineto, below torch's profiler, writes to stderr of every start and stop."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def record(call: Callable[[], Any], device: torch.device, calls: int = 3) -> list[Operation]:
     """The operations of a call, from torch's profiler: kernels on a GPU, operators on the CPU."""
     from torch.autograd import DeviceType
@@ -152,7 +165,7 @@ def record(call: Callable[[], Any], device: torch.device, calls: int = 3) -> lis
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     synchronize(device)
-    with profile(activities=activities, acc_events=True) as profiler:
+    with _quiet(), profile(activities=activities, acc_events=True) as profiler:
         for _ in range(calls):
             call()
         synchronize(device)
@@ -195,9 +208,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - held
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profiler:
+    cpu = [ProfilerActivity.CPU]
+    with _quiet(), profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         call()
     results = profiler.profiler.kineto_results if profiler.profiler is not None else None
     if results is None:
@@ -228,9 +240,7 @@ def limits(device: torch.device, dtype: torch.dtype) -> Limits:
     """Measure the rate of matrix products of ``dtype`` and the bandwidth of memory."""
     on_gpu = device.type == "cuda"
     size = 8192 if on_gpu else 768
-    if dtype.itemsize < 2:
-        dtype = torch.float16
-    factors = [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
+    factors = [torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)]
     product = torch.empty_like(factors[0])
     torch.mm(*factors, out=product)
     ms = median_ms(lambda: torch.mm(*factors, out=product), device, seconds=0.2)

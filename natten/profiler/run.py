@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import natten
 from natten import devices, profile_file
 from natten.devices import Device
+from natten.functional import dispatch
 from natten.functional.problem import Config, Problem
 from natten.profiler import configurations, measuring, optimize, report, subjects
 from natten.profiler.arguments import OTHERS, Request, request_of
@@ -134,7 +135,7 @@ def _optimize(
 ) -> tuple[optimize.Search, str, Config]:
     problem, options = request.problem, request.options
     profile = _existing(options.save, problem)
-    with output.progress(1.0) as tell:
+    with output.progress(1.0) as tell, profile_file.without_profile():
         found = optimize.search(
             problem, tensors, _facts(problem), backend=request.backend,
             warmup=options.optimize_warmup_steps, seconds=options.optimize_seconds, progress=tell,
@@ -160,6 +161,12 @@ def _optimize(
 
 def _profile(request: Request, output: _Output) -> int:
     problem, options = request.problem, request.options
+    if request.backend in OTHERS:
+        reason = subjects.unavailable(request.backend, problem)
+        if reason is not None:
+            raise RuntimeError(f"--backend {request.backend}: {reason}")
+    else:
+        dispatch.resolve(problem, request.config, request.backend)
     output.show(f"{report.title(problem)}, on {devices.driver_name(problem.device)}")
     tensors = subjects.make_tensors(problem)
     backend, config, found = request.backend, request.config, None
@@ -171,9 +178,6 @@ def _profile(request: Request, output: _Output) -> int:
         limits = measuring.limits(problem.device, problem.dtype)
         tell("the call")
         if backend in OTHERS:
-            reason = subjects.unavailable(backend, problem)
-            if reason is not None:
-                raise RuntimeError(f"--backend {backend}: {reason}")
             subject = subjects.measure_other(
                 backend, problem, tensors, options.warmup_steps, limits, operations=True
             )

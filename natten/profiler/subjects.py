@@ -75,9 +75,7 @@ def make_tensors(problem: Problem) -> Tensors:
     _check_memory(problem.device, needed_bytes(problem), "the problem")
 
     def random(*shape: int, grad: bool = problem.requires_grad) -> Tensor:
-        half = problem.dtype.itemsize < 4
-        kind = torch.float16 if half else problem.dtype
-        tensor = torch.randn(shape, device=problem.device, dtype=kind).to(problem.dtype)
+        tensor = torch.randn(shape, device=problem.device, dtype=problem.dtype)
         return tensor.requires_grad_(grad)
 
     batch, heads_kv = problem.batch, problem.heads_kv

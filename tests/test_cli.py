@@ -1,0 +1,166 @@
+"""The command `natten`: every subcommand, and one line and exit code 2 for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import natten
+from natten import cli, info
+
+pytest.importorskip("rich")
+SMALL = ["-i", "10", "12", "-w", "3", "5", "-n", "2", "-d", "16", "--dtype", "fp32"]
+
+
+def failure_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The text for a command line that is refused."""
+    try:
+        code = cli.main(list(words))
+    except SystemExit as error:
+        code = int(error.code or 0)
+    text = capsys.readouterr().err
+    assert code == 2
+    lines = text.strip().splitlines()
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ((), "arguments are required: COMMAND"),
+        (("fly",), "invalid choice: 'fly'"),
+        (("profile", "-w", "3"), "arguments are required: -i"),
+        (("profile", "-i", "8", "8", "-w", "9"), "kernel_size * dilation must be at most"),
+        (("profile", "-i", "8", "8", "-w", "3", "3", "3"), "--window-size must have one"),
+        (("profile", "-i", "8", "8", "-w", "3", "-c", "maybe"), "expected True or False"),
+        (("profile", *SMALL, "--backend", "nope"), "cutlass-fna, cpu-fna"),
+        (("profile", *SMALL, "--fmha-backend", "nope"), "cutlass-fmha"),
+        (("profile", *SMALL, "--heads-kv", "3"), "heads must be a multiple of heads_kv"),
+        (("profile", *SMALL, "--dry-run", "--optimize"), "exclude each other"),
+        (("profile", *SMALL, "--device", "sun"), "--device must be cpu or cuda, got 'sun'"),
+        (("profile", *SMALL, "--device", "cuda:77"), "CUDA devices here"),
+        (("profile", *SMALL, "--device", "cpu", "--backend", "cudnn"), "runs on CUDA devices"),
+        (("profile", *SMALL, "--device", "cpu", "--backend", "hopper-fna"), "cannot run"),
+        (("profile", *SMALL, "--device-name", "h100"), "--device-name is for --dry-run"),
+        (("profile", *SMALL, "--dry-run", "--device-name", "abacus"), "must be one of v100, t4"),
+        (("profile", *SMALL, "--q-tile", "2", "2"), "must be given together"),
+        (("profile", *SMALL, "--warmup-steps", "-1"), "--warmup-steps must not be negative"),
+        (("profile", *SMALL, "--json", "--csv"), "cannot both go to standard output"),
+        (("profile", "-i", "8", "-w", "3", "--dtype", "e4m3"), "no backend computes e4m3"),
+        (("profile", "-i", "100000", "100000", "-w", "3", "--device", "cpu"), "GiB free"),
+        (("simulate", "-i", "8", "-w", "9"), "kernel_size * dilation must be at most"),
+        (("simulate", "-i", "8", "-w", "3", "--device-name", "x"), "device name must be one of"),
+        (("explain", "-i", "8", "8", "8", "8", "-w", "3"), "1, 2 or 3 axes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], text: str
+) -> None:
+    assert text in failure_of(capsys, *words)
+
+
+def test_running_out_of_memory_is_said_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from natten.profiler import run
+
+    def fail(*_: object) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 GiB.")
+
+    monkeypatch.setattr(run, "_profile", fail)
+    line = failure_of(capsys, "profile", *SMALL, "--device", "cpu")
+    assert line == "natten profile: error: CUDA out of memory. Tried to allocate 1 GiB."
+
+
+def test_a_missing_extra_is_said_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    line = failure_of(capsys, "profile", *SMALL, "--device", "cpu")
+    assert "pip install 'natten[profiler]'" in line
+
+
+def test_the_module_reports_under_its_own_name(capsys: pytest.CaptureFixture[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "natten.profiler", "-i", "8", "-w", "9"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("python -m natten.profiler: error: kernel_size")
+    assert "Traceback" not in run.stderr
+
+
+def test_explain_says_who_would_run_a_call(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", *SMALL, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "> " in printed
+    assert "reference-fna" in printed
+
+
+def test_simulate_prints_a_table_or_json_and_draws(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("matplotlib")
+    assert cli.main(["simulate", *SMALL, "--advise"]) == 0
+    printed = capsys.readouterr().out
+    assert "key and value gradient" in printed
+    assert "windows near 3x5" in printed
+    plot = tmp_path / "advice.png"
+    words = ["--json", "--plot", str(plot), "--q-tile", "4", "--kv-tile", "4", "-c", "False"]
+    assert cli.main(["simulate", *SMALL, *words]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["passes"][0]["q_tile_shape"] == [4, 4]
+    assert document["is_causal"] == [False, False]
+    assert document["advice"]["strides"]
+    assert plot.stat().st_size > 1000
+
+
+def test_info_can_be_pasted_and_checks_the_backends() -> None:
+    text, failed = info.info()
+    assert not failed
+    for part in (
+        natten.__version__,
+        torch.__version__.partition("+")[0],
+        "caches",
+        "reference-fna",
+    ):
+        assert part in text
+    assert "ok, differs from the reference by" in text
+
+
+def test_info_tells_of_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = info.neighborhood_attention_generic
+
+    def wrong(*args: object, **kwargs: object) -> object:
+        out = right(*args, **kwargs)  # type: ignore[arg-type]
+        return out if kwargs["backend"] == "reference" else out + 1  # type: ignore[operator]
+
+    monkeypatch.setattr(info, "neighborhood_attention_generic", wrong)
+    text, failed = info.info()
+    assert failed
+    assert "WRONG, differs" in text
+
+
+def test_demo_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    from natten import demo
+
+    given = []
+    monkeypatch.setattr(demo, "main", lambda words: given.extend(words) or 0)
+    assert cli.main(["demo", "--height", "20"]) == 0
+    assert given == ["--height", "20"]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == f"natten {natten.__version__}"
