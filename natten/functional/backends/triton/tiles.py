@@ -218,7 +218,8 @@ def _sizes(problem: Problem, kind: str, split: bool) -> tuple[_Size, ...]:
         # Twice the memory a token, and three products for one: small tiles.
         features = max(problem.head_dim, problem.head_dim_v)
         return (_Size(64 if features <= 128 else 32, 64 if features <= 32 else 32, 4, 2, 1.0),)
-    return _TABLES[kind][split][next_power_of_2(max(problem.head_dim, problem.head_dim_v, 32))]
+    features = next_power_of_2(max(problem.head_dim, problem.head_dim_v, 32))
+    return _TABLES[kind][split][min(features, 256)]
 
 
 def _splits(problem: Problem, pair: tuple[Shape, Shape], inverse: bool) -> bool:
