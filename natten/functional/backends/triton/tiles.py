@@ -268,7 +268,7 @@ def persistent(tiling: Tiling, programs: int, specialize: bool, warps: int) -> T
 
 
 # Products below which making descriptors takes the host longer than they save the GPU.
-_TMA_PRODUCTS = 1e10
+MIN_TMA_PRODUCTS = 3e9
 
 
 def _make(
@@ -310,7 +310,7 @@ def choose(
     if best is None:
         raise RuntimeError("no tile size suits the problem")
     covered, tiling = best[0], best[1]
-    if covered * problem.heads * problem.batch * problem.head_dim < _TMA_PRODUCTS:
+    if covered * problem.heads * problem.batch * problem.head_dim < MIN_TMA_PRODUCTS:
         tiling = replace(tiling, tma=False)
     return _fit(tiling, problem, kind, shared_memory)
 
