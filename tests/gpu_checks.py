@@ -1,0 +1,707 @@
+"""What is tested on a GPU, as plain functions: `test_triton_gpu.py` and `run_gpu.py` call them.
+
+Compiling takes seconds a kernel and running it milliseconds. So random problems come in families:
+what kernels are specialized on is drawn once for a family, everything else for each problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from math import prod
+from random import Random
+from typing import Any
+
+import torch
+from cases import CASES, Case, random_case
+from checks import check_problem, make_inputs, run
+from torch import Tensor
+
+import natten
+from natten.functional import neighborhood_attention_generic
+from natten.functional.backends.triton import tiles
+
+# Descriptors for small problems too, which by default are too small to be worth it.
+tiles.MIN_TMA_PRODUCTS = 0.0
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HOPPER_DIMS = (16, 32, 64, 128, 256)
+# The error of eager attention in the same dtype, times this, is the budget.
+FACTOR = 1.5
+BF16, FP16, FP32 = DTYPES.values()
+Check = Callable[[], None]
+
+
+def check(case: Case, backend: str | None, dtype: torch.dtype, **knobs: Any) -> None:
+    """Assert that a backend computes a case on the GPU."""
+    check_problem(case, backend, dtype, "cuda", factor=FACTOR, **knobs)
+
+
+def has_hopper() -> bool:
+    return torch.cuda.get_device_capability()[0] == 9
+
+
+def backends() -> list[str]:
+    """The Triton backends of this GPU."""
+    return ["cutlass", "hopper"] if has_hopper() else ["cutlass"]
+
+
+# ---------------------------------------------------------------- named cases
+
+
+def _through_descriptors(case: Case) -> Case:
+    """The case with heads wide enough to be loaded through descriptors."""
+    wide = 64 if case.head_dim_v == case.head_dim else 128
+    if case.head_dim >= 64:
+        return case
+    return replace(case, head_dim=64, head_dim_v=wide, name=f"{case.name}_wide")
+
+
+def named_checks(all_dtypes: bool) -> Iterator[tuple[str, Check]]:
+    """All named cases with every backend: in one dtype each, in turn, or in all."""
+    for number, case in enumerate(CASES):
+        for name in backends():
+            wide = name == "hopper"
+            dtypes = (BF16, FP16) if wide else (BF16, FP16, FP32)
+            if not all_dtypes:
+                dtypes = (dtypes[number % len(dtypes)],)
+            for dtype in dtypes:
+                chosen = _through_descriptors(case) if wide else case
+                title = f"{name} {chosen.name} {str(dtype).removeprefix('torch.')}"
+                yield title, partial(check, chosen, name, dtype)
+
+
+def larger_cases() -> list[Case]:
+    """Many tiles a program: loops that are pipelined, and inner tiles without masks."""
+    one = dict(batch=1, heads=2)
+    return [
+        Case("1d_2000_d64", (2000,), (701,), head_dim=64, **one),
+        Case("1d_2000_d128", (2000,), (701,), head_dim=128, **one),
+        Case("1d_2000_d128_causal", (2000,), (900,), is_causal=(True,), head_dim=128, **one),
+        Case("1d_1500_strided_d64", (1500,), (512,), (256,), head_dim=64, **one),
+        Case("2d_48x40_k31_d128", (48, 40), (31, 29), head_dim=128, **one),
+        Case("2d_48x40_k17_d64", (48, 40), (17, 17), head_dim=64, **one),
+        Case("2d_48x40_k17_d32", (48, 40), (17, 17), head_dim=32, **one),
+        Case("2d_48x40_dilated_d64", (48, 40), (13, 11), dilation=(3, 2), head_dim=64, **one),
+        Case("2d_48x40_causal_d128", (48, 40), (31, 29), is_causal=(True, True), head_dim=128),
+        Case("2d_48x40_rpb_d64", (48, 40), (25, 25), head_dim=64, rpb=True, **one),
+        Case("2d_48x40_rpb_d128", (48, 40), (39, 33), head_dim=128, rpb=True, **one),
+        Case("2d_48x40_additional_d64", (48, 40), (9, 9), head_dim=64, additional=700, **one),
+        Case("3d_10x12x14_d64", (10, 12, 14), (7, 9, 11), head_dim=64, **one),
+        Case("3d_10x12x14_d128", (10, 12, 14), (7, 9, 11), head_dim=128, **one),
+        Case("3d_10x12x14_strided_d128", (10, 12, 14), (8, 8, 8), (4, 4, 8), head_dim=128, **one),
+        Case("2d_gqa_d128", (32, 30), (17, 17), head_dim=128, batch=1, heads=8, heads_kv=2),
+        Case("2d_d256", (32, 30), (17, 17), head_dim=256, **one),
+        Case("2d_dv_320", (20, 18), (9, 9), head_dim=64, head_dim_v=320, additional=9, **one),
+        Case("attention_2000_d128", (2000,), None, head_dim=128, **one),
+        Case("attention_2000_d64_causal", (2000,), None, is_causal=(True,), head_dim=64, **one),
+        Case(
+            "varlen_long", (1900,), None, batch=1, key_tokens=(1800,), head_dim=64,
+            lengths_q=(700, 0, 1200), lengths_kv=(900, 100, 800),
+        ),
+        Case(
+            "varlen_long_causal", (1900,), None, batch=1, key_tokens=(1900,), head_dim=128,
+            lengths_q=(700, 3, 1197), lengths_kv=(700, 3, 1197), is_causal=(True,),
+        ),
+        Case("1d_300_scores_of_100", (300,), (150,), head_dim=64, magnitude=4.0, scale=1.0, **one),
+        Case("1d_300_negative_scale", (300,), (250,), head_dim=64, scale=-0.125, **one),
+    ]  # fmt: skip
+
+
+def larger_checks() -> Iterator[tuple[str, Check]]:
+    for number, case in enumerate(larger_cases()):
+        for name in backends():
+            if name == "hopper" and case.head_dim_v not in HOPPER_DIMS:
+                continue
+            dtype = (BF16, FP16)[number % 2]
+            title = f"{name} {case.name} {str(dtype).removeprefix('torch.')}"
+            yield title, partial(check, case, name, dtype)
+    for case in larger_cases()[::5]:
+        yield f"cutlass {case.name} float32", partial(check, case, "cutlass", FP32)
+
+
+# ---------------------------------------------------------------- random problems
+
+
+@dataclass(frozen=True)
+class Family:
+    """What compiled kernels depend on."""
+
+    rank: int
+    is_causal: tuple[bool, ...]
+    backend: str | None
+    dtype: torch.dtype
+    head_dim: int
+    head_dim_v: int
+    group: int  # query heads for each key head
+    dilated: bool
+    rpb: bool
+    additional: bool
+    negative: bool
+    deterministic: bool
+    knobs: tuple[tuple[str, Any], ...]
+
+
+@lru_cache
+def family(number: int) -> Family:
+    """The ``number``-th family, the same on every machine with the same backends."""
+    random = Random(number)
+    rank = (1, 2, 3, 2)[number % 4]
+    backend = ("cutlass", "hopper", None)[number // 4 % 3]
+    if backend == "hopper" and not has_hopper():
+        backend = "cutlass"
+    dtype = (BF16, FP16, FP32)[number // 12 % 3]
+    if backend == "hopper" and dtype == FP32:
+        dtype = random.choice((BF16, FP16))
+    if backend == "hopper":
+        head_dim = random.choice((64, 64, 128, 128, 32, 256))
+        head_dim_v = random.choice((head_dim, head_dim, head_dim, 64, 128, 32))
+    else:
+        head_dim = random.choice((8, 16, 24, 32, 32, 64, 64, 80, 128))
+        head_dim_v = random.choice((head_dim, head_dim, head_dim, 8, 32, 48, 64))
+    causal = tuple(random.random() < 0.25 for _ in range(rank))
+    made = Family(
+        rank, causal, backend, dtype, head_dim, head_dim_v,
+        group=random.choice((1, 1, 1, 2, 4)),
+        dilated=random.random() < (0.25 if backend == "hopper" else 0.5),
+        rpb=not any(causal) and random.random() < 0.3,
+        additional=random.random() < 0.3,
+        negative=random.random() < 0.1,
+        deterministic=random.random() < 0.2,
+        knobs=(),
+    )  # fmt: skip
+    return replace(made, knobs=tuple(_tiles(made, random).items()))
+
+
+def _tiles(family: Family, random: Random) -> dict[str, Any]:
+    """Tile shapes among those listed: the default ones would depend on each problem."""
+    shape = (1, *(4,) * family.rank, family.group, family.head_dim)
+    query = torch.zeros(shape, dtype=family.dtype, device="cuda")
+    key = query[..., :1, :]
+    value = query.new_zeros((*shape[:-2], 1, family.head_dim_v))
+    on_hopper = family.backend == "hopper" or (family.backend is None and _takes_hopper(family))
+
+    def listed(backward: bool) -> list[Any]:
+        pairs = listed_pairs("hopper" if on_hopper else "cutlass", backward, query, key, value)
+        # The first is the default of this shape alone.
+        return [pair for pair in pairs[1:] if max(map(prod, pair)) <= 128]
+
+    knobs: dict[str, Any] = {}
+    for prefix, pairs in (("", listed(False)), ("backward_", listed(True))):
+        if pairs:
+            pair = random.choice(pairs)
+            knobs |= {f"{prefix}q_tile_shape": pair[0], f"{prefix}kv_tile_shape": pair[1]}
+    if random.random() < 0.15:
+        knobs["backward_kv_splits"] = tuple(random.randint(1, 3) for _ in range(family.rank))
+    if random.random() < 0.15:
+        knobs["backward_use_pt_reduction"] = True
+    return knobs
+
+
+def _takes_hopper(family: Family) -> bool:
+    dims = {family.head_dim, family.head_dim_v}
+    return has_hopper() and family.dtype != FP32 and dims <= set(HOPPER_DIMS)
+
+
+def listed_entries(
+    backend: str, backward: bool, query: Tensor, key: Tensor, value: Tensor, kind: str = "fna"
+) -> list[Any]:
+    """What natten's function of this backend lists."""
+    prefix = "get_bwd_configs_for" if backward else "get_configs_for"
+    infix = "cutlass" if backend == "cutlass" else f"cutlass_{backend}"
+    return getattr(natten, f"{prefix}_{infix}_{kind}")(query, key, value)
+
+
+def listed_pairs(*arguments: Any, **more: Any) -> list[Any]:
+    """The (query tile, key tile) pairs alone, without kernel schedules."""
+    entries = listed_entries(*arguments, **more)
+    nested = entries and isinstance(entries[0][0], tuple) and isinstance(entries[0][0][0], tuple)
+    # attention's pairs are of ints: there, an entry with a schedule is a pair in a pair.
+    nested = nested or (entries and isinstance(entries[0][0], tuple) and more.get("kind") == "fmha")
+    return [entry[0] for entry in entries] if nested else entries
+
+
+def family_case(family: Family, seed: int) -> Case:
+    """A random problem of a family."""
+    random = Random(seed)
+    case = random_case(seed, rank=family.rank, max_tokens=random.choice((300, 600, 900)))
+    dilation = case.dilation if family.dilated else (1,) * family.rank
+    heads_kv = random.choice((1, 2, 3))
+    return replace(
+        case,
+        is_causal=family.is_causal,
+        dilation=dilation,
+        heads=heads_kv * family.group,
+        heads_kv=heads_kv,
+        head_dim=family.head_dim,
+        head_dim_v=family.head_dim_v,
+        rpb=family.rpb,
+        additional=random.choice((1, 5, 70, 200)) if family.additional else 0,
+        scale=random.choice((-0.2, -0.05)) if family.negative else random.choice((None, None, 0.3)),
+    )
+
+
+def check_family_problem(number: int, seed: int) -> None:
+    """Check problem ``seed`` of family ``number``."""
+    chosen = family(number)
+    case = family_case(chosen, seed)
+    mode = natten.use_deterministic_algorithms() if chosen.deterministic else nullcontext()
+    with mode:
+        check(case, chosen.backend, chosen.dtype, **dict(chosen.knobs))
+
+
+def check_free_problem(seed: int) -> None:
+    """A random problem with nothing fixed, default tiles, and the backend chosen for it."""
+    dtype = (BF16, FP16, FP32)[seed % 3]
+    case = random_case(seed)
+    if seed % 2:
+        case = _through_descriptors(case)
+    check(case, None, dtype)
+
+
+# ---------------------------------------------------------------- single checks
+
+
+def check_determinism() -> None:
+    """The same bits on every run when asked for, with a bias and additional tokens."""
+    cases = [
+        Case("rpb", (56, 56), (7, 7), batch=8, heads=4, head_dim=32, rpb=True),
+        Case("rpb_3d", (8, 16, 16), (3, 5, 7), batch=3, heads=4, head_dim=64, rpb=True),
+        Case("additional", (64, 64), (9, 9), batch=2, heads=4, head_dim=64, additional=300),
+        Case("causal", (4096,), (1024,), is_causal=(True,), batch=1, heads=4, head_dim=128),
+    ]
+    for case in cases:
+        for name in backends():
+            inputs = make_inputs(case, BF16, "cuda")
+            torch.manual_seed(0)
+            reruns = []
+            with natten.use_deterministic_algorithms():
+                for _ in range(4):
+                    out, lse = run(case, inputs, f"{name}-fna")
+                    grad = torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape)
+                    loss = (out.float() * grad).sum() + lse.sum()
+                    gradients = torch.autograd.grad(loss, list(inputs.tensors().values()))
+                    reruns.append((out, lse, *gradients))
+            for again in reruns[1:]:
+                for a, b in zip(reruns[0], again):
+                    assert torch.equal(a, b), f"{case.name} with {name} differs between runs"
+
+
+def check_deterministic_bias() -> None:
+    """The bias gradient of the deterministic mode is as exact as the other."""
+    with natten.use_deterministic_algorithms():
+        for case in CASES:
+            if case.rpb:
+                check(case, "cutlass", FP16)
+
+
+def _exact_corner(
+    tensors: list[Tensor], low: list[int], high: list[int], outer: list[int], window: dict[str, Any]
+) -> list[Tensor]:
+    """out, dq of the queries in ``[low, high)``, and dk, dv of the keys there, in float64.
+
+    Of the last batch entry and head. ``outer`` is where a box begins that holds all queries that
+    see these keys; a window further holds all keys that those see.
+    """
+    query, key, value, grad_out = tensors
+    grid = list(query.shape[1:-2])
+    reach = [max(o - k, 0) for o, k in zip(outer, window["kernel_size"])]
+    queries = tuple(slice(o, n) for o, n in zip(outer, grid))
+    keys = tuple(slice(o, n) for o, n in zip(reach, grid))
+    one = (slice(-1, None), *queries, slice(-1, None))
+    other = (slice(-1, None), *keys, slice(-1, None))
+    q, g = query[one].double().requires_grad_(), grad_out[one].double()
+    k, v = (t[other].double().requires_grad_() for t in (key, value))
+    out = neighborhood_attention_generic(
+        q, k, v, **window, grid=grid, query_origin=outer, key_origin=reach, backend="reference"
+    )
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), g)
+
+    def crop(tensor: Tensor, origin: list[int]) -> Tensor:
+        return tensor[(slice(None), *(slice(a - o, b - o) for a, b, o in zip(low, high, origin)))]
+
+    return [crop(out.detach(), outer), crop(dq, outer), crop(dk, reach), crop(dv, reach)]
+
+
+def _check_corner(shape: tuple[int, ...], backend: str, **window: Any) -> None:
+    """Compare the last tokens of the last batch entry and head of a tensor of any size."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def randn() -> Tensor:
+        return torch.randn(shape, dtype=BF16, device="cuda", generator=generator)
+
+    tensors = [randn() for _ in range(4)]
+    leaves = [t.requires_grad_() for t in tensors[:3]]
+    out = neighborhood_attention_generic(*leaves, **window, backend=backend)
+    gradients = torch.autograd.grad(out, leaves, tensors[3])
+    grid = list(shape[1:-2])
+    kernel, dilation = window["kernel_size"], window.get("dilation", (1,) * len(grid))
+    reach = [k * d for k, d in zip(kernel, dilation)]
+    low = [max(n - 8, 0) for n in grid]
+    outer = [max(n - 2 * r, 0) for n, r in zip(low, reach)]
+    window = {**window, "kernel_size": kernel}
+    with torch.no_grad():
+        plain = [t.detach() for t in tensors]
+    with torch.enable_grad():
+        exact = _exact_corner(plain, low, grid, outer, window)
+    corner = (slice(-1, None), *(slice(a, b) for a, b in zip(low, grid)), slice(-1, None))
+    for name, got, wanted in zip(("out", "dq", "dk", "dv"), (out, *gradients), exact):
+        error = (got[corner].detach().double() - wanted).abs().max()
+        bound = 0.03 * wanted.abs().max()
+        assert error <= bound, f"{name} of {backend}: error {error:.3g}, allowed {bound:.3g}"
+
+
+def check_huge_grid() -> None:
+    """One image of more than 2**31 elements; rows of tiles are 2**31 elements apart."""
+    for name in backends():
+        _check_corner((1, 8, 66000, 32, 128), f"{name}-fna", kernel_size=(7, 7))
+        torch.cuda.empty_cache()
+
+
+def check_huge_batch() -> None:
+    """A batch of more than 2**31 elements."""
+    for name in backends():
+        _check_corner((5, 330, 333, 32, 128), f"{name}-fna", kernel_size=(5, 5))
+        torch.cuda.empty_cache()
+
+
+def check_huge_heads() -> None:
+    """More than 2**31 elements of two tokens, and 18 million programs."""
+    _check_corner((70000, 2, 256, 64), "cutlass-fna", kernel_size=(2,))
+    torch.cuda.empty_cache()
+
+
+def check_many_programs() -> None:
+    """More programs than the 65535 that a grid's second and third axis can have."""
+    shape = (1100, 64, 64, 16)
+    for name in backends():
+        _check_corner(shape, f"{name}-fna", kernel_size=(9,))
+        _check_corner((40000, 5, 2, 16), f"{name}-fna", kernel_size=(3,))
+
+
+def check_empty_batch() -> None:
+    for name in backends():
+        for rank in (1, 2, 3):
+            shape = (0, *(6,) * rank, 2, 64)
+            leaves = [
+                torch.zeros(shape, dtype=BF16, device="cuda", requires_grad=True) for _ in range(3)
+            ]
+            rpb = torch.zeros(2, *(5,) * rank, dtype=BF16, device="cuda", requires_grad=True)
+            out = neighborhood_attention_generic(*leaves, 3, rpb=rpb, backend=f"{name}-fna")
+            gradients = torch.autograd.grad(out.sum(), [*leaves, rpb])
+            assert out.shape == shape
+            assert bool((gradients[-1] == 0).all())
+
+
+def check_large_scores() -> None:
+    """Scores in the thousands, and rows whose first tiles are all masked: no NaN anywhere."""
+    for name in backends():
+        for dtype in (BF16, FP16):
+            case = Case("large", (700,), (33,), batch=1, head_dim=64, magnitude=30.0)
+            check(case, name, dtype)
+            case = Case(
+                "late_windows", (300,), (11,), (11,), (2,), (True,), batch=1, head_dim=64,
+                magnitude=8.0,
+            )  # fmt: skip
+            check(case, name, dtype)
+            query, key, value = torch.randn(3, 1, 20, 20, 2, 64, device="cuda").to(dtype)
+            key[:, 10:] = torch.nan
+            out = natten.na2d(query, key, value, 5, backend=f"{name}-fna")
+            assert not bool(out[:, :8].isnan().any()), "keys out of sight must not matter"
+
+
+def check_layouts() -> None:
+    """Views of other tensors give what their contiguous copies give."""
+    for name in backends():
+        packed = torch.randn(2, 20, 18, 3, 4, 64, device="cuda", dtype=BF16)
+        heads_first = torch.randn(3, 2, 4, 20, 18, 64, device="cuda", dtype=BF16)
+        shifted = torch.randn(3, 2, 20, 18, 4, 65, device="cuda", dtype=BF16)[..., 1:]
+        spread = torch.randn(3, 1, 20, 18, 4, 64, device="cuda", dtype=BF16).expand(
+            3, 2, 20, 18, 4, 64
+        )
+        shared_heads = torch.randn(3, 2, 20, 18, 1, 64, device="cuda", dtype=BF16).expand(
+            3, 2, 20, 18, 4, 64
+        )
+        every_other = torch.randn(3, 2, 40, 36, 8, 64, device="cuda", dtype=BF16)
+        for views in (
+            packed.unbind(3),
+            heads_first.movedim(2, 4).unbind(0),
+            shifted.unbind(0),
+            spread.unbind(0),
+            shared_heads.unbind(0),
+            every_other[:, :, ::2, 1::2, ::2].unbind(0),
+        ):
+            results = []
+            for tensors in (views, [t.contiguous() for t in views]):
+                leaves = [t.detach().requires_grad_() for t in tensors]
+                out = natten.na2d(*leaves, kernel_size=7, backend=f"{name}-fna")
+                grad = torch.linspace(-1, 1, out.numel(), device="cuda", dtype=BF16)
+                # A gradient that is not contiguous either.
+                grad = grad.view(2, 4, 20, 18, 64).movedim(1, 3)
+                results.append((out, *torch.autograd.grad(out, leaves, grad)))
+            for got, wanted in zip(*results):
+                torch.testing.assert_close(got, wanted, atol=2e-2, rtol=2e-2)
+        out = natten.na2d(*views, kernel_size=7, backend=f"{name}-fna")
+        loss = natten.na2d(*leaves, kernel_size=7, backend=f"{name}-fna").sum()
+        loss.backward()  # a gradient of stride 0
+        assert out.isfinite().all()
+
+
+def check_schedules() -> None:
+    """kernel_schedule of `hopper`: three different loops, each right."""
+    if not has_hopper():
+        return
+    for schedule in ("non", "coop", "pp"):
+        for case in (
+            Case("1d", (1000,), (333,), head_dim=128, batch=1),
+            Case("2d", (40, 36), (13, 11), head_dim=64),
+            Case("3d_causal", (8, 12, 14), (5, 7, 9), is_causal=(True, False, False), head_dim=128),
+            Case("2d_rpb_additional", (24, 20), (9, 9), head_dim=64, rpb=True, additional=50),
+            Case("attention", (700,), None, head_dim=128, is_causal=(True,)),
+        ):
+            check(case, "hopper", BF16, kernel_schedule=schedule)
+
+
+def check_listed_names() -> None:
+    """The tile shapes that known clients ask for are listed."""
+    for backend, kind, rank, pair in (
+        ("cutlass", "fmha", 1, (64, 64)),
+        ("cutlass", "fna", 2, ((8, 8), (8, 8))),
+        ("cutlass", "fna", 3, ((4, 4, 4), (4, 4, 4))),
+        ("hopper", "fna", 3, ((4, 4, 8), (4, 4, 8))),
+    ):
+        if backend not in backends():
+            continue
+        for head_dim in (64, 128):
+            tensor = torch.zeros(1, *(16,) * rank, 2, head_dim, dtype=BF16, device="cuda")
+            for backward in (False, True):
+                pairs = listed_pairs(backend, backward, tensor, tensor, tensor, kind=kind)
+                direction = "backward" if backward else "forward"
+                assert pair in pairs, f"{backend}-{kind} must list {pair} ({direction})"
+
+
+def listed_checks(count: int = 6) -> Iterator[tuple[str, Check]]:
+    """A sample of the listed tile shapes, each run forward and backward."""
+    random = Random(3)
+    cases = {
+        1: Case("1d", (500,), (201,), batch=1, head_dim=64),
+        2: Case("2d", (30, 34), (13, 11), batch=1, head_dim=64),
+        3: Case("3d", (7, 12, 10), (5, 7, 9), batch=1, head_dim=128),
+    }
+    for name in backends():
+        for rank, case in cases.items():
+            tensor = torch.zeros(1, *case.tokens, 2, case.head_dim, dtype=BF16, device="cuda")
+            forward, backward = (
+                listed_entries(name, back, tensor, tensor, tensor) for back in (False, True)
+            )
+            for _ in range(count):
+                entry, pair = random.choice(forward[1:]), random.choice(backward[1:])
+                knobs: dict[str, Any] = {}
+                if name == "hopper":
+                    entry, schedule = entry
+                    knobs["kernel_schedule"] = schedule
+                knobs |= {
+                    "q_tile_shape": entry[0],
+                    "kv_tile_shape": entry[1],
+                    "backward_q_tile_shape": pair[0],
+                    "backward_kv_tile_shape": pair[1],
+                }
+                title = f"{name} rank {rank} {entry} {pair} {knobs.get('kernel_schedule', '')}"
+                yield title, partial(check, case, name, BF16, **knobs)
+
+
+def check_explain() -> None:
+    """explain names the backend that runs a call."""
+    half = torch.zeros(1, 16, 16, 2, 64, dtype=BF16, device="cuda")
+    expected = "hopper-fna" if has_hopper() else "cutlass-fna"
+    if torch.cuda.get_device_capability()[0] <= 9:
+        explanation = natten.explain(half, half, half, 7)
+        assert explanation.chosen == expected, str(explanation)
+        single = half.float()
+        explanation = natten.explain(single, single, single, 7)
+        assert explanation.chosen == "cutlass-fna", str(explanation)
+        reasons = {d.backend: d.reason for d in explanation.decisions}
+        assert reasons["cutlass-fna"] is None
+        assert reasons["blackwell-fna"] is not None
+
+
+def check_backward_knobs() -> None:
+    """Splits, row sums by torch, memory preference and KV parallelism keep the result."""
+    case = Case("2d", (30, 34), (13, 11), batch=2, head_dim=64, heads=4, heads_kv=2)
+    for name in backends():
+        check(case, name, BF16, backward_kv_splits=(2, 3))
+        check(case, name, BF16, backward_use_pt_reduction=True)
+        many = Case("1d_splits", (3000,), (33,), batch=1, heads=1, additional=40, head_dim=64)
+        for preference in ("strict", "default", "unrestricted"):
+            with natten.set_memory_usage_preference(preference):
+                check(many, name, FP16)
+        with natten.use_kv_parallelism_in_fused_na(False):
+            check(many, name, FP16)
+
+
+def check_precision() -> None:
+    """float32 products follow torch's float32 matmul precision."""
+    case = Case("2d", (24, 20), (9, 9), head_dim=64)
+    inputs = make_inputs(case, FP32, "cuda")
+    exact, _ = run(case, inputs.to(torch.float64), "reference")
+    errors = {}
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            out, _ = run(case, inputs, "cutlass-fna")
+            errors[precision] = float((out.double() - exact).abs().max())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert errors["highest"] < 5e-6 < errors["high"] < 5e-3, errors
+
+
+def check_streams() -> None:
+    """Calls on several streams at once do not disturb one another."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    inputs = [
+        torch.randn(3, 2, 40, 40, 4, 64, device="cuda", generator=generator).to(BF16)
+        for _ in range(6)
+    ]
+
+    def step(tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = natten.na2d(*leaves, kernel_size=11)
+        return (out, *torch.autograd.grad(out.float().square().sum(), leaves))
+
+    expected = [step(tensors) for tensors in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for _ in range(3):
+        results = []
+        for tensors, stream in zip(inputs, streams):
+            with torch.cuda.stream(stream):
+                results.append(step(tensors))
+        torch.cuda.synchronize()
+        for got, wanted in zip(results, expected):
+            for a, b in zip(got, wanted):
+                assert torch.equal(a, b)
+
+
+def check_graph() -> None:
+    """A forward and backward pass captured as a CUDA graph, replayed with other inputs."""
+    for name in backends():
+        leaves = [
+            torch.randn(2, 24, 24, 4, 64, device="cuda", dtype=BF16, requires_grad=True)
+            for _ in range(3)
+        ]
+        grad = torch.randn(2, 24, 24, 4, 64, device="cuda", dtype=BF16)
+
+        def step(leaves: list[Tensor], name: str = name, grad: Tensor = grad) -> list[Tensor]:
+            out = natten.na2d(*leaves, kernel_size=7, backend=f"{name}-fna")
+            return [out, *torch.autograd.grad(out, leaves, grad)]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(leaves)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(leaves)
+        for _ in range(2):
+            with torch.no_grad():
+                for leaf in leaves:
+                    leaf.normal_()
+            graph.replay()
+            torch.cuda.synchronize()
+            for got, wanted in zip(captured, step(leaves)):
+                assert torch.equal(got, wanted)
+
+
+class _Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = natten.NeighborhoodAttention2D(128, 2, kernel_size=7, dilation=2)
+        self.head = torch.nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.attention(x)).mean((1, 2))
+
+
+def check_training_step() -> None:
+    """Steps under autocast, compiled and not, agree."""
+    x = torch.randn(4, 28, 28, 128, device="cuda")
+    target = torch.randint(10, (4,), device="cuda")
+    losses = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = _Block().cuda()
+        step = torch.compile(model, fullgraph=True) if compiled else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses[compiled] = []
+        for _ in range(3):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = torch.nn.functional.cross_entropy(step(x).float(), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[compiled].append(float(loss.detach()))
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    worst = max(abs(a - b) for a, b in zip(losses[False], losses[True]))
+    assert worst < 0.02, losses
+    assert losses[True][-1] < losses[True][0], losses
+
+
+# The first take longest.
+SINGLE: dict[str, Check] = {
+    "training_step": check_training_step,
+    "schedules": check_schedules,
+    "deterministic_bias": check_deterministic_bias,
+    "backward_knobs": check_backward_knobs,
+    "huge_grid": check_huge_grid,
+    "huge_batch": check_huge_batch,
+    "huge_heads": check_huge_heads,
+    "determinism": check_determinism,
+    "large_scores": check_large_scores,
+    "layouts": check_layouts,
+    "many_programs": check_many_programs,
+    "empty_batch": check_empty_batch,
+    "listed_names": check_listed_names,
+    "explain": check_explain,
+    "precision": check_precision,
+    "streams": check_streams,
+    "graph": check_graph,
+}
+# These need half the memory of a GPU: one at a time.
+HUGE = ("huge_grid", "huge_batch", "huge_heads")
+
+
+def sanitized_cases() -> Iterator[tuple[str, Check]]:
+    """A few small problems that reach every kernel and every way of loading, for sanitizers."""
+    named = {case.name: case for case in CASES}
+    one = dict(batch=1, heads=1)
+    chosen = [
+        ("cutlass", named["2d_s25_d23_cb"]),
+        ("cutlass", named["2d_rpb_additional"]),
+        ("cutlass", named["3d_rpb"]),
+        ("cutlass", named["2d_sub_dilated"]),
+        ("cutlass", named["varlen_cross"]),
+        ("cutlass", named["2d_dilation_ragged_groups"]),
+        ("cutlass", named["2d_head_dim_40"]),
+        # Inner tiles without masks.
+        ("cutlass", Case("1d_split", (300,), (250,), head_dim=64, rpb=True, **one)),
+        ("cutlass", Case("1d_split_causal", (333,), (300,), is_causal=(True,), head_dim=64, **one)),
+        ("cutlass", Case("1d_splits", (600,), (5,), additional=9, **one)),
+        ("hopper", Case("1d_tma", (300,), (250,), head_dim=64, **one)),
+        ("hopper", Case("2d_tma", (21, 19), (13, 11), head_dim=64, rpb=True, **one)),
+        ("hopper", Case("3d_tma", (7, 8, 9), (3, 5, 7), head_dim=64, additional=70, **one)),
+        ("hopper", Case("attention_tma", (200,), None, (), (), (True,), head_dim=128, **one)),
+    ]
+    for name, case in chosen:
+        if name in backends():
+            yield f"{name} {case.name}", partial(check, case, name, FP16)
+    tma = Case("2d_schedule", (21, 19), (13, 11), head_dim=64, **one)
+    for schedule in ("coop", "pp") if has_hopper() else ():
+        yield (
+            f"hopper {schedule}",
+            partial(check, tma, "hopper", FP16, backward=False, kernel_schedule=schedule),
+        )
