@@ -129,6 +129,7 @@ def _boxes(problem: Problem, inverse: bool) -> list[_Box]:
     return [_Box(*row, *column) for row, column in pairs]
 
 
+@lru_cache(maxsize=4096)
 def needed_pairs(problem: Problem) -> int:
     """Pairs of a query and a key that it attends to, for one batch entry and head."""
     total = 1
@@ -592,6 +593,22 @@ def simulate_problem(
     )  # fmt: skip
 
 
+def predict(
+    problem: Problem, device: Device, config: Config, backward: bool = False
+) -> tuple[float, float]:
+    """Milliseconds and waste of one pass: the part of :func:`simulate_problem` that ranks tiles."""
+    kernels = _BACKWARD if backward else (_FORWARD,)
+    passes = [
+        _simulate_pass(problem, kernel, device, tiling, False)
+        for kernel, tiling in zip(kernels, _tilings(problem, device, config, backward), strict=True)
+    ]
+    d, dv = problem.head_dim, problem.head_dim_v
+    products = _BACKWARD_PRODUCTS if backward else _FORWARD.products
+    needed = 2 * needed_pairs(problem) * (products[0] * d + products[1] * dv)
+    executed = sum(p.executed_flops for p in passes)
+    return sum(p.ms for p in passes), executed / max(needed * problem.batch * problem.heads, 1)
+
+
 def simulate(
     shape: Sequence[int],
     kernel_size: IntOrSequence,
@@ -675,6 +692,7 @@ __all__ = [
     "make_problem",
     "needed_pairs",
     "on_gpu",
+    "predict",
     "simulate",
     "simulate_problem",
     "table",

@@ -10,7 +10,7 @@ from natten import devices
 from natten.devices import Device
 from natten.functional import dispatch
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
-from natten.simulator import simulate_problem
+from natten.simulator import predict
 
 Shape = tuple[int, ...]
 GPU_BACKENDS = ("blackwell", "hopper", "cutlass")
@@ -65,28 +65,28 @@ def rank(
 ) -> tuple[Configuration, ...]:
     """Listed configurations: the default, then by predicted time if the device is known.
 
-    ``limit`` ends the list, 0 does not. Backends list theirs by work, so that only the first few
-    times as many have to be predicted.
+    ``limit`` ends the list, 0 does not.
     """
     pairs = _pairs(listed)
-    if device is None or not pairs:
-        found = [Configuration(*pair) for pair in pairs]
-        return tuple(found[:limit] if limit else found)
-    found = []
-    for q, kv, schedule in pairs[: 8 * limit] if limit else pairs:
-        if backward:
-            config = Config(backward_q_tile_shape=q, backward_kv_tile_shape=kv)
-        else:
-            config = Config(q_tile_shape=q, kv_tile_shape=kv)
-        result = simulate_problem(problem, device, config)
-        needed = result.needed_backward_flops if backward else result.needed_flops
-        executed = sum(
-            kernel.executed_flops for kernel in (result.backward if backward else (result.forward,))
-        )
-        ms = result.backward_ms if backward else result.forward_ms
-        found.append(Configuration(q, kv, schedule, executed / max(needed, 1), ms))
-    ordered = [found[0], *sorted(found[1:], key=lambda c: c.ms or 0.0)]
-    return tuple(ordered[:limit] if limit else ordered)
+    found = [Configuration(*pair) for pair in pairs]
+    if device is not None:
+        # Predictions do not know schedules.
+        predicted = {
+            pair: predict(problem, device, _config(*pair, backward), backward)
+            for pair in dict.fromkeys((c.q_tile_shape, c.kv_tile_shape) for c in found)
+        }
+        found = [
+            Configuration(q, kv, schedule, predicted[q, kv][1], predicted[q, kv][0])
+            for q, kv, schedule in pairs
+        ]
+        found[1:] = sorted(found[1:], key=lambda c: c.ms or 0.0)
+    return tuple(found[:limit] if limit else found)
+
+
+def _config(query: Shape, key: Shape, backward: bool) -> Config:
+    if backward:
+        return Config(backward_q_tile_shape=query, backward_kv_tile_shape=key)
+    return Config(q_tile_shape=query, kv_tile_shape=key)
 
 
 def list_backend(

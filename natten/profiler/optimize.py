@@ -9,8 +9,10 @@ came close to the best. The backends' own choice is always among what is timed.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 
@@ -23,7 +25,8 @@ from natten.profiler.subjects import Tensors, natten_call
 
 # Predictions err by this much: what is further from the best is not timed.
 _MARGIN = 1.3
-_PER_BACKEND = 12
+_PER_BACKEND = 16
+_PER_SIZE = 2
 # Backends whose forward pass is slower than the best by this are not searched backward.
 _CLOSE = 1.5
 
@@ -116,14 +119,22 @@ def _near(found: tuple[Configuration, ...]) -> list[Configuration]:
     if not times:
         return list(others)[:_PER_BACKEND]
     limit = _MARGIN * min(times)
-    return [c for c in others if c.ms is not None and c.ms <= limit][:_PER_BACKEND]
+    chosen: list[Configuration] = []
+    sizes: Counter[tuple[int, int, str | None]] = Counter()
+    for c in others:
+        # What predictions know least is how sizes compare: a few of each.
+        size = (prod(c.q_tile_shape), prod(c.kv_tile_shape), c.kernel_schedule)
+        if c.ms is not None and c.ms <= limit and sizes[size] < _PER_SIZE:
+            chosen.append(c)
+            sizes[size] += 1
+    return chosen[:_PER_BACKEND]
 
 
 def candidates(
     problem: Problem, backend: str, device: Device | None
 ) -> tuple[list[Config], list[Config]]:
     """Forward and backward configurations to time, the most promising first."""
-    listing = list_backend(backend, problem, device, absent=False, limit=_PER_BACKEND * 4)
+    listing = list_backend(backend, problem, device, absent=False)
     schedules = sorted({c.kernel_schedule for c in listing.forward if c.kernel_schedule})
     forward = [DEFAULT_CONFIG, *(Config(kernel_schedule=s) for s in schedules)]
     forward += [
