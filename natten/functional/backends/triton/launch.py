@@ -36,9 +36,9 @@ def _pad(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
     return (fill,) * (3 - len(values)) + tuple(values)
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides of batch, three axes of tokens, and heads."""
-    batch, *tokens, head, _ = tensor.stride()
+def _strides(stride: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of batch, three axes of tokens, and heads, from those of a tensor."""
+    batch, *tokens, head, _ = stride
     return (batch, *_pad(tokens, 0), head)
 
 
@@ -219,6 +219,7 @@ def _plan(
     what the kernel writes. ``inverse`` says that key tiles own the programs, ``splits`` of them
     each.
     """
+    strides, additional = tuple(map(_strides, strides)), tuple(map(_strides, additional))
     query_tile, key_tile = _pad(tiling.query, 1), _pad(tiling.key, 1)
     dilations = _pad(problem.dilation, 1)
     query_box = (_pad(problem.query_origin, 0), _pad(problem.query_shape, 1))
@@ -286,7 +287,7 @@ def _plan(
         "PERSISTENT": tiling.programs > 0,
         "WARP_SPECIALIZE": tiling.specialize,
         "num_warps": tiling.warps,
-        **dict(outputs),
+        **{name: _strides(stride) for name, stride in outputs},
     }
     accepted = {*kernel.arg_names, "num_warps"}
     return _Plan(programs, {name: v for name, v in options.items() if name in accepted})
@@ -328,13 +329,13 @@ def forward(
             _readable(additional_keys),
             _readable(additional_values),
         )
-        additional = (_strides(additional_keys), _strides(additional_values))
+        additional = (additional_keys.stride(), additional_values.stride())
     if rpb is not None:
         rpb = rpb.contiguous()
     plan = _plan(
         forward_kernel, problem, tiling, _sequences(problem, cumulative_query), problem.head_dim_v,
-        _precision(query), False, (_strides(query), _strides(key), _strides(value)), additional,
-        (("out_strides", _strides(out)),),
+        _precision(query), False, (query.stride(), key.stride(), value.stride()), additional,
+        (("out_strides", out.stride()),),
     )  # fmt: skip
     key_tile = plan.options["KEY_TILE"]
     _run(
@@ -506,8 +507,8 @@ class _Backward:
     ) -> _Plan:
         return _plan(
             kernel, problem, tiling, self.sequences, self.value.shape[-1], self.precision, inverse,
-            tuple(map(_strides, tensors)), tuple(map(_strides, additional)),
-            tuple((name, _strides(output)) for name, output in outputs.items()), splits,
+            tuple([t.stride() for t in tensors]), tuple([t.stride() for t in additional]),
+            tuple([(name, output.stride()) for name, output in outputs.items()]), splits,
         )  # fmt: skip
 
     def _query(self) -> Tensor:
