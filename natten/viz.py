@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 QUERY_COLOR = "#D55E00"
 TOKEN_COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 WEIGHT_MAP = "viridis"
-# From bright to dark, so that they differ in grey: partial tiles are also hatched.
-SKIPPED, PARTIAL, FULL = "#EDEDED", "#E69F00", "#0072B2"
+# In brightness between skipped and full tiles, and hatched.
+PARTIAL = "#E69F00"
 SERIES_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo")
 _MARKERS = "osD^vP"
@@ -46,7 +46,6 @@ _DARK = {
     "xtick.color": "#C8C8C8", "ytick.color": "#C8C8C8", "grid.color": "#3A3D44",
     "legend.facecolor": "#22252C", "legend.edgecolor": "#3A3D44",
 }  # fmt: skip
-_DARK_EMPTY, _LIGHT_EMPTY = "#30333B", "#EDEDED"
 
 
 @contextmanager
@@ -69,7 +68,11 @@ def _is_dark() -> bool:
 
 
 def _empty_color() -> str:
-    return _DARK_EMPTY if _is_dark() else _LIGHT_EMPTY
+    return "#30333B" if _is_dark() else "#EDEDED"
+
+
+def _full_color() -> str:
+    return "#BFE3F8" if _is_dark() else "#0072B2"
 
 
 def _ink() -> str:
@@ -303,8 +306,7 @@ def draw_block_mask(
             states.repeat_interleave(own.shape[0], 0).repeat_interleave(own.shape[1], 1),
             own.repeat(*states.shape),
         )
-    dark = _is_dark()
-    colors = ListedColormap([_empty_color(), PARTIAL, "#56B4E9" if dark else FULL])
+    colors = ListedColormap([_empty_color(), PARTIAL, _full_color()])
     axes.imshow(states.numpy(), cmap=colors, vmin=0, vmax=2, interpolation="nearest")
     if states.numel() <= 4096:
         _hatch(axes, [(y, x, 1, 1) for y, x in (states == 1).nonzero().tolist()])
@@ -377,7 +379,7 @@ def draw_tiles(
         spans.insert(0, [(0, 1, True)])
         queries.insert(0, (0, 1))
         shape = (1, *shape)
-    full_color = "#56B4E9" if _is_dark() else FULL
+    full_color = _full_color()
     height, width = shape
     axes.add_patch(Rectangle((-0.5, -0.5), width, height, facecolor=_empty_color(), zorder=0))
     counts = [0, 0]
@@ -411,7 +413,7 @@ def draw_tile_legend(figure: Figure) -> None:
     """What the colours of :func:`draw_tiles` and :func:`draw_block_mask` mean, below a figure."""
     from matplotlib.patches import Patch
 
-    full = "#56B4E9" if _is_dark() else FULL
+    full = _full_color()
     figure.legend(
         handles=[
             Patch(facecolor=full, label="full: no mask"),
@@ -593,8 +595,8 @@ def advice_figure(advice: Advice) -> Figure:
     # Beyond this line masks are saved, too: tiles become full.
     left.axhline(advice.simulation.waste, color=_ink(), linestyle="--", linewidth=1)
     left.annotate(
-        "no wasted operations", (0.02, advice.simulation.waste), (0, 4), textcoords="offset points", fontsize=8,
-        xycoords=("axes fraction", "data"),
+        "no wasted operations", (0.02, advice.simulation.waste), (0, 4),
+        textcoords="offset points", xycoords=("axes fraction", "data"), fontsize=8,
     )  # fmt: skip
     left.set_xscale("log", base=2)
     left.set_xlabel("queries that share a window (product of strides)")

@@ -403,3 +403,48 @@ def test_optimize_writes_a_profile_that_applies(
     saved(path, entry(), device="Abacus 9000")
     assert cli.main([*words, "--backend", "reference"]) == 2
     assert "is a profile of 'Abacus 9000'" in capsys.readouterr().err
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_gpu_profile_names_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["-i", "64", "64", "-w", "13", "-b", "4", "-n", "8", "-d", "64", "--dtype", "bf16"]
+    baselines = ["--baseline", "dense", "cudnn", "fav2", "flex", "xformers"]
+    assert cli.main(["profile", *words, "--backprop", "--json", *baselines]) == 0
+    document = json.loads(capsys.readouterr().out)
+    names = {o["name"]: o for o in document["subject"]["operations"]}
+    assert names["attention, forward"]["kind"] == "natten"
+    assert any(name.startswith("gradient") for name in names)
+    recorded = sum(o["ms"] for o in document["subject"]["operations"])
+    assert 0.3 < recorded / document["subject"]["total_ms"] < 1.5
+    assert document["subject"]["peak_bytes"] > 4 * 64 * 64 * 8 * 64 * 2
+    failures = {b["name"]: b["failure"] for b in document["baselines"] if b["failure"]}
+    assert set(failures) <= {"dense attention, xFormers", "dense attention, cuDNN"}
+    assert document["limits"]["tflops"] > 1
+
+
+@pytest.mark.gpu
+def test_gpu_search_is_applied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "p.json"
+    words = ["-i", "64", "64", "-w", "13", "-n", "8", "-d", "64", "--dtype", "bf16", "--backprop"]
+    search = ["--optimize", "--optimize-seconds", "30", "--save", str(path), "--baseline"]
+    assert cli.main(["profile", *words, *search]) == 0
+    (entry,) = profile_file.read_profile(path).entries
+    assert natten.load_profile(path) == 1
+    assert profile_file.lookup(entry.problem, entry.backend) == entry.config
+    tensors = subjects.make_tensors(entry.problem)
+    out = subjects.natten_call(entry.problem, tensors, "", Config())()
+    exact = natten.na2d(
+        tensors.query.double(), tensors.key.double(), tensors.value.double(), 13,
+        backend="reference",
+    )  # fmt: skip
+    assert (out.double() - exact).abs().max() < 2e-2
+
+
+@pytest.mark.gpu
+def test_gpu_memory_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["profile", "-i", "4096", "4096", "-w", "3", "-n", "512", "--device", "cuda"]
+    assert cli.main(words) == 2
+    assert "GiB free" in capsys.readouterr().err
