@@ -254,7 +254,7 @@ class _Attention(torch.autograd.Function):
         saved = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
         arguments = (grad_out, grad_lse, *saved, *ctx.parameters, needs)
-        if _transforming():
+        if transforming():
             gradients = _AttentionBackward.apply(*arguments)
         elif not torch.is_grad_enabled() and _is_plain(arguments[: _NUM_TENSORS + 4]):
             gradients = _backward(*arguments)
@@ -286,7 +286,7 @@ class _AttentionBackward(torch.autograd.Function):
         )
 
 
-def _transforming() -> bool:
+def transforming() -> bool:
     """Whether torch.func transforms are at work, which must see the Function and not the operator:
     the dispatcher does not hand them a Python kernel's derivative."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -320,7 +320,7 @@ def _is_plain(tensors: tuple[Any, ...]) -> bool:
 def call(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The forward operator, on the shortest way that autograd, compilers, tracers and torch.func
     allow."""
-    if _transforming():
+    if transforming():
         return _Attention.apply(*arguments)
     if _is_plain(arguments[:_NUM_TENSORS]):
         # The last argument says whether gradients are needed.
@@ -432,4 +432,5 @@ __all__ = [
     "make_problem",
     "neighborhood_attention",
     "neighborhood_attention_backward",
+    "transforming",
 ]

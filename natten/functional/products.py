@@ -9,7 +9,7 @@ With slot j of a query's window standing for the key ``key(q, j)``::
     natten::window_bias_sum  out[key(q, j) - q] += weights[q, j]
 
 Each is linear in each of its tensors, and the derivative of one is another, so that derivatives of
-every order exist. Memory is linear in queries times window, and sums have a fixed order: results
+every order exist, in backward and forward mode and under torch.func. Memory is linear in queries times window, and sums have a fixed order: results
 are the same on every run.
 
 Tensors are heads-first, ``[batch, heads, *tokens, features]``; slots are in row-major order from
@@ -28,8 +28,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from natten.functional.backends import gather
+from natten.functional.ops import transforming
 from natten.window import Axis
 
 # Plain integers, is_causal 0 and 1: torch.jit.trace takes no other lists.
@@ -157,59 +159,130 @@ def _bias_sum_fake(weights: Tensor, kernel_size: Any, *_: Any) -> Tensor:
     return weights.new_empty(weights.shape[0], *(2 * k - 1 for k in kernel_size))
 
 
-def _gradients_of_dot(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    a, b = ctx.saved_tensors
-    return _pair(ctx, window_sum, grad, b, window_scatter, grad, a)
+class _Bilinear(torch.autograd.Function):
+    """A product of two tensors; subclasses name the products that its derivatives are."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
+        ctx.window = inputs[2:6]
+
+    @staticmethod
+    def gradients(ctx: Any, left: Callable[[], Tensor], right: Callable[[], Tensor]) -> Any:
+        need_left, need_right, *others = ctx.needs_input_grad
+        none = [None] * len(others)
+        return (left() if need_left else None, right() if need_right else None, *none)
 
 
-def _gradients_of_sum(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weights, b = ctx.saved_tensors
-    return _pair(ctx, _dot_or_zero, grad, b, window_scatter, weights, grad)
+class _Dot(_Bilinear):
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.natten.window_dot(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (a, b), window = ctx.saved_tensors, ctx.window
+        return _Bilinear.gradients(
+            ctx,
+            lambda: window_sum(grad, b, *window),
+            lambda: window_scatter(grad, a, *window),
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, a_tangent: Tensor, b_tangent: Tensor, *_: Any) -> Tensor:
+        (a, b), window = ctx.saved_tensors, ctx.window
+        return window_dot(a_tangent, b, *window, 0.0) + window_dot(a, b_tangent, *window, 0.0)
 
 
-def _gradients_of_scatter(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weights, a = ctx.saved_tensors
-    return _pair(ctx, _dot_or_zero, a, grad, window_sum, weights, grad)
+class _Sum(_Bilinear):
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.natten.window_sum(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (weights, b), window = ctx.saved_tensors, ctx.window
+        return _Bilinear.gradients(
+            ctx,
+            lambda: window_dot(grad, b, *window, 0.0),
+            lambda: window_scatter(weights, grad, *window),
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, weights_tangent: Tensor, b_tangent: Tensor, *_: Any) -> Tensor:
+        (weights, b), window = ctx.saved_tensors, ctx.window
+        return window_sum(weights_tangent, b, *window) + window_sum(weights, b_tangent, *window)
 
 
-def _dot_or_zero(a: Tensor, b: Tensor, *window: Any) -> Tensor:
-    return window_dot(a, b, *window, 0.0)
+class _Scatter(_Bilinear):
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.natten.window_scatter(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (weights, a), window = ctx.saved_tensors, ctx.window
+        return _Bilinear.gradients(
+            ctx,
+            lambda: window_dot(a, grad, *window, 0.0),
+            lambda: window_sum(weights, grad, *window),
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, weights_tangent: Tensor, a_tangent: Tensor, *_: Any) -> Tensor:
+        (weights, a), window = ctx.saved_tensors, ctx.window
+        first = window_scatter(weights_tangent, a, *window)
+        return first + window_scatter(weights, a_tangent, *window)
 
 
-def _pair(
-    ctx: Any,
-    left: Callable[..., Tensor],
-    left_a: Tensor,
-    left_b: Tensor,
-    right: Callable[..., Tensor],
-    right_a: Tensor,
-    right_b: Tensor,
-) -> tuple[Any, ...]:
-    need_left, need_right, *others = ctx.needs_input_grad
-    window = ctx.window
-    return (
-        left(left_a, left_b, *window) if need_left else None,
-        right(right_a, right_b, *window) if need_right else None,
-        *[None] * len(others),
-    )
+class _Bias(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.natten.window_bias(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.tokens, *ctx.window = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (window_bias_sum(grad, *ctx.window), None, None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return window_bias(tangent, ctx.tokens, *ctx.window)
 
 
-def _keep_both(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.window = inputs[2:6]
+class _BiasSum(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.natten.window_bias_sum(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weights, *ctx.window = inputs
+        ctx.tokens = weights.shape[1:-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (window_bias(grad, ctx.tokens, *ctx.window), None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return window_bias_sum(tangent, *ctx.window)
 
 
-def _gradient_of_bias(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (window_bias_sum(grad, *ctx.window), None, None, None, None, None)
-
-
-def _gradient_of_bias_sum(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (window_bias(grad, ctx.tokens, *ctx.window), None, None, None, None)
-
-
-def _keep_window(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.window = inputs[-4:]
-    ctx.tokens = inputs[0].shape[1:-1]
+def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """A dimension that vmap adds, made one with the batch (with the heads, of a table)."""
+    if dim is None:
+        return tensor.expand(size, *tensor.shape).flatten(0, 1)
+    return tensor.movedim(dim, 0).flatten(0, 1)
 
 
 def _define(
@@ -217,56 +290,54 @@ def _define(
     arguments: str,
     implementation: Callable[..., Tensor],
     fake: Callable[..., Tensor],
-    gradient: Callable[..., tuple[Any, ...]],
-    keep: Callable[..., None],
-) -> torch._ops.OpOverload:
+    function: type[torch.autograd.Function],
+) -> Callable[..., Tensor]:
+    """Register an operator; returns what calls it."""
     _library.define(f"{name}({arguments}) -> Tensor")
     _library.impl(name, implementation, "CompositeExplicitAutograd")
-    qualified = f"natten::{name}"
-    torch.library.register_fake(qualified, fake, lib=_library)
-    torch.library.register_autograd(qualified, gradient, setup_context=keep, lib=_library)
-    return getattr(torch.ops.natten, name).default
+    torch.library.register_fake(f"natten::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.natten, name).default
+
+    def differentiate(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Tensor:
+        if forward_ad._current_level >= 0 or (
+            torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        ):
+            return function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    _library.impl(name, differentiate, "Autograd", with_keyset=True)
+
+    def batch(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
+        size = info.batch_size
+        folded = [
+            _fold(argument, dim, size) if isinstance(argument, Tensor) else argument
+            for argument, dim in zip(arguments, in_dims, strict=True)
+        ]
+        out = call(*folded)
+        return out.unflatten(0, (size, out.shape[0] // size)), 0
+
+    function.vmap = staticmethod(batch)  # type: ignore[method-assign]
+
+    def call(*arguments: Any) -> Tensor:
+        # torch.func must see the function: the dispatcher does not hand it a Python derivative.
+        return function.apply(*arguments) if transforming() else operator(*arguments)
+
+    return call
 
 
 window_dot = _define(
-    "window_dot",
-    f"Tensor a, Tensor b, {_WINDOW}, float empty",
-    _dot,
-    _dot_fake,
-    _gradients_of_dot,
-    _keep_both,
+    "window_dot", f"Tensor a, Tensor b, {_WINDOW}, float empty", _dot, _dot_fake, _Dot
 )
-window_sum = _define(
-    "window_sum",
-    f"Tensor weights, Tensor b, {_WINDOW}",
-    _sum,
-    _like_second,
-    _gradients_of_sum,
-    _keep_both,
-)
+window_sum = _define("window_sum", f"Tensor weights, Tensor b, {_WINDOW}", _sum, _like_second, _Sum)
 window_scatter = _define(
-    "window_scatter",
-    f"Tensor weights, Tensor a, {_WINDOW}",
-    _scatter,
-    _like_second,
-    _gradients_of_scatter,
-    _keep_both,
+    "window_scatter", f"Tensor weights, Tensor a, {_WINDOW}", _scatter, _like_second, _Scatter
 )
 window_bias = _define(
-    "window_bias",
-    f"Tensor table, SymInt[] tokens, {_WINDOW}",
-    _bias,
-    _bias_fake,
-    _gradient_of_bias,
-    _keep_window,
+    "window_bias", f"Tensor table, SymInt[] tokens, {_WINDOW}", _bias, _bias_fake, _Bias
 )
 window_bias_sum = _define(
-    "window_bias_sum",
-    f"Tensor weights, {_WINDOW}",
-    _bias_sum,
-    _bias_sum_fake,
-    _gradient_of_bias_sum,
-    _keep_window,
+    "window_bias_sum", f"Tensor weights, {_WINDOW}", _bias_sum, _bias_sum_fake, _BiasSum
 )
 
 __all__ = ["window_bias", "window_bias_sum", "window_dot", "window_scatter", "window_sum"]
