@@ -280,7 +280,8 @@ def dense_table(results: list[dict[str, Any]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="*", help="names of cases; default all")
-    parser.add_argument("--quick", action="store_true", help="bfloat16 and one dense length only")
+    parser.add_argument("--quick", action="store_true", help="bfloat16 only")
+    parser.add_argument("--lengths", nargs="*", type=int, default=[8192, 16384, 65536])
     parser.add_argument("--no-dense", action="store_true", help="skip dense attention")
     parser.add_argument("--output", type=Path, help="write all numbers as JSON")
     parser.add_argument("--markdown", type=Path, help="write the tables")
@@ -301,7 +302,7 @@ def main() -> int:
     dense = []
     if not arguments.no_dense:
         for features, heads in ((64, 32), (128, 16)):
-            for length in (16384,) if arguments.quick else (8192, 16384, 65536):
+            for length in arguments.lengths:
                 for causal in (False, True):
                     dense.append(run_dense(length, heads, features, causal))
                     print(dense_table(dense[-1:])[2], flush=True)
