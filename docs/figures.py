@@ -109,7 +109,7 @@ def roofline() -> Figure:
             found.needed_flops / traffic(found.problem, False),
             found.needed_flops / result["fwd_ms"] / 1e9,
         )
-    figure = Figure(figsize=(8.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
     viz.draw_roofline(figure.subplots(), devices.find("h100"), torch.bfloat16, points)
     return figure
 
@@ -149,6 +149,7 @@ def prediction() -> Figure:
             label="forward" if key == "fwd_ms" else "backward",
         )  # fmt: skip
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yticks(range(len(measured)), labels=[case["name"] for case, _ in measured], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="#9A9A9A", linewidth=1)

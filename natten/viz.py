@@ -38,7 +38,7 @@ WEIGHT_MAP = "viridis"
 PARTIAL = "#E69F00"
 SERIES_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo")
-_MARKERS = "osD^vP"
+_MARKERS = "osD^vPX"
 
 _DARK = {
     "figure.facecolor": "#16181D", "savefig.facecolor": "#16181D", "axes.facecolor": "#16181D",
@@ -529,8 +529,9 @@ def draw_roofline(
         axes.scatter(
             [intensity], [rate], marker=_MARKERS[n % len(_MARKERS)], s=42,
             color=SERIES_COLORS[n % len(SERIES_COLORS)], edgecolors=_ink(), linewidths=0.6,
-            label=name, zorder=3,
+            zorder=3,
         )  # fmt: skip
+        axes.annotate(name, (intensity, rate), (7, -3), textcoords="offset points", fontsize=7.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.annotate(
@@ -545,7 +546,6 @@ def draw_roofline(
     axes.set_ylabel("needed TFLOP/s")
     axes.set_title(device.full_name, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def draw_benchmark(
@@ -574,7 +574,7 @@ def draw_benchmark(
             )  # fmt: skip
     axes.margins(x=0.12)
     axes.set_yticks(range(len(names)), labels=names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(unit)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +70,9 @@ class _Output:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        # Of older versions, which drew with tqdm.
+        hidden = not self.console.is_terminal or bool(os.environ.get("NATTEN_DISABLE_TQDM"))
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:
             task = bar.add_task("", total=total)
 
             def tell(text: str, completed: float | None = None) -> None:
