@@ -9,8 +9,8 @@ With slot j of a query's window standing for the key ``key(q, j)``::
     natten::window_bias_sum  out[key(q, j) - q] += weights[q, j]
 
 Each is linear in each of its tensors, and the derivative of one is another, so that derivatives of
-every order exist, in backward and forward mode and under torch.func. Memory is linear in queries times window, and sums have a fixed order: results
-are the same on every run.
+every order exist, in backward and forward mode and under torch.func. Memory is linear in queries
+times window, and sums have a fixed order: results are the same on every run.
 
 Tensors are heads-first, ``[batch, heads, *tokens, features]``; slots are in row-major order from
 the start of the window. Causal windows leave slots at their tail empty: the dot product there is
