@@ -36,13 +36,15 @@ Shape = tuple[int, ...]
 
 # The cost model. A kernel computes all pairs of its tiles at one rate, a share of the peak of the
 # matrix units that covers the softmax too; masks one pair after the other on the vector units; and
-# spends some time on every tile of rows outside the loop. Fitted to the times of our kernels on an
-# H100 (`benchmarks/results`); other devices are scaled by their facts, untested.
-FORWARD_EFFICIENCY = 0.52
+# spends some time of a multiprocessor on every tile that it visits and on every tile of rows.
+# Fitted to the times of our kernels on an H100 (`benchmarks/predictions.py` shows how well); other
+# devices are scaled by their facts, untested.
+FORWARD_EFFICIENCY = 0.53
 BACKWARD_EFFICIENCY = 0.42
-MASK_OPERATIONS = 8.5  # vector instructions per masked pair
-ROW_TILE_SECONDS = 0.74e-6  # of one multiprocessor
-LAUNCH_SECONDS = 7.8e-6
+MASK_OPERATIONS = 7.0  # vector instructions per masked pair
+VISIT_SECONDS = 40e-9
+ROW_TILE_SECONDS = 0.73e-6
+LAUNCH_SECONDS = 7.3e-6
 _LANES = 128  # vector lanes of a multiprocessor
 # Shares of the maker's bandwidth that a copy reaches.
 _BANDWIDTH_EFFICIENCY = 0.9
@@ -290,14 +292,23 @@ def _simulate_pass(
     masked = pairs - (full * prod(rows) * prod(columns) if tiling.split else 0)
     d, dv = problem.head_dim, problem.head_dim_v
     flops = 2 * pairs * (kernel.products[0] * d + kernel.products[1] * dv)
-    ms, limit = _predict(problem, kernel, device, flops, masked, row_tiles)
+    # A warp group's product has 64 rows, whether the tile has them or not.
+    rows_of_product = 64 if (device.capability or (0,))[0] in (9, 10) else 16
+    padded = max(rows_of_product / prod(rows), 1.0)
+    ms, limit = _predict(problem, kernel, device, flops * padded, masked, visited, row_tiles)
     return Pass(
         kernel.name, tiling.query, tiling.key, row_tiles, visited, full, skipped, flops, ms, limit
     )
 
 
 def _predict(
-    problem: Problem, kernel: _Kernel, device: Device, flops: int, masked: int, row_tiles: int
+    problem: Problem,
+    kernel: _Kernel,
+    device: Device,
+    flops: float,
+    masked: int,
+    visited: int,
+    row_tiles: int,
 ) -> tuple[float, str]:
     """Milliseconds of one kernel, and what limits it."""
     backward = kernel is not _FORWARD
@@ -306,7 +317,7 @@ def _predict(
     compute = (
         flops / (efficiency * device.rate(problem.dtype) * 1e12)
         + masked * MASK_OPERATIONS / vector_rate
-        + row_tiles * ROW_TILE_SECONDS / device.multiprocessors
+        + (visited * VISIT_SECONDS + row_tiles * ROW_TILE_SECONDS) / device.multiprocessors
     )
     limit = "compute"
     if 0 < row_tiles < device.multiprocessors:
