@@ -38,12 +38,20 @@ from .primitives import (
 
 NOT_SPECIALIZED = [
     "query_strides", "key_strides", "value_strides", "out_gradient_strides", "statistic_strides",
-    "query_gradient_strides", "key_gradient_strides", "value_gradient_strides",
+    "out_strides", "lse_strides", "query_gradient_strides", "key_gradient_strides", "value_gradient_strides",
     "additional_key_strides", "additional_value_strides",
     "lengths", "kernels", "strides", "dilations", "query_origins", "query_extents",
     "key_origins", "key_extents", "tiles", "programs", "heads", "num_additional", "tokens",
     "splits", "split_size", "value_split_size", "batches",
 ]  # fmt: skip
+
+
+@triton.jit
+def base2_lse(pointer, exists):
+    """The logsumexp of rows in base 2."""
+    lse = tl.load(pointer, mask=exists, other=0.0)
+    # Rows that see nothing have no weights; 0 keeps -inf - -inf out of the exponent.
+    return tl.where(lse == float("-inf"), 0.0, lse * LOG2_E)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -52,7 +60,10 @@ def statistics_kernel(
     VALUE_FEATURES: tl.constexpr, VALUE_BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_LSE_GRADIENT: tl.constexpr, HAS_DELTA: tl.constexpr,
 ):  # fmt: skip
-    """delta and the base-2 logsumexp, both laid out [batch, head, token]."""
+    """delta and the base-2 logsumexp, both laid out [batch, head, token].
+
+    Only where the query's gradient, whose kernel computes them in passing, is not asked for.
+    """
     blocks = ceil_div(tokens, ROWS)
     program = tl.program_id(0)
     rest = program // blocks
@@ -61,9 +72,7 @@ def statistics_kernel(
     token = (program % blocks) * ROWS + tl.arange(0, ROWS)
     exists = token < tokens
     row = (batch * tokens + token) * heads + head
-    row_lse = tl.load(lse + row, mask=exists, other=0.0)
-    # Rows that see nothing have no weights; 0 keeps -inf - -inf out of the exponent.
-    row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse * LOG2_E)
+    row_lse = base2_lse(lse + row, exists)
     target = (batch * heads + head) * tokens + token
     tl.store(lse_base2 + target, row_lse, mask=exists)
     if HAS_DELTA:
@@ -109,9 +118,10 @@ def query_gradient_step(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def query_gradient_kernel(
     query, key, value, out_gradient, lse_base2, delta, query_gradient, rpb,
-    additional_key, additional_value, cumulative_query, cumulative_key,
+    additional_key, additional_value, cumulative_query, cumulative_key, out, lse, lse_gradient,
     query_strides, key_strides, value_strides, out_gradient_strides, statistic_strides,
-    query_gradient_strides, additional_key_strides, additional_value_strides,
+    out_strides, lse_strides, query_gradient_strides, additional_key_strides,
+    additional_value_strides,
     lengths, kernels, strides, dilations, query_origins, query_extents, key_origins, key_extents,
     tiles, programs, heads, num_additional, scale, gradient_scale,
     HEADS_PER_KV: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
@@ -147,8 +157,24 @@ def query_gradient_kernel(
     )  # fmt: skip
     offset, all_exist = row_offsets(memory, exists, statistic_strides, 1, RANK)
     offset += head_offset(memory_batch, head, statistic_strides, 1)
-    row_lse = tl.load(lse_base2 + offset, mask=all_exist, other=0.0)
-    row_delta = tl.load(delta + offset, mask=all_exist, other=0.0)
+    if out is None:
+        row_lse = tl.load(lse_base2 + offset, mask=all_exist, other=0.0)
+        row_delta = tl.load(delta + offset, mask=all_exist, other=0.0)
+    else:
+        # The rows are here already: compute what the kernel for key and value reads later.
+        out_offset, all_exist = row_offsets(memory, exists, out_strides, 1, RANK)
+        out_rows = load_rows(
+            out + head_offset(memory_batch, head, out_strides, 1), out_offset, all_exist,
+            VALUE_FEATURES, VALUE_BLOCK,
+        )  # fmt: skip
+        row_delta = tl.sum(out_rows.to(tl.float32) * gradient_rows.to(tl.float32), 1)
+        lse_offset, all_exist = row_offsets(memory, exists, lse_strides, 1, RANK)
+        lse_offset += head_offset(memory_batch, head, lse_strides, 1)
+        if lse_gradient is not None:
+            row_delta -= tl.load(lse_gradient + lse_offset, mask=all_exist, other=0.0)
+        row_lse = base2_lse(lse + lse_offset, all_exist)
+        tl.store(lse_base2 + offset, row_lse, mask=all_exist)
+        tl.store(delta + offset, row_delta, mask=all_exist)
     key_source, key_steps = column_source(
         key, memory_batch, kv_head, column_memory, key_strides, dilations, UNIT, RANK, TMA,
     )  # fmt: skip

@@ -448,34 +448,36 @@ class _Backward:
         self.cumulative = (cumulative_query, cumulative_key)
         self.sequences = _sequences(problem, cumulative_query)
         self.precision = _precision(query)
-        self.lse_base2, self.delta = self._statistics(out, lse, grad_lse, torch_reduction)
+        self.out, self.lse = out.contiguous(), lse.contiguous()
+        self.grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        self.torch_reduction = torch_reduction
+        shape = (problem.batch, problem.heads, problem.num_queries)
+        self.lse_base2 = torch.empty(shape, dtype=torch.float32, device=out.device)
+        self.delta = torch.empty_like(self.lse_base2)
 
-    def _statistics(
-        self, out: Tensor, lse: Tensor, grad_lse: Tensor | None, torch_reduction: bool
-    ) -> tuple[Tensor, Tensor]:
-        problem = self.problem
-        tokens, heads, features = problem.num_queries, problem.heads, out.shape[-1]
-        shape = (problem.batch, heads, tokens)
-        lse_base2 = torch.empty(shape, dtype=torch.float32, device=out.device)
-        if torch_reduction:
-            rows = (self.grad_out.float() * out.float()).sum(-1)
-            if grad_lse is not None:
-                rows = rows - grad_lse
-            delta = rows.reshape(problem.batch, tokens, heads).transpose(1, 2).contiguous()
-        else:
-            delta = torch.empty_like(lse_base2)
-        plan = _statistics_plan(tokens, heads, features, grad_lse is not None, not torch_reduction)
+    def _statistics(self) -> None:
+        """Fill in lse_base2 and delta."""
+        tokens, heads, features = self.problem.num_queries, self.problem.heads, self.out.shape[-1]
+        if self.torch_reduction:
+            rows = (self.grad_out.float() * self.out.float()).sum(-1)
+            if self.grad_lse is not None:
+                rows = rows - self.grad_lse
+            self.delta.copy_(rows.view(-1, tokens, heads).transpose(1, 2))
+        plan = _statistics_plan(
+            tokens, heads, features, self.grad_lse is not None, not self.torch_reduction
+        )
         _run(
-            statistics_kernel, triton.cdiv(tokens, _STATISTICS_ROWS) * heads * problem.batch, plan,
-            out.contiguous(), self.grad_out, lse.contiguous(),
-            None if grad_lse is None else grad_lse.contiguous(), lse_base2, delta,
+            statistics_kernel, triton.cdiv(tokens, _STATISTICS_ROWS) * heads * self.problem.batch,
+            plan, self.out, self.grad_out, self.lse, self.grad_lse, self.lse_base2, self.delta,
         )  # fmt: skip
-        return lse_base2, delta
 
     def run(self, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         query = key = value = bias = additional_key = additional_value = None
+        in_passing = needs[0] and not self.torch_reduction
+        if not in_passing:
+            self._statistics()
         if needs[0]:
-            query = self._query()
+            query = self._query(in_passing)
         if needs[1] or needs[2]:
             key, value = self._key_value(
                 self.problem, self.tilings.key_value, 1, self.tilings.loops,
@@ -511,13 +513,13 @@ class _Backward:
             tuple([(name, output.stride()) for name, output in outputs.items()]), splits,
         )  # fmt: skip
 
-    def _query(self) -> Tensor:
+    def _query(self, with_statistics: bool) -> Tensor:
         tiling = self.tilings.query
         gradient = _allocate(self.problem, self.query.shape, self.dtype, self.query.device)
         plan = self._plan(
             query_gradient_kernel, self.problem, tiling,
             (self.query, self.key, self.value, self.grad_out), self.additional,
-            query_gradient_strides=gradient,
+            query_gradient_strides=gradient, out_strides=self.out,
         )  # fmt: skip
         key_tile = plan.options["KEY_TILE"]
         _run(
@@ -527,6 +529,7 @@ class _Backward:
             _descriptor(self.value, key_tile) if tiling.tma else self.value,
             self.grad_out, self.lse_base2, self.delta, gradient, self.rpb,
             *(self.additional or (None, None)), *self.cumulative,
+            *((self.out, self.lse, self.grad_lse) if with_statistics else (None, None, None)),
         )  # fmt: skip
         return gradient
 
