@@ -38,7 +38,8 @@ from .primitives import (
 
 NOT_SPECIALIZED = [
     "query_strides", "key_strides", "value_strides", "out_gradient_strides", "statistic_strides",
-    "out_strides", "lse_strides", "query_gradient_strides", "key_gradient_strides", "value_gradient_strides",
+    "out_strides", "lse_strides",
+    "query_gradient_strides", "key_gradient_strides", "value_gradient_strides",
     "additional_key_strides", "additional_value_strides",
     "lengths", "kernels", "strides", "dilations", "query_origins", "query_extents",
     "key_origins", "key_extents", "tiles", "programs", "heads", "num_additional", "tokens",
