@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +255,23 @@ def lookup(problem: Problem, backend: str) -> Config | None:
     return entry.config if entry is not None and entry.backend == backend else None
 
 
+def with_profile(config: Config, problem: Problem, backend: str) -> Config:
+    """The knobs to run a problem with: the caller's, and a loaded profile's where he gave none."""
+    found = lookup(problem, backend)
+    if found is None:
+        return config
+    changes: dict[str, Any] = {}
+    if config.q_tile_shape is None and config.kernel_schedule is None:
+        for name in ("q_tile_shape", "kv_tile_shape", "kernel_schedule"):
+            changes[name] = getattr(found, name)
+        if config.run_persistent_kernel:
+            changes["run_persistent_kernel"] = found.run_persistent_kernel
+    if config.backward_q_tile_shape is None:
+        for name in ("backward_q_tile_shape", "backward_kv_tile_shape"):
+            changes[name] = getattr(found, name)
+    return replace(config, **changes)
+
+
 def preferred_backend(problem: Problem) -> str | None:
     """The backend (without suffix) that a loaded profile has for a problem."""
     entry = _entry(problem)
@@ -283,5 +300,6 @@ __all__ = [
     "read_profile",
     "save_profile",
     "shape_class",
+    "with_profile",
     "without_profile",
 ]

@@ -335,6 +335,40 @@ def test_lookup_gives_the_tiles_of_the_backend(tmp_path: Path) -> None:
     assert profile_file.lookup(replace(problem, stride=(2,)), "flex") is None
 
 
+def test_calls_use_the_tiles_of_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem((64,), 9, heads=2, head_dim=16, dtype=torch.float32)
+    natten.load_profile(
+        saved(tmp_path / "p.json", Entry(problem, "flex", Config((64,), (128,)), 1.0))
+    )
+    backend, seen = dispatch.load("flex"), []
+    real = backend.forward
+
+    def forward(problem: Problem, config: Config, *tensors: object) -> object:
+        seen.append(config)
+        return real(problem, config, *tensors)
+
+    monkeypatch.setattr(backend, "forward", forward)
+    tensor = torch.randn(1, 64, 2, 16)
+    natten.na1d(tensor, tensor, tensor, 9)
+    natten.na1d(tensor, tensor, tensor, 9, backend="flex-fna")
+    own = dict(backend="flex-fna", q_tile_shape=(64,), kv_tile_shape=(64,))
+    natten.na1d(tensor, tensor, tensor, 9, **own)
+    assert seen == [Config((64,), (128,))] * 2 + [Config((64,), (64,))]
+
+
+def test_knobs_of_the_caller_win_over_those_of_a_profile(tmp_path: Path) -> None:
+    problem = make_problem((64,), 9, heads=2, head_dim=16, dtype=torch.float32)
+    config = Config((128,), (64,), run_persistent_kernel=False)
+    assert profile_file.with_profile(Config(), problem, "flex") == Config()
+    natten.load_profile(saved(tmp_path / "p.json", Entry(problem, "flex", config, 1.0)))
+    assert profile_file.with_profile(Config(), problem, "flex") == config
+    own = Config((64,), (64,))
+    assert profile_file.with_profile(own, problem, "flex") == own
+    own = Config(backward_q_tile_shape=(64,), backward_kv_tile_shape=(32,))
+    both = replace(config, backward_q_tile_shape=(64,), backward_kv_tile_shape=(32,))
+    assert profile_file.with_profile(own, problem, "flex") == both
+
+
 def test_the_environment_variable_loads_a_profile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from natten.functional.dispatch import resolve
 from natten.functional.problem import Config, Problem, decode_config
+from natten.profile_file import with_profile
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? additional_keys, "
@@ -168,6 +169,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors, parameters = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:]
     problem, config, backend_name = _plan(tensors, parameters)
     backend = resolve(problem, config, backend_name)
+    config = with_profile(config, problem, backend.name)
     if _is_empty(problem):
         query = tensors[0]
         return (
@@ -191,6 +193,7 @@ def _backward(grad_out: Tensor | None, grad_lse: Tensor | None, *arguments: Any)
     *parameters, needs = arguments[_NUM_TENSORS + 2 :]
     problem, config, backend_name = _plan(tensors, tuple(parameters))
     backend = resolve(problem, config, backend_name)
+    config = with_profile(config, problem, backend.name)
     inputs = tensors[:6]
     if _is_empty(problem) or (grad_out is None and grad_lse is None):
         gradients: Any = (None,) * 6
