@@ -252,10 +252,9 @@ def gpu_results() -> str:
     for case in results["cases"]:
         if "fwd_ms" not in case:
             continue
-        peers = case.get("peers", {})
         cells = []
         for key in ("fwd_ms", "bwd_ms"):
-            best = min((p[key] for p in peers.values() if p.get(key)), default=None)
+            best = case.get(f"peer_{key}")
             cells += [f"{case[key]:.3g}" if case.get(key) else "–", f"{best:.3g}" if best else "–"]
         rows.append([f"`{case['name']}`", case.get("dtype", ""), *cells])
     header = ["case", "dtype", "forward, ms", "best peer", "backward, ms", "best peer"]
