@@ -7,9 +7,14 @@ most cases run with batch 1 and one or two tiles. All cases with all backends ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, Case
@@ -326,6 +331,91 @@ def _check_empty() -> None:
         assert bool((gradients[-1] == 0).all())
 
 
+@contextmanager
+def _guarded() -> Iterator[list[str]]:
+    """Inside, note every address that kernels touch outside the storage of their tensors."""
+    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from natten.functional.backends.triton import launch
+
+    trespasses: list[str] = []
+    ranges: dict[str, tuple[int, int]] = {}
+    kernels: list[str] = []
+    launch_run = launch._run
+
+    def run(kernel: Any, programs: int, plan: Any, *tensors: Any, **options: Any) -> None:
+        ranges.clear()
+        kernels[:] = [kernel.fn.__name__]
+        for name, tensor in zip(kernel.arg_names, tensors):
+            tensor = tensor.base if isinstance(tensor, TensorDescriptor) else tensor
+            if tensor is not None:
+                storage = tensor.untyped_storage()
+                ranges[name] = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        launch_run(kernel, programs, plan, *tensors, **options)
+
+    def watch(method: Any, pointer: int, mask: int) -> Any:
+        def function(self: Any, *arguments: Any, **more: Any) -> Any:
+            addresses = arguments[pointer].data
+            addresses = addresses[np.broadcast_to(arguments[mask].data, addresses.shape) != 0]
+            inside = np.zeros(addresses.shape, dtype=bool)
+            for low, high in ranges.values():
+                inside |= (addresses >= low) & (addresses < high)
+            if not inside.all():
+                wrong = addresses[~inside].astype(np.int64)
+                near = {
+                    name: (int(wrong.min()) - low, int(wrong.max()) - high)
+                    for name, (low, high) in ranges.items()
+                    if abs(int(wrong.min()) - low) < 1 << 14
+                }
+                trespasses.append(f"{kernels[0]}: {method.__name__} near {near}")
+            return method(self, *arguments, **more)
+
+        return function
+
+    with (
+        mock.patch.object(launch, "_run", run),
+        mock.patch.object(
+            InterpreterBuilder,
+            "create_masked_load",
+            watch(InterpreterBuilder.create_masked_load, 0, 1),
+        ),
+        mock.patch.object(
+            InterpreterBuilder,
+            "create_masked_store",
+            watch(InterpreterBuilder.create_masked_store, 0, 2),
+        ),
+        mock.patch.object(
+            InterpreterBuilder,
+            "create_atomic_rmw",
+            watch(InterpreterBuilder.create_atomic_rmw, 1, 3),
+        ),
+    ):
+        yield trespasses
+
+
+def _check_bounds() -> None:
+    """Kernels touch no memory but that of their tensors."""
+    trespasses = []
+    for backend, case in (
+        ("cutlass", Case("1d_inner_rpb", (130,), (100,), batch=1, heads=1, rpb=True)),
+        ("cutlass", replace(_thin("2d_rpb_gqa"), heads=2, heads_kv=1)),
+        ("cutlass", replace(_thin("3d_rpb"), heads=1, heads_kv=1)),
+        ("cutlass", replace(_thin("2d_sub_dilated"), heads=1, heads_kv=1)),
+        ("cutlass", replace(_thin("2d_additional_dilated_strided"), heads=1, heads_kv=1)),
+        ("cutlass", NAMED["varlen_empty_sequences"]),
+        ("hopper", _wide("2d_sub_rpb")),
+    ):
+        with _guarded() as noted:
+            inputs = make_inputs(case, HALF)
+            suffix = "fmha" if case.is_attention else "fna"
+            out, lse = run(case, inputs, f"{backend}-{suffix}")
+            loss = out.float().sum() + lse.masked_fill(lse.isinf(), 0.0).sum()
+            torch.autograd.grad(loss, list(inputs.tensors().values()))
+        trespasses += [f"{backend} {case.name}: {text}" for text in sorted(set(noted))]
+    assert not trespasses, "\n".join(trespasses)
+
+
 def _exhaustive(backend: str, dtype: torch.dtype) -> None:
     failures = []
     for case in CASES:
@@ -352,6 +442,7 @@ CHECKS = {
     "determinism": _check_determinism,
     "missing_values": _check_missing_values,
     "empty": _check_empty,
+    "bounds": _check_bounds,
 }
 
 

@@ -1,0 +1,292 @@
+"""Compile the kernels ahead of time, without a GPU, for the GPUs that the backends are for.
+
+The launches are the library's own, on tensors without memory, so that tilings and specializations
+are what a GPU would get. `triton_resources.json` records what each kernel took when somebody last
+looked; a kernel that takes more fails. To accept new numbers, with the Triton of the file:
+
+    python tests/test_triton_compile.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from natten import devices
+from natten.functional.problem import Config, Problem
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from natten.functional.backends.triton import BLACKWELL, CUTLASS, HOPPER, interpreted  # noqa: E402
+
+RECORDED = Path(__file__).with_name("triton_resources.json")
+# Another patch of the same compiler may schedule a little differently.
+SLACK_REGISTERS = 8
+DEVICE = {80: "a100", 90: "h100", 100: "b200"}
+BACKEND = {80: CUTLASS, 90: HOPPER, 100: BLACKWELL}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A representative problem; tuples have one value for each axis."""
+
+    name: str
+    arch: int
+    tokens: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    head_dim: int
+    heads: int = 8
+    batch: int = 1
+    is_causal: tuple[bool, ...] = ()
+    additional: int = 0
+    rpb: bool = False
+    backward: bool = True
+    knobs: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def title(self) -> str:
+        return f"sm_{self.arch}/{self.name}"
+
+    def problem(self) -> Problem:
+        rank = len(self.tokens)
+        ones, zeros = (1,) * rank, (0,) * rank
+        return Problem(
+            self.batch, self.tokens, self.tokens, self.heads, self.heads, self.head_dim,
+            self.head_dim, self.kernel_size, ones, ones, self.is_causal or (False,) * rank,
+            self.tokens, zeros, zeros, self.head_dim**-0.5, self.additional, self.rpb,
+            dtype=torch.bfloat16, device=torch.device("cuda"), requires_grad=self.backward,
+        )  # fmt: skip
+
+
+SETTINGS = [
+    Setting("2d_k7_d32", 90, (56, 56), (7, 7), 32, batch=64, rpb=True),
+    Setting("1d_d64", 90, (32768,), (2048,), 64),
+    Setting("1d_d128_causal", 90, (16384,), (16384,), 128, is_causal=(True,)),
+    Setting("3d_d128", 90, (30, 48, 80), (18, 24, 24), 128),
+    Setting("2d_k7_d32", 80, (56, 56), (7, 7), 32, batch=64),
+    Setting("3d_d64", 80, (16, 32, 32), (9, 13, 13), 64),
+    Setting("2d_d128", 100, (128, 128), (80, 80), 128),
+]
+MORE_SETTINGS = [
+    Setting("2d_d64", 90, (128, 128), (13, 13), 64, additional=77),
+    Setting("2d_d128", 90, (256, 256), (80, 80), 128, heads=24),
+    Setting("3d_d32", 90, (16, 32, 32), (5, 7, 7), 32),
+    Setting("3d_d64", 90, (16, 32, 32), (9, 13, 13), 64, rpb=True),
+    Setting("1d_d128", 90, (16384,), (16384,), 128),
+    Setting("2d_d256", 90, (64, 64), (13, 13), 256),
+    Setting("2d_d64_coop", 90, (64, 64), (13, 13), 64, backward=False,
+            knobs={"kernel_schedule": "coop"}),
+    Setting("2d_d64_pp", 90, (64, 64), (13, 13), 64, backward=False,
+            knobs={"kernel_schedule": "pp"}),
+    Setting("1d_d64", 80, (32768,), (2048,), 64),
+    Setting("2d_d128", 80, (128, 128), (33, 33), 128, additional=77),
+    Setting("1d_d64", 100, (32768,), (2048,), 64),
+    Setting("3d_d128", 100, (30, 48, 80), (18, 24, 24), 128),
+    Setting("3d_d64", 100, (16, 32, 32), (9, 13, 13), 64),
+]  # fmt: skip
+
+
+@contextmanager
+def _compiling(arch: int) -> Iterator[dict[str, Any]]:
+    """Inside, launches compile for an architecture and do not run. Yields kernels by name."""
+    kernels: dict[str, Any] = {}
+    target = GPUTarget("cuda", arch, 32)
+    active = SimpleNamespace(
+        get_current_device=lambda: f"sm_{arch}",
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+    )
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        name, number = self.__name__, 1
+        # A second launch of the same kernel: that of the additional tokens.
+        while name in kernels and kernels[name] is not compiled:
+            number += 1
+            name = f"{self.__name__}_{number}"
+        kernels[name] = compiled
+
+    with (
+        mock.patch.object(type(driver), "active", active),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
+        devices.pretending(devices.find(DEVICE[arch])),
+    ):
+        yield kernels
+
+
+def compile_setting(setting: Setting) -> dict[str, Any]:
+    """All kernels of a forward and backward pass."""
+    problem, config = setting.problem(), Config(**setting.knobs)
+    backend = BACKEND[setting.arch]
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    batch, heads, head_dim = setting.batch, setting.heads, setting.head_dim
+    query, key, value, out, grad_out = (
+        tensor(batch, *setting.tokens, heads, head_dim) for _ in range(5)
+    )
+    bias = None
+    if setting.rpb:
+        bias = tensor(heads, *(2 * k - 1 for k in setting.kernel_size))
+    context: tuple[Any, Any] = (None, None)
+    if setting.additional:
+        context = tuple(tensor(batch, setting.additional, heads, head_dim) for _ in range(2))  # type: ignore[assignment]
+    inputs = (query, key, value, bias, *context, None, None)
+    lse = tensor(batch, *setting.tokens, heads, dtype=torch.float32)
+    needs = (True, True, True, setting.rpb, bool(setting.additional), bool(setting.additional))
+    with _compiling(setting.arch) as kernels:
+        assert backend.refusal(problem, config) is None
+        backend.forward(problem, config, *inputs)
+        if setting.backward:
+            backend.backward(problem, config, grad_out, None, *inputs, out, lse, needs)
+    return kernels
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers of a thread, its stack (spilled registers) and shared memory, in bytes."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        shown = subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", shown)
+    assert found is not None, shown
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "shared": int(kernel.metadata.shared),
+    }
+
+
+def register_operands(ttgir: str) -> list[str]:
+    """Warp-group products in a loop whose left operand is in registers since before the loop.
+
+    The assembler may reuse the registers of such an operand inside the loop, and has: results were
+    wrong by 70 percent. What stays through a loop must come from shared memory.
+    """
+    suspects = []
+    loops: list[tuple[int, int]] = []  # indentation and line of the loops around a line
+    defined: dict[str, int] = {}
+    for number, line in enumerate(ttgir.splitlines()):
+        text = line.lstrip()
+        indent = len(line) - len(text)
+        if text.startswith("}"):
+            while loops and loops[-1][0] >= indent:
+                loops.pop()
+        assigned = re.match(r"(%[\w#]+)(?::\d+)? = ", text)
+        if assigned:
+            defined[assigned[1]] = number
+        if " scf.for " in f" {text}":
+            loops.append((indent, number))
+            for name in re.findall(r"(%\w+) = ", text.partition("iter_args")[2]):
+                defined[name] = number
+        product = re.search(r"ttng\.warp_group_dot (%[\w#]+), .*: (\S+)", text)
+        if product and loops and not product[2].startswith("!ttg.memdesc"):
+            origin = defined.get(product[1].partition("#")[0], -1)
+            if origin < loops[-1][1]:
+                suspects.append(text[:200])
+    return suspects
+
+
+def _check(setting: Setting) -> None:
+    recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    same_compiler = recorded.get("triton") == triton.__version__
+    complaints = []
+    for name, kernel in compile_setting(setting).items():
+        got = resources(kernel)
+        title = f"{setting.title}/{name}"
+        limit = recorded.get("kernels", {}).get(title)
+        if same_compiler and limit is None:
+            complaints.append(f"{title} is not in {RECORDED.name}: {got}")
+        elif same_compiler:
+            slack = {"registers": SLACK_REGISTERS, "stack": 0, "shared": 0}
+            for what, most in limit.items():
+                if got[what] > most + slack[what]:
+                    complaints.append(f"{title}: {what} {got[what]}, recorded {most}")
+        ttgir, ptx = kernel.asm["ttgir"], kernel.asm["ptx"]
+        if "statistics" in name:
+            continue
+        if setting.arch == 90:
+            if not re.search(r"warp_group_dot .*: !ttg\.memdesc", ttgir):
+                complaints.append(f"{title} has no warp-group products from shared memory")
+            complaints += [f"{title}: {line}" for line in register_operands(ttgir)]
+        if setting.arch == 100 and "tcgen05.mma" not in ptx:
+            complaints.append(f"{title} has no tcgen05.mma")
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.fixture(autouse=True)
+def _not_interpreted() -> None:
+    if interpreted():
+        pytest.skip("Triton's interpreter is on")
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.title)
+def test_resources(setting: Setting) -> None:
+    _check(setting)
+
+
+def test_descriptors() -> None:
+    """Wide heads are loaded by the tensor memory accelerator, undivided tiles of the grid."""
+    setting = next(s for s in SETTINGS if s.title == "sm_90/3d_d128")
+    ttgir = compile_setting(setting)["forward_kernel"].asm["ttgir"]
+    assert "ttng.async_tma_copy_global_to_local" in ttgir
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("setting", MORE_SETTINGS, ids=lambda s: s.title)
+def test_more_resources(setting: Setting) -> None:
+    _check(setting)
+
+
+def test_register_operands_are_found() -> None:
+    before = """
+      %q = ttg.local_load %m : !ttg.memdesc<128x64xf16> -> tensor<128x64xf16>
+      %r = scf.for %i = %a to %b step %c iter_args(%x = %y) -> (tensor<128x64xf32>) : i32 {
+        %s = ttng.warp_group_dot %q, %k, %z : tensor<128x64xf16> * !ttg.memdesc<64x64xf16>
+        %t = ttng.warp_group_dot %x, %k, %z : tensor<128x64xf16> * !ttg.memdesc<64x64xf16>
+        %u = ttng.warp_group_dot %m, %k, %z : !ttg.memdesc<128x64xf16> * !ttg.memdesc<64x64xf16>
+      }
+      %v = ttng.warp_group_dot %q, %k, %z : tensor<128x64xf16> * !ttg.memdesc<64x64xf16>
+    """
+    assert len(register_operands(before)) == 1
+    assert "%q" in register_operands(before)[0]
+
+
+def _record() -> None:
+    """Write down what every kernel takes now."""
+    kernels = {}
+    for setting in SETTINGS + MORE_SETTINGS:
+        for name, kernel in compile_setting(setting).items():
+            kernels[f"{setting.title}/{name}"] = resources(kernel)
+            sys.stdout.write(f"{setting.title}/{name}: {kernels[f'{setting.title}/{name}']}\n")
+            sys.stdout.flush()
+    RECORDED.write_text(
+        json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    _record()
