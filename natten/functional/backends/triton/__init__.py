@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from natten import profile_file
 from natten.context import preferences
 from natten.devices import capability as _capability
 from natten.devices import multiprocessors as _multiprocessors
@@ -99,12 +98,6 @@ class _Backend:
     def _choose(self, problem: Problem, kind: str, query: Any = None, key: Any = None) -> Tiling:
         return tiles.choose(problem, kind, self.tma, self._shared_memory(problem), query, key)
 
-    def _tuned(self, problem: Problem, config: Config) -> Config:
-        """The knobs of a loaded profile, unless the caller has set some."""
-        if config != DEFAULT_CONFIG:
-            return config
-        return profile_file.lookup(problem, self.name) or config
-
     def forward_tiling(self, problem: Problem, config: Config) -> Tiling:
         """The tiling of the forward pass: the caller's tiles, or the cost model's."""
         return self._choose(problem, tiles.FORWARD, config.q_tile_shape, config.kv_tile_shape)
@@ -139,7 +132,7 @@ class _Backend:
     ) -> tuple[Tensor, Tensor]:
         """out and logsumexp; see the backend protocol in `natten.functional.dispatch`."""
         wide_problem, slices = wide.sliced(problem)
-        tiling = self.forward_tiling(wide_problem, self._tuned(problem, config))
+        tiling = self.forward_tiling(wide_problem, config)
         with _on(problem.device):
             if slices == 1:
                 return launch.forward(problem, tiling, *tensors)  # type: ignore[arg-type]
@@ -158,7 +151,6 @@ class _Backend:
     ) -> tuple[Tensor | None, ...]:
         """The six gradients; see the backend protocol in `natten.functional.dispatch`."""
         wide_problem, slices = wide.sliced(problem)
-        config = self._tuned(problem, config)
         tilings = self.backward_tilings(wide_problem, config)
         options = tilings, config.backward_use_pt_reduction, preferences().deterministic
         with _on(problem.device):
