@@ -9,6 +9,7 @@ they take; there is no C++ here.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from natten.context import preferences
+from natten.context import Preferences, preferences
 from natten.devices import capability as _capability
 from natten.devices import multiprocessors as _multiprocessors
 from natten.devices import shared_memory as _device_memory
@@ -104,27 +105,30 @@ class _Backend:
 
     def backward_tilings(self, problem: Problem, config: Config) -> BackwardTilings:
         """The tilings of the backward pass."""
+        return self._backward_tilings(problem, config, preferences())
+
+    # Backends are few and live as long as the process.
+    @lru_cache(maxsize=4096)  # noqa: B019
+    def _backward_tilings(
+        self, problem: Problem, config: Config, now: Preferences
+    ) -> BackwardTilings:
         fixed = (config.backward_q_tile_shape, config.backward_kv_tile_shape)
         query = self._choose(problem, tiles.QUERY_GRADIENT, *fixed)
         key_value = self._choose(problem, tiles.KEY_VALUE_GRADIENT, *fixed)
-        dense = launch.dense_problem(problem, problem.num_queries, max(problem.num_additional, 1))
-        additional = tiles.choose(
-            dense, tiles.KEY_VALUE_GRADIENT, False, self._shared_memory(problem)
-        )
+        memory = self._shared_memory(problem)
+        bias = tiles.choose(problem, tiles.BIAS_GRADIENT, False, memory)
+        loops = 0 if config.backward_kv_splits is None else prod(config.backward_kv_splits)
+        if not problem.num_additional:
+            return BackwardTilings(query, key_value, key_value, bias, 1, loops)
+        dense = launch.dense_problem(problem, problem.num_queries, problem.num_additional)
+        additional = tiles.choose(dense, tiles.KEY_VALUE_GRADIENT, False, memory)
         splits = 1
-        now = preferences()
-        if problem.num_additional and now.kv_parallelism and now.memory != "strict":
+        if now.kv_parallelism and now.memory != "strict":
             # Few tiles of additional keys, each with all queries to visit: divide the queries.
-            tokens = additional.key[0]
-            programs = -(-problem.num_additional // tokens) * problem.heads_kv * problem.batch
+            rows = -(-problem.num_additional // additional.key[0])
+            programs = rows * problem.heads_kv * problem.batch
             most = 64 if now.memory == "unrestricted" else 16
             splits = max(1, min(most, 512 // max(programs, 1), problem.num_queries // 256))
-        loops = 0
-        if config.backward_kv_splits is not None:
-            loops = 1
-            for n in config.backward_kv_splits:
-                loops *= n
-        bias = tiles.choose(problem, tiles.BIAS_GRADIENT, False, self._shared_memory(problem))
         return BackwardTilings(query, key_value, additional, bias, splits, loops)
 
     def forward(
@@ -198,6 +202,15 @@ class _Cutlass(_Backend):
             return (
                 f"it needs compute capability 7.5 or newer, and this GPU has {_dotted(capability)}"
             )
+        return None
+
+    def _problem_refusal(self, problem: Problem) -> str | None:
+        if problem.dtype == torch.bfloat16 and torch.version.hip is None:
+            capability = _capability(problem.device.index)
+            if capability < (8, 0):
+                return (
+                    f"bfloat16 needs compute capability 8.0, and this GPU has {_dotted(capability)}"
+                )
         return None
 
 
