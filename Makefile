@@ -63,7 +63,7 @@ docs: $(INSTALLED)  ## the documentation site, in site/; warnings are errors
 notebooks: $(INSTALLED)  ## run all notebooks on the CPU and store their outputs
 	@for script in notebooks/*.py; do \
 		echo "$$script"; \
-		(cd notebooks && ../$(BIN)/jupytext --quiet --to ipynb --execute "$${script##*/}") || exit 1; \
+		(cd notebooks && PYTHONWARNINGS=ignore ../$(BIN)/jupytext --quiet --to ipynb --execute "$${script##*/}") || exit 1; \
 	done
 
 clean:  ## remove what builds and runs leave behind, not .venv

@@ -240,31 +240,49 @@ def cpu_results() -> str:
 
 
 def gpu_results() -> str:
-    found = sorted((ROOT / "benchmarks").glob("**/*h100*.json"))
-    ours = [path for path in found if path.parent.name != "peers"]
-    if not ours:
-        return (
-            "No results of `benchmarks/gpu.py` are stored yet; it prints a table on a machine "
-            "with a GPU."
-        )
-    results = json.loads(ours[0].read_text())
+    """What `benchmarks/gpu.py` measured, beside the best peer of every case."""
+    results = _benchmark("results/h100.json")
+    if results is None:
+        return "Not measured yet: `python benchmarks/gpu.py`."
     rows = []
     for case in results["cases"]:
-        if "fwd_ms" not in case:
-            continue
-        cells = []
-        for key in ("fwd_ms", "bwd_ms"):
-            best = case.get(f"peer_{key}")
-            cells += [f"{case[key]:.3g}" if case.get(key) else "–", f"{best:.3g}" if best else "–"]
-        rows.append([f"`{case['name']}`", case.get("dtype", ""), *cells])
-    header = ["case", "dtype", "forward, ms", "best peer", "backward, ms", "best peer"]
-    versions = {k: v for k, v in results.items() if isinstance(v, str)}
-    return (
-        markdown_table(header, rows)
-        + "\n\n*"
-        + ", ".join(f"{name}: {value}" for name, value in versions.items())
-        + f". From `{ours[0].relative_to(ROOT).as_posix()}`.*"
+        row = [f"`{case['case']}`", case["dtype"].removeprefix("torch.")]
+        for kind in ("fwd_ms", "bwd_ms"):
+            ours, best = case.get(kind), case.get(f"peer_{kind}")
+            row += [_number(ours), _number(best), f"{best / ours:.2f}" if ours and best else "–"]
+        rows.append(row)
+    header = ["case", "dtype", "forward, ms", "best peer, ms", "ratio"]
+    header += ["backward, ms", "best peer, ms", "ratio"]
+    parts = [markdown_table(header, rows)]
+    dense = [case for case in results.get("dense", []) if case.get("fwd_ms")]
+    if dense:
+        parts.append("Dense attention (`natten.attention`), beside cuDNN in the same process:")
+        header = ["tokens", "heads", "head_dim", "causal", "forward, ms", "cuDNN, ms"]
+        parts.append(
+            markdown_table(
+                [*header, "backward, ms", "cuDNN, ms"],
+                [
+                    [
+                        *(case["length"], case["heads"], case["head_dim"]),
+                        "yes" if case["causal"] else "no",
+                        *(_number(case.get(k)) for k in ("fwd_ms", "cudnn_fwd_ms")),
+                        *(_number(case.get(k)) for k in ("bwd_ms", "cudnn_bwd_ms")),
+                    ]
+                    for case in dense
+                ],
+            )
+        )
+    facts = ", ".join(
+        f"{name} {results[name]}" if name != "device" else results[name]
+        for name in ("device", "torch", "triton", "natten", "commit", "date")
+        if name in results
     )
+    parts.append(f"*{facts}; from `benchmarks/results/h100.json`.*")
+    return "\n\n".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

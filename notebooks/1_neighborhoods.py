@@ -142,12 +142,13 @@ with get_sample_data("grace_hopper.jpg") as file:
 photo = photo[60:252:2, 130:386:2]  # 96 x 128 pixels
 patches = torch.nn.functional.unfold(photo.permute(2, 0, 1)[None], kernel_size=5, padding=2)
 features = patches[0].T.reshape(1, 96, 128, 1, 75).contiguous()
-features = 6 * (features - features.mean((1, 2), keepdim=True))
+features = features - features.mean((1, 2), keepdim=True)
+features = 10 * torch.nn.functional.normalize(features, dim=-1)
 
 position = (50, 70)
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
 for panel, arguments in zip(
-    axes, [dict(kernel_size=31), dict(kernel_size=15, dilation=4), dict(kernel_size=96)]
+    axes, [dict(kernel_size=31), dict(kernel_size=15, dilation=4), dict(kernel_size=95)]
 ):
     weights = viz.attention_weights(features, features, position, **arguments)[0, 0]
     viz.draw_attention(panel, photo, weights, position)

@@ -143,7 +143,7 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 # weights over the last hundreds of steps (EMA) draws better than the weights themselves.
 
 # %%
-steps, batch_size, rate = 900, 32, 3e-3
+steps, batch_size, rate = 700, 32, 3e-3
 optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01, betas=(0.9, 0.99))
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
 average = torch.optim.swa_utils.AveragedModel(
@@ -164,8 +164,8 @@ for step in range(steps):
     schedule.step()
     average.update_parameters(model)
     losses.append(loss.item())
-    if (step + 1) % 150 == 0:
-        print(f"step {step + 1}: loss {sum(losses[-150:]) / 150:.4f}")
+    if (step + 1) % 100 == 0:
+        print(f"step {step + 1}: loss {sum(losses[-100:]) / 100:.4f}")
 assert sum(losses[-50:]) < 0.5 * sum(losses[:50])
 
 # %%
