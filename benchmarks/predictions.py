@@ -51,6 +51,18 @@ def rows(path: Path) -> list[tuple[str, str, Simulation, dict[str, Any]]]:
     return found
 
 
+def host_bound(result: dict[str, Any], results: list[dict[str, Any]]) -> tuple[bool, bool]:
+    """Whether forward and backward times are about those that the host needs for a call.
+
+    The forward pass's host time is measured. The smallest case stands for the backward pass: its
+    kernels take a hundredth of a millisecond.
+    """
+    if "host_us" not in result:
+        return False, False
+    floor = min(r["bwd_ms"] for r in results if r.get("case") == "small_b1" and "bwd_ms" in r)
+    return result["fwd_ms"] < 1.35e-3 * result["host_us"], result["bwd_ms"] < 1.6 * floor
+
+
 def main() -> int:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results" / "h100.json"
     if not path.exists():
@@ -59,22 +71,28 @@ def main() -> int:
     print("| case | dtype | forward ms | predicted | ratio | backward ms | predicted | ratio |")
     print("|-|-|-:|-:|-:|-:|-:|-:|")
     near: dict[str, list[bool]] = {"forward": [], "backward": []}
+    results = json.loads(path.read_text())["cases"]
     for name, dtype, found, result in rows(path):
         cells = []
-        for kind, measured, predicted in (
-            ("forward", result["fwd_ms"], found.forward_ms),
-            ("backward", result.get("bwd_ms"), found.backward_ms),
+        for kind, measured, predicted, by_host in zip(
+            near,
+            (result["fwd_ms"], result.get("bwd_ms")),
+            (found.forward_ms, found.backward_ms),
+            host_bound(result, results),
         ):
             if measured is None:
                 cells.append(" | | ")
                 continue
             ratio = predicted / measured
-            cells.append(f"{measured:.3f} | {predicted:.3f} | {ratio:.2f}")
-            near[kind].append(1 / 1.15 <= ratio <= 1.15)
+            cells.append(
+                f"{measured:.3f} | {predicted:.3f} | {'host' if by_host else f'{ratio:.2f}'}"
+            )
+            if not by_host:
+                near[kind].append(1 / 1.15 <= ratio <= 1.15)
         print(f"| {name} | {dtype} | {cells[0]} | {cells[1]} |")
     for kind, within in near.items():
-        print(f"\n{kind}: {sum(within)} of {len(within)} within 15 %", end="")
-    print()
+        print(f"{kind}: {sum(within)} of {len(within)} within 15 %")
+    print("host: the time is about what the host needs to launch the call, and is not predicted")
     return 0
 
 

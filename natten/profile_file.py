@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from natten import devices
-from natten.functional.problem import Config, Problem
+from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
 
 FORMAT = "natten profile"
 VERSION = 1
@@ -260,6 +260,8 @@ def with_profile(config: Config, problem: Problem, backend: str) -> Config:
     found = lookup(problem, backend)
     if found is None:
         return config
+    if config == DEFAULT_CONFIG:
+        return found
     changes: dict[str, Any] = {}
     if config.q_tile_shape is None and config.kernel_schedule is None:
         for name in ("q_tile_shape", "kv_tile_shape", "kernel_schedule"):

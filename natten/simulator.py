@@ -34,18 +34,27 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-# The cost model. A kernel computes all pairs of its tiles at one rate, a share of the peak of the
-# matrix units that covers the softmax too; masks one pair after the other on the vector units; and
-# spends some time of a multiprocessor on every tile that it visits and on every tile of rows.
-# Fitted to the times of our kernels on an H100 (`benchmarks/predictions.py` shows how well); other
-# devices are scaled by their facts, untested.
-FORWARD_EFFICIENCY = 0.53
-BACKWARD_EFFICIENCY = 0.42
-MASK_OPERATIONS = 7.0  # vector instructions per masked pair
-VISIT_SECONDS = 40e-9
-ROW_TILE_SECONDS = 0.73e-6
-LAUNCH_SECONDS = 7.3e-6
-_LANES = 128  # vector lanes of a multiprocessor
+
+class _Costs(NamedTuple):
+    """What a kind of kernel spends its time on; see `_predict`.
+
+    Fitted to the times of our kernels on an H100, which `benchmarks/predictions.py` compares with
+    the predictions. Other devices are scaled by their facts, untested.
+    """
+
+    efficiency: float  # share of the peak of matrix products, all pairs of a tile computed
+    exponentials: float  # per pair that are not hidden behind the products
+    mask_operations: float  # vector instructions per masked pair
+    visit: float  # seconds of a multiprocessor for every tile that is visited
+    row_tile: float  # and for every tile of rows
+    launch: float  # seconds of a kernel
+
+
+_FORWARD_COSTS = _Costs(0.578, 0.5, 5.6, 40e-9, 0.70e-6, 5e-6)
+# Twice the masks and twice the rows; the products hide the exponentials.
+_BACKWARD_COSTS = _Costs(0.52, 0.0, 13.5, 0.0, 1.38e-6, 4e-6)
+# Lanes of a multiprocessor, for arithmetic and for exponentials.
+_LANES, _EXPONENTIAL_LANES = 128, 16
 # Shares of the maker's bandwidth that a copy reaches.
 _BANDWIDTH_EFFICIENCY = 0.9
 
@@ -146,7 +155,8 @@ class Pass:
     """One kernel: the tiles that it visits and what that costs, over all batch entries and heads.
 
     Attributes:
-        name: "forward", "query gradient" or "key and value gradient".
+        name: "forward", "query gradient", "key and value gradient" or "gradient of additional
+            keys".
         q_tile_shape: Tile of queries.
         kv_tile_shape: Tile of keys.
         row_tiles: Tiles whose results the kernel computes: of keys in the last of the three.
@@ -189,6 +199,7 @@ _BACKWARD = (
     _Kernel("query gradient", False, (2, 1)),
     _Kernel("key and value gradient", True, (2, 2)),
 )
+_CONTEXT = _Kernel("gradient of additional keys", True, (2, 2))
 _BACKWARD_PRODUCTS = (3, 2)  # that cannot be avoided
 
 
@@ -295,7 +306,7 @@ def _simulate_pass(
     # A warp group's product has 64 rows, whether the tile has them or not.
     rows_of_product = 64 if (device.capability or (0,))[0] in (9, 10) else 16
     padded = max(rows_of_product / prod(rows), 1.0)
-    ms, limit = _predict(problem, kernel, device, flops * padded, masked, visited, row_tiles)
+    ms, limit = _predict(problem, kernel, device, flops * padded, pairs, masked, visited, row_tiles)
     return Pass(
         kernel.name, tiling.query, tiling.key, row_tiles, visited, full, skipped, flops, ms, limit
     )
@@ -306,18 +317,20 @@ def _predict(
     kernel: _Kernel,
     device: Device,
     flops: float,
+    pairs: int,
     masked: int,
     visited: int,
     row_tiles: int,
 ) -> tuple[float, str]:
     """Milliseconds of one kernel, and what limits it."""
     backward = kernel is not _FORWARD
-    efficiency = BACKWARD_EFFICIENCY if backward else FORWARD_EFFICIENCY
-    vector_rate = device.multiprocessors * _LANES * device.clock * 1e9
+    costs = _BACKWARD_COSTS if backward else _FORWARD_COSTS
+    lanes = device.multiprocessors * device.clock * 1e9
     compute = (
-        flops / (efficiency * device.rate(problem.dtype) * 1e12)
-        + masked * MASK_OPERATIONS / vector_rate
-        + (visited * VISIT_SECONDS + row_tiles * ROW_TILE_SECONDS) / device.multiprocessors
+        flops / (costs.efficiency * device.rate(problem.dtype) * 1e12)
+        + pairs * costs.exponentials / (_EXPONENTIAL_LANES * lanes)
+        + masked * costs.mask_operations / (_LANES * lanes)
+        + (visited * costs.visit + row_tiles * costs.row_tile) / device.multiprocessors
     )
     limit = "compute"
     if 0 < row_tiles < device.multiprocessors:
@@ -328,7 +341,7 @@ def _predict(
     memory = moved / (_BANDWIDTH_EFFICIENCY * device.bandwidth * 1e9)
     if memory > compute:
         compute, limit = memory, "memory"
-    return (compute + LAUNCH_SECONDS) * 1e3, limit
+    return (compute + costs.launch) * 1e3, limit
 
 
 def _rounded(value: float) -> str:
@@ -585,6 +598,12 @@ def simulate_problem(
             backward_tilings = [forward_tiling] * 2
     else:
         backward_tilings = _tilings(problem, device, config, True)
+    backward = [
+        _simulate_pass(problem, kernel, device, tiling, aligned)
+        for kernel, tiling in zip(_BACKWARD, backward_tilings, strict=True)
+    ]
+    if problem.num_additional:
+        backward.append(_simulate_context(problem, device))
     times = problem.batch * problem.heads
     dense = dense_of(problem)
     try:
@@ -594,14 +613,25 @@ def simulate_problem(
     return Simulation(
         problem, device, aligned,
         _simulate_pass(problem, _FORWARD, device, forward_tiling, aligned),
-        tuple(
-            _simulate_pass(problem, kernel, device, tiling, aligned)
-            for kernel, tiling in zip(_BACKWARD, backward_tilings, strict=True)
-        ),
+        tuple(backward),
         needed_pairs(problem) * times,
         problem.num_queries * (problem.num_keys + problem.num_additional) * times,
         _simulate_pass(dense, _FORWARD, device, dense_tiling, False).ms,
     )  # fmt: skip
+
+
+def _simulate_context(problem: Problem, device: Device) -> Pass:
+    """The kernel of the gradients of additional keys: dense attention of all queries to them."""
+    length = (max(problem.num_queries, problem.num_additional),)
+    context = replace(
+        dense_of(problem), key_shape=(problem.num_additional,), kernel_size=length, grid=length,
+        num_additional=0,
+    )  # fmt: skip
+    try:
+        tiling = _tilings(context, device, DEFAULT_CONFIG, True)[1]
+    except RuntimeError:
+        tiling = _Tiling((64,), (64,))
+    return _simulate_pass(context, _CONTEXT, device, tiling, False)
 
 
 def predict(
@@ -668,8 +698,9 @@ def simulate(
         device: A name of ``natten.devices.DEVICES``, or what a driver calls the device.
 
     Returns:
-        A :class:`Simulation`. Predictions hold for half precision on an H100; elsewhere the facts
-        of the device scale them.
+        A :class:`Simulation`. Times are those that kernels keep the device busy: short calls take
+        as long as the host needs to launch them. Predictions are fitted to half precision on an
+        H100; elsewhere the facts of the device scale them.
 
     Raises:
         ValueError: An argument is wrong by itself or does not fit the others.
