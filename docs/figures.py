@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
@@ -17,8 +18,10 @@ from natten import demo, devices, viz
 from natten.simulator import traffic
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import predictions  # noqa: E402
+
 FIGURES = Path(__file__).parent / "figures"
-PEERS = ROOT / "benchmarks" / "peers" / "h100.json"
 RESULTS = ROOT / "benchmarks" / "results" / "h100.json"
 
 
@@ -80,32 +83,23 @@ def advice() -> Figure:
     return viz.advice_figure(natten.simulate((30, 48, 80), (18, 24, 24), heads=24).advise())
 
 
-def _simulated(case: dict[str, Any]) -> natten.simulator.Simulation:
-    return natten.simulate(
-        case["shape"], case["kernel_size"], case["stride"], case["dilation"], case["is_causal"],
-        batch=case["batch"], heads=case["heads"], heads_kv=case.get("heads_kv"),
-        head_dim=case["head_dim"], head_dim_v=case.get("head_dim_v"),
-        additional=case.get("additional_kv", 0),
-    )  # fmt: skip
-
-
-def _measured() -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Cases and what was measured of them in bfloat16."""
-    cases = {case["name"]: case for case in json.loads(PEERS.read_text())["cases"]}
-    results = json.loads(RESULTS.read_text())["cases"]
+def _measured() -> list[tuple[str, natten.simulator.Simulation, dict[str, Any]]]:
+    """Names, simulations and measurements of the neighborhood cases in bfloat16."""
     return [
-        (cases[r["case"]], r)
-        for r in results
-        if r["dtype"] == "torch.bfloat16" and "fwd_ms" in r and r["case"] in cases
+        (name, found, result)
+        for name, dtype, found, result in predictions.rows(RESULTS)
+        if dtype == "bfloat16" and "case" in result
     ]
 
 
 def roofline() -> Figure:
     """The measured forward passes below the limits of the device."""
     points = {}
-    for case, result in _measured():
-        found = _simulated(case)
-        points[case["name"]] = (
+    results = json.loads(RESULTS.read_text())["cases"]
+    for name, found, result in _measured():
+        if predictions.host_bound(result, results)[0]:
+            continue
+        points[name] = (
             found.needed_flops / traffic(found.problem, False),
             found.needed_flops / result["fwd_ms"] / 1e9,
         )
@@ -117,16 +111,16 @@ def roofline() -> Figure:
 def benchmark() -> Figure:
     """Measured times beside the best that others reach."""
     measured = _measured()
-    names = [case["name"] for case, _ in measured]
+    names = [name for name, _, _ in measured]
     figure = Figure(figsize=(12, 0.42 * len(names) + 1.4), layout="constrained")
     for axes, key, title in zip(
         figure.subplots(1, 2, sharey=True), ("fwd_ms", "bwd_ms"), ("forward", "backward")
     ):
-        peers = [r.get(f"peer_{key}") for _, r in measured]
+        peers = [r.get(f"peer_{key}") for _, _, r in measured]
         viz.draw_benchmark(
             axes, names,
             {
-                "natten": [r.get(key) for _, r in measured],
+                "natten": [r.get(key) for _, _, r in measured],
                 "the best of the others": [v if v and isfinite(v) else None for v in peers],
             },
             f"milliseconds, {title}",
@@ -136,21 +130,28 @@ def benchmark() -> Figure:
 
 def prediction() -> Figure:
     """Predicted over measured times."""
-    measured = _measured()
-    figure = Figure(figsize=(8, 0.36 * len(measured) + 1.3), layout="constrained")
+    results = json.loads(RESULTS.read_text())["cases"]
+    measured = predictions.rows(RESULTS)
+    bound = [predictions.host_bound(result, results) for _, _, _, result in measured]
+    shown = [n for n in range(len(measured)) if not all(bound[n])]
+    figure = Figure(figsize=(8, 0.3 * len(shown) + 1.3), layout="constrained")
     axes = figure.subplots()
     axes.axvspan(1 / 1.15, 1.15, color="#9A9A9A", alpha=0.25, label="within 15 %")
-    for key, marker, color in (("fwd_ms", "o", 0), ("bwd_ms", "s", 1)):
-        pairs = [(_simulated(case), result[key]) for case, result in measured]
-        ratios = [(s.forward_ms if key == "fwd_ms" else s.backward_ms) / ms for s, ms in pairs]
+    for kind, marker in enumerate("os"):
+        points = []
+        for place, n in enumerate(shown):
+            _, _, found, result = measured[n]
+            ms = result.get(("fwd_ms", "bwd_ms")[kind])
+            if ms is not None and not bound[n][kind]:
+                points.append(((found.forward_ms, found.backward_ms)[kind] / ms, place))
         axes.scatter(
-            ratios, range(len(ratios)), marker=marker, s=40, color=viz.SERIES_COLORS[color],
-            edgecolors="black", linewidths=0.6, zorder=3,
-            label="forward" if key == "fwd_ms" else "backward",
+            [x for x, _ in points], [y for _, y in points], marker=marker, s=40, zorder=3,
+            color=viz.SERIES_COLORS[kind], edgecolors="black", linewidths=0.6,
+            label=("forward", "backward")[kind],
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_yticks(range(len(measured)), labels=[case["name"] for case, _ in measured], fontsize=8)
+    axes.set_yticks(range(len(shown)), labels=[measured[n][0] for n in shown], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="#9A9A9A", linewidth=1)
     axes.set_xlabel("predicted over measured time")

@@ -529,9 +529,8 @@ def draw_roofline(
         axes.scatter(
             [intensity], [rate], marker=_MARKERS[n % len(_MARKERS)], s=42,
             color=SERIES_COLORS[n % len(SERIES_COLORS)], edgecolors=_ink(), linewidths=0.6,
-            zorder=3,
+            label=name, zorder=3,
         )  # fmt: skip
-        axes.annotate(name, (intensity, rate), (7, -3), textcoords="offset points", fontsize=7.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.annotate(
@@ -546,6 +545,7 @@ def draw_roofline(
     axes.set_ylabel("needed TFLOP/s")
     axes.set_title(device.full_name, fontsize=10)
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def draw_benchmark(

@@ -163,7 +163,7 @@ def comparison_table(report: Report) -> Table:
     """The subject beside its baselines."""
     backward = report.problem.requires_grad
     columns = ["", "forward ms", *(["backward ms", "total ms"] if backward else []), "peak MiB"]
-    table = _table([*columns, "speedup"], 1, title="beside others")
+    table = _table([*columns, "times natten's"], 1, title="beside others")
     for m in (report.subject, *report.baselines):
         if m.failure is not None:
             table.add_row(m.name, m.failure, *[""] * (len(columns) - 1))

@@ -197,6 +197,8 @@ def _profile(request: Request, output: _Output) -> int:
                 subjects.measure_other(name, problem, tensors, options.warmup_steps, limits)
             )
     dense_pairs = problem.num_queries * (problem.num_keys + problem.num_additional)
+    if subjects.is_causal_dense(problem):
+        dense_pairs = problem.num_queries * (problem.num_queries + 1) // 2
     result = Report(
         problem, config, devices.driver_name(problem.device), limits, subject, tuple(baselines),
         _flops(problem), _bytes(problem), dense_pairs / max(needed_pairs(problem), 1), found,

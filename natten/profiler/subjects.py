@@ -131,8 +131,13 @@ def _joined(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
+def is_causal_dense(problem: Problem) -> bool:
+    """Whether dense attention is compared with as causal: other kinds cannot tell what is later."""
+    return problem.rank == 1 and problem.is_causal[0] and not problem.num_additional
+
+
 def _dense_call(name: str, problem: Problem, tensors: Tensors) -> Callable[[], Tensor]:
-    causal = problem.rank == 1 and problem.is_causal[0] and not problem.num_additional
+    causal = is_causal_dense(problem)
     grouped = problem.heads != problem.heads_kv
 
     def sdpa() -> Tensor:
@@ -292,6 +297,7 @@ def measure_other(
 
 __all__ = [
     "Tensors",
+    "is_causal_dense",
     "make_tensors",
     "measure_call",
     "measure_natten",
