@@ -309,6 +309,8 @@ def _notebook_pages(config: MkDocsConfig, files: Files) -> None:
     exporter = MarkdownExporter()
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            cell.outputs = _joined(cell.get("outputs", []))
         text, resources = exporter.from_notebook_node(
             notebook, resources={"output_files_dir": path.stem, "unique_key": path.stem}
         )
@@ -327,6 +329,18 @@ def _notebook_pages(config: MkDocsConfig, files: Files) -> None:
     for section in config.nav or []:
         if "Notebooks" in section:
             section["Notebooks"] = pages
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Outputs with what was printed in one piece, however the kernel sent it."""
+    joined: list[Any] = []
+    for output in outputs:
+        printed = output.output_type == "stream"
+        if printed and joined and joined[-1].output_type == "stream":
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 # --- what mkdocs and griffe call
@@ -364,4 +378,5 @@ class PlainRoles(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = _ROLE.sub(r"`\1`", obj.docstring.value)
+            text = _ROLE.sub(r"`\1`", obj.docstring.value)
+            obj.docstring.value = re.sub(r"::$", ":", text, flags=re.MULTILINE)

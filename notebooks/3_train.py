@@ -141,7 +141,7 @@ plt.show()
 # ## Save and load
 #
 # safetensors holds tensors and nothing that could be executed. timm loads the file by a
-# `pretrained_cfg_overlay`, which is told that this file's classifier has ten classes.
+# `pretrained_cfg_overlay`, which is told that this file is for ten classes and one channel.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +151,7 @@ with tempfile.TemporaryDirectory() as folder:
     loaded = timm.create_model(
         "dinat_pico",
         pretrained=True,
-        pretrained_cfg_overlay=dict(file=str(path), num_classes=10),
+        pretrained_cfg_overlay=dict(file=str(path), num_classes=10, input_size=(1, 28, 28)),
         **settings,
     ).to(device)
 assert torch.equal(predict(loaded, test), logits)
