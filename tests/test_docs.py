@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,29 @@ def test_gpu_code_is_marked(page):
     for block in blocks_of(page):
         guarded = block.needs_gpu or "cuda.is_available()" in block.code
         assert guarded or "cuda" not in block.code, f"{page.name}, line {block.line}"
+
+
+def commands() -> list[str]:
+    """The `natten` commands in the pages, but for those that search for long."""
+    fenced = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    lines = [
+        line.split("  #")[0].strip()
+        for page in PAGES
+        for language, block in fenced.findall(page.read_text())
+        if not language
+        for line in block.splitlines()
+    ]
+    return [line for line in lines if line.startswith("natten ") and "--optimize" not in line]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_run(command, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rich")
+    from natten.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out
 
 
 # --- error texts
