@@ -108,15 +108,16 @@ def axis_rows(
         # Tiles sit on multiples of their size, so that they line up with groups of a stride.
         first = (row_begin // TILE + tile % tiles) * TILE
         head = tl.maximum(first, row_begin)
-        tail = tl.maximum(tl.minimum(first + TILE, row_end) - 1, 0)
+        end_of_rows = tl.minimum(first + TILE, row_end)
+        tail = tl.maximum(end_of_rows - 1, 0)
         begin_head, end_head = window(
             head, group_length, kernel, stride, column_begin, column_end, CAUSAL, INVERSE
         )
         begin_tail, end_tail = window(
             tail, group_length, kernel, stride, column_begin, column_end, CAUSAL, INVERSE
         )
-        count = tl.where(tail >= head, ceil_div(end_tail - begin_head, COLUMN_TILE), 0)
-        inner = tl.minimum(ceil_div(begin_tail - begin_head, COLUMN_TILE), count)
+        count = tl.where(end_of_rows > head, ceil_div(end_tail - begin_head, COLUMN_TILE), 0)
+        inner = tl.minimum(tl.maximum(ceil_div(begin_tail - begin_head, COLUMN_TILE), 0), count)
         inner_end = tl.maximum(end_head - begin_head, 0) // COLUMN_TILE
         inner_count = tl.maximum(tl.minimum(inner_end, count) - inner, 0)
 
@@ -128,7 +129,8 @@ def axis_rows(
         memory = position * dilation + group - row_origin
         column_memory = column_begin * dilation + group - column_origin
         return (
-            (memory, exists, position, begin, end - begin),
+            # Rows that do not exist see nothing: their biases would lie outside the table.
+            (memory, exists, position, begin, tl.where(exists, end - begin, 0)),
             (begin_head, count, inner, inner_count),
             (column_begin, column_memory, column_end - column_begin),
         )  # fmt: skip
@@ -353,10 +355,10 @@ def masked_scores(
     if HAS_RPB:
         slot, size = bias_slot(corner, place, position, first, kernels, INVERSE, RANK)
         table = rpb + head.to(tl.int64) * size
-        if MASKED:
-            bias = tl.load(table + slot, mask=seen, other=0.0)
-        else:
-            bias = tl.load(table + slot)
+        if not MASKED:
+            # All rows see all columns, but for rows that do not exist.
+            seen = (slot >= 0) & (slot < size)
+        bias = tl.load(table + slot, mask=seen, other=0.0)
         scores = scores * scale + bias.to(tl.float32) * LOG2_E
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
