@@ -61,10 +61,10 @@ docs: $(INSTALLED)  ## the documentation site, in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "open site/index.html"
 
 notebooks: $(INSTALLED)  ## run all notebooks on the CPU and store their outputs
-	@for script in notebooks/*.py; do \
+	@cd notebooks && failed=0 && for script in *.py; do \
 		echo "$$script"; \
-		(cd notebooks && PYTHONWARNINGS=ignore ../$(BIN)/jupytext --quiet --to ipynb --execute "$${script##*/}") || exit 1; \
-	done
+		PYTHONWARNINGS=ignore ../$(BIN)/jupytext --quiet --to ipynb --execute "$$script" || failed=1; \
+	done; exit $$failed
 
 clean:  ## remove what builds and runs leave behind, not .venv
 	@rm -rf build dist site *.egg-info demo.png .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -93,7 +93,16 @@ def test_commands_run(command, tmp_path, monkeypatch, capsys):
 
 # --- error texts
 
-SOURCES_IN_FULL = ("natten/validation.py", "natten/functional/dispatch.py")
+SOURCES_IN_FULL = (
+    "natten/validation.py",
+    "natten/functional/dispatch.py",
+    "natten/functional/neighborhood.py",
+    "natten/functional/ops.py",
+    "natten/nn/attention.py",
+    "natten/nn/core.py",
+    "natten/nn/cross_attention.py",
+    "models/_checkpoint.py",
+)
 
 
 def texts(source: Path) -> Iterator[str]:
@@ -134,7 +143,8 @@ def test_errors_are_documented(source):
 
 
 def test_documented_errors_exist():
-    code = "\n".join(path.read_text() for path in (ROOT / "natten").rglob("*.py"))
+    sources = [*(ROOT / "natten").rglob("*.py"), *(ROOT / "models").glob("*.py")]
+    code = "\n".join(path.read_text() for path in sources)
     # Adjacent string literals are one text.
     code = re.sub(r'"\s*\n\s*f?"', "", code)
     code = re.sub(r"\{[^{}]*\}", "…", code)
