@@ -38,8 +38,7 @@ from .primitives import (
 
 NOT_SPECIALIZED = [
     "query_strides", "key_strides", "value_strides", "out_gradient_strides", "statistic_strides",
-    "out_strides", "lse_strides",
-    "query_gradient_strides", "key_gradient_strides", "value_gradient_strides",
+    "lse_strides", "query_gradient_strides", "key_gradient_strides", "value_gradient_strides",
     "additional_key_strides", "additional_value_strides",
     "lengths", "kernels", "strides", "dilations", "query_origins", "query_extents",
     "key_origins", "key_extents", "tiles", "programs", "heads", "num_additional", "tokens",
@@ -121,8 +120,7 @@ def query_gradient_kernel(
     query, key, value, out_gradient, lse_base2, delta, query_gradient, rpb,
     additional_key, additional_value, cumulative_query, cumulative_key, out, lse, lse_gradient,
     query_strides, key_strides, value_strides, out_gradient_strides, statistic_strides,
-    out_strides, lse_strides, query_gradient_strides, additional_key_strides,
-    additional_value_strides,
+    lse_strides, query_gradient_strides, additional_key_strides, additional_value_strides,
     lengths, kernels, strides, dilations, query_origins, query_extents, key_origins, key_extents,
     tiles, programs, heads, num_additional, scale, gradient_scale,
     HEADS_PER_KV: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
@@ -151,10 +149,10 @@ def query_gradient_kernel(
         query + head_offset(memory_batch, head, query_strides, UNIT),
         offset, all_exist, FEATURES, BLOCK,
     )  # fmt: skip
-    offset, all_exist = row_offsets(memory, exists, out_gradient_strides, UNIT, RANK)
+    gradient_offset, all_exist = row_offsets(memory, exists, out_gradient_strides, UNIT, RANK)
     gradient_rows = load_rows(
         out_gradient + head_offset(memory_batch, head, out_gradient_strides, UNIT),
-        offset, all_exist, VALUE_FEATURES, VALUE_BLOCK,
+        gradient_offset, all_exist, VALUE_FEATURES, VALUE_BLOCK,
     )  # fmt: skip
     offset, all_exist = row_offsets(memory, exists, statistic_strides, 1, RANK)
     offset += head_offset(memory_batch, head, statistic_strides, 1)
@@ -162,11 +160,11 @@ def query_gradient_kernel(
         row_lse = tl.load(lse_base2 + offset, mask=all_exist, other=0.0)
         row_delta = tl.load(delta + offset, mask=all_exist, other=0.0)
     else:
-        # The rows are here already: compute what the kernel for key and value reads later.
-        out_offset, all_exist = row_offsets(memory, exists, out_strides, 1, RANK)
+        # The rows are here already: compute what the kernel for key and value reads later. Output
+        # and gradient are both contiguous.
         out_rows = load_rows(
-            out + head_offset(memory_batch, head, out_strides, 1), out_offset, all_exist,
-            VALUE_FEATURES, VALUE_BLOCK,
+            out + head_offset(memory_batch, head, out_gradient_strides, UNIT),
+            gradient_offset, all_exist, VALUE_FEATURES, VALUE_BLOCK,
         )  # fmt: skip
         row_delta = tl.sum(out_rows.to(tl.float32) * gradient_rows.to(tl.float32), 1)
         lse_offset, all_exist = row_offsets(memory, exists, lse_strides, 1, RANK)
@@ -219,9 +217,9 @@ def query_gradient_kernel(
                 scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator,
                 scale, False, PRECISION,
             )  # fmt: skip
-    offset, all_exist = row_offsets(memory, exists, query_gradient_strides, 1, RANK)
+    offset, all_exist = row_offsets(memory, exists, query_gradient_strides, UNIT, RANK)
     store_rows(
-        query_gradient + head_offset(memory_batch, head, query_gradient_strides, 1),
+        query_gradient + head_offset(memory_batch, head, query_gradient_strides, UNIT),
         accumulator * gradient_scale, offset, all_exist, FEATURES, BLOCK,
     )  # fmt: skip
 
@@ -323,14 +321,15 @@ def key_value_gradient_tile(
                     score_gradient, query_columns, key_accumulator, input_precision=PRECISION
                 )
 
-    offset, all_exist = row_offsets(memory, exists, key_gradient_strides, 1, RANK)
-    start = head_offset(memory_batch, kv_head, key_gradient_strides, 1) + split * split_size
+    offset, all_exist = row_offsets(memory, exists, key_gradient_strides, UNIT, RANK)
+    start = head_offset(memory_batch, kv_head, key_gradient_strides, UNIT)
+    start += split * (split_size * UNIT)
     store_rows(
         key_gradient + start, key_accumulator * gradient_scale, offset, all_exist, FEATURES, BLOCK
     )
-    offset, all_exist = row_offsets(memory, exists, value_gradient_strides, 1, RANK)
-    start = head_offset(memory_batch, kv_head, value_gradient_strides, 1)
-    start += split * value_split_size
+    offset, all_exist = row_offsets(memory, exists, value_gradient_strides, UNIT, RANK)
+    start = head_offset(memory_batch, kv_head, value_gradient_strides, UNIT)
+    start += split * (value_split_size * UNIT)
     store_rows(
         value_gradient + start, value_accumulator, offset, all_exist, VALUE_FEATURES, VALUE_BLOCK
     )

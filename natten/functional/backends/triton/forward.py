@@ -136,8 +136,8 @@ def forward_tile(
 
     # A query that sees nothing has output 0 and logsumexp -inf.
     accumulator = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
-    offset, all_exist = row_offsets(memory, exists, out_strides, 1, RANK)
-    start = head_offset(memory_batch, head, out_strides, 1)
+    offset, all_exist = row_offsets(memory, exists, out_strides, UNIT, RANK)
+    start = head_offset(memory_batch, head, out_strides, UNIT)
     store_rows(out + start, accumulator, offset, all_exist, VALUE_FEATURES, VALUE_BLOCK)
     offset, all_exist = row_offsets(memory, exists, lse_strides, 1, RANK)
     offset += head_offset(memory_batch, head, lse_strides, 1)

@@ -233,7 +233,8 @@ def _plan(
         # As many programs for each sequence as the longest needs.
         row_box = row_box[0], _pad((problem.max_seqlen_kv if inverse else problem.max_seqlen_q,), 1)
     tiles = _tile_counts(*row_box, dilations, row_tile)
-    unit = _unit(*strides, *additional)
+    written = {name: _strides(stride) for name, stride in outputs}
+    unit = _unit(*strides, *additional, *written.values())
     scale, negate = _scales(problem.scale)
     programs = prod(tiles) * prod(dilations) * heads * sequences * splits
     options = {
@@ -287,7 +288,7 @@ def _plan(
         "PERSISTENT": tiling.programs > 0,
         "WARP_SPECIALIZE": tiling.specialize,
         "num_warps": tiling.warps,
-        **{name: _strides(stride) for name, stride in outputs},
+        **{name: _divide(stride, unit) for name, stride in written.items()},
     }
     accepted = {*kernel.arg_names, "num_warps"}
     return _Plan(programs, {name: v for name, v in options.items() if name in accepted})
@@ -519,7 +520,7 @@ class _Backward:
         plan = self._plan(
             query_gradient_kernel, self.problem, tiling,
             (self.query, self.key, self.value, self.grad_out), self.additional,
-            query_gradient_strides=gradient, out_strides=self.out,
+            query_gradient_strides=gradient,
         )  # fmt: skip
         key_tile = plan.options["KEY_TILE"]
         _run(
@@ -551,7 +552,7 @@ class _Backward:
             key_value_gradient_kernel, problem, tiling, tensors, inverse=True, splits=splits,
             key_gradient_strides=key_gradient[0], value_gradient_strides=value_gradient[0],
         )  # fmt: skip
-        query_tile = plan.options["QUERY_TILE"]
+        query_tile, unit = plan.options["QUERY_TILE"], plan.options["UNIT"]
         launched = plan.programs
         if loops:
             launched = min(launched, loops * problem.heads_kv * self.sequences)
@@ -561,7 +562,8 @@ class _Backward:
             key, value,
             _descriptor(grad_out, query_tile) if tiling.tma else grad_out,
             self.lse_base2, self.delta, key_gradient, value_gradient, rpb, *cumulative,
-            split_size=key.numel(), value_split_size=value.numel(), LOOP=launched < plan.programs,
+            split_size=key.numel() // unit, value_split_size=value.numel() // unit,
+            LOOP=launched < plan.programs,
         )  # fmt: skip
         if splits == 1:
             return key_gradient[0], value_gradient[0]
