@@ -399,8 +399,14 @@ def backward(
 
 @lru_cache(maxsize=4096)
 def _statistics_plan(
-    tokens: int, heads: int, features: int, has_lse_gradient: bool, has_delta: bool
+    tokens: int,
+    heads: int,
+    features: int,
+    has_lse_gradient: bool,
+    has_delta: bool,
+    device: torch.device,
 ) -> _Plan:
+    """The plan of the statistics kernel. Compiled kernels, which it keeps, belong to a device."""
     options = {
         "tokens": tokens,
         "heads": heads,
@@ -465,8 +471,9 @@ class _Backward:
                 rows = rows - self.grad_lse
             self.delta.copy_(rows.view(-1, tokens, heads).transpose(1, 2))
         plan = _statistics_plan(
-            tokens, heads, features, self.grad_lse is not None, not self.torch_reduction
-        )
+            tokens, heads, features, self.grad_lse is not None, not self.torch_reduction,
+            self.out.device,
+        )  # fmt: skip
         _run(
             statistics_kernel, triton.cdiv(tokens, _STATISTICS_ROWS) * heads * self.problem.batch,
             plan, self.out, self.grad_out, self.lse, self.grad_lse, self.lse_base2, self.delta,

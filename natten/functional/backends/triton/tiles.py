@@ -180,11 +180,6 @@ def work(problem: Problem, query_tile: Shape, key_tile: Shape, inverse: bool = F
     return Work(covered, inside)
 
 
-def needed(problem: Problem) -> int:
-    """Query-key pairs of full windows, for one batch entry and head."""
-    return problem.num_queries * prod(problem.kernel_size)
-
-
 def shapes(tokens: int, rank: int) -> Iterator[Shape]:
     """All shapes of ``rank`` powers of two that hold ``tokens`` tokens."""
     if rank == 1:
