@@ -136,7 +136,9 @@ class Family:
     head_dim: int
     head_dim_v: int
     group: int  # query heads for each key head
-    dilated: bool
+    strided: tuple[bool, ...]
+    dilated: tuple[bool, ...]
+    contiguous: bool
     rpb: bool
     additional: bool
     negative: bool
@@ -165,7 +167,9 @@ def family(number: int) -> Family:
     made = Family(
         rank, causal, backend, dtype, head_dim, head_dim_v,
         group=random.choice((1, 1, 1, 2, 4)),
-        dilated=random.random() < (0.25 if backend == "hopper" else 0.5),
+        strided=tuple(random.random() < 0.4 for _ in range(rank)),
+        dilated=tuple(random.random() < (0.15 if backend == "hopper" else 0.35) for _ in range(rank)),
+        contiguous=random.random() < 0.7,
         rpb=not any(causal) and random.random() < 0.3,
         additional=random.random() < 0.3,
         negative=random.random() < 0.1,
@@ -227,12 +231,27 @@ def family_case(family: Family, seed: int) -> Case:
     """A random problem of a family."""
     random = Random(seed)
     case = random_case(seed, rank=family.rank, max_tokens=random.choice((300, 600, 900)))
-    dilation = case.dilation if family.dilated else (1,) * family.rank
+    # Kernels are specialized on whether these are 1 (or a multiple of 16).
+    dilation = tuple(
+        random.choice((2, 2 + (n > 5))) if dilated and n > 3 else 1
+        for n, dilated in zip(case.grid or case.tokens, family.dilated)
+    )
+    kernel_size = tuple(
+        max(min(k, n // d), min(n, 1 + s))
+        for n, d, k, s in zip(case.grid or case.tokens, dilation, case.kernel_size, family.strided)
+    )
+    stride = tuple(
+        random.choice([n for n in range(2, k + 1) if n % 16] or [1]) if strided else 1
+        for k, strided in zip(kernel_size, family.strided)
+    )
     heads_kv = random.choice((1, 2, 3))
     return replace(
         case,
+        kernel_size=kernel_size,
+        stride=stride,
         is_causal=family.is_causal,
         dilation=dilation,
+        contiguous=family.contiguous,
         heads=heads_kv * family.group,
         heads_kv=heads_kv,
         head_dim=family.head_dim,

@@ -22,17 +22,17 @@ from .primitives import (
     additional_tile,
     bias_slot,
     ceil_div,
-    column_corner,
     column_source,
     column_steps,
+    column_tile,
     head_offset,
     in_sight,
     load_columns,
     load_rows,
-    masked_scores,
     row_offsets,
     row_tile,
     store_rows,
+    tile_scores,
     unravel,
 )
 
@@ -86,10 +86,10 @@ def statistics_kernel(
 
 
 @triton.jit
-def load_statistic(pointer, corner, place, extent, steps, RANK: tl.constexpr):
-    """lse or delta of a tile of query columns."""
+def load_statistic(pointer, corner, place, extent, steps, dilation, RANK: tl.constexpr):
+    """lse or delta of a tile of query columns, contiguous along the last axis but for dilation."""
     # One head's tokens are counted in 32 bits.
-    offset = (place[2] + corner[2]) * steps[2].to(tl.int32)
+    offset = (place[2] + corner[2]) * dilation
     exists = place[2] < extent[2] - corner[2]
     if RANK >= 2:
         offset += (place[1] + corner[1]) * steps[1].to(tl.int32)
@@ -103,11 +103,9 @@ def load_statistic(pointer, corner, place, extent, steps, RANK: tl.constexpr):
 @triton.jit
 def query_gradient_step(
     scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator, scale,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if not SCALED:
-        scores *= scale
-    weights = tl.math.exp2(scores - row_lse[:, None])
+    weights = tl.math.exp2(scores * scale - row_lse[:, None])
     weight_gradient = tl.dot(gradient_rows, value_columns.T, input_precision=PRECISION)
     score_gradient = weights * (weight_gradient - row_delta[:, None])
     return tl.dot(
@@ -182,25 +180,24 @@ def query_gradient_kernel(
     )  # fmt: skip
 
     accumulator = tl.zeros([ROWS, BLOCK], tl.float32)
-    for PASS in tl.static_range(0 if SPLIT else 1, 2):
-        for t in tl.range(0, column_steps(box, PASS, SPLIT), num_stages=STAGES):
-            corner = column_corner(t, box, KEY_TILE, PASS, SPLIT, RANK)
-            key_columns = load_columns(
-                key_source, memory_batch, kv_head, corner, column_first, extent, key_steps, place,
-                FEATURES, BLOCK, COLUMNS, RANK, TMA, WIDE,
-            )  # fmt: skip
-            value_columns = load_columns(
-                value_source, memory_batch, kv_head, corner, column_first, extent, value_steps,
-                place, VALUE_FEATURES, VALUE_BLOCK, COLUMNS, RANK, TMA, WIDE,
-            )  # fmt: skip
-            scores = masked_scores(
-                query_rows, key_columns, corner, place, begin, width, position, first, kernels,
-                rpb, head, scale, PASS == 1, False, HAS_RPB, NEGATE, RANK, PRECISION,
-            )  # fmt: skip
-            accumulator = query_gradient_step(
-                scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator,
-                scale, HAS_RPB, PRECISION,
-            )  # fmt: skip
+    for t in tl.range(0, column_steps(box), num_stages=STAGES):
+        corner, whole = column_tile(t, box, KEY_TILE, RANK)
+        key_columns = load_columns(
+            key_source, memory_batch, kv_head, corner, column_first, extent, key_steps, place,
+            FEATURES, BLOCK, COLUMNS, RANK, TMA, WIDE,
+        )  # fmt: skip
+        value_columns = load_columns(
+            value_source, memory_batch, kv_head, corner, column_first, extent, value_steps,
+            place, VALUE_FEATURES, VALUE_BLOCK, COLUMNS, RANK, TMA, WIDE,
+        )  # fmt: skip
+        scores = tile_scores(
+            query_rows, key_columns, corner, whole, place, begin, width, position, first, kernels,
+            rpb, head, scale, SPLIT, False, HAS_RPB, NEGATE, RANK, PRECISION,
+        )  # fmt: skip
+        accumulator = query_gradient_step(
+            scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator,
+            scale, PRECISION,
+        )  # fmt: skip
     if HAS_ADDITIONAL:
         keys = additional_key + head_offset(batch, kv_head, additional_key_strides, UNIT)
         values = additional_value + head_offset(batch, kv_head, additional_value_strides, UNIT)
@@ -215,7 +212,7 @@ def query_gradient_kernel(
             scores = tl.where(present[None, :], scores, float("-inf"))
             accumulator = query_gradient_step(
                 scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator,
-                scale, False, PRECISION,
+                scale, PRECISION,
             )  # fmt: skip
     offset, all_exist = row_offsets(memory, exists, query_gradient_strides, UNIT, RANK)
     store_rows(
@@ -282,44 +279,40 @@ def key_value_gradient_tile(
         delta_source, statistic_steps = column_source(
             delta, memory_batch, head, column_memory, statistic_strides, dilations, 1, RANK, False,
         )  # fmt: skip
-        for PASS in tl.static_range(0 if SPLIT else 1, 2):
-            steps = column_steps(box, PASS, SPLIT)
-            for t in tl.range(
-                steps * split // splits, steps * (split + 1) // splits, num_stages=STAGES
-            ):
-                corner = column_corner(t, box, QUERY_TILE, PASS, SPLIT, RANK)
-                query_columns = load_columns(
-                    query_source, memory_batch, head, corner, column_first, extent, query_steps,
-                    place, FEATURES, BLOCK, COLUMNS, RANK, TMA, WIDE,
-                )  # fmt: skip
-                gradient_columns = load_columns(
-                    gradient_source, memory_batch, head, corner, column_first, extent,
-                    gradient_steps, place, VALUE_FEATURES, VALUE_BLOCK, COLUMNS, RANK,
-                    TMA, WIDE,
-                )  # fmt: skip
-                column_lse = load_statistic(
-                    lse_source, corner, place, extent, statistic_steps, RANK
-                )
-                column_delta = load_statistic(
-                    delta_source, corner, place, extent, statistic_steps, RANK
-                )
-                scores = masked_scores(
-                    key_rows, query_columns, corner, place, begin, width, position, first,
-                    kernels, rpb, head, scale, PASS == 1, True, HAS_RPB, NEGATE, RANK, PRECISION,
-                )  # fmt: skip
-                if not HAS_RPB:
-                    scores *= scale
-                weights = tl.math.exp2(scores - column_lse[None, :])
-                value_accumulator = tl.dot(
-                    weights.to(gradient_columns.dtype), gradient_columns, value_accumulator,
-                    input_precision=PRECISION,
-                )  # fmt: skip
-                weight_gradient = tl.dot(value_rows, gradient_columns.T, input_precision=PRECISION)
-                score_gradient = weights * (weight_gradient - column_delta[None, :])
-                score_gradient = score_gradient.to(query_columns.dtype)
-                key_accumulator = tl.dot(
-                    score_gradient, query_columns, key_accumulator, input_precision=PRECISION
-                )
+        steps = column_steps(box)
+        for t in tl.range(
+            steps * split // splits, steps * (split + 1) // splits, num_stages=STAGES
+        ):
+            corner, whole = column_tile(t, box, QUERY_TILE, RANK)
+            query_columns = load_columns(
+                query_source, memory_batch, head, corner, column_first, extent, query_steps,
+                place, FEATURES, BLOCK, COLUMNS, RANK, TMA, WIDE,
+            )  # fmt: skip
+            gradient_columns = load_columns(
+                gradient_source, memory_batch, head, corner, column_first, extent,
+                gradient_steps, place, VALUE_FEATURES, VALUE_BLOCK, COLUMNS, RANK, TMA, WIDE,
+            )  # fmt: skip
+            column_lse = load_statistic(
+                lse_source, corner, place, extent, statistic_steps, dilations[2], RANK
+            )
+            column_delta = load_statistic(
+                delta_source, corner, place, extent, statistic_steps, dilations[2], RANK
+            )
+            scores = tile_scores(
+                key_rows, query_columns, corner, whole, place, begin, width, position, first,
+                kernels, rpb, head, scale, SPLIT, True, HAS_RPB, NEGATE, RANK, PRECISION,
+            )  # fmt: skip
+            weights = tl.math.exp2(scores * scale - column_lse[None, :])
+            value_accumulator = tl.dot(
+                weights.to(gradient_columns.dtype), gradient_columns, value_accumulator,
+                input_precision=PRECISION,
+            )  # fmt: skip
+            weight_gradient = tl.dot(value_rows, gradient_columns.T, input_precision=PRECISION)
+            score_gradient = weights * (weight_gradient - column_delta[None, :])
+            score_gradient = score_gradient.to(query_columns.dtype)
+            key_accumulator = tl.dot(
+                score_gradient, query_columns, key_accumulator, input_precision=PRECISION
+            )
 
     offset, all_exist = row_offsets(memory, exists, key_gradient_strides, UNIT, RANK)
     start = head_offset(memory_batch, kv_head, key_gradient_strides, UNIT)
@@ -418,13 +411,13 @@ def bias_gradient_kernel(
     gradient_offset, all_exist = row_offsets(memory, exists, out_gradient_strides, UNIT, RANK)
     statistic_offset, all_exist = row_offsets(memory, exists, statistic_strides, 1, RANK)
 
-    for t in tl.range(0, column_steps(box, 1, False), num_stages=1):
-        corner = column_corner(t, box, KEY_TILE, 1, False, RANK)
+    for t in tl.range(0, column_steps(box), num_stages=1):
+        corner, _whole = column_tile(t, box, KEY_TILE, RANK)
         # Bias and mask are the same for the whole batch.
         seen = in_sight(corner, place, begin, width, RANK)
         slot, size = bias_slot(corner, place, position, first, kernels, False, RANK)
         bias = tl.load(rpb + head.to(tl.int64) * size + slot, mask=seen, other=0.0)
-        bias = tl.where(seen, bias.to(tl.float32) * LOG2_E, float("-inf"))
+        bias = bias.to(tl.float32) * ((-LOG2_E if NEGATE else LOG2_E) / scale)
         accumulator = tl.zeros([ROWS, COLUMNS], tl.float32)
         for batch in tl.range(
             batches * split // splits, batches * (split + 1) // splits, num_stages=STAGES
@@ -454,10 +447,11 @@ def bias_gradient_kernel(
                 value_source, batch, kv_head, corner, column_first, extent, value_steps, place,
                 VALUE_FEATURES, VALUE_BLOCK, COLUMNS, RANK, False, WIDE,
             )  # fmt: skip
-            scores = tl.dot(query_rows, key_columns.T, input_precision=PRECISION)
+            scores = tl.dot(query_rows, key_columns.T, bias, input_precision=PRECISION)
             if NEGATE:
                 scores = -scores
-            weights = tl.math.exp2(scores * scale + bias - row_lse[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+            weights = tl.math.exp2(scores * scale - row_lse[:, None])
             weight_gradient = tl.dot(gradient_rows, value_columns.T, input_precision=PRECISION)
             accumulator += weights * (weight_gradient - row_delta[:, None])
         seen = seen & all_exist[:, None]

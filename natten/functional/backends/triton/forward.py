@@ -1,8 +1,8 @@
 """Forward kernel: one softmax over the neighborhood and the additional tokens.
 
 A program owns one tile of queries of one head and visits the key tiles that cover the union of
-their windows, which start exactly where the union starts. Tiles in sight of every query need no
-mask and come first (`SPLIT`); windows smaller than a tile skip that distinction.
+their windows, which start exactly where the union starts. Tiles in full sight of every query need
+no mask (`SPLIT`); where there are few of them, asking costs more than it saves.
 """
 
 from __future__ import annotations
@@ -14,34 +14,29 @@ from .primitives import (
     LN_2,
     additional_tile,
     ceil_div,
-    column_corner,
     column_source,
     column_steps,
+    column_tile,
     head_offset,
     load_columns,
     load_rows,
-    masked_scores,
     row_offsets,
     row_tile,
     store_rows,
+    tile_scores,
     unravel,
 )
 
 
 @triton.jit
 def softmax_step(
-    scores, columns, scale, accumulator, maximum, total,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    scores, columns, scale, accumulator, maximum, total, PRECISION: tl.constexpr
 ):  # fmt: skip
     """One step of the running softmax, in base 2."""
-    if SCALED:
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-    else:
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
-        scores *= scale
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
     # A row that has seen nothing yet has maximum -inf: keep -inf - -inf out of the exponent.
     pivot = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    weights = tl.math.exp2(scores - pivot[:, None])
+    weights = tl.math.exp2(scores * scale - pivot[:, None])
     shrink = tl.math.exp2(maximum - pivot)
     total = total * shrink + tl.sum(weights, 1)
     accumulator = accumulator * shrink[:, None]
@@ -95,29 +90,23 @@ def forward_tile(
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     accumulator = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
-    for PASS in tl.static_range(0 if SPLIT else 1, 2):
-        for t in tl.range(
-            0,
-            column_steps(box, PASS, SPLIT),
-            num_stages=STAGES,
-            warp_specialize=WARP_SPECIALIZE,
-        ):
-            corner = column_corner(t, box, KEY_TILE, PASS, SPLIT, RANK)
-            columns = load_columns(
-                key_source, memory_batch, kv_head, corner, column_first, extent, key_steps, place,
-                FEATURES, BLOCK, COLUMNS, RANK, TMA, WIDE,
-            )  # fmt: skip
-            scores = masked_scores(
-                query_rows, columns, corner, place, begin, width, position, first, kernels, rpb,
-                head, scale, PASS == 1, False, HAS_RPB, NEGATE, RANK, PRECISION,
-            )  # fmt: skip
-            columns = load_columns(
-                value_source, memory_batch, kv_head, corner, column_first, extent, value_steps,
-                place, VALUE_FEATURES, VALUE_BLOCK, COLUMNS, RANK, TMA, WIDE,
-            )  # fmt: skip
-            accumulator, maximum, total = softmax_step(
-                scores, columns, scale, accumulator, maximum, total, HAS_RPB, PRECISION
-            )
+    for t in tl.range(0, column_steps(box), num_stages=STAGES, warp_specialize=WARP_SPECIALIZE):
+        corner, whole = column_tile(t, box, KEY_TILE, RANK)
+        columns = load_columns(
+            key_source, memory_batch, kv_head, corner, column_first, extent, key_steps, place,
+            FEATURES, BLOCK, COLUMNS, RANK, TMA, WIDE,
+        )  # fmt: skip
+        scores = tile_scores(
+            query_rows, columns, corner, whole, place, begin, width, position, first, kernels, rpb,
+            head, scale, SPLIT, False, HAS_RPB, NEGATE, RANK, PRECISION,
+        )  # fmt: skip
+        columns = load_columns(
+            value_source, memory_batch, kv_head, corner, column_first, extent, value_steps, place,
+            VALUE_FEATURES, VALUE_BLOCK, COLUMNS, RANK, TMA, WIDE,
+        )  # fmt: skip
+        accumulator, maximum, total = softmax_step(
+            scores, columns, scale, accumulator, maximum, total, PRECISION
+        )
     if HAS_ADDITIONAL:
         keys = additional_key + head_offset(batch, kv_head, additional_key_strides, UNIT)
         values = additional_value + head_offset(batch, kv_head, additional_value_strides, UNIT)
@@ -131,7 +120,7 @@ def forward_tile(
                 scores = -scores
             scores = tl.where(present[None, :], scores, float("-inf"))
             accumulator, maximum, total = softmax_step(
-                scores, value_columns, scale, accumulator, maximum, total, False, PRECISION
+                scores, value_columns, scale, accumulator, maximum, total, PRECISION
             )
 
     # A query that sees nothing has output 0 and logsumexp -inf.

@@ -36,6 +36,16 @@ def _pad(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
     return (fill,) * (3 - len(values)) + tuple(values)
 
 
+def _hidden(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """Integers that Triton finds nothing special about; kernels undo it with `revealed`.
+
+    Of a tuple's members Triton makes a kernel of its own for each pattern of ones and multiples of
+    16, whatever `do_not_specialize` says: one for almost every image size. Odd numbers above 1 are
+    neither.
+    """
+    return tuple([2 * number + 3 for number in numbers])
+
+
 def _strides(stride: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of batch, three axes of tokens, and heads, from those of a tensor."""
     batch, *tokens, head, _ = stride
@@ -56,7 +66,7 @@ def _unit(*strides: tuple[int, ...]) -> int:
 
 
 def _divide(strides: tuple[int, ...], unit: int) -> tuple[int, ...]:
-    return tuple(s // unit for s in strides)
+    return _hidden(tuple([s // unit for s in strides]))
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -238,15 +248,15 @@ def _plan(
     scale, negate = _scales(problem.scale)
     programs = prod(tiles) * prod(dilations) * heads * sequences * splits
     options = {
-        "lengths": _pad(problem.grid, 1),
-        "kernels": _pad(problem.kernel_size, 1),
+        "lengths": _hidden(_pad(problem.grid, 1)),
+        "kernels": _hidden(_pad(problem.kernel_size, 1)),
         "strides": _pad(problem.stride, 1),
         "dilations": dilations,
-        "query_origins": query_box[0],
-        "query_extents": query_box[1],
-        "key_origins": key_box[0],
-        "key_extents": key_box[1],
-        "tiles": tiles,
+        "query_origins": _hidden(query_box[0]),
+        "query_extents": _hidden(query_box[1]),
+        "key_origins": _hidden(key_box[0]),
+        "key_extents": _hidden(key_box[1]),
+        "tiles": _hidden(tiles),
         "programs": programs,
         "heads": heads,
         "splits": splits,
@@ -258,10 +268,10 @@ def _plan(
         "key_strides": _divide(strides[1], unit),
         "value_strides": _divide(strides[2], unit),
         "out_gradient_strides": _divide(strides[-1], unit),
-        "additional_key_strides": _divide(additional[0], unit) if additional else _NO_STRIDES,
-        "additional_value_strides": _divide(additional[1], unit) if additional else _NO_STRIDES,
-        "lse_strides": _statistic_strides(problem.query_shape, problem.heads, True),
-        "statistic_strides": _statistic_strides(problem.query_shape, problem.heads, False),
+        "additional_key_strides": _divide(additional[0] if additional else _NO_STRIDES, unit),
+        "additional_value_strides": _divide(additional[1] if additional else _NO_STRIDES, unit),
+        "lse_strides": _hidden(_statistic_strides(problem.query_shape, problem.heads, True)),
+        "statistic_strides": _hidden(_statistic_strides(problem.query_shape, problem.heads, False)),
         "HEADS_PER_KV": problem.heads // problem.heads_kv,
         "QUERY_TILE": query_tile,
         "KEY_TILE": key_tile,
@@ -282,7 +292,7 @@ def _plan(
         "HAS_RPB": problem.has_rpb,
         "HAS_ADDITIONAL": bool(additional),
         "NEGATE": negate,
-        "SPLIT": tiling.split,
+        "SPLIT": tiling.split and not problem.has_rpb,
         "STAGES": tiling.stages,
         "PRECISION": precision,
         "PERSISTENT": tiling.programs > 0,

@@ -28,6 +28,18 @@ def ceil_div(numerator, denominator):
 
 
 @triton.jit
+def revealed(hidden):
+    """The integers that `launch.hidden` packed, three (axes) or five (strides)."""
+    x = (hidden[0] >> 1) - 1
+    y = (hidden[1] >> 1) - 1
+    z = (hidden[2] >> 1) - 1
+    if len(hidden) == 3:
+        return x, y, z
+    else:
+        return x, y, z, (hidden[3] >> 1) - 1, (hidden[4] >> 1) - 1
+
+
+@triton.jit
 def query_window(position, length, kernel, stride, CAUSAL: tl.constexpr):
     """First key and one past the last key that the query at `position` attends to."""
     if CAUSAL:
@@ -167,66 +179,29 @@ def unravel(index, TILE: tl.constexpr):
 
 
 @triton.jit
-def inner_tile(t, first, counts, RANK: tl.constexpr):
-    """Coordinates of the t-th tile of a box of column tiles."""
-    if RANK == 1:
-        return t * 0, t * 0, first[2] + t
-    elif RANK == 2:
-        return t * 0, first[1] + t // counts[2], first[2] + t % counts[2]
-    else:
-        rest = t // counts[2]
-        return first[0] + rest // counts[1], first[1] + rest % counts[1], first[2] + t % counts[2]
-
-
-@triton.jit
-def beyond(index, inner, inner_count):
-    """The index-th tile of an axis that is not one of the inner tiles."""
-    return tl.where(index < inner, index, index + inner_count)
-
-
-@triton.jit
-def outer_tile(t, counts, inner, inner_counts, RANK: tl.constexpr):
-    """Coordinates of the t-th column tile that is not an inner one.
-
-    First come whole slabs across the first axis; then, where that axis is inside, slabs across the
-    second; then, where both are inside, those across the third.
-    """
-    if RANK == 1:
-        return t * 0, t * 0, beyond(t, inner[2], inner_counts[2])
-    else:
-        slabs_y = tl.maximum(counts[1] - inner_counts[1], 1)
-        slabs_z = tl.maximum(counts[2] - inner_counts[2], 1)
-        inner_y = tl.maximum(inner_counts[1], 1)
-        in_x = 0
-        inner_x = 1
-        if RANK == 3:
-            in_x = (counts[0] - inner_counts[0]) * counts[1] * counts[2]
-            inner_x = inner_counts[0]
-        u = t - in_x
-        in_y = inner_x * (counts[1] - inner_counts[1]) * counts[2]
-        w = u - in_y
-        across_y = u < in_y
-        y = tl.where(
-            across_y,
-            beyond((u // counts[2]) % slabs_y, inner[1], inner_counts[1]),
-            inner[1] + (w // slabs_z) % inner_y,
-        )
-        z = tl.where(across_y, u % counts[2], beyond(w % slabs_z, inner[2], inner_counts[2]))
-        if RANK == 2:
-            return t * 0, y, z
-        else:
-            across_x = t < in_x
-            x = inner[0] + tl.where(across_y, u // (counts[2] * slabs_y), w // (slabs_z * inner_y))
-            x = tl.where(
-                across_x, beyond(t // (counts[1] * counts[2]), inner[0], inner_counts[0]), x
-            )
-            y = tl.where(across_x, (t // counts[2]) % counts[1], y)
-            return x, y, tl.where(across_x, t % counts[2], z)
+def column_tile(t, box, COLUMN_TILE: tl.constexpr, RANK: tl.constexpr):
+    """Corner of the t-th column tile of a box, and whether all rows see all of it."""
+    union, counts, inner, inner_counts = box
+    x, y, z = t * 0, t * 0, t
+    if RANK >= 2:
+        y, z = t // counts[2], t % counts[2]
+    if RANK == 3:
+        x, y = y // counts[1], y % counts[1]
+    whole = (z >= inner[2]) & (z < inner[2] + inner_counts[2])
+    if RANK >= 2:
+        whole = whole & (y >= inner[1]) & (y < inner[1] + inner_counts[1])
+    if RANK == 3:
+        whole = whole & (x >= inner[0]) & (x < inner[0] + inner_counts[0])
+    corner = (
+        union[0] + x * COLUMN_TILE[0], union[1] + y * COLUMN_TILE[1], union[2] + z * COLUMN_TILE[2],
+    )  # fmt: skip
+    return corner, whole
 
 
 @triton.jit
 def row_offsets(memory, exists, strides, UNIT: tl.constexpr, RANK: tl.constexpr):
     """Element offset of each row's token from the start of its batch and head, and its mask."""
+    strides = revealed(strides)
     offset = memory[2].to(tl.int64) * (strides[3] * UNIT)
     all_exist = exists[2]
     if RANK >= 2:
@@ -241,6 +216,7 @@ def row_offsets(memory, exists, strides, UNIT: tl.constexpr, RANK: tl.constexpr)
 @triton.jit
 def head_offset(batch, head, strides, UNIT: tl.constexpr):
     """Element offset of a batch and head. `UNIT` divides every stride: it tells the alignment."""
+    strides = revealed(strides)
     batch = tl.full([], batch, tl.int64)
     return batch * (strides[0] * UNIT) + head.to(tl.int64) * (strides[4] * UNIT)
 
@@ -279,20 +255,21 @@ def column_source(
     `memory` is the coordinate of the first column. With `TMA`, `source` is a descriptor of the
     whole tensor, else a pointer to it.
     """
-    step_x, step_y, step_z = 0, 0, tl.full([], strides[3], tl.int64) * UNIT * dilations[2]
+    _batch, stride_x, stride_y, stride_z, _head = revealed(strides)
+    step_x, step_y, step_z = 0, 0, stride_z.to(tl.int64) * UNIT * dilations[2]
     if RANK >= 2:
-        step_y = tl.full([], strides[2], tl.int64) * UNIT * dilations[1]
+        step_y = stride_y.to(tl.int64) * UNIT * dilations[1]
     if RANK == 3:
-        step_x = tl.full([], strides[1], tl.int64) * UNIT * dilations[0]
+        step_x = stride_x.to(tl.int64) * UNIT * dilations[0]
     if TMA:
         return source, (step_x, step_y, step_z)
     else:
         start = head_offset(batch, head, strides, UNIT)
-        start += memory[2].to(tl.int64) * (strides[3] * UNIT)
+        start += memory[2].to(tl.int64) * (stride_z * UNIT)
         if RANK >= 2:
-            start += memory[1].to(tl.int64) * (strides[2] * UNIT)
+            start += memory[1].to(tl.int64) * (stride_y * UNIT)
         if RANK == 3:
-            start += memory[0].to(tl.int64) * (strides[1] * UNIT)
+            start += memory[0].to(tl.int64) * (stride_x * UNIT)
         return source + start, (step_x, step_y, step_z)
 
 
@@ -337,31 +314,32 @@ def in_sight(corner, place, begin, width, RANK: tl.constexpr):
 
 
 @triton.jit
-def masked_scores(
-    rows, columns, corner, place, begin, width, position, first, kernels, rpb, head, scale,
-    MASKED: tl.constexpr, INVERSE: tl.constexpr, HAS_RPB: tl.constexpr, NEGATE: tl.constexpr,
+def tile_scores(
+    rows, columns, corner, whole, place, begin, width, position, first, kernels, rpb, head, scale,
+    SPLIT: tl.constexpr, INVERSE: tl.constexpr, HAS_RPB: tl.constexpr, NEGATE: tl.constexpr,
     RANK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile, -inf where a row does not see a column: [rows, columns].
+    """Scores of a tile before scaling, -inf where a row does not see a column: [rows, columns].
 
-    With a bias they are scaled and biased, in base 2; without, the caller scales (one fused
-    multiply-add with the exponent's subtraction).
+    With `SPLIT`, tiles that all rows see all of are not masked. A bias starts the sum that the
+    product adds to, divided by what the sum is multiplied with later: as a summand of its own, its
+    layout, that of a load, would spread to all that follows.
     """
-    scores = tl.dot(rows, columns.T, input_precision=PRECISION)
+    if HAS_RPB:
+        seen = in_sight(corner, place, begin, width, RANK)
+        slot, size = bias_slot(corner, place, position, first, kernels, INVERSE, RANK)
+        bias = tl.load(rpb + head.to(tl.int64) * size + slot, mask=seen, other=0.0)
+        bias = bias.to(tl.float32) * ((-LOG2_E if NEGATE else LOG2_E) / scale)
+        scores = tl.dot(rows, columns.T, bias, input_precision=PRECISION)
+    else:
+        scores = tl.dot(rows, columns.T, input_precision=PRECISION)
     if NEGATE:
         scores = -scores
-    if MASKED:
-        seen = in_sight(corner, place, begin, width, RANK)
-    if HAS_RPB:
-        slot, size = bias_slot(corner, place, position, first, kernels, INVERSE, RANK)
-        table = rpb + head.to(tl.int64) * size
-        if not MASKED:
-            # All rows see all columns, but for rows that do not exist.
-            seen = (slot >= 0) & (slot < size)
-        bias = tl.load(table + slot, mask=seen, other=0.0)
-        scores = scores * scale + bias.to(tl.float32) * LOG2_E
-    if MASKED:
-        scores = tl.where(seen, scores, float("-inf"))
+    if SPLIT:
+        if not whole:
+            scores = tl.where(in_sight(corner, place, begin, width, RANK), scores, float("-inf"))
+    else:
+        scores = tl.where(in_sight(corner, place, begin, width, RANK), scores, float("-inf"))
     return scores
 
 
@@ -372,6 +350,7 @@ def bias_slot(corner, place, position, first, kernels, INVERSE: tl.constexpr, RA
     Along an axis that is key position - query position + kernel - 1. The part of the row, that of
     the column inside its tile and that of the tile are summed separately: one addition a pair.
     """
+    kernels = revealed(kernels)
     size = 2 * kernels[2] - 1
     row = position[2]
     column = place[2]
@@ -423,6 +402,9 @@ def row_tile(
     the sequence, for packed batches.
     """
     ROWS: tl.constexpr = ROW_TILE[0] * ROW_TILE[1] * ROW_TILE[2]
+    lengths, kernels, tiles = revealed(lengths), revealed(kernels), revealed(tiles)
+    row_origins, row_extents = revealed(row_origins), revealed(row_extents)
+    column_origins, column_extents = revealed(column_origins), revealed(column_extents)
     # In a causal problem the last queries and the first keys have most to do: start them first.
     tile, head, batch = program_place(
         program, tiles, dilations, heads, RANK, CAUSAL[2] and not INVERSE
@@ -472,33 +454,10 @@ def row_tile(
 
 
 @triton.jit
-def column_steps(box, PASS: tl.constexpr, SPLIT: tl.constexpr):
-    """Number of column tiles of a pass: 0 those in sight of every row, 1 the others (or all)."""
-    _union, counts, _inner, inner_counts = box
-    inside = inner_counts[0] * inner_counts[1] * inner_counts[2]
-    if PASS == 0:
-        return inside
-    elif SPLIT:
-        return counts[0] * counts[1] * counts[2] - inside
-    else:
-        return counts[0] * counts[1] * counts[2]
-
-
-@triton.jit
-def column_corner(
-    t, box, COLUMN_TILE: tl.constexpr, PASS: tl.constexpr, SPLIT: tl.constexpr, RANK: tl.constexpr
-):
-    """Corner of the t-th column tile of a pass."""
-    union, counts, inner, inner_counts = box
-    if PASS == 0:
-        x, y, z = inner_tile(t, inner, inner_counts, RANK)
-    elif SPLIT:
-        x, y, z = outer_tile(t, counts, inner, inner_counts, RANK)
-    else:
-        x, y, z = inner_tile(t, (0, 0, 0), counts, RANK)
-    return (
-        union[0] + x * COLUMN_TILE[0], union[1] + y * COLUMN_TILE[1], union[2] + z * COLUMN_TILE[2],
-    )  # fmt: skip
+def column_steps(box):
+    """Number of column tiles that a row tile visits."""
+    counts = box[1]
+    return counts[0] * counts[1] * counts[2]
 
 
 @triton.jit
@@ -508,13 +467,12 @@ def additional_tile(
     BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """The t-th tile of additional keys and values, and which of them exist."""
+    key_stride, value_stride = revealed(key_strides)[3], revealed(value_strides)[3]
     token = t * COLUMNS + tl.arange(0, COLUMNS)
     present = token < count
     token = token.to(tl.int64)
     return (
-        load_rows(keys, token * (key_strides[3] * UNIT), present, FEATURES, BLOCK),
-        load_rows(
-            values, token * (value_strides[3] * UNIT), present, VALUE_FEATURES, VALUE_BLOCK
-        ),
+        load_rows(keys, token * (key_stride * UNIT), present, FEATURES, BLOCK),
+        load_rows(values, token * (value_stride * UNIT), present, VALUE_FEATURES, VALUE_BLOCK),
         present,
     )  # fmt: skip
