@@ -1,9 +1,8 @@
 """Trains a small image classifier, and evaluates one.
 
-    python -m natten.models.train --model dinat_pico --data mnist5k --output runs/dinat_pico
-    python -m natten.models.train --model dinat_pico --data mnist5k --output runs/dinat_pico
-    --resume python -m natten.models.train --model dinat_pico --data mnist5k --evaluate
-    runs/dinat_pico/final.safetensors
+    python -m natten.models.train --model dinat_pico --data mnist5k --output RUN
+    python -m natten.models.train --model dinat_pico --data mnist5k --output RUN --resume
+    python -m natten.models.train --model dinat_pico --data mnist5k --evaluate RUN/final.safetensors
 
 AdamW with a cosine schedule after a linear warm-up, mixed precision (bfloat16), an exponential
 moving average of the weights, random affine crops, flips, mixup and label smoothing. Everything
@@ -14,8 +13,8 @@ The data is split once and for all (`natten.models.data.split`). Training report
 as it goes; "test" is evaluated once, when it has ended. In the output folder:
 
     log.csv              a line an epoch
-    last.safetensors     weights, and last-ema.safetensors their average, after the last finished
-    epoch last.pt              optimizer and epoch, for --resume
+    last.safetensors     weights after the last finished epoch; last-ema.safetensors their average
+    last.pt              optimizer and epoch, for --resume
     final.safetensors    the averaged weights at the end, in float16
     result.json          accuracies, speed, settings
 """

@@ -6,6 +6,7 @@ what is a scalar in the kernels is a column of values here.
 
 from __future__ import annotations
 
+from itertools import product
 from random import Random
 from typing import NamedTuple
 
@@ -23,10 +24,11 @@ import triton.language as tl  # noqa: E402
 from natten.functional.backends.triton import launch  # noqa: E402
 from natten.functional.backends.triton.primitives import (  # noqa: E402
     axis_rows,
-    inner_tile,
+    column_tile,
     key_window,
-    outer_tile,
     query_window,
+    quotient,
+    reciprocal,
 )
 
 
@@ -71,21 +73,27 @@ def axis_kernel(
 
 @triton.jit
 def enumeration_kernel(
-    parameters, results, COUNT: tl.constexpr, RANK: tl.constexpr, INNER: tl.constexpr
+    parameters, results, COUNT: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr
 ):
-    """Coordinates of column tiles. Rows of parameters: t, counts, inner, inner_counts."""
+    """Corners of column tiles. Rows of parameters: t, union, counts, inner, inner_counts."""
     at = parameters + tl.arange(0, COUNT)
     t = tl.load(at)
-    counts = tl.load(at + COUNT), tl.load(at + 2 * COUNT), tl.load(at + 3 * COUNT)
-    inner = tl.load(at + 4 * COUNT), tl.load(at + 5 * COUNT), tl.load(at + 6 * COUNT)
-    inner_counts = tl.load(at + 7 * COUNT), tl.load(at + 8 * COUNT), tl.load(at + 9 * COUNT)
-    if INNER:
-        x, y, z = inner_tile(t, inner, inner_counts, RANK)
-    else:
-        x, y, z = outer_tile(t, counts, inner, inner_counts, RANK)
-    tl.store(results + tl.arange(0, COUNT), x)
-    tl.store(results + COUNT + tl.arange(0, COUNT), y)
-    tl.store(results + 2 * COUNT + tl.arange(0, COUNT), z)
+    union = tl.load(at + COUNT), tl.load(at + 2 * COUNT), tl.load(at + 3 * COUNT)
+    counts = tl.load(at + 4 * COUNT), tl.load(at + 5 * COUNT), tl.load(at + 6 * COUNT)
+    inner = tl.load(at + 7 * COUNT), tl.load(at + 8 * COUNT), tl.load(at + 9 * COUNT)
+    inner_counts = tl.load(at + 10 * COUNT), tl.load(at + 11 * COUNT), tl.load(at + 12 * COUNT)
+    inverses = reciprocal(counts[0]), reciprocal(counts[1]), reciprocal(counts[2])
+    corner, whole = column_tile(t, (union, counts, inner, inner_counts, inverses), TILE, RANK)
+    for axis in tl.static_range(3):
+        tl.store(results + axis * COUNT + tl.arange(0, COUNT), corner[axis])
+    tl.store(results + 3 * COUNT + tl.arange(0, COUNT), whole.to(tl.int32))
+
+
+@triton.jit
+def quotient_kernel(dividend, divisor, result, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    by = tl.load(divisor + at)
+    tl.store(result + at, quotient(tl.load(dividend + at), by, reciprocal(by)))
 
 
 def _lengths() -> list[int]:
@@ -165,16 +173,16 @@ def _check_axis_rows(problems: int = 120) -> None:
     """Tiles hold every row once, know its window, and the boxes that they visit are right."""
     random = Random(1)
     total = 0
-    for tile_size, column_tile in ((1, 4), (4, 1), (8, 8), (16, 4), (4, 32)):
+    for tile_size, column_size in ((1, 4), (4, 1), (8, 8), (16, 4), (4, 32)):
         for causal in (False, True):
             chosen = [_axis_problem(random, causal) for _ in range(problems)]
             for inverse in (False, True):
-                total += _check_tiles(chosen, tile_size, column_tile, causal, inverse)
+                total += _check_tiles(chosen, tile_size, column_size, causal, inverse)
     assert total > 10 * problems
 
 
 def _check_tiles(
-    problems: list[_AxisProblem], tile_size: int, column_tile: int, causal: bool, inverse: bool
+    problems: list[_AxisProblem], tile_size: int, column_size: int, causal: bool, inverse: bool
 ) -> int:
     parameters: list[tuple[int, ...]] = []
     for axis, query, key in problems:
@@ -191,7 +199,7 @@ def _check_tiles(
     row_results = torch.empty(5, count, tile_size, dtype=torch.int32)
     tile_results = torch.empty(7, count, dtype=torch.int32)
     axis_kernel[(1,)](
-        table, row_results, tile_results, count, tile_size, column_tile, causal, inverse
+        table, row_results, tile_results, count, tile_size, column_size, causal, inverse
     )
     done = 0
     for problem in problems:
@@ -205,14 +213,14 @@ def _check_tiles(
         )
         tiles *= problem.axis.dilation
         one = slice(done, done + tiles)
-        _check_problem(problem, mask, row_results[:, one], tile_results[:, one], column_tile)
+        _check_problem(problem, mask, row_results[:, one], tile_results[:, one], column_size)
         done += tiles
     assert done == real
     return done
 
 
 def _check_problem(
-    problem: _AxisProblem, mask: Tensor, rows: Tensor, tiles: Tensor, column_tile: int
+    problem: _AxisProblem, mask: Tensor, rows: Tensor, tiles: Tensor, column_size: int
 ) -> None:
     memory, exists, _position, begin, width = rows
     union, count, inner, inner_count, _first, column_memory, extent = tiles[:, :, None]
@@ -233,9 +241,9 @@ def _check_problem(
     # The box of the tile covers every window, and its inner tiles lie in every window.
     used = exists & (width > 0)
     assert bool((begin >= union)[used].all()), f"union: {problem}"
-    assert bool((begin + width <= union + count * column_tile)[used].all()), f"count: {problem}"
-    inner_begin = union + inner * column_tile
-    inner_end = inner_begin + inner_count * column_tile
+    assert bool((begin + width <= union + count * column_size)[used].all()), f"count: {problem}"
+    inner_begin = union + inner * column_size
+    inner_end = inner_begin + inner_count * column_size
     inside = (begin <= inner_begin) & (begin + width >= inner_end)
     assert bool((inside | (inner_count == 0))[exists].all()), f"inner tiles: {problem}"
     within = (inner >= 0) & (inner_count >= 0) & (inner + inner_count <= count)
@@ -245,60 +253,59 @@ def _check_problem(
     full = (used == exists).all(1) & exists.any(1)
     far = torch.where(exists, begin + width, 0).amax(1)
     near = torch.where(exists, begin, 1 << 20).amin(1)
-    least = (far - near + column_tile - 1) // column_tile
+    least = (far - near + column_size - 1) // column_size
     assert bool((count[:, 0] == least)[full].all()), f"fewest tiles: {problem}"
 
 
 def _check_enumeration() -> None:
-    """Inner and outer tiles together are all tiles of the box, each once."""
+    """Every tile of a box is visited once, and those inside it are told from the others."""
     random = Random(2)
+    tile = (2, 4, 8)
     for rank in (1, 2, 3):
-        boxes = []
+        parameters, expected = [], []
         for _ in range(300):
-            counts, inner, inner_counts = [1] * 3, [0] * 3, [1] * 3
+            union, counts, inner, inner_counts = [0] * 3, [1] * 3, [0] * 3, [1] * 3
             for axis in range(3 - rank, 3):
+                union[axis] = random.randint(0, 9)
                 counts[axis] = random.randint(1, 5)
                 inner[axis] = random.randint(0, counts[axis])
                 inner_counts[axis] = random.randint(0, counts[axis] - inner[axis])
-            boxes.append((counts, inner, inner_counts))
-        visited: list[list[tuple[int, ...]]] = [[] for _ in boxes]
-        for is_inner in (True, False):
-            parameters, owner = [], []
-            for n, (counts, inner, inner_counts) in enumerate(boxes):
-                inside = inner_counts[0] * inner_counts[1] * inner_counts[2]
-                outside = counts[0] * counts[1] * counts[2] - inside
-                for t in range(inside if is_inner else outside):
-                    parameters.append((t, *counts, *inner, *inner_counts))
-                    owner.append(n)
-            count = triton.next_power_of_2(len(owner))
-            parameters += parameters[-1:] * (count - len(owner))
-            table = torch.tensor(parameters, dtype=torch.int32).T.contiguous()
-            results = torch.empty(3, count, dtype=torch.int32)
-            enumeration_kernel[(1,)](table, results, count, rank, is_inner)
-            for n, *corner in zip(owner, *results.tolist()):
-                visited[n].append(tuple(corner))
-        for (counts, inner, inner_counts), corners in zip(boxes, visited):
-            everything = [
-                (x, y, z)
-                for x in range(counts[0])
-                for y in range(counts[1])
-                for z in range(counts[2])
-            ]
-            assert sorted(corners) == everything, (rank, counts, inner, inner_counts)
-            inside = inner_counts[0] * inner_counts[1] * inner_counts[2]
-            for corner in corners[:inside]:
-                assert all(i <= c < i + n for c, i, n in zip(corner, inner, inner_counts)), (
-                    rank,
-                    counts,
-                    inner,
-                    inner_counts,
-                )
+            ranges = (range(n) for n in counts)
+            for t, place in enumerate(product(*ranges)):
+                parameters.append((t, *union, *counts, *inner, *inner_counts))
+                corner = [u + p * n for u, p, n in zip(union, place, tile)]
+                whole = all(i <= p < i + n for p, i, n in zip(place, inner, inner_counts))
+                expected.append([*corner, int(whole)])
+        count = triton.next_power_of_2(len(parameters))
+        parameters += parameters[-1:] * (count - len(parameters))
+        table = torch.tensor(parameters, dtype=torch.int32).T.contiguous()
+        results = torch.empty(4, count, dtype=torch.int32)
+        enumeration_kernel[(1,)](table, results, count, rank, tile)
+        assert results.T[: len(expected)].tolist() == expected, f"rank {rank}"
+
+
+def _check_quotients() -> None:
+    """Exact up to the limit that the launches keep."""
+    random = Random(3)
+    pairs = [(0, 1), (2**31 - 1, 1), (2**31 - 1, 2), (65535, 65536), (65536, 65535)]
+    for _ in range(4000):
+        divisor = random.randint(1, 2 ** random.randint(1, 31) - 1)
+        largest = min((2**32 - 1) // divisor, 2**31 - 1)
+        edge = largest // divisor * divisor
+        for dividend in (largest, edge, max(edge - 1, 0), random.randint(0, largest)):
+            pairs.append((dividend, divisor))
+    pairs += pairs[:1] * (triton.next_power_of_2(len(pairs)) - len(pairs))
+    dividend, divisor = torch.tensor(pairs, dtype=torch.int32).T.contiguous()
+    result = torch.empty_like(dividend)
+    quotient_kernel[(1,)](dividend, divisor, result, len(pairs))
+    assert torch.equal(result, dividend // divisor)
 
 
 CHECKS = {
     "windows": _check_windows,
     "axis_rows": _check_axis_rows,
     "enumeration": _check_enumeration,
+    "quotients": _check_quotients,
 }
 
 

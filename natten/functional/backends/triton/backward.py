@@ -40,7 +40,7 @@ NOT_SPECIALIZED = [
     "query_strides", "key_strides", "value_strides", "out_gradient_strides", "statistic_strides",
     "lse_strides", "query_gradient_strides", "key_gradient_strides", "value_gradient_strides",
     "additional_key_strides", "additional_value_strides",
-    "lengths", "kernels", "strides", "dilations", "query_origins", "query_extents",
+    "lengths", "kernels", "bias_paddings", "strides", "dilations", "query_origins", "query_extents",
     "key_origins", "key_extents", "tiles", "programs", "heads", "num_additional", "tokens",
     "splits", "split_size", "value_split_size", "batches",
 ]  # fmt: skip
@@ -115,11 +115,12 @@ def query_gradient_step(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def query_gradient_kernel(
-    query, key, value, out_gradient, lse_base2, delta, query_gradient, rpb,
+    query, key, value, out_gradient, lse_base2, delta, query_gradient, bias,
     additional_key, additional_value, cumulative_query, cumulative_key, out, lse, lse_gradient,
     query_strides, key_strides, value_strides, out_gradient_strides, statistic_strides,
     lse_strides, query_gradient_strides, additional_key_strides, additional_value_strides,
-    lengths, kernels, strides, dilations, query_origins, query_extents, key_origins, key_extents,
+    bias_paddings, lengths, kernels, strides, dilations,
+    query_origins, query_extents, key_origins, key_extents,
     tiles, programs, heads, num_additional, scale, gradient_scale,
     HEADS_PER_KV: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     FEATURES: tl.constexpr, VALUE_FEATURES: tl.constexpr,
@@ -192,7 +193,7 @@ def query_gradient_kernel(
         )  # fmt: skip
         scores = tile_scores(
             query_rows, key_columns, corner, whole, place, begin, width, position, first, kernels,
-            rpb, head, scale, SPLIT, False, HAS_RPB, NEGATE, RANK, PRECISION,
+            bias, bias_paddings, head, SPLIT, False, HAS_RPB, NEGATE, RANK, PRECISION,
         )  # fmt: skip
         accumulator = query_gradient_step(
             scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator,
@@ -225,10 +226,11 @@ def query_gradient_kernel(
 def key_value_gradient_tile(
     program, split,
     query, key, value, out_gradient, lse_base2, delta,
-    key_gradient, value_gradient, rpb, cumulative_query, cumulative_key,
+    key_gradient, value_gradient, bias, cumulative_query, cumulative_key,
     query_strides, key_strides, value_strides, out_gradient_strides, statistic_strides,
     key_gradient_strides, value_gradient_strides,
-    lengths, kernels, strides, dilations, query_origins, query_extents, key_origins, key_extents,
+    bias_paddings, lengths, kernels, strides, dilations,
+    query_origins, query_extents, key_origins, key_extents,
     tiles, heads, splits, split_size, value_split_size, scale, gradient_scale,
     HEADS_PER_KV: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     FEATURES: tl.constexpr, VALUE_FEATURES: tl.constexpr,
@@ -300,7 +302,7 @@ def key_value_gradient_tile(
             )
             scores = tile_scores(
                 key_rows, query_columns, corner, whole, place, begin, width, position, first,
-                kernels, rpb, head, scale, SPLIT, True, HAS_RPB, NEGATE, RANK, PRECISION,
+                kernels, bias, bias_paddings, head, SPLIT, True, HAS_RPB, NEGATE, RANK, PRECISION,
             )  # fmt: skip
             weights = tl.math.exp2(scores * scale - column_lse[None, :])
             value_accumulator = tl.dot(
@@ -331,10 +333,11 @@ def key_value_gradient_tile(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def key_value_gradient_kernel(
     query, key, value, out_gradient, lse_base2, delta,
-    key_gradient, value_gradient, rpb, cumulative_query, cumulative_key,
+    key_gradient, value_gradient, bias, cumulative_query, cumulative_key,
     query_strides, key_strides, value_strides, out_gradient_strides, statistic_strides,
     key_gradient_strides, value_gradient_strides,
-    lengths, kernels, strides, dilations, query_origins, query_extents, key_origins, key_extents,
+    bias_paddings, lengths, kernels, strides, dilations,
+    query_origins, query_extents, key_origins, key_extents,
     tiles, programs, heads, splits, split_size, value_split_size, scale, gradient_scale,
     HEADS_PER_KV: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     FEATURES: tl.constexpr, VALUE_FEATURES: tl.constexpr,
@@ -350,10 +353,11 @@ def key_value_gradient_kernel(
             key_value_gradient_tile(
                 program // splits, program % splits,
                 query, key, value, out_gradient, lse_base2, delta,
-                key_gradient, value_gradient, rpb, cumulative_query,
+                key_gradient, value_gradient, bias, cumulative_query,
                 cumulative_key, query_strides, key_strides, value_strides, out_gradient_strides,
                 statistic_strides, key_gradient_strides,
-                value_gradient_strides, lengths, kernels, strides, dilations, query_origins,
+                value_gradient_strides, bias_paddings, lengths, kernels, strides, dilations,
+                query_origins,
                 query_extents, key_origins, key_extents,
                 tiles, heads, splits, split_size, value_split_size, scale, gradient_scale,
                 HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK,
@@ -364,10 +368,11 @@ def key_value_gradient_kernel(
         key_value_gradient_tile(
             tl.program_id(0) // splits, tl.program_id(0) % splits,
             query, key, value, out_gradient, lse_base2, delta,
-            key_gradient, value_gradient, rpb, cumulative_query,
+            key_gradient, value_gradient, bias, cumulative_query,
             cumulative_key, query_strides, key_strides, value_strides, out_gradient_strides,
             statistic_strides, key_gradient_strides,
-            value_gradient_strides, lengths, kernels, strides, dilations, query_origins,
+            value_gradient_strides, bias_paddings, lengths, kernels, strides, dilations,
+            query_origins,
             query_extents, key_origins, key_extents,
             tiles, heads, splits, split_size, value_split_size, scale, gradient_scale,
             HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK,
@@ -378,9 +383,10 @@ def key_value_gradient_kernel(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def bias_gradient_kernel(
-    query, key, value, out_gradient, lse_base2, delta, bias_gradient, rpb, factor,
+    query, key, value, out_gradient, lse_base2, delta, bias_gradient, bias, factor,
     query_strides, key_strides, value_strides, out_gradient_strides, statistic_strides,
-    lengths, kernels, strides, dilations, query_origins, query_extents, key_origins, key_extents,
+    bias_paddings, lengths, kernels, strides, dilations,
+    query_origins, query_extents, key_origins, key_extents,
     tiles, batches, heads, splits, scale,
     HEADS_PER_KV: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     FEATURES: tl.constexpr, VALUE_FEATURES: tl.constexpr,
@@ -415,9 +421,8 @@ def bias_gradient_kernel(
         corner, _whole = column_tile(t, box, KEY_TILE, RANK)
         # Bias and mask are the same for the whole batch.
         seen = in_sight(corner, place, begin, width, RANK)
-        slot, size = bias_slot(corner, place, position, first, kernels, False, RANK)
-        bias = tl.load(rpb + head.to(tl.int64) * size + slot, mask=seen, other=0.0)
-        bias = bias.to(tl.float32) * ((-LOG2_E if NEGATE else LOG2_E) / scale)
+        slot, size = bias_slot(corner, place, position, first, kernels, bias_paddings, False, RANK)
+        biases = tl.load(bias + head.to(tl.int64) * size + slot)
         accumulator = tl.zeros([ROWS, COLUMNS], tl.float32)
         for batch in tl.range(
             batches * split // splits, batches * (split + 1) // splits, num_stages=STAGES
@@ -447,7 +452,7 @@ def bias_gradient_kernel(
                 value_source, batch, kv_head, corner, column_first, extent, value_steps, place,
                 VALUE_FEATURES, VALUE_BLOCK, COLUMNS, RANK, False, WIDE,
             )  # fmt: skip
-            scores = tl.dot(query_rows, key_columns.T, bias, input_precision=PRECISION)
+            scores = tl.dot(query_rows, key_columns.T, biases, input_precision=PRECISION)
             if NEGATE:
                 scores = -scores
             scores = tl.where(seen, scores, float("-inf"))
@@ -455,6 +460,8 @@ def bias_gradient_kernel(
             weight_gradient = tl.dot(gradient_rows, value_columns.T, input_precision=PRECISION)
             accumulator += weights * (weight_gradient - row_delta[:, None])
         seen = seen & all_exist[:, None]
+        # The gradient's table has no padding: (3, 3, 3) is revealed as three zeros.
+        slot, size = bias_slot(corner, place, position, first, kernels, (3, 3, 3), False, RANK)
         target = bias_gradient + head.to(tl.int64) * size + slot
         if factor is None:
             tl.atomic_add(target, accumulator, mask=seen, sem="relaxed")

@@ -47,11 +47,12 @@ def softmax_step(
 @triton.jit
 def forward_tile(
     program,
-    query, key, value, out, lse, rpb, additional_key, additional_value,
+    query, key, value, out, lse, bias, additional_key, additional_value,
     cumulative_query, cumulative_key,
     query_strides, key_strides, value_strides, out_strides, lse_strides,
     additional_key_strides, additional_value_strides,
-    lengths, kernels, strides, dilations, query_origins, query_extents, key_origins, key_extents,
+    bias_paddings, lengths, kernels, strides, dilations,
+    query_origins, query_extents, key_origins, key_extents,
     tiles, heads, num_additional, scale,
     HEADS_PER_KV: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     FEATURES: tl.constexpr, VALUE_FEATURES: tl.constexpr,
@@ -97,8 +98,8 @@ def forward_tile(
             FEATURES, BLOCK, COLUMNS, RANK, TMA, WIDE,
         )  # fmt: skip
         scores = tile_scores(
-            query_rows, columns, corner, whole, place, begin, width, position, first, kernels, rpb,
-            head, scale, SPLIT, False, HAS_RPB, NEGATE, RANK, PRECISION,
+            query_rows, columns, corner, whole, place, begin, width, position, first, kernels, bias,
+            bias_paddings, head, SPLIT, False, HAS_RPB, NEGATE, RANK, PRECISION,
         )  # fmt: skip
         columns = load_columns(
             value_source, memory_batch, kv_head, corner, column_first, extent, value_steps, place,
@@ -137,16 +138,18 @@ def forward_tile(
     do_not_specialize=[
         "query_strides", "key_strides", "value_strides", "out_strides", "lse_strides",
         "additional_key_strides", "additional_value_strides",
-        "lengths", "kernels", "strides", "dilations", "query_origins", "query_extents",
-        "key_origins", "key_extents", "tiles", "programs", "heads", "num_additional",
+        "lengths", "kernels", "bias_paddings", "strides", "dilations",
+        "query_origins", "query_extents", "key_origins", "key_extents",
+        "tiles", "programs", "heads", "num_additional",
     ]
 )  # fmt: skip
 def forward_kernel(
-    query, key, value, out, lse, rpb, additional_key, additional_value,
+    query, key, value, out, lse, bias, additional_key, additional_value,
     cumulative_query, cumulative_key,
     query_strides, key_strides, value_strides, out_strides, lse_strides,
     additional_key_strides, additional_value_strides,
-    lengths, kernels, strides, dilations, query_origins, query_extents, key_origins, key_extents,
+    bias_paddings, lengths, kernels, strides, dilations,
+    query_origins, query_extents, key_origins, key_extents,
     tiles, programs, heads, num_additional, scale,
     HEADS_PER_KV: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     FEATURES: tl.constexpr, VALUE_FEATURES: tl.constexpr,
@@ -160,10 +163,11 @@ def forward_kernel(
     if PERSISTENT:
         for program in tl.range(tl.program_id(0), programs, tl.num_programs(0)):
             forward_tile(
-                program, query, key, value, out, lse, rpb, additional_key, additional_value,
+                program, query, key, value, out, lse, bias, additional_key, additional_value,
                 cumulative_query, cumulative_key, query_strides, key_strides, value_strides,
                 out_strides, lse_strides, additional_key_strides, additional_value_strides,
-                lengths, kernels, strides, dilations, query_origins, query_extents, key_origins,
+                bias_paddings, lengths, kernels, strides, dilations,
+                query_origins, query_extents, key_origins,
                 key_extents, tiles, heads, num_additional, scale,
                 HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK,
                 RANK, CAUSAL, TMA, UNIT, WIDE, VARLEN, HAS_RPB, HAS_ADDITIONAL, NEGATE,
@@ -171,10 +175,11 @@ def forward_kernel(
             )  # fmt: skip
     else:
         forward_tile(
-            tl.program_id(0), query, key, value, out, lse, rpb, additional_key, additional_value,
+            tl.program_id(0), query, key, value, out, lse, bias, additional_key, additional_value,
             cumulative_query, cumulative_key, query_strides, key_strides, value_strides,
             out_strides, lse_strides, additional_key_strides, additional_value_strides,
-            lengths, kernels, strides, dilations, query_origins, query_extents, key_origins,
+            bias_paddings, lengths, kernels, strides, dilations,
+            query_origins, query_extents, key_origins,
             key_extents, tiles, heads, num_additional, scale,
             HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK,
             RANK, CAUSAL, TMA, UNIT, WIDE, VARLEN, HAS_RPB, HAS_ADDITIONAL, NEGATE,

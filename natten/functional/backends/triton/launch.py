@@ -21,14 +21,17 @@ from natten.functional.backends.triton.backward import (
     statistics_kernel,
 )
 from natten.functional.backends.triton.forward import forward_kernel
+from natten.functional.backends.triton.primitives import bias_table_kernel
 from natten.functional.backends.triton.tiles import Tiling
 from natten.functional.problem import Problem
 
 # Programs of the bias gradient that share a batch: enough to fill a large GPU.
 _BIAS_PROGRAMS = 2048
 _STATISTICS_ROWS = 64
+_BIAS_BLOCK = 512
 _LOG2_E = 1.4426950408889634
 _NO_STRIDES = (0,) * 5
+_NO_PADDINGS = (0,) * 3
 
 
 def _pad(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
@@ -132,6 +135,59 @@ def _tile_counts(
     return tuple(counts)
 
 
+def _check_steps(problem: Problem, row_tile: tuple[int, ...], column_tile: tuple[int, ...]) -> None:
+    """Decline windows of so many tiles that kernels would divide their numbers inexactly."""
+    if problem.rank == 1:
+        return
+    grid, kernel_size = _pad(problem.grid, 1), _pad(problem.kernel_size, 1)
+    # An inverse window reaches as far as a window and two strides, which are no longer.
+    counts = [
+        -(-min(length, 3 * size + rows) // columns) + 1
+        for length, size, rows, columns in zip(
+            grid, kernel_size, row_tile, column_tile, strict=True
+        )
+    ]
+    if prod(counts) * max(counts) >= 2**32:
+        raise NotImplementedError(
+            f"kernel_size {problem.kernel_size} on a grid of {problem.grid} makes windows of more "
+            "tiles than the Triton kernels can number"
+        )
+
+
+def _bias_paddings(*tilings: Tiling) -> tuple[int, ...]:
+    """How far beyond the table of biases the pairs of the tiles of these kernels reach."""
+    reaches = [
+        [q + k - 2 for q, k in zip(tiling.query, tiling.key, strict=True)] for tiling in tilings
+    ]
+    return _pad([max(axis) for axis in zip(*reaches, strict=True)], 0)
+
+
+@lru_cache(maxsize=4096)
+def _bias_plan(
+    heads: int, sizes: tuple[int, ...], paddings: tuple[int, ...], factor: float
+) -> tuple[tuple[int, ...], _Plan]:
+    """Shape of a padded table of biases, and the plan of the kernel that fills it in."""
+    shape = (heads, *(s + 2 * p for s, p in zip(_pad(sizes, 1), paddings, strict=True)))
+    options = {
+        "kernels": _hidden(tuple([(s + 1) // 2 for s in _pad(sizes, 1)])),
+        "paddings": _hidden(paddings),
+        "size": prod(shape),
+        "factor": factor,
+        "BLOCK": _BIAS_BLOCK,
+    }
+    return shape, _Plan(triton.cdiv(prod(shape), _BIAS_BLOCK), options)
+
+
+def _bias_table(rpb: Tensor, problem: Problem, paddings: tuple[int, ...]) -> Tensor:
+    """Biases as kernels read them: padded, and divided by what scores are multiplied with."""
+    scale, negate = _scales(problem.scale)
+    factor = (-_LOG2_E if negate else _LOG2_E) / scale
+    shape, plan = _bias_plan(rpb.shape[0], tuple(rpb.shape[1:]), paddings, factor)
+    bias = torch.empty(shape, dtype=torch.float32, device=rpb.device)
+    _run(bias_table_kernel, plan.programs, plan, rpb.contiguous(), bias)
+    return bias
+
+
 def _precision(tensor: Tensor) -> str:
     """Of float32 products: torch's float32 matmul precision decides.
 
@@ -221,6 +277,7 @@ def _plan(
     additional: tuple[tuple[int, ...], ...],
     outputs: tuple[tuple[str, tuple[int, ...]], ...],
     splits: int = 1,
+    bias_paddings: tuple[int, ...] = _NO_PADDINGS,
 ) -> _Plan:
     """What follows from problem, tiling and layout.
 
@@ -243,6 +300,7 @@ def _plan(
         # As many programs for each sequence as the longest needs.
         row_box = row_box[0], _pad((problem.max_seqlen_kv if inverse else problem.max_seqlen_q,), 1)
     tiles = _tile_counts(*row_box, dilations, row_tile)
+    _check_steps(problem, row_tile, column_tile)
     written = {name: _strides(stride) for name, stride in outputs}
     unit = _unit(*strides, *additional, *written.values())
     scale, negate = _scales(problem.scale)
@@ -250,6 +308,7 @@ def _plan(
     options = {
         "lengths": _hidden(_pad(problem.grid, 1)),
         "kernels": _hidden(_pad(problem.kernel_size, 1)),
+        "bias_paddings": _hidden(bias_paddings),
         "strides": _pad(problem.stride, 1),
         "dilations": dilations,
         "query_origins": _hidden(query_box[0]),
@@ -341,12 +400,15 @@ def forward(
             _readable(additional_values),
         )
         additional = (additional_keys.stride(), additional_values.stride())
+    paddings = _NO_PADDINGS
+    bias = None
     if rpb is not None:
-        rpb = rpb.contiguous()
+        paddings = _bias_paddings(tiling)
+        bias = _bias_table(rpb, problem, paddings)
     plan = _plan(
         forward_kernel, problem, tiling, _sequences(problem, cumulative_query), problem.head_dim_v,
         _precision(query), False, (query.stride(), key.stride(), value.stride()), additional,
-        (("out_strides", out.stride()),),
+        (("out_strides", out.stride()),), 1, paddings,
     )  # fmt: skip
     key_tile = plan.options["KEY_TILE"]
     _run(
@@ -354,7 +416,7 @@ def forward(
         query,
         _descriptor(key, key_tile) if tiling.tma else key,
         _descriptor(value, key_tile) if tiling.tma else value,
-        out, lse, rpb, additional_keys, additional_values, cumulative_query, cumulative_key,
+        out, lse, bias, additional_keys, additional_values, cumulative_query, cumulative_key,
     )  # fmt: skip
     return out, lse
 
@@ -458,7 +520,10 @@ class _Backward:
         key_layout = _describable if tilings.query.tma else _readable
         self.query, self.grad_out = query_layout(query), grad_out.contiguous()
         self.key, self.value = key_layout(key), key_layout(value)
-        self.rpb = None if rpb is None else rpb.contiguous()
+        self.bias_paddings, self.bias = _NO_PADDINGS, None
+        if rpb is not None:
+            self.bias_paddings = _bias_paddings(tilings.query, tilings.key_value, tilings.bias)
+            self.bias = _bias_table(rpb, problem, self.bias_paddings)
         self.additional: tuple[Tensor, ...] = ()
         if additional_keys is not None and additional_values is not None:
             self.additional = (_readable(additional_keys), _readable(additional_values))
@@ -499,10 +564,10 @@ class _Backward:
         if needs[1] or needs[2]:
             key, value = self._key_value(
                 self.problem, self.tilings.key_value, 1, self.tilings.loops,
-                (self.query, self.key, self.value, self.grad_out), self.rpb, self.cumulative,
+                (self.query, self.key, self.value, self.grad_out), self.bias, self.cumulative,
             )  # fmt: skip
-        if needs[3] and self.rpb is not None:
-            bias = self._bias(self.rpb)
+        if needs[3] and self.bias is not None:
+            bias = self._bias(self.bias)
         if needs[4] or needs[5]:
             # Every query sees every additional token: plain attention over flat queries.
             tokens, context = self.problem.num_queries, self.problem.num_additional
@@ -529,6 +594,7 @@ class _Backward:
             kernel, problem, tiling, self.sequences, self.value.shape[-1], self.precision, inverse,
             tuple([t.stride() for t in tensors]), tuple([t.stride() for t in additional]),
             tuple([(name, output.stride()) for name, output in outputs.items()]), splits,
+            self.bias_paddings,
         )  # fmt: skip
 
     def _query(self, with_statistics: bool) -> Tensor:
@@ -545,7 +611,7 @@ class _Backward:
             self.query,
             _descriptor(self.key, key_tile) if tiling.tma else self.key,
             _descriptor(self.value, key_tile) if tiling.tma else self.value,
-            self.grad_out, self.lse_base2, self.delta, gradient, self.rpb,
+            self.grad_out, self.lse_base2, self.delta, gradient, self.bias,
             *(self.additional or (None, None)), *self.cumulative,
             *((self.out, self.lse, self.grad_lse) if with_statistics else (None, None, None)),
         )  # fmt: skip
@@ -558,7 +624,7 @@ class _Backward:
         splits: int,
         loops: int,
         tensors: tuple[Tensor, ...],
-        rpb: Tensor | None,
+        bias: Tensor | None,
         cumulative: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor, Tensor]:
         query, key, value, grad_out = tensors
@@ -578,7 +644,7 @@ class _Backward:
             _descriptor(query, query_tile) if tiling.tma else query,
             key, value,
             _descriptor(grad_out, query_tile) if tiling.tma else grad_out,
-            self.lse_base2, self.delta, key_gradient, value_gradient, rpb, *cumulative,
+            self.lse_base2, self.delta, key_gradient, value_gradient, bias, *cumulative,
             split_size=key.numel() // unit, value_split_size=value.numel() // unit,
             LOOP=launched < plan.programs,
         )  # fmt: skip
@@ -586,7 +652,7 @@ class _Backward:
             return key_gradient[0], value_gradient[0]
         return key_gradient.sum(0).to(self.dtype), value_gradient.sum(0).to(self.dtype)
 
-    def _bias(self, rpb: Tensor) -> Tensor:
+    def _bias(self, bias: Tensor) -> Tensor:
         problem = self.problem
         tensors = (self.query, self.key, self.value, self.grad_out)
         one = self._plan(bias_gradient_kernel, problem, self.tilings.bias, tensors)
@@ -598,11 +664,12 @@ class _Backward:
         )  # fmt: skip
         factor = self._fixed_point() if self.deterministic else None
         dtype = torch.float32 if factor is None else torch.int64
-        gradient = torch.zeros(rpb.shape, dtype=dtype, device=self.query.device)
+        sizes = [2 * k - 1 for k in problem.kernel_size]
+        gradient = torch.zeros((problem.heads, *sizes), dtype=dtype, device=self.query.device)
         _run(
             bias_gradient_kernel, programs * splits, plan,
             self.query, self.key, self.value, self.grad_out, self.lse_base2, self.delta,
-            gradient, rpb, factor,
+            gradient, bias, factor,
         )  # fmt: skip
         return gradient if factor is None else gradient.double() / factor
 

@@ -179,14 +179,29 @@ def unravel(index, TILE: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(divisor):
+    """2**32 / divisor, rounded up; 0 for 1."""
+    return tl.full([], 2**32 - 1, tl.uint32) // tl.cast(divisor, tl.uint32) + 1
+
+
+@triton.jit
+def quotient(dividend, divisor, inverse):
+    """Exact while the product of both is below 2**32, which `launch` makes sure of."""
+    high = tl.umulhi(tl.cast(dividend, tl.uint32), inverse).to(tl.int32)
+    return tl.where(divisor == 1, dividend, high)
+
+
+@triton.jit
 def column_tile(t, box, COLUMN_TILE: tl.constexpr, RANK: tl.constexpr):
     """Corner of the t-th column tile of a box, and whether all rows see all of it."""
-    union, counts, inner, inner_counts = box
+    union, counts, inner, inner_counts, inverses = box
     x, y, z = t * 0, t * 0, t
     if RANK >= 2:
-        y, z = t // counts[2], t % counts[2]
+        y = quotient(t, counts[2], inverses[2])
+        z = t - y * counts[2]
     if RANK == 3:
-        x, y = y // counts[1], y % counts[1]
+        x = quotient(y, counts[1], inverses[1])
+        y -= x * counts[1]
     whole = (z >= inner[2]) & (z < inner[2] + inner_counts[2])
     if RANK >= 2:
         whole = whole & (y >= inner[1]) & (y < inner[1] + inner_counts[1])
@@ -315,22 +330,20 @@ def in_sight(corner, place, begin, width, RANK: tl.constexpr):
 
 @triton.jit
 def tile_scores(
-    rows, columns, corner, whole, place, begin, width, position, first, kernels, rpb, head, scale,
+    rows, columns, corner, whole, place, begin, width, position, first, kernels, bias, paddings,
+    head,
     SPLIT: tl.constexpr, INVERSE: tl.constexpr, HAS_RPB: tl.constexpr, NEGATE: tl.constexpr,
     RANK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile before scaling, -inf where a row does not see a column: [rows, columns].
 
-    With `SPLIT`, tiles that all rows see all of are not masked. A bias starts the sum that the
-    product adds to, divided by what the sum is multiplied with later: as a summand of its own, its
-    layout, that of a load, would spread to all that follows.
+    With `SPLIT`, tiles that all rows see all of are not masked. A bias is what the product adds to:
+    as a summand of its own, its layout, that of a load, would spread to all that follows.
     """
     if HAS_RPB:
-        seen = in_sight(corner, place, begin, width, RANK)
-        slot, size = bias_slot(corner, place, position, first, kernels, INVERSE, RANK)
-        bias = tl.load(rpb + head.to(tl.int64) * size + slot, mask=seen, other=0.0)
-        bias = bias.to(tl.float32) * ((-LOG2_E if NEGATE else LOG2_E) / scale)
-        scores = tl.dot(rows, columns.T, bias, input_precision=PRECISION)
+        slot, size = bias_slot(corner, place, position, first, kernels, paddings, INVERSE, RANK)
+        biases = tl.load(bias + head.to(tl.int64) * size + slot)
+        scores = tl.dot(rows, columns.T, biases, input_precision=PRECISION)
     else:
         scores = tl.dot(rows, columns.T, input_precision=PRECISION)
     if NEGATE:
@@ -344,34 +357,61 @@ def tile_scores(
 
 
 @triton.jit
-def bias_slot(corner, place, position, first, kernels, INVERSE: tl.constexpr, RANK: tl.constexpr):
+def bias_slot(
+    corner, place, position, first, kernels, paddings, INVERSE: tl.constexpr, RANK: tl.constexpr
+):
     """Where the bias of each (row, column) lies in one head's table, and the table's size.
 
-    Along an axis that is key position - query position + kernel - 1. The part of the row, that of
-    the column inside its tile and that of the tile are summed separately: one addition a pair.
+    Along an axis that is key position - query position + kernel - 1, and the padding before it.
+    The part of the row, that of the column inside its tile and that of the tile are summed
+    separately: one addition a pair.
     """
-    kernels = revealed(kernels)
-    size = 2 * kernels[2] - 1
+    kernels, paddings = revealed(kernels), revealed(paddings)
+    size = 2 * (kernels[2] + paddings[2]) - 1
     row = position[2]
     column = place[2]
     tile = corner[2] + first[2]
-    middle = kernels[2] - 1
+    middle = kernels[2] + paddings[2] - 1
     if RANK >= 2:
         row += position[1] * size
         column += place[1] * size
         tile += (corner[1] + first[1]) * size
-        middle += (kernels[1] - 1) * size
-        size *= 2 * kernels[1] - 1
+        middle += (kernels[1] + paddings[1] - 1) * size
+        size *= 2 * (kernels[1] + paddings[1]) - 1
     if RANK == 3:
         row += position[0] * size
         column += place[0] * size
         tile += (corner[0] + first[0]) * size
-        middle += (kernels[0] - 1) * size
-        size *= 2 * kernels[0] - 1
+        middle += (kernels[0] + paddings[0] - 1) * size
+        size *= 2 * (kernels[0] + paddings[0]) - 1
     if INVERSE:
         return (row + (middle - tile))[:, None] - column[None, :], size
     else:
         return ((tile + middle) - row)[:, None] + column[None, :], size
+
+
+@triton.jit
+def bias_table_kernel(rpb, bias, kernels, paddings, size, factor, BLOCK: tl.constexpr):
+    """The table in float32, times `factor`, with zeros around each head's entries.
+
+    All pairs of the tiles that a kernel visits then have an entry, in sight or not, which spares
+    the kernel a mask in the layout of a load.
+    """
+    kernels, paddings = revealed(kernels), revealed(paddings)
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    size_x, size_y, size_z = 2 * kernels[0] - 1, 2 * kernels[1] - 1, 2 * kernels[2] - 1
+    padded_x, padded_y = size_x + 2 * paddings[0], size_y + 2 * paddings[1]
+    padded_z = size_z + 2 * paddings[2]
+    z = slot % padded_z - paddings[2]
+    rest = slot // padded_z
+    y = rest % padded_y - paddings[1]
+    rest = rest // padded_y
+    x = rest % padded_x - paddings[0]
+    head = rest // padded_x
+    inside = (x >= 0) & (x < size_x) & (y >= 0) & (y < size_y) & (z >= 0) & (z < size_z)
+    source = ((head * size_x + x) * size_y + y) * size_z + z
+    value = tl.load(rpb + source, mask=inside & (slot < size), other=0.0)
+    tl.store(bias + slot, value.to(tl.float32) * factor, mask=slot < size)
 
 
 @triton.jit
@@ -442,13 +482,18 @@ def row_tile(
     counts = (box_x[1], box_y[1], box_z[1])
     inner = (box_x[2], box_y[2], box_z[2])
     inner_counts = (box_x[3], box_y[3], box_z[3])
+    inverses = (0, 0, 0)
+    if RANK == 2:
+        inverses = (0, 0, reciprocal(tl.maximum(box_z[1], 1)))
+    if RANK == 3:
+        inverses = (0, reciprocal(tl.maximum(box_y[1], 1)), reciprocal(tl.maximum(box_z[1], 1)))
     first = (columns_x[0], columns_y[0], columns_z[0])
     column_memory = (columns_x[1], columns_y[1], columns_z[1] + column_first)
     extent = (columns_x[2], columns_y[2], columns_z[2])
     return (
         (head, batch, memory_batch),
         (memory, exists, position, begin, width),
-        (union, counts, inner, inner_counts),
+        (union, counts, inner, inner_counts, inverses),
         (first, column_memory, extent, column_first),
     )  # fmt: skip
 
