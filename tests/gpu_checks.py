@@ -30,13 +30,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 HOPPER_DIMS = (16, 32, 64, 128, 256)
 # The error of eager attention in the same dtype, times this, is the budget.
 FACTOR = 1.5
+# Of a float32 product made of three tf32 products, whose parts have 11 bits each.
+TF32X3 = 2.0**-21
 BF16, FP16, FP32 = DTYPES.values()
 Check = Callable[[], None]
 
 
 def check(case: Case, backend: str | None, dtype: torch.dtype, **knobs: Any) -> None:
     """Assert that a backend computes a case on the GPU."""
-    check_problem(case, backend, dtype, "cuda", factor=FACTOR, **knobs)
+    rounding = TF32X3 if dtype == FP32 else 0.0
+    check_problem(case, backend, dtype, "cuda", factor=FACTOR, product_rounding=rounding, **knobs)
 
 
 def has_hopper() -> bool:

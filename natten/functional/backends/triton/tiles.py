@@ -18,6 +18,7 @@ import torch
 from triton import next_power_of_2
 
 from natten import window
+from natten.devices import capability
 from natten.functional.problem import Problem
 from natten.window import Axis
 
@@ -215,6 +216,9 @@ def _sizes(problem: Problem, kind: str, split: bool) -> tuple[_Size, ...]:
         features = max(problem.head_dim, problem.head_dim_v)
         return (_Size(64 if features <= 128 else 32, 64 if features <= 32 else 32, 4, 2, 1.0),)
     features = next_power_of_2(max(problem.head_dim, problem.head_dim_v, 32))
+    if problem.device.type == "cuda" and capability(problem.device.index) < (9, 0):
+        # Without warp-group products, which read shared memory, large tiles spill registers.
+        split = False
     return _TABLES[kind][split][min(features, 256)]
 
 
