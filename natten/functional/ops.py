@@ -267,6 +267,11 @@ class _Attention(torch.autograd.Function):
         return (*kept, *[None] * (len(ctx.needs_input_grad) - 6))
 
 
+# Function.apply first looks for default arguments, by inspection: a fifth of a call. The base class's
+# apply, which it ends with, is all that a call without transforms needs.
+_apply_plainly = super(torch.autograd.Function, _Attention).apply
+
+
 class _AttentionBackward(torch.autograd.Function):
     """Refuses the second derivative, which would otherwise silently be zero."""
 
@@ -327,7 +332,7 @@ def call(*arguments: Any) -> tuple[Tensor, Tensor]:
         return _Attention.apply(*arguments)
     if _is_plain(arguments[:_NUM_TENSORS]):
         # The last argument says whether gradients are needed.
-        return _Attention.apply(*arguments) if arguments[-1] else _forward(*arguments)
+        return _apply_plainly(*arguments) if arguments[-1] else _forward(*arguments)
     if torch.jit.is_tracing():
         constants = [
             [int(v) for v in p] if isinstance(p, (tuple, list)) else p
