@@ -185,6 +185,8 @@ def run_case(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     torch.cuda.synchronize()
     result["bwd_peak_mb"] = (torch.cuda.max_memory_allocated() - held) / 2**20
     result["bwd_ms"] = median_ms(lambda: problem.backward(out))
+    if not slow:
+        result["bwd_host_us"] = host_microseconds(lambda: problem.backward(out))
     for key in ("fwd_ms", "bwd_ms", "bwd_peak_mb"):
         result[f"peer_{key}"], result[f"peer_{key}_of"] = best(peers, key)
     return result
@@ -316,6 +318,7 @@ def main() -> int:
             "torch": torch.__version__,
             "triton": triton.__version__,
             "natten": natten.__version__,
+            "date": time.strftime("%Y-%m-%d"),
         }
         arguments.output.write_text(
             json.dumps({**versions, "cases": results, "dense": dense}, indent=1) + "\n"

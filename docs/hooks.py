@@ -186,6 +186,30 @@ def shipped_weights() -> str:
     return markdown_table([*header, "measured on"], rows)
 
 
+def model_speeds() -> str:
+    """What `benchmarks/models.py` measured."""
+    results = _benchmark("models.json")
+    if results is None:
+        return "Not measured yet: `python benchmarks/models.py`."
+    kinds = list(dict.fromkeys((row["mode"], row["task"]) for row in results["rows"]))
+    speeds: dict[str, dict[tuple[str, str], float]] = {}
+    for row in results["rows"]:
+        found = speeds.setdefault(row["model"], {})
+        found[row["mode"], row["task"]] = row["images_per_second"]
+    table = markdown_table(
+        ["model", *(f"{task}, {mode}" for mode, task in kinds)],
+        [
+            [f"`{name}`", *(f"{found[kind]:,.0f}" for kind in kinds)]
+            for name, found in speeds.items()
+        ],
+    )
+    return (
+        f"{table}\n\n*Images a second: {results['device']}, torch {results['torch']}, timm "
+        f"{results['timm']}, {results['dtype']}, batches of {results['batch_size']}, "
+        f"{results['size']} × {results['size']}.*"
+    )
+
+
 # --- benchmarks
 
 
@@ -291,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "support-of-compiled-flex": support_of_compiled_flex,
     "models": model_table,
     "shipped-weights": shipped_weights,
+    "model-speeds": model_speeds,
     "cpu-results": cpu_results,
     "gpu-results": gpu_results,
 }
