@@ -267,8 +267,8 @@ class _Attention(torch.autograd.Function):
         return (*kept, *[None] * (len(ctx.needs_input_grad) - 6))
 
 
-# Function.apply first looks for default arguments, by inspection: a fifth of a call. The base class's
-# apply, which it ends with, is all that a call without transforms needs.
+# Function.apply first looks for default arguments, by inspection: a fifth of a call. The base
+# class's apply, which it ends with, is all that a call without transforms needs.
 _apply_plainly = super(torch.autograd.Function, _Attention).apply
 
 
