@@ -20,12 +20,12 @@ from natten.nn import NeighborhoodTransformerBlock, PatchTokenizer
 
 from ._checkpoint import build_model
 from .dinat import PAPER
-from .nat import CHECKPOINTS, LayerNorm, cfg, init_weights, reset_head
+from .nat import CHECKPOINTS, Classifier, LayerNorm, cfg, init_weights, reset_head
 
 __all__ = ["IsotropicNAT"]
 
 
-class IsotropicNAT(nn.Module):
+class IsotropicNAT(Classifier):
     """Isotropic neighborhood attention classifier.
 
     Args:
@@ -141,10 +141,6 @@ class IsotropicNAT(nn.Module):
         self.apply(init_weights)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return {
             "stem": r"^patch_embed",
@@ -154,10 +150,6 @@ class IsotropicNAT(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifier (0 classes: removes it), and the pooling unless None."""
@@ -213,12 +205,6 @@ class IsotropicNAT(nn.Module):
         else:
             x = self.layers(x)
         return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _cfg(name: str, top1: float, **kwargs: Any) -> dict[str, Any]:

@@ -58,7 +58,60 @@ class NATLevel(nn.Module):
         return self.blocks(x)
 
 
-class NAT(nn.Module):
+class Classifier(nn.Module):
+    """What timm asks of every classifier; subclasses have `head` and `forward_features`."""
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class Hierarchy(Classifier):
+    """What timm asks of a model with `patch_embed`, `levels` of `NATLevel`, and `norm`."""
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = r"^levels\.(\d+)"
+        if not coarse:
+            blocks = [
+                (r"^levels\.(\d+)\.downsample", (0,)),
+                (r"^levels\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ]
+        return {"stem": r"^patch_embed", "blocks": blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for level in self.levels:
+            level.grad_checkpointing = enable
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes what the levels `indices` do not need; returns their indices."""
+        take, last = feature_take_indices(len(self.levels), indices)
+        shortened = last < len(self.levels) - 1
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        self.levels = self.levels[: last + 1]
+        if shortened:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
+
+
+class NAT(Hierarchy):
     """Hierarchical neighborhood attention classifier: NAT, DiNAT and DiNAT_s.
 
     Args:
@@ -202,30 +255,6 @@ class NAT(nn.Module):
         )
         self.apply(init_weights)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = r"^levels\.(\d+)"
-        if not coarse:
-            blocks = [
-                (r"^levels\.(\d+)\.downsample", (0,)),
-                (r"^levels\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ]
-        return {"stem": r"^patch_embed", "blocks": blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for level in self.levels:
-            level.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifier (0 classes: removes it), and the pooling unless None."""
         self.num_classes = num_classes
@@ -270,29 +299,8 @@ class NAT(nn.Module):
             return intermediates
         return (normed if len(levels) == final + 1 else x), intermediates
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes what the levels `indices` do not need; returns their indices."""
-        take, last = feature_take_indices(len(self.levels), indices)
-        shortened = last < len(self.levels) - 1
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        self.levels = self.levels[: last + 1]
-        if shortened:
-            self.num_features = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
-
     def forward_features(self, x: Tensor) -> Tensor:
         return self.norm(self.levels(self.patch_embed(channels_last(x))))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from natten.nn import (
 from natten.nn.core import crop, fit_window
 
 from ._checkpoint import build_model
-from .nat import LayerNorm, NATLevel, cfg, init_weights
+from .nat import Hierarchy, LayerNorm, NATLevel, cfg, init_weights
 
 __all__ = ["StreamOutput", "StreamState", "VideoDenoiser", "VideoNAT"]
 
@@ -123,7 +123,7 @@ class StreamOutput(NamedTuple):
     state: StreamState
 
 
-class VideoNAT(nn.Module):
+class VideoNAT(Hierarchy):
     """Hierarchical video classifier of 3-D neighborhood attention.
 
     Time keeps its length through all levels, space is halved between them. Positions enter through
@@ -228,30 +228,6 @@ class VideoNAT(nn.Module):
         self.head = VideoHead(self.num_features, num_classes, global_pool, drop_rate, **place)
         self.apply(init_weights)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = r"^levels\.(\d+)"
-        if not coarse:
-            blocks = [
-                (r"^levels\.(\d+)\.downsample", (0,)),
-                (r"^levels\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ]
-        return {"stem": r"^patch_embed", "blocks": blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for level in self.levels:
-            level.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifier (0 classes: removes it), and the pooling unless None."""
         self.num_classes = num_classes
@@ -300,29 +276,8 @@ class VideoNAT(nn.Module):
             y = self.norm(y)
         return as_input(y, x), intermediates
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes what the levels `indices` do not need; returns their indices."""
-        take, last = feature_take_indices(len(self.levels), indices)
-        shortened = last < len(self.levels) - 1
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        self.levels = self.levels[: last + 1]
-        if shortened:
-            self.num_features = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
-
     def forward_features(self, x: Tensor) -> Tensor:
         return as_input(self.norm(self.levels(self.patch_embed(as_clip(x)))), x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore
     @torch.no_grad()
