@@ -279,6 +279,10 @@ class VideoNAT(Hierarchy):
     def forward_features(self, x: Tensor) -> Tensor:
         return as_input(self.norm(self.levels(self.patch_embed(as_clip(x)))), x)
 
+    def forward(self, x: Tensor) -> Tensor:
+        # Here and not inherited: torch.fx leaves alone the functions of the file of `forward`.
+        return self.forward_head(self.forward_features(x))
+
     @torch.jit.ignore
     @torch.no_grad()
     def stream(self, frames: Tensor, state: StreamState | None = None) -> StreamOutput:

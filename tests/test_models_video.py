@@ -83,6 +83,19 @@ def test_one_frame_at_a_time_as_images() -> None:
     assert features.shape[1] == 1
 
 
+@pytest.mark.parametrize("name", ["video_nat_pico", "video_nat_pico_causal"])
+def test_features_of_a_traced_graph(name: str) -> None:
+    from timm.models._features_fx import FeatureGraphNet
+
+    model = timm.create_model(name, num_classes=5).eval()
+    traced = FeatureGraphNet(model, out_indices=(0, 1))
+    clip = torch.randn(CLIP)
+    with torch.no_grad():
+        _, maps = model.forward_intermediates(clip, output_fmt="NHWC")
+        for got, expected in zip(traced(clip), maps[:2], strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 def test_frames_do_not_see_the_future() -> None:
     model = causal_model()
     clip = torch.randn(1, 3, 8, 32, 32)
