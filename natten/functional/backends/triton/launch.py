@@ -68,7 +68,8 @@ def _unit(*strides: tuple[int, ...]) -> int:
     return gcd(16, *(s for group in strides for s in group))
 
 
-def _divide(strides: tuple[int, ...], unit: int) -> tuple[int, ...]:
+def _steps(strides: tuple[int, ...], unit: int) -> tuple[int, ...]:
+    """Strides as kernels take them: in multiples of the unit."""
     return _hidden(tuple([s // unit for s in strides]))
 
 
@@ -164,9 +165,16 @@ def _bias_paddings(*tilings: Tiling) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _bias_plan(
-    heads: int, sizes: tuple[int, ...], paddings: tuple[int, ...], factor: float
+    heads: int,
+    sizes: tuple[int, ...],
+    paddings: tuple[int, ...],
+    factor: float,
+    device: torch.device,
 ) -> tuple[tuple[int, ...], _Plan]:
-    """Shape of a padded table of biases, and the plan of the kernel that fills it in."""
+    """Shape of a padded table of biases, and the plan of the kernel that fills it in.
+
+    Compiled kernels, which a plan keeps, belong to a device.
+    """
     shape = (heads, *(s + 2 * p for s, p in zip(_pad(sizes, 1), paddings, strict=True)))
     options = {
         "kernels": _hidden(tuple([(s + 1) // 2 for s in _pad(sizes, 1)])),
@@ -182,7 +190,7 @@ def _bias_table(rpb: Tensor, problem: Problem, paddings: tuple[int, ...]) -> Ten
     """Biases as kernels read them: padded, and divided by what scores are multiplied with."""
     scale, negate = _scales(problem.scale)
     factor = (-_LOG2_E if negate else _LOG2_E) / scale
-    shape, plan = _bias_plan(rpb.shape[0], tuple(rpb.shape[1:]), paddings, factor)
+    shape, plan = _bias_plan(rpb.shape[0], tuple(rpb.shape[1:]), paddings, factor, rpb.device)
     bias = torch.empty(shape, dtype=torch.float32, device=rpb.device)
     _run(bias_table_kernel, plan.programs, plan, rpb.contiguous(), bias)
     return bias
@@ -323,12 +331,12 @@ def _plan(
         "num_additional": problem.num_additional,
         "scale": scale,
         "gradient_scale": problem.scale,
-        "query_strides": _divide(strides[0], unit),
-        "key_strides": _divide(strides[1], unit),
-        "value_strides": _divide(strides[2], unit),
-        "out_gradient_strides": _divide(strides[-1], unit),
-        "additional_key_strides": _divide(additional[0] if additional else _NO_STRIDES, unit),
-        "additional_value_strides": _divide(additional[1] if additional else _NO_STRIDES, unit),
+        "query_strides": _steps(strides[0], unit),
+        "key_strides": _steps(strides[1], unit),
+        "value_strides": _steps(strides[2], unit),
+        "out_gradient_strides": _steps(strides[-1], unit),
+        "additional_key_strides": _steps(additional[0] if additional else _NO_STRIDES, unit),
+        "additional_value_strides": _steps(additional[1] if additional else _NO_STRIDES, unit),
         "lse_strides": _hidden(_statistic_strides(problem.query_shape, problem.heads, True)),
         "statistic_strides": _hidden(_statistic_strides(problem.query_shape, problem.heads, False)),
         "HEADS_PER_KV": problem.heads // problem.heads_kv,
@@ -357,7 +365,7 @@ def _plan(
         "PERSISTENT": tiling.programs > 0,
         "WARP_SPECIALIZE": tiling.specialize,
         "num_warps": tiling.warps,
-        **{name: _divide(stride, unit) for name, stride in written.items()},
+        **{name: _steps(stride, unit) for name, stride in written.items()},
     }
     accepted = {*kernel.arg_names, "num_warps"}
     return _Plan(programs, {name: v for name, v in options.items() if name in accepted})

@@ -29,7 +29,7 @@ def ceil_div(numerator, denominator):
 
 @triton.jit
 def revealed(hidden):
-    """The integers that `launch.hidden` packed, three (axes) or five (strides)."""
+    """The integers behind `launch._hidden`'s, three (axes) or five (strides)."""
     x = (hidden[0] >> 1) - 1
     y = (hidden[1] >> 1) - 1
     z = (hidden[2] >> 1) - 1
