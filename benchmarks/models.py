@@ -2,9 +2,9 @@
 
     python benchmarks/models.py --output models.json
 
-Inference and training step (forward, backward, AdamW), eager and compiled, in bfloat16 on random
-images. Every number is the median of the rounds; models take turns, so that a machine that slows
-down slows all of them.
+Inference and training step (forward, backward, AdamW), eager, compiled, and compiled into CUDA
+graphs, which the host launches at once, in bfloat16 on random images. Every number is the median of
+the rounds; models take turns, so that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ import torch.nn.functional as F
 
 import natten.models  # noqa: F401  registers ours
 
+# What torch.compile is given; None: not compiled.
+MODES: dict[str, dict[str, Any] | None] = {
+    "eager": None,
+    "compiled": {},
+    "graphs": {"mode": "reduce-overhead"},
+}
 MODELS = ("nat_tiny", "dinat_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny")
 
 
@@ -65,6 +71,19 @@ def seconds(step: Callable[[], object], device: str, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def profile(step: Callable[[], object], device: str, rows: int = 15) -> str:
+    """The kernels (on a CPU: operators) that one step spends most time in."""
+    from torch.profiler import ProfilerActivity
+
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with torch.profiler.profile(activities=kinds) as recorded:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    key = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    return recorded.key_averages().table(sort_by=key, row_limit=rows, max_name_column_width=60)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -74,9 +93,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--modes", nargs="+", default=("eager", "compiled"))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--profile", action="store_true", help="show where a step spends its time")
     options = parser.parse_args()
     device, batch = options.device, options.batch_size
     images = torch.randn(batch, 3, options.size, options.size, device=device)
@@ -88,7 +108,8 @@ def main() -> None:
                 model = timm.create_model(name, num_classes=1000).to(device)
                 if task == "inference":
                     model = model.to(torch.bfloat16)
-                run = torch.compile(model) if mode == "compiled" else model
+                how = MODES[mode]
+                run = model if how is None else torch.compile(model, **how)
                 if task == "inference":
                     step = inference(run, images.to(torch.bfloat16))
                 else:
@@ -96,6 +117,8 @@ def main() -> None:
                 for _ in range(3):
                     step()
                 steps[name] = step
+                if options.profile:
+                    sys.stdout.write(f"{name} {mode} {task}\n{profile(step, device)}\n")
             times: dict[str, list[float]] = {name: [] for name in steps}
             for _ in range(options.rounds):
                 for name, step in steps.items():

@@ -162,7 +162,9 @@ def place(
 def crop(x: Tensor, extent: list[int]) -> Tensor:
     """The first `extent` tokens of every axis of `[B, *X, ...]`, a view."""
     for axis in range(len(extent)):
-        x = x.narrow(axis + 1, 0, extent[axis])
+        # A view of everything would still fill a tensor with zeros and copy in the backward pass.
+        if x.shape[axis + 1] != extent[axis]:
+            x = x.narrow(axis + 1, 0, extent[axis])
     return x
 
 
