@@ -20,7 +20,7 @@ from natten.nn import NeighborhoodTransformerBlock, PatchTokenizer
 
 from ._checkpoint import build_model
 from .dinat import PAPER
-from .nat import CHECKPOINTS, Classifier, LayerNorm, cfg, init_weights, reset_head
+from .nat import CHECKPOINTS, Classifier, LayerNorm, cfg, init_weights
 
 __all__ = ["IsotropicNAT"]
 
@@ -150,13 +150,6 @@ class IsotropicNAT(Classifier):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier (0 classes: removes it), and the pooling unless None."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pool
-        reset_head(self, self.head, num_classes, global_pool)
 
     def forward_intermediates(
         self,

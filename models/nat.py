@@ -59,7 +59,8 @@ class NATLevel(nn.Module):
 
 
 class Classifier(nn.Module):
-    """What timm asks of every classifier; subclasses have `head` and `forward_features`."""
+    """What timm asks of every classifier; subclasses have `forward_features`, and timm's `head` or
+    a `reset_classifier` of their own."""
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -68,6 +69,18 @@ class Classifier(nn.Module):
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier (0 classes: removes it), and the pooling unless None."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
+        # timm's head does not ask for the model's present width, place and mode.
+        parameter = next(self.parameters(), torch.empty(0))
+        self.head.in_features = self.num_features
+        self.head.reset(num_classes, pool_type=global_pool)
+        self.head.to(device=parameter.device, dtype=parameter.dtype).train(self.training)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits)
@@ -255,13 +268,6 @@ class NAT(Hierarchy):
         )
         self.apply(init_weights)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier (0 classes: removes it), and the pooling unless None."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pool
-        reset_head(self, self.head, num_classes, global_pool)
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -306,18 +312,6 @@ class NAT(Hierarchy):
 def channels_last(x: Tensor) -> Tensor:
     """Tokens are channels-last: convolutions of channels-last images need no transposition."""
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def reset_head(
-    model: nn.Module, head: ClassifierHead, num_classes: int, global_pool: str | None
-) -> None:
-    """Resets timm's head to `model.num_features`, with the device, dtype and mode of the model."""
-    head.in_features = model.num_features
-    parameter = next(model.parameters(), torch.empty(0))
-    head.reset(num_classes, pool_type=global_pool)
-    head.to(device=parameter.device, dtype=parameter.dtype)
-    head.train(model.training)
-    model.head_hidden_size = model.num_features * head.global_pool.feat_mult()
 
 
 def init_weights(module: nn.Module) -> None:

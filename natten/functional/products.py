@@ -177,11 +177,6 @@ class _Bilinear(torch.autograd.Function):
 
 class _Dot(_Bilinear):
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.natten.window_dot(*arguments)
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (a, b), window = ctx.saved_tensors, ctx.window
         return _Bilinear.gradients(
@@ -198,11 +193,6 @@ class _Dot(_Bilinear):
 
 class _Sum(_Bilinear):
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.natten.window_sum(*arguments)
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (weights, b), window = ctx.saved_tensors, ctx.window
         return _Bilinear.gradients(
@@ -218,11 +208,6 @@ class _Sum(_Bilinear):
 
 
 class _Scatter(_Bilinear):
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.natten.window_scatter(*arguments)
-
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (weights, a), window = ctx.saved_tensors, ctx.window
@@ -241,11 +226,6 @@ class _Scatter(_Bilinear):
 
 class _Bias(torch.autograd.Function):
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.natten.window_bias(*arguments)
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.tokens, *ctx.window = inputs[1:]
 
@@ -259,11 +239,6 @@ class _Bias(torch.autograd.Function):
 
 
 class _BiasSum(torch.autograd.Function):
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.natten.window_bias_sum(*arguments)
-
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weights, *ctx.window = inputs
@@ -292,11 +267,18 @@ def _define(
     fake: Callable[..., Tensor],
     function: type[torch.autograd.Function],
 ) -> Callable[..., Tensor]:
-    """Register an operator; returns what calls it."""
+    """Register an operator; returns what calls it. ``function`` holds its derivative, and gets the
+    operator itself as forward pass, and its batching rule."""
     _library.define(f"{name}({arguments}) -> Tensor")
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"natten::{name}", fake, lib=_library)
     operator = getattr(torch.ops.natten, name).default
+
+    def forward(*arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    function.forward = staticmethod(forward)  # type: ignore[method-assign]
 
     def differentiate(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Tensor:
         if forward_ad._current_level >= 0 or (

@@ -37,12 +37,8 @@ from .primitives import (
 )
 
 NOT_SPECIALIZED = [
-    "query_strides", "key_strides", "value_strides", "out_gradient_strides", "statistic_strides",
-    "lse_strides", "query_gradient_strides", "key_gradient_strides", "value_gradient_strides",
-    "additional_key_strides", "additional_value_strides",
-    "lengths", "kernels", "bias_paddings", "strides", "dilations", "query_origins", "query_extents",
-    "key_origins", "key_extents", "tiles", "programs", "heads", "num_additional", "tokens",
-    "splits", "split_size", "value_split_size", "batches",
+    "programs", "heads", "num_additional", "tokens", "splits", "split_size", "value_split_size",
+    "batches",
 ]  # fmt: skip
 
 

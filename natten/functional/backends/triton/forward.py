@@ -134,15 +134,7 @@ def forward_tile(
     tl.store(lse + offset, (maximum + tl.math.log2(total)) * LN_2, mask=all_exist)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "query_strides", "key_strides", "value_strides", "out_strides", "lse_strides",
-        "additional_key_strides", "additional_value_strides",
-        "lengths", "kernels", "bias_paddings", "strides", "dilations",
-        "query_origins", "query_extents", "key_origins", "key_extents",
-        "tiles", "programs", "heads", "num_additional",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["programs", "heads", "num_additional"])
 def forward_kernel(
     query, key, value, out, lse, bias, additional_key, additional_value,
     cumulative_query, cumulative_key,
