@@ -85,7 +85,6 @@ def test_the_window_defaults_to_the_whole_input() -> None:
         ("forward_kernel", "attention, forward"),
         ("query_gradient_kernel", "gradient of queries"),
         ("key_value_gradient_kernel", "gradients of keys and values"),
-        ("bias_gradient_kernel", "gradient of the bias"),
         ("statistics_kernel", "row sums for the backward pass"),
         ("natten::neighborhood_attention", "attention, forward"),
         ("natten::neighborhood_attention_backward", "attention, backward"),

@@ -116,10 +116,9 @@ class _Backend:
         query = self._choose(problem, tiles.QUERY_GRADIENT, *fixed)
         key_value = self._choose(problem, tiles.KEY_VALUE_GRADIENT, *fixed)
         memory = self._shared_memory(problem)
-        bias = tiles.choose(problem, tiles.BIAS_GRADIENT, False, memory)
         loops = 0 if config.backward_kv_splits is None else prod(config.backward_kv_splits)
         if not problem.num_additional:
-            return BackwardTilings(query, key_value, key_value, bias, 1, loops)
+            return BackwardTilings(query, key_value, key_value, 1, loops)
         dense = launch.dense_problem(problem, problem.num_queries, problem.num_additional)
         additional = tiles.choose(dense, tiles.KEY_VALUE_GRADIENT, False, memory)
         splits = 1
@@ -129,7 +128,7 @@ class _Backend:
             programs = rows * problem.heads_kv * problem.batch
             most = 64 if now.memory == "unrestricted" else 16
             splits = max(1, min(most, 512 // max(programs, 1), problem.num_queries // 256))
-        return BackwardTilings(query, key_value, additional, bias, splits, loops)
+        return BackwardTilings(query, key_value, additional, splits, loops)
 
     def forward(
         self, problem: Problem, config: Config, *tensors: Tensor | None

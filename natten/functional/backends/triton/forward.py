@@ -2,7 +2,7 @@
 
 A program owns one tile of queries of one head and visits the key tiles that cover the union of
 their windows, which start exactly where the union starts. Tiles in full sight of every query need
-no mask (`SPLIT`); where there are few of them, asking costs more than it saves.
+no mask (`MASK`); where there are few of them, asking for each costs more than it saves.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def forward_tile(
     RANK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, VARLEN: tl.constexpr,
     HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr, NEGATE: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
@@ -71,7 +71,7 @@ def forward_tile(
         QUERY_TILE, KEY_TILE, CAUSAL, False, RANK, VARLEN,
     )  # fmt: skip
     head, batch, memory_batch = at
-    memory, exists, position, begin, width = rows
+    memory, exists, position, begin, width, _corner = rows
     first, column_memory, extent, column_first = grid
     kv_head = head // HEADS_PER_KV
     place = unravel(tl.arange(0, COLUMNS), KEY_TILE)
@@ -99,7 +99,7 @@ def forward_tile(
         )  # fmt: skip
         scores = tile_scores(
             query_rows, columns, corner, whole, place, begin, width, position, first, kernels, bias,
-            bias_paddings, head, SPLIT, False, HAS_RPB, NEGATE, RANK, PRECISION,
+            bias_paddings, head, MASK, False, HAS_RPB, NEGATE, RANK, PRECISION,
         )  # fmt: skip
         columns = load_columns(
             value_source, memory_batch, kv_head, corner, column_first, extent, value_steps, place,
@@ -149,7 +149,7 @@ def forward_kernel(
     RANK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, VARLEN: tl.constexpr,
     HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr, NEGATE: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     PERSISTENT: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     if PERSISTENT:
@@ -163,7 +163,7 @@ def forward_kernel(
                 key_extents, tiles, heads, num_additional, scale,
                 HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK,
                 RANK, CAUSAL, TMA, UNIT, WIDE, VARLEN, HAS_RPB, HAS_ADDITIONAL, NEGATE,
-                SPLIT, STAGES, PRECISION, WARP_SPECIALIZE,
+                MASK, STAGES, PRECISION, WARP_SPECIALIZE,
             )  # fmt: skip
     else:
         forward_tile(
@@ -175,5 +175,5 @@ def forward_kernel(
             key_extents, tiles, heads, num_additional, scale,
             HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK,
             RANK, CAUSAL, TMA, UNIT, WIDE, VARLEN, HAS_RPB, HAS_ADDITIONAL, NEGATE,
-            SPLIT, STAGES, PRECISION, WARP_SPECIALIZE,
+            MASK, STAGES, PRECISION, WARP_SPECIALIZE,
         )  # fmt: skip

@@ -15,7 +15,6 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from natten.functional.backends.triton.backward import (
-    bias_gradient_kernel,
     key_value_gradient_kernel,
     query_gradient_kernel,
     statistics_kernel,
@@ -25,8 +24,9 @@ from natten.functional.backends.triton.primitives import bias_table_kernel
 from natten.functional.backends.triton.tiles import Tiling
 from natten.functional.problem import Problem
 
-# Programs of the bias gradient that share a batch: enough to fill a large GPU.
-_BIAS_PROGRAMS = 2048
+# Tables that the bias gradient is summed in, and how many numbers they hold at most.
+_BIAS_COPIES = 32
+_BIAS_ENTRIES = 2**20
 _STATISTICS_ROWS = 64
 _BIAS_BLOCK = 512
 _LOG2_E = 1.4426950408889634
@@ -221,6 +221,13 @@ def _scales(scale: float) -> tuple[float, bool]:
     return max(abs(scale) * _LOG2_E, 1e-30), scale < 0
 
 
+def _mask(problem: Problem, tiling: Tiling) -> str:
+    """Which tiles a kernel masks. The branch around a mask costs more than it saves with a bias."""
+    if tiling.whole:
+        return "never"
+    return "edges" if tiling.split and not problem.has_rpb else "always"
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A kernel's programs, and all its arguments but the tensors."""
@@ -327,7 +334,6 @@ def _plan(
         "programs": programs,
         "heads": heads,
         "splits": splits,
-        "batches": problem.batch,
         "num_additional": problem.num_additional,
         "scale": scale,
         "gradient_scale": problem.scale,
@@ -359,7 +365,7 @@ def _plan(
         "HAS_RPB": problem.has_rpb,
         "HAS_ADDITIONAL": bool(additional),
         "NEGATE": negate,
-        "SPLIT": tiling.split and not problem.has_rpb,
+        "MASK": _mask(problem, tiling),
         "STAGES": tiling.stages,
         "PRECISION": precision,
         "PERSISTENT": tiling.programs > 0,
@@ -437,7 +443,6 @@ class BackwardTilings:
         query: Of the query.
         key_value: Of key and value.
         additional: Of additional keys and values.
-        bias: Of the bias.
         splits: Programs that share the queries of one tile of additional keys; each needs
             float32 memory of its own for what it sums.
         loops: Programs for each head that take turns on its key tiles; 0 for one a tile.
@@ -446,7 +451,6 @@ class BackwardTilings:
     query: Tiling
     key_value: Tiling
     additional: Tiling
-    bias: Tiling
     splits: int = 1
     loops: int = 0
 
@@ -530,7 +534,7 @@ class _Backward:
         self.key, self.value = key_layout(key), key_layout(value)
         self.bias_paddings, self.bias = _NO_PADDINGS, None
         if rpb is not None:
-            self.bias_paddings = _bias_paddings(tilings.query, tilings.key_value, tilings.bias)
+            self.bias_paddings = _bias_paddings(tilings.query, tilings.key_value)
             self.bias = _bias_table(rpb, problem, self.bias_paddings)
         self.additional: tuple[Tensor, ...] = ()
         if additional_keys is not None and additional_values is not None:
@@ -542,40 +546,41 @@ class _Backward:
         self.grad_lse = None if grad_lse is None else grad_lse.contiguous()
         self.torch_reduction = torch_reduction
         shape = (problem.batch, problem.heads, problem.num_queries)
-        self.lse_base2 = torch.empty(shape, dtype=torch.float32, device=out.device)
-        self.delta = torch.empty_like(self.lse_base2)
+        self.statistics = torch.empty((*shape, 2), dtype=torch.float32, device=out.device)
 
     def _statistics(self) -> None:
-        """Fill in lse_base2 and delta."""
+        """Fill in the statistics."""
         tokens, heads, features = self.problem.num_queries, self.problem.heads, self.out.shape[-1]
         if self.torch_reduction:
             rows = (self.grad_out.float() * self.out.float()).sum(-1)
             if self.grad_lse is not None:
                 rows = rows - self.grad_lse
-            self.delta.copy_(rows.view(-1, tokens, heads).transpose(1, 2))
+            self.statistics[..., 1].copy_(rows.view(-1, tokens, heads).transpose(1, 2))
         plan = _statistics_plan(
             tokens, heads, features, self.grad_lse is not None, not self.torch_reduction,
             self.out.device,
         )  # fmt: skip
         _run(
             statistics_kernel, triton.cdiv(tokens, _STATISTICS_ROWS) * heads * self.problem.batch,
-            plan, self.out, self.grad_out, self.lse, self.grad_lse, self.lse_base2, self.delta,
+            plan, self.out, self.grad_out, self.lse, self.grad_lse, self.statistics,
         )  # fmt: skip
 
     def run(self, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         query = key = value = bias = additional_key = additional_value = None
-        in_passing = needs[0] and not self.torch_reduction
+        needs_bias = needs[3] and self.bias is not None
+        needs_query = needs[0] or needs_bias
+        # The bounds of integers follow from the statistics.
+        in_passing = needs_query and not self.torch_reduction
+        in_passing = in_passing and not (needs_bias and self.deterministic)
         if not in_passing:
             self._statistics()
-        if needs[0]:
-            query = self._query(in_passing)
+        if needs_query:
+            query, bias = self._query(in_passing, needs_bias)
         if needs[1] or needs[2]:
             key, value = self._key_value(
                 self.problem, self.tilings.key_value, 1, self.tilings.loops,
                 (self.query, self.key, self.value, self.grad_out), self.bias, self.cumulative,
             )  # fmt: skip
-        if needs[3] and self.bias is not None:
-            bias = self._bias(self.bias)
         if needs[4] or needs[5]:
             # Every query sees every additional token: plain attention over flat queries.
             tokens, context = self.problem.num_queries, self.problem.num_additional
@@ -585,7 +590,7 @@ class _Backward:
                 (self.query.flatten(1, -3), *self.additional, self.grad_out.flatten(1, -3)),
                 None, (None, None),
             )  # fmt: skip
-        return query, key, value, bias, additional_key, additional_value
+        return query if needs[0] else None, key, value, bias, additional_key, additional_value
 
     def _plan(
         self,
@@ -605,7 +610,8 @@ class _Backward:
             self.bias_paddings,
         )  # fmt: skip
 
-    def _query(self, with_statistics: bool) -> Tensor:
+    def _query(self, with_statistics: bool, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+        """The gradients of query and bias; fills in the statistics in passing."""
         tiling = self.tilings.query
         gradient = _allocate(self.problem, self.query.shape, self.dtype, self.query.device)
         plan = self._plan(
@@ -614,16 +620,30 @@ class _Backward:
             query_gradient_strides=gradient,
         )  # fmt: skip
         key_tile = plan.options["KEY_TILE"]
+        sums = factor = None
+        if with_bias and self.bias is not None:
+            factor = self._fixed_point() if self.deterministic else None
+            copies = max(1, min(_BIAS_COPIES, _BIAS_ENTRIES // self.bias.numel()))
+            dtype = torch.float32 if factor is None else torch.int64
+            sums = torch.zeros((copies, *self.bias.shape), dtype=dtype, device=gradient.device)
         _run(
             query_gradient_kernel, plan.programs, plan,
             self.query,
             _descriptor(self.key, key_tile) if tiling.tma else self.key,
             _descriptor(self.value, key_tile) if tiling.tma else self.value,
-            self.grad_out, self.lse_base2, self.delta, gradient, self.bias,
+            self.grad_out, self.statistics, gradient, self.bias,
             *(self.additional or (None, None)), *self.cumulative,
             *((self.out, self.lse, self.grad_lse) if with_statistics else (None, None, None)),
+            sums, factor, bias_copies=1 if sums is None else len(sums),
         )  # fmt: skip
-        return gradient
+        if sums is None:
+            return gradient, None
+        total = sums.sum(0)
+        # What lies in the padding are sums of nothing.
+        inside = (slice(None), *(slice(n, -n or None) for n in self.bias_paddings))
+        sizes = [2 * k - 1 for k in self.problem.kernel_size]
+        total = total[inside].reshape(-1, *sizes)
+        return gradient, total if factor is None else total.double() / factor
 
     def _key_value(
         self,
@@ -652,7 +672,7 @@ class _Backward:
             _descriptor(query, query_tile) if tiling.tma else query,
             key, value,
             _descriptor(grad_out, query_tile) if tiling.tma else grad_out,
-            self.lse_base2, self.delta, key_gradient, value_gradient, bias, *cumulative,
+            self.statistics, key_gradient, value_gradient, bias, *cumulative,
             split_size=key.numel() // unit, value_split_size=value.numel() // unit,
             LOOP=launched < plan.programs,
         )  # fmt: skip
@@ -660,34 +680,13 @@ class _Backward:
             return key_gradient[0], value_gradient[0]
         return key_gradient.sum(0).to(self.dtype), value_gradient.sum(0).to(self.dtype)
 
-    def _bias(self, bias: Tensor) -> Tensor:
-        problem = self.problem
-        tensors = (self.query, self.key, self.value, self.grad_out)
-        one = self._plan(bias_gradient_kernel, problem, self.tilings.bias, tensors)
-        # Tiles of one batch entry; the batch is divided among programs.
-        programs = one.programs // max(self.sequences, 1)
-        splits = max(1, min(problem.batch, _BIAS_PROGRAMS // max(programs, 1)))
-        plan = self._plan(
-            bias_gradient_kernel, problem, self.tilings.bias, tensors, splits=splits
-        )  # fmt: skip
-        factor = self._fixed_point() if self.deterministic else None
-        dtype = torch.float32 if factor is None else torch.int64
-        sizes = [2 * k - 1 for k in problem.kernel_size]
-        gradient = torch.zeros((problem.heads, *sizes), dtype=dtype, device=self.query.device)
-        _run(
-            bias_gradient_kernel, programs * splits, plan,
-            self.query, self.key, self.value, self.grad_out, self.lse_base2, self.delta,
-            gradient, bias, factor,
-        )  # fmt: skip
-        return gradient if factor is None else gradient.double() / factor
-
     def _fixed_point(self) -> Tensor:
         """A power of two that turns the bias gradient into integers of 62 bits without overflow.
 
         A score's gradient is at most |dO| |V| + |delta|; a bias has one of each query.
         """
         norms = [t.float().norm(dim=-1).amax() for t in (self.grad_out, self.value)]
-        bound = norms[0] * norms[1] + self.delta.abs().amax()
+        bound = norms[0] * norms[1] + self.statistics[..., 1].abs().amax()
         bits = torch.log2(bound * (self.problem.batch * self.problem.num_queries)).ceil()
         return torch.exp2((61 - bits).clamp(-126, 126))
 

@@ -15,11 +15,14 @@ The window test must agree with `natten.window`; `tests/test_triton_window.py` c
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Whether kernels may contain PTX.
+INLINE = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -103,10 +106,10 @@ def axis_rows(
     group, `offset` the place of each row inside the tile.
 
     Returns three groups. For each row: its coordinate in memory, whether it exists, its position,
-    where its window begins and how wide that is. Of the tile: where the union of the windows
-    begins, how many column tiles cover it, the first column tile in sight of all rows, and how
-    many of these there are. Of the columns: the first one's position and coordinate in memory,
-    and their number.
+    where its window begins and how wide that is, and the position of the tile's first row. Of the
+    tile: where the union of the windows begins, how many column tiles cover it, the first column
+    tile in sight of all rows, and how many of these there are. Of the columns: the first one's
+    position and coordinate in memory, and their number.
     """
     if ACTIVE:
         group = tile // tiles
@@ -142,12 +145,12 @@ def axis_rows(
         column_memory = column_begin * dilation + group - column_origin
         return (
             # Rows that do not exist see nothing: their biases would lie outside the table.
-            (memory, exists, position, begin, tl.where(exists, end - begin, 0)),
+            (memory, exists, position, begin, tl.where(exists, end - begin, 0), first),
             (begin_head, count, inner, inner_count),
             (column_begin, column_memory, column_end - column_begin),
         )  # fmt: skip
     else:
-        return (offset, offset < 1, offset, offset, offset + 1), (0, 1, 0, 1), (0, 0, 1)
+        return (offset, offset < 1, offset, offset, offset + 1, 0), (0, 1, 0, 1), (0, 0, 1)
 
 
 @triton.jit
@@ -332,26 +335,29 @@ def in_sight(corner, place, begin, width, RANK: tl.constexpr):
 def tile_scores(
     rows, columns, corner, whole, place, begin, width, position, first, kernels, bias, paddings,
     head,
-    SPLIT: tl.constexpr, INVERSE: tl.constexpr, HAS_RPB: tl.constexpr, NEGATE: tl.constexpr,
+    MASK: tl.constexpr, INVERSE: tl.constexpr, HAS_RPB: tl.constexpr, NEGATE: tl.constexpr,
     RANK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile before scaling, -inf where a row does not see a column: [rows, columns].
 
-    With `SPLIT`, tiles that all rows see all of are not masked. A bias is what the product adds to:
-    as a summand of its own, its layout, that of a load, would spread to all that follows.
+    `MASK` says which tiles are masked: "always" all of them, "edges" those that not all rows see
+    all of, "never" none, for there are no such tiles. A bias is what the product adds to: as a
+    summand of its own, its layout, that of a load, would spread to all that follows.
     """
     if HAS_RPB:
-        slot, size = bias_slot(corner, place, position, first, kernels, paddings, INVERSE, RANK)
-        biases = tl.load(bias + head.to(tl.int64) * size + slot)
+        row, column, size = bias_slot(
+            corner, place, position, first, kernels, paddings, INVERSE, RANK
+        )
+        biases = load_biases(bias + head.to(tl.int64) * size, row, column)
         scores = tl.dot(rows, columns.T, biases, input_precision=PRECISION)
     else:
         scores = tl.dot(rows, columns.T, input_precision=PRECISION)
     if NEGATE:
         scores = -scores
-    if SPLIT:
+    if MASK == "edges":
         if not whole:
             scores = tl.where(in_sight(corner, place, begin, width, RANK), scores, float("-inf"))
-    else:
+    elif MASK == "always":
         scores = tl.where(in_sight(corner, place, begin, width, RANK), scores, float("-inf"))
     return scores
 
@@ -363,8 +369,8 @@ def bias_slot(
     """Where the bias of each (row, column) lies in one head's table, and the table's size.
 
     Along an axis that is key position - query position + kernel - 1, and the padding before it.
-    The part of the row, that of the column inside its tile and that of the tile are summed
-    separately: one addition a pair.
+    Returned are two summands: that of each row, with the tile's place, and that of each column
+    inside its tile, which is not negative.
     """
     kernels, paddings = revealed(kernels), revealed(paddings)
     size = 2 * (kernels[2] + paddings[2]) - 1
@@ -372,22 +378,52 @@ def bias_slot(
     column = place[2]
     tile = corner[2] + first[2]
     middle = kernels[2] + paddings[2] - 1
+    reach = paddings[2]
     if RANK >= 2:
         row += position[1] * size
         column += place[1] * size
         tile += (corner[1] + first[1]) * size
         middle += (kernels[1] + paddings[1] - 1) * size
+        reach += paddings[1] * size
         size *= 2 * (kernels[1] + paddings[1]) - 1
     if RANK == 3:
         row += position[0] * size
         column += place[0] * size
         tile += (corner[0] + first[0]) * size
         middle += (kernels[0] + paddings[0] - 1) * size
+        reach += paddings[0] * size
         size *= 2 * (kernels[0] + paddings[0]) - 1
     if INVERSE:
-        return (row + (middle - tile))[:, None] - column[None, :], size
+        # The padding is at least as wide as a tile.
+        return row + (middle - tile - reach), reach - column, size
     else:
-        return ((tile + middle) - row)[:, None] + column[None, :], size
+        return (tile + middle) - row, column, size
+
+
+@triton.jit
+def table_size(kernels, paddings):
+    """Entries of one head's padded table; axes that the grid lacks have one."""
+    kernels, paddings = revealed(kernels), revealed(paddings)
+    size = 2 * (kernels[0] + paddings[0]) - 1
+    size *= 2 * (kernels[1] + paddings[1]) - 1
+    return size * (2 * (kernels[2] + paddings[2]) - 1)
+
+
+@triton.jit
+def load_biases(table, row, column):
+    """Entries of one head's table, straight to the registers that the product adds to.
+
+    A load of Triton's would be spread over the threads in its own way and then pass through shared
+    memory, which takes longer than the product. An elementwise operation is computed where its
+    result is used.
+    """
+    if INLINE:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 at; cvt.u64.u32 at, $2; add.s64 at, at, $1; ld.global.nc.f32 $0, [at]; }",
+            "=f,l,r", [table + row[:, None], 4 * column[None, :]], tl.float32, True, 1,
+        )  # fmt: skip
+    else:
+        return tl.load(table + (row[:, None] + column[None, :]))
 
 
 @triton.jit
@@ -478,6 +514,7 @@ def row_tile(
     position = (rows_x[2], rows_y[2], rows_z[2])
     begin = (rows_x[3], rows_y[3], rows_z[3])
     width = (rows_x[4], rows_y[4], rows_z[4])
+    corner = (rows_x[5], rows_y[5], rows_z[5])
     union = (box_x[0], box_y[0], box_z[0])
     counts = (box_x[1], box_y[1], box_z[1])
     inner = (box_x[2], box_y[2], box_z[2])
@@ -492,7 +529,7 @@ def row_tile(
     extent = (columns_x[2], columns_y[2], columns_z[2])
     return (
         (head, batch, memory_batch),
-        (memory, exists, position, begin, width),
+        (memory, exists, position, begin, width, corner),
         (union, counts, inner, inner_counts, inverses),
         (first, column_memory, extent, column_first),
     )  # fmt: skip

@@ -37,6 +37,7 @@ class Tiling:
         warps: Warps of a program.
         stages: Tiles in flight.
         split: Whether tiles in full sight of the others are told apart, and not masked.
+        whole: Whether all tiles are: none is masked.
         tma: Whether tiles of the inner loop are loaded by the tensor memory accelerator.
         programs: For persistent kernels, the number of programs; 0 for one a tile.
         specialize: Whether loads, products and softmax get warps of their own.
@@ -47,6 +48,7 @@ class Tiling:
     warps: int = 4
     stages: int = 2
     split: bool = False
+    whole: bool = False
     tma: bool = False
     programs: int = 0
     specialize: bool = False
@@ -87,29 +89,20 @@ _QUERY_GRADIENT_SPLIT: dict[int, tuple[_Size, ...]] = {
 }
 # Rows are keys here.
 _KEY_VALUE_GRADIENT: dict[int, tuple[_Size, ...]] = {
-    32: (_Size(64, 32, 4, 2, 1.0), _Size(64, 64, 4, 2, 0.98)),
+    32: (_Size(64, 32, 4, 3, 1.0), _Size(64, 64, 4, 2, 0.93)),
     64: (_Size(64, 64, 4, 2, 1.0), _Size(64, 128, 4, 2, 1.02)),
     128: (_Size(64, 64, 4, 2, 1.0),),
     256: (_Size(64, 32, 8, 1, 1.0),),
 }
 _KEY_VALUE_GRADIENT_SPLIT: dict[int, tuple[_Size, ...]] = {
     **_KEY_VALUE_GRADIENT,
-    64: (_Size(64, 128, 4, 2, 1.35), _Size(64, 64, 4, 2, 1.0)),
-}
-# The scores' gradient of a whole tile stays in registers, beside both products.
-_BIAS_GRADIENT: dict[int, tuple[_Size, ...]] = {
-    32: (_Size(64, 32, 4, 2, 1.0),),
-    64: (_Size(64, 32, 4, 2, 1.0),),
-    128: (_Size(64, 32, 4, 1, 1.0),),
-    256: (_Size(32, 32, 4, 1, 1.0),),
+    64: (_Size(64, 64, 4, 3, 1.0),),
 }
 FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT = "forward", "query", "key_value"
-BIAS_GRADIENT = "bias"
 _TABLES = {
     FORWARD: (_FORWARD, _FORWARD_SPLIT),
     QUERY_GRADIENT: (_QUERY_GRADIENT, _QUERY_GRADIENT_SPLIT),
     KEY_VALUE_GRADIENT: (_KEY_VALUE_GRADIENT, _KEY_VALUE_GRADIENT_SPLIT),
-    BIAS_GRADIENT: (_BIAS_GRADIENT, _BIAS_GRADIENT),
 }
 
 
@@ -228,6 +221,14 @@ def _splits(problem: Problem, pair: tuple[Shape, Shape], inverse: bool) -> bool:
     return inside >= 0.2 * max(covered, 1.0)
 
 
+def _whole(problem: Problem, tiling: Tiling, inverse: bool) -> bool:
+    """Whether every tile is in full sight of its rows: counted for one dilation group only."""
+    if problem.varlen or any(d > 1 for d in problem.dilation):
+        return False
+    covered, inside = work(problem, tiling.query, tiling.key, inverse)
+    return inside == covered
+
+
 def _shared_memory(tiling: Tiling, problem: Problem, kind: str) -> int:
     """Bytes that the tiles of a program take, about."""
     query, value = next_power_of_2(problem.head_dim), next_power_of_2(problem.head_dim_v)
@@ -265,7 +266,7 @@ def persistent(tiling: Tiling, programs: int, specialize: bool, warps: int) -> T
 
 
 # Products below which making descriptors takes the host longer than they save the GPU.
-MIN_TMA_PRODUCTS = 3e9
+MIN_TMA_PRODUCTS = 1.2e10
 
 
 def _make(
@@ -273,7 +274,7 @@ def _make(
 ) -> Tiling:
     # Narrow heads gain nothing from descriptors; dilated boxes have none.
     use_tma = tma and problem.head_dim > 32 and not any(d > 1 for d in problem.dilation)
-    return Tiling(*pair, size.warps, size.stages, split, use_tma)
+    return Tiling(*pair, size.warps, size.stages, split, tma=use_tma)
 
 
 @lru_cache(maxsize=4096)
@@ -287,13 +288,20 @@ def choose(
 ) -> Tiling:
     """The tiling with the least estimated time; ``query`` and ``key`` fix the tile shapes."""
     inverse = kind == KEY_VALUE_GRADIENT
+    tiling = _fit(_choose(problem, kind, inverse, tma, query, key), problem, kind, shared_memory)
+    return replace(tiling, whole=_whole(problem, tiling, inverse))
+
+
+def _choose(
+    problem: Problem, kind: str, inverse: bool, tma: bool, query: Shape | None, key: Shape | None
+) -> Tiling:
     if query is not None and key is not None:
         rows, columns = (prod(t) for t in ((key, query) if inverse else (query, key)))
         # A warp group of four warps computes 64 rows.
         warps = 8 if rows >= 128 and max(problem.head_dim, columns) >= 128 else 4
         size = _Size(rows, columns, warps, 2, 1.0)
         split = _splits(problem, (query, key), inverse)
-        return _fit(_make(problem, (query, key), size, split, tma), problem, kind, shared_memory)
+        return _make(problem, (query, key), size, split, tma)
     best: tuple[float, Tiling] | None = None
     for split in (False, True):
         for size in _sizes(problem, kind, split):
@@ -309,7 +317,7 @@ def choose(
     covered, tiling = best[0], best[1]
     if covered * problem.heads * problem.batch * problem.head_dim < MIN_TMA_PRODUCTS:
         tiling = replace(tiling, tma=False)
-    return _fit(tiling, problem, kind, shared_memory)
+    return tiling
 
 
 def listed(
