@@ -283,6 +283,21 @@ def _check_backward_knobs() -> None:
         check(replace(many_queries, tokens=(520,), key_tokens=(520,)), "cutlass")
 
 
+def _check_bias_tiles() -> None:
+    """The bias gradient of tiles with runs of eight, of four and of fewer tokens."""
+    for case, query, key in (
+        (Case("1d_runs", (37,), (9,), batch=2, heads=1, rpb=True), (32,), (64,)),
+        (Case("2d_runs", (9, 17), (3, 5), batch=1, heads=2, rpb=True), (2, 16), (4, 8)),
+        (Case("2d_mixed", (9, 17), (5, 4), batch=1, heads=1, rpb=True), (8, 4), (4, 8)),
+        (Case("2d_columns", (17, 9), (5, 4), batch=1, heads=1, rpb=True), (16, 2), (32, 1)),
+        (Case("3d_runs", (3, 5, 9), (2, 3, 4), batch=1, heads=1, rpb=True), (1, 4, 8), (2, 2, 8)),
+    ):
+        check_problem(
+            case, "cutlass", HALF, factor=FACTOR, backward_q_tile_shape=query,
+            backward_kv_tile_shape=key,
+        )  # fmt: skip
+
+
 def _check_determinism() -> None:
     """Determinism asked for: correct, and the same bits again, with a bias too."""
     with natten.use_deterministic_algorithms():
@@ -439,6 +454,7 @@ CHECKS = {
     "tile_shapes": _check_tile_shapes,
     "schedules": _check_schedules,
     "backward_knobs": _check_backward_knobs,
+    "bias_tiles": _check_bias_tiles,
     "determinism": _check_determinism,
     "missing_values": _check_missing_values,
     "empty": _check_empty,

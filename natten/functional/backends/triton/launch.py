@@ -27,6 +27,8 @@ from natten.functional.problem import Problem
 # Tables that the bias gradient is summed in, and how many numbers they hold at most.
 _BIAS_COPIES = 32
 _BIAS_ENTRIES = 2**20
+# Registers of a thread where it is summed: three programs on a multiprocessor instead of two.
+_BIAS_REGISTERS = 168
 _STATISTICS_ROWS = 64
 _BIAS_BLOCK = 512
 _LOG2_E = 1.4426950408889634
@@ -226,6 +228,13 @@ def _mask(problem: Problem, tiling: Tiling) -> str:
     if tiling.whole:
         return "never"
     return "edges" if tiling.split and not problem.has_rpb else "always"
+
+
+def _register_limit(tiling: Tiling, sums_bias: bool) -> dict[str, int]:
+    """A launch option; AMD's compiler does not know it."""
+    if not sums_bias or tiling.warps > 4 or torch.version.hip is not None:
+        return {}
+    return {"maxnreg": _BIAS_REGISTERS}
 
 
 @dataclass(frozen=True)
@@ -635,6 +644,7 @@ class _Backward:
             *(self.additional or (None, None)), *self.cumulative,
             *((self.out, self.lse, self.grad_lse) if with_statistics else (None, None, None)),
             sums, factor, bias_copies=1 if sums is None else len(sums),
+            **_register_limit(tiling, sums is not None),
         )  # fmt: skip
         if sums is None:
             return gradient, None

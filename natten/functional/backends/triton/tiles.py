@@ -78,31 +78,26 @@ _FORWARD_SPLIT: dict[int, tuple[_Size, ...]] = {
 }
 _QUERY_GRADIENT: dict[int, tuple[_Size, ...]] = {
     32: (_Size(64, 64, 4, 2, 1.0),),
-    64: (_Size(64, 64, 4, 2, 1.0),),
+    64: (_Size(64, 64, 4, 3, 1.0),),
     128: (_Size(64, 64, 4, 2, 1.0),),
     256: (_Size(64, 32, 4, 2, 1.0),),
 }
 _QUERY_GRADIENT_SPLIT: dict[int, tuple[_Size, ...]] = {
     **_QUERY_GRADIENT,
-    64: (_Size(64, 64, 4, 3, 1.0),),
     128: (_Size(128, 64, 8, 3, 1.08), _Size(64, 64, 4, 2, 1.0)),
 }
 # Rows are keys here.
 _KEY_VALUE_GRADIENT: dict[int, tuple[_Size, ...]] = {
     32: (_Size(64, 32, 4, 3, 1.0), _Size(64, 64, 4, 2, 0.93)),
-    64: (_Size(64, 64, 4, 2, 1.0), _Size(64, 128, 4, 2, 1.02)),
+    64: (_Size(64, 64, 4, 3, 1.0),),
     128: (_Size(64, 64, 4, 2, 1.0),),
     256: (_Size(64, 32, 8, 1, 1.0),),
-}
-_KEY_VALUE_GRADIENT_SPLIT: dict[int, tuple[_Size, ...]] = {
-    **_KEY_VALUE_GRADIENT,
-    64: (_Size(64, 64, 4, 3, 1.0),),
 }
 FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT = "forward", "query", "key_value"
 _TABLES = {
     FORWARD: (_FORWARD, _FORWARD_SPLIT),
     QUERY_GRADIENT: (_QUERY_GRADIENT, _QUERY_GRADIENT_SPLIT),
-    KEY_VALUE_GRADIENT: (_KEY_VALUE_GRADIENT, _KEY_VALUE_GRADIENT_SPLIT),
+    KEY_VALUE_GRADIENT: (_KEY_VALUE_GRADIENT, _KEY_VALUE_GRADIENT),
 }
 
 
@@ -189,15 +184,18 @@ def shapes(tokens: int, rank: int) -> Iterator[Shape]:
 
 @lru_cache(maxsize=4096)
 def best_shapes(
-    problem: Problem, queries: int, keys: int, inverse: bool = False
+    problem: Problem, queries: int, keys: int, inverse: bool = False, sums_bias: bool = False
 ) -> tuple[Shape, Shape]:
     """The shapes of so many tokens that cover the fewest pairs.
 
-    Among equals, those that read the longest runs along the last axis.
+    Among equals, those that read the longest runs along the last axis. With ``sums_bias``, runs of
+    less than eight tokens count double: of their pairs, more numbers are added to memory.
     """
 
     def cost(pair: tuple[Shape, Shape]) -> tuple[float, ...]:
-        return (work(problem, *pair, inverse).covered, -pair[1][-1], -pair[0][-1])
+        is_slow = sums_bias and min(pair[0][-1], pair[1][-1]) < 8
+        covered = work(problem, *pair, inverse).covered
+        return (covered * 2 if is_slow else covered, -pair[1][-1], -pair[0][-1])
 
     pairs = ((q, k) for q in shapes(queries, problem.rank) for k in shapes(keys, problem.rank))
     return min(pairs, key=cost)
@@ -306,7 +304,8 @@ def _choose(
     for split in (False, True):
         for size in _sizes(problem, kind, split):
             queries, keys = (size.columns, size.rows) if inverse else (size.rows, size.columns)
-            pair = best_shapes(problem, queries, keys, inverse)
+            sums_bias = kind == QUERY_GRADIENT and problem.has_rpb
+            pair = best_shapes(problem, queries, keys, inverse, sums_bias)
             if _splits(problem, pair, inverse) != split:
                 continue
             time = work(problem, *pair, inverse).covered / size.rate
