@@ -25,7 +25,7 @@ from natten.functional.backends.triton.tiles import Tiling
 from natten.functional.problem import Problem
 
 # Tables that the bias gradient is summed in, and how many numbers they hold at most.
-_BIAS_COPIES = 32
+_BIAS_COPIES = 8
 _BIAS_ENTRIES = 2**20
 # Registers of a thread where it is summed: three programs on a multiprocessor instead of two.
 _BIAS_REGISTERS = 168
