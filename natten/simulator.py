@@ -50,9 +50,9 @@ class _Costs(NamedTuple):
     launch: float  # seconds of a kernel
 
 
-_FORWARD_COSTS = _Costs(0.578, 0.5, 5.6, 40e-9, 0.70e-6, 5e-6)
-# Twice the masks and twice the rows; the products hide the exponentials.
-_BACKWARD_COSTS = _Costs(0.52, 0.0, 13.5, 0.0, 1.38e-6, 4e-6)
+_FORWARD_COSTS = _Costs(0.578, 0.5, 5.3, 40e-9, 0.70e-6, 5e-6)
+# Twice the masks; the products hide most of the exponentials.
+_BACKWARD_COSTS = _Costs(0.62, 0.027, 9.9, 55e-9, 0.82e-6, 3.6e-6)
 # Lanes of a multiprocessor, for arithmetic and for exponentials.
 _LANES, _EXPONENTIAL_LANES = 128, 16
 # Shares of the maker's bandwidth that a copy reaches.

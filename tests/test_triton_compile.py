@@ -97,9 +97,11 @@ MORE_SETTINGS = [
             knobs={"kernel_schedule": "pp"}),
     Setting("1d_d64", 80, (32768,), (2048,), 64),
     Setting("2d_d128", 80, (128, 128), (33, 33), 128, additional=77),
+    Setting("2d_k7_d32_bias", 80, (56, 56), (7, 7), 32, batch=64, rpb=True),
     Setting("1d_d64", 100, (32768,), (2048,), 64),
     Setting("3d_d128", 100, (30, 48, 80), (18, 24, 24), 128),
     Setting("3d_d64", 100, (16, 32, 32), (9, 13, 13), 64),
+    Setting("2d_d64_bias", 100, (64, 64), (13, 13), 64, rpb=True),
 ]  # fmt: skip
 
 
