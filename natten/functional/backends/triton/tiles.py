@@ -23,6 +23,8 @@ from natten.functional.problem import Problem
 from natten.window import Axis
 
 Shape = tuple[int, ...]
+# Bytes of shared memory that only GPUs for data centers have.
+_ROOMY = 128 * 1024
 # Column tiles have up to 2 ** _MAX_LOG tokens along an axis.
 _MAX_LOG = 9
 
@@ -286,7 +288,12 @@ def choose(
 ) -> Tiling:
     """The tiling with the least estimated time; ``query`` and ``key`` fix the tile shapes."""
     inverse = kind == KEY_VALUE_GRADIENT
-    tiling = _fit(_choose(problem, kind, inverse, tma, query, key), problem, kind, shared_memory)
+    tiling = _choose(problem, kind, inverse, tma, query, key)
+    if shared_memory < _ROOMY:
+        # A second program on a multiprocessor hides more than a third tile in flight.
+        while tiling.stages > 2 and 2 * _shared_memory(tiling, problem, kind) > shared_memory:
+            tiling = replace(tiling, stages=tiling.stages - 1)
+    tiling = _fit(tiling, problem, kind, shared_memory)
     return replace(tiling, whole=_whole(problem, tiling, inverse))
 
 
