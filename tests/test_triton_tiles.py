@@ -14,7 +14,7 @@ from natten.simulator import make_problem
 
 pytest.importorskip("triton")
 
-from natten.functional.backends.triton import tiles  # noqa: E402
+from natten.functional.backends.triton import tiles
 
 
 @pytest.mark.parametrize("seed", range(60))
