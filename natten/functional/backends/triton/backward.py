@@ -137,8 +137,8 @@ def add_bias_gradient(
     times fewer numbers are added to memory, to different places. With `factor` these are integers,
     multiples of 1 / factor: then the order of the additions does not matter.
     """
-    ROW_RUN: tl.constexpr = min(ROW_TILE[2], 8)
-    COLUMN_RUN: tl.constexpr = min(COLUMN_TILE[2], 8)
+    ROW_RUN: tl.constexpr = 8 if ROW_TILE[2] >= 8 else ROW_TILE[2]
+    COLUMN_RUN: tl.constexpr = 8 if COLUMN_TILE[2] >= 8 else COLUMN_TILE[2]
     ROW_RUNS: tl.constexpr = ROW_TILE[0] * ROW_TILE[1] * ROW_TILE[2] // ROW_RUN
     COLUMN_RUNS: tl.constexpr = COLUMN_TILE[0] * COLUMN_TILE[1] * COLUMN_TILE[2] // COLUMN_RUN
     if ROW_RUN * COLUMN_RUN >= 16 and ROW_RUNS * COLUMN_RUNS >= 16:
