@@ -7,17 +7,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-_FAILED = 2
-_INTERRUPTED = 130
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(_FAILED, f"{self.prog}: error: {' '.join(message.split())}\n")
+from natten.command import Parser, guarded
 
 
 def _profile_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +120,7 @@ def _info(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from natten import demo
 
-    return demo.main(options.rest)
+    return demo.main(options.rest, prog="natten demo")
 
 
 def _write(text: str) -> None:
@@ -145,16 +137,16 @@ _COMMANDS: dict[str, _Command] = {
 }
 
 
-def _parser(prog: str, command: str | None) -> argparse.ArgumentParser:
+def _parser(prog: str, command: str | None) -> Parser:
     """Of one command, or of all."""
     if command is not None:
         text, add_arguments, _ = _COMMANDS[command]
-        parser = _Parser(prog=prog, description=text)
+        parser = Parser(prog=prog, description=text)
         add_arguments(parser)
         return parser
     import natten
 
-    parser = _Parser(prog=prog, description="Neighborhood attention on the command line.")
+    parser = Parser(prog=prog, description="Neighborhood attention on the command line.")
     parser.add_argument("--version", action="version", version=f"natten {natten.__version__}")
     names = {name: text for name, (text, *_) in _COMMANDS.items()}
     names["demo"] = "attention over a photograph: a table and a picture"
@@ -172,7 +164,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = words[0] if words else None
     title = prog or (f"natten {name}" if name else "natten")
-    try:
+
+    def run() -> int:
         if name == "demo":
             return _demo(argparse.Namespace(rest=words[1:]))
         if name not in _COMMANDS:
@@ -180,16 +173,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             return 0
         options = _parser(title, name).parse_args(words[1:])
         return _COMMANDS[name][2](options)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{title}: interrupted\n")
-        return _INTERRUPTED
-    except ModuleNotFoundError as error:
-        text = f"{error.name} is not installed: pip install 'natten[profiler]'"
-    except (ValueError, NotImplementedError, RuntimeError, MemoryError, OSError) as error:
-        # torch.OutOfMemoryError is a RuntimeError.
-        text = " ".join(str(error).split()) or type(error).__name__
-    sys.stderr.write(f"{title}: error: {text}\n")
-    return _FAILED
+
+    return guarded(title, run)
 
 
 if __name__ == "__main__":

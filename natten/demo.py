@@ -24,6 +24,7 @@ from torch import Tensor
 
 import natten
 from natten import viz
+from natten.command import Parser, guarded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -233,14 +234,28 @@ def picture(image: Tensor, query: Tensor, key: Tensor, output: Tensor) -> Figure
     return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo. Returns 0, or 1 if an output is too far from the reference."""
-    parser = argparse.ArgumentParser(prog="python -m natten.demo", description=__doc__)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m natten.demo") -> int:
+    """Run the demo.
+
+    Returns:
+        0; 1 if an output is too far from the reference; 2 after a wrong request.
+    """
+    parser = Parser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="where to draw")
     parser.add_argument("--height", type=int, default=120, help="of the photograph, in tokens")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default_device, help=f"default: {default_device}")
     options = parser.parse_args(arguments)
+    return guarded(prog, lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.height < 1:
+        raise ValueError(f"--height must be at least 1, got {options.height}")
+    if not options.output.absolute().parent.is_dir():
+        raise ValueError(f"--output {options.output}: there is no such folder")
     try:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -252,6 +267,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     dtype = torch.float32 if options.device == "cpu" else torch.float16
     truth = photograph(options.height)
+    for setting in SETTINGS:
+        for tokens_there, k, d in zip(truth.shape, setting.kernel_size, setting.dilation):
+            if k * d > tokens_there:
+                raise ValueError(
+                    f"--height {options.height} gives {truth.shape[0]} x {truth.shape[1]} tokens, "
+                    f"too few for the setting {setting}"
+                )
     image = add_noise(truth)
     query, key, value = (tensor.to(options.device, dtype) for tensor in tokens(image))
     console.print(

@@ -16,7 +16,7 @@ import natten
 from natten import context, devices
 from natten.functional import dispatch, neighborhood_attention_generic
 from natten.functional.problem import DEFAULT_CONFIG
-from natten.profile_file import VARIABLE
+from natten.profile_file import VARIABLE, check_device, read_profile, without_profile
 from natten.simulator import make_problem
 
 _PACKAGES = ("torch", "triton", "numba", "numpy", "einops", "timm", "safetensors", "rich")
@@ -75,6 +75,18 @@ def _caches() -> list[tuple[str, str]]:
     numba = sorted(kernels.glob("*.nb[ic]")) if kernels.exists() else []
     size = sum(path.stat().st_size for path in numba) / 2**20
     return [*found, ("numba", f"{kernels}: {len(numba)} files, {size:.1f} MiB")]
+
+
+def _variable(name: str) -> str:
+    value = os.environ[name]
+    if name != VARIABLE or not value:
+        return value
+    try:
+        profile = read_profile(value)
+        check_device(value, profile)
+    except (OSError, ValueError) as error:
+        return f"{value}: REFUSED, {' '.join(str(error).split())}"
+    return f"{value}: {len(profile.entries)} entries, of {profile.device}"
 
 
 def _check(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, bool]:
@@ -137,11 +149,13 @@ def info(check: bool = True) -> tuple[str, bool]:
     Args:
         check: Whether to run every available backend and compare it with the reference.
     """
-    backends, failed = _backends(check)
+    # A profile that cannot be used must not keep this text from being written.
+    with without_profile():
+        backends, failed = _backends(check)
     now = context.preferences()
     settings = [
         ("preferences", ", ".join(f"{name}={value}" for name, value in asdict(now).items())),
-        *((name, os.environ[name]) for name in _VARIABLES if name in os.environ),
+        *((name, _variable(name)) for name in _VARIABLES if name in os.environ),
     ]
     sections = (
         ("versions", _versions()), ("devices", _devices()), ("backends", backends),

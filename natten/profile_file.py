@@ -1,6 +1,6 @@
 """Profile files: which backend and tiles were fastest on a device, for later calls to use.
 
-``natten profile --optimize --output FILE`` writes them, :func:`load_profile` or the environment
+``natten profile --optimize --save FILE`` writes them, :func:`load_profile` or the environment
 variable ``NATTEN_PROFILE`` apply them. An entry holds for calls of one shape class: the same grid,
 window, head sizes, dtype and kind of call, for any batch size and number of heads. What a caller
 asks for himself always wins.
@@ -9,6 +9,7 @@ asks for himself always wins.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from natten import devices
+from natten import devices, validation
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
 
 FORMAT = "natten profile"
@@ -113,20 +114,59 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
 
+def _check_problem(p: Problem) -> None:
+    """Raise ValueError unless ``p`` is a problem that a call can state."""
+    if not isinstance(p.kernel_size, tuple) or not 1 <= len(p.kernel_size) <= 3:
+        raise ValueError(f"kernel_size must have 1, 2 or 3 values, got {p.kernel_size!r}")
+    windows = (p.kernel_size, p.stride, p.dilation, p.is_causal)
+    grid = validation.int_tuple("grid", p.grid, p.rank)
+    if validation.check_window(grid, *windows) != windows or grid != p.grid:
+        raise ValueError(
+            f"grid and window must have a value for each axis, got {p.grid}, {windows}"
+        )
+    for name, minimum in (
+        ("query_shape", 1), ("key_shape", 1), ("query_origin", 0), ("key_origin", 0),
+    ):  # fmt: skip
+        values = getattr(p, name)
+        if validation.int_tuple(name, values, p.rank, minimum) != values:
+            raise ValueError(f"{name} must have a value for each axis, got {values!r}")
+    for name, minimum in (
+        ("batch", 1), ("heads", 1), ("heads_kv", 1), ("head_dim", 1), ("head_dim_v", 1),
+        ("num_additional", 0), ("max_seqlen_q", 0), ("max_seqlen_kv", 0),
+    ):  # fmt: skip
+        value = getattr(p, name)
+        if type(value) is not int or value < minimum:
+            raise ValueError(f"{name} must be an int of at least {minimum}, got {value!r}")
+    for name in ("has_rpb", "varlen", "requires_grad"):
+        validation.optional_bool(name, getattr(p, name))
+    if p.heads % p.heads_kv:
+        raise ValueError(f"heads must be a multiple of heads_kv, got {p.heads} and {p.heads_kv}")
+    if not math.isfinite(validation.check_scale(p.scale, p.head_dim)):
+        raise ValueError(f"scale must be finite, got {p.scale}")
+
+
 def _decode_entry(entry: dict[str, Any]) -> Entry:
     values = _tuples(entry["problem"])
     values["dtype"] = getattr(torch, values["dtype"])
     values["device"] = torch.device(values["device"])
-    config = Config(**_tuples(entry["config"]))
+    if not isinstance(values["dtype"], torch.dtype):
+        raise ValueError(f"{values['dtype']!r} is no dtype")
+    problem = Problem(**values)
+    _check_problem(problem)
+    knobs = _tuples(entry["config"])
+    config = Config(
+        *validation.check_knobs(problem.rank, [knobs.pop(f.name) for f in fields(Config)])
+    )
+    if knobs:
+        raise ValueError(f"no setting is called {', '.join(map(repr, knobs))}")
     from natten.functional.dispatch import BACKENDS
 
     if entry["backend"] not in BACKENDS:
         raise ValueError(f"no backend is called {entry['backend']!r}")
-    if not isinstance(values["dtype"], torch.dtype):
-        raise ValueError(f"{values['dtype']!r} is no dtype")
-    problem = Problem(**values)
-    hash((problem, config))
-    return Entry(problem, entry["backend"], config, float(entry["ms"]))
+    ms = entry["ms"]
+    if type(ms) not in (int, float) or not 0 < ms < math.inf:
+        raise ValueError(f"ms must be a positive number, got {ms!r}")
+    return Entry(problem, entry["backend"], config, float(ms))
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:
@@ -140,23 +180,33 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
         document = json.loads(Path(path).read_text())
         if document["format"] != FORMAT:
             raise ValueError(f"its format is {document['format']!r}")
-        if document["version"] != VERSION:
+        if type(document["version"]) is not int or document["version"] != VERSION:
             raise ValueError(
                 f"its version is {document['version']!r}, and this natten reads {VERSION}"
             )
+        for name in ("device", "natten"):
+            if not isinstance(document[name], str):
+                raise ValueError(f"{name} must be a text, got {document[name]!r}")
+        if not isinstance(document["entries"], list):
+            raise ValueError(f"entries must be a list, got {document['entries']!r}")
         capability = document["capability"]
+        if capability is not None:
+            capability = validation.int_tuple("capability", capability, 2, 0)
         return Profile(
-            str(document["device"]),
-            None if capability is None else (int(capability[0]), int(capability[1])),
+            document["device"],
+            capability,
             tuple(_decode_entry(entry) for entry in document["entries"]),
-            str(document["natten"]),
+            document["natten"],
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError,
+    ) as error:  # fmt: skip
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{os.fspath(path)} is not a usable natten profile: {reason}") from error
 
 
-def _check_device(path: str | os.PathLike[str], profile: Profile) -> None:
+def check_device(path: str | os.PathLike[str], profile: Profile) -> None:
+    """Raise ValueError unless the profile was measured on the device that is here."""
     if profile.capability is None:
         here = devices.driver_name("cpu")
     elif not torch.cuda.is_available():
@@ -202,7 +252,7 @@ def load_profile(path: str | os.PathLike[str] | None) -> int:
         entries: dict[tuple[ShapeClass, bool], Entry] = {}
     else:
         profile = read_profile(path)
-        _check_device(path, profile)
+        check_device(path, profile)
         entries = dict(_Applied.entries or {})
         for e in profile.entries:
             try:
@@ -295,6 +345,7 @@ def merged(profile: Profile, entries: Iterable[Entry]) -> Profile:
 __all__ = [
     "Entry",
     "Profile",
+    "check_device",
     "load_profile",
     "lookup",
     "merged",

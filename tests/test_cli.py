@@ -57,6 +57,18 @@ def failure_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (("simulate", "-i", "8", "-w", "9"), "kernel_size * dilation must be at most"),
         (("simulate", "-i", "8", "-w", "3", "--device-name", "x"), "device name must be one of"),
         (("explain", "-i", "8", "8", "8", "8", "-w", "3"), "1, 2 or 3 axes"),
+        (("profile", *SMALL, "--optimize", "--optimize-seconds", "nan"), "must not be negative"),
+        (("profile", *SMALL, "--save", "x.json"), "--save is for --optimize"),
+        (("profile", *SMALL, "--optimize", "--save", "/nowhere/x"), "there is no folder /nowhere"),
+        (("profile", *SMALL, "--optimize", "--compile"), "does not search what --compile"),
+        (("profile", *SMALL, "--json", "/nowhere/x"), "--json /nowhere/x: there is no folder"),
+        (("profile", *SMALL, "--csv", "/"), "--csv /: that is a folder"),
+        (("profile", *SMALL, "--dry-run", "--schedule", "pp"), "--dry-run lists tiles"),
+        (("profile", *SMALL, "--backend", "fav2", "--schedule", "pp"), "fav2 has no tiles"),
+        (("demo", "--fly"), "natten demo: error: unrecognized arguments: --fly"),
+        (("demo", "--height", "0"), "--height must be at least 1, got 0"),
+        (("demo", "--height", "20"), "too few for the setting 25x9"),
+        (("demo", "--output", "/nowhere/x.png"), "there is no such folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )  # fmt: skip
@@ -79,13 +91,30 @@ def test_running_out_of_memory_is_said_in_one_line(
     assert line == "natten profile: error: CUDA out of memory. Tried to allocate 1 GiB."
 
 
-def test_a_missing_extra_is_said_in_one_line(
+def test_without_rich_tables_are_plain(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    line = failure_of(capsys, "profile", *SMALL, "--device", "cpu")
-    assert "pip install 'natten[profiler]'" in line
+    for name in ("rich", "rich.console", "rich.table", "rich.progress"):
+        monkeypatch.setitem(sys.modules, name, None)
+    words = ["profile", *SMALL, "--device", "cpu", "--warmup-steps", "1", "--backprop"]
+    assert cli.main([*words, "--baseline", "dense", "cudnn"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "note: rich is not installed: plain tables, and no progress bars\n"
+    for part in (
+        "attention, backward", "dense attention (torch)", "TFLOP/s", "dense attention, cuDNN: it",
+    ):  # fmt: skip
+        assert part in captured.out
+    assert cli.main(["profile", *SMALL, "--dry-run", "--device", "cpu"]) == 0
+    assert "cpu-fna: runs it" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_said_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    line = failure_of(capsys, "simulate", *SMALL, "--plot", str(tmp_path / "x.png"))
+    assert "is not installed: pip install 'natten[all]'" in line
 
 
 def test_the_module_reports_under_its_own_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +184,7 @@ def test_demo_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     from natten import demo
 
     given = []
-    monkeypatch.setattr(demo, "main", lambda words: given.extend(words) or 0)
+    monkeypatch.setattr(demo, "main", lambda words, prog: given.extend(words) or 0)
     assert cli.main(["demo", "--height", "20"]) == 0
     assert given == ["--height", "20"]
 

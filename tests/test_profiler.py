@@ -13,6 +13,7 @@ import torch
 
 import natten
 from natten import cli, devices, profile_file
+from natten.command import Parser
 from natten.functional import dispatch
 from natten.functional.problem import Config, Problem
 from natten.profile_file import Entry, Profile
@@ -33,7 +34,7 @@ def _no_profile(monkeypatch: pytest.MonkeyPatch):
 
 
 def request(*words: str) -> arguments.Request:
-    parser = cli._Parser()
+    parser = Parser()
     arguments.add_arguments(parser)
     return arguments.request_of(parser.parse_args(words))
 

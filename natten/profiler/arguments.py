@@ -11,7 +11,7 @@ import torch
 from natten import devices, validation
 from natten.devices import Device
 from natten.functional.dispatch import FMHA, FNA, parse_name
-from natten.functional.problem import Config, Problem
+from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
 from natten.simulator import make_problem
 
 DTYPES = {
@@ -112,7 +112,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-configs", type=int, default=10, metavar="N", help="listed; 0: all; default: 10"
     )
-    _flag(group, "--optimize", help="search for the fastest backend and tiles, and profile those")
+    _flag(
+        group,
+        "--optimize",
+        help="search for the fastest backend, tiles and schedule, keeping those that are given, "
+        "and profile them",
+    )
     group.add_argument(
         "--optimize-warmup-steps", type=int, default=5, metavar="N", help="default: 5"
     )
@@ -120,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimize-seconds", type=float, default=45.0, metavar="T", help="to search; default: 45"
     )
     group.add_argument(
-        "--save", default=DEFAULT_PROFILE, metavar="FILE",
+        "--save", metavar="FILE",
         help=f"with --optimize: the profile file to write; default: {DEFAULT_PROFILE}",
     )  # fmt: skip
     group = parser.add_argument_group("output")
@@ -228,8 +233,13 @@ def request_of(options: argparse.Namespace) -> Request:
     if options.dry_run and options.optimize:
         raise ValueError("--dry-run and --optimize exclude each other: give one of them")
     for name in ("warmup_steps", "optimize_warmup_steps", "max_configs", "optimize_seconds"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+        value = getattr(options, name)
+        # Written so that not-a-number is refused, too.
+        if not value >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+    if options.save is not None and not options.optimize:
+        raise ValueError("--save is for --optimize: nothing else writes a profile file")
+    options.save = options.save or DEFAULT_PROFILE
     named = None
     if options.device_name is not None:
         if not options.dry_run:
@@ -250,9 +260,15 @@ def request_of(options: argparse.Namespace) -> Request:
         raise ValueError(f"--backend {backend} has no settings to list or to search")
     if options.fmha_backend is not None:
         parse_name(options.fmha_backend, FMHA)
-    return Request(
-        problem, _config(options, problem.rank), backend, options.fmha_backend, named, options
-    )
+    config = _config(options, problem.rank)
+    if config != DEFAULT_CONFIG and (options.dry_run or backend in OTHERS):
+        what = "--dry-run lists tiles" if options.dry_run else f"--backend {backend} has no tiles"
+        raise ValueError(
+            f"{what} and schedules: leave out the tiles, --schedule, --persistent and --compile"
+        )
+    if options.optimize and config.torch_compile:
+        raise ValueError("--optimize does not search what --compile compiles: give one of them")
+    return Request(problem, config, backend, options.fmha_backend, named, options)
 
 
 __all__ = [

@@ -101,9 +101,6 @@ def list_backend(
         absent: Whether the device is not here.
         limit: The most configurations of each pass; 0 for all.
     """
-    if absent and device is not None and name not in GPU_BACKENDS:
-        reason = "it runs on cpu tensors" if name == "cpu" else None
-        return Listing(name, reason)
     there = devices.pretending(device) if absent and device is not None else nullcontext()
     with there:
         backend = dispatch.load(name)

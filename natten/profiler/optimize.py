@@ -103,12 +103,12 @@ class Search:
         return name, config, self.total_ms(name)
 
 
-def backends(problem: Problem, named: str = "") -> list[str]:
+def backends(problem: Problem, named: str = "", base: Config = DEFAULT_CONFIG) -> list[str]:
     """Those that can run the problem; the eager ones only if nothing else can."""
     if named:
-        dispatch.resolve(problem, DEFAULT_CONFIG, named)
+        dispatch.resolve(problem, base, named)
         return [named]
-    able = [name for name in dispatch.BACKENDS if dispatch.can_run(name, problem, DEFAULT_CONFIG)]
+    able = [name for name in dispatch.BACKENDS if dispatch.can_run(name, problem, base)]
     return [name for name in able if name not in ("flex", "reference")] or able[-1:]
 
 
@@ -131,29 +131,45 @@ def _near(found: tuple[Configuration, ...]) -> list[Configuration]:
 
 
 def candidates(
-    problem: Problem, backend: str, device: Device | None
+    problem: Problem, backend: str, device: Device | None, base: Config = DEFAULT_CONFIG
 ) -> tuple[list[Config], list[Config]]:
-    """Forward and backward configurations to time, the most promising first."""
+    """Forward and backward configurations to time, the most promising first.
+
+    What ``base`` sets is kept, the first of both is ``base`` itself.
+    """
     listing = list_backend(backend, problem, device, absent=False)
-    schedules = sorted({c.kernel_schedule for c in listing.forward if c.kernel_schedule})
-    forward = [DEFAULT_CONFIG, *(Config(kernel_schedule=s) for s in schedules)]
-    forward += [
-        Config(
-            q_tile_shape=c.q_tile_shape, kv_tile_shape=c.kv_tile_shape,
-            kernel_schedule=c.kernel_schedule,
-        )
-        for c in _near(listing.forward)
-    ]  # fmt: skip
-    if backend == "blackwell":
-        forward.insert(1, Config(run_persistent_kernel=False))
-    backward = [
-        DEFAULT_CONFIG,
-        *(
-            Config(backward_q_tile_shape=c.q_tile_shape, backward_kv_tile_shape=c.kv_tile_shape)
+    forward, backward = [base], [base]
+    if backend == "blackwell" and base.run_persistent_kernel:
+        forward.append(replace(base, run_persistent_kernel=False))
+    if base.q_tile_shape is None:
+        wanted = base.kernel_schedule
+        listed = [c for c in listing.forward if wanted is None or c.kernel_schedule == wanted]
+        if wanted is None:
+            schedules = sorted({c.kernel_schedule for c in listed if c.kernel_schedule})
+            forward += [replace(base, kernel_schedule=schedule) for schedule in schedules]
+        forward += [
+            replace(
+                base, q_tile_shape=c.q_tile_shape, kv_tile_shape=c.kv_tile_shape,
+                kernel_schedule=c.kernel_schedule,
+            )
+            for c in _near(tuple(listed))
+        ]  # fmt: skip
+    if base.backward_q_tile_shape is None:
+        backward += [
+            replace(
+                base, backward_q_tile_shape=c.q_tile_shape, backward_kv_tile_shape=c.kv_tile_shape
+            )
             for c in _near(listing.backward)
-        ),
-    ]
+        ]
     return list(dict.fromkeys(forward)), backward
+
+
+class _Stopped(KeyboardInterrupt):
+    """Ctrl-C while a configuration was timed; the trial holds what was timed of it."""
+
+    def __init__(self, trial: Trial) -> None:
+        super().__init__()
+        self.trial = trial
 
 
 def _time(
@@ -161,6 +177,7 @@ def _time(
 ) -> Trial:
     call = natten_call(problem, tensors, backend, config)
     device = problem.device
+    first = None
     try:
         with torch.set_grad_enabled(backward):
             timed = (
@@ -172,6 +189,10 @@ def _time(
             for _ in range(min(warmup, int(200 / max(first, 1e-3)))):
                 timed()
             ms = measuring.median_ms(timed, device, seconds=min(0.2, 6e-3 * first))
+    except KeyboardInterrupt:
+        if first is None:
+            raise
+        raise _Stopped(Trial(backend, config, first, None, backward)) from None
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return Trial(backend, config, None, " ".join(str(error).split())[:160], backward)
     except Exception as error:
@@ -186,6 +207,7 @@ def search(
     device: Device | None,
     *,
     backend: str = "",
+    base: Config = DEFAULT_CONFIG,
     warmup: int = 5,
     seconds: float = 45.0,
     progress: Progress | None = None,
@@ -197,6 +219,7 @@ def search(
         tensors: Its tensors.
         device: The device's facts for predictions; None for the CPU.
         backend: The only backend to search (without suffix); "" for all.
+        base: Knobs that are kept in all that is tried.
         warmup: Calls before timing.
         seconds: How long to go on. The first trial of each pass always runs.
         progress: Called with a text and the share of the time that has passed.
@@ -223,8 +246,8 @@ def search(
             longest = max(longest, time.perf_counter() - began)
 
     try:
-        names = backends(problem, backend)
-        lists = {name: candidates(problem, name, device) for name in names}
+        names = backends(problem, backend, base)
+        lists = {name: candidates(problem, name, device, base) for name in names}
         share = 0.5 if problem.requires_grad else 1.0
         run(_in_turn({name: lists[name][0] for name in names}), share * seconds, False)
         if problem.requires_grad and found.forward:
@@ -233,6 +256,9 @@ def search(
                 name for name, trial in found.forward.items() if (trial.ms or 0.0) <= _CLOSE * best
             ]
             run(_in_turn({name: lists[name][1] for name in close}), seconds, True)
+    except _Stopped as stop:
+        found.add(stop.trial)
+        found.interrupted = True
     except KeyboardInterrupt:
         found.interrupted = True
     found.seconds = time.perf_counter() - start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +14,62 @@ from natten.functional.problem import Config, Problem
 from natten.profiler.configurations import Configuration, Listing
 from natten.profiler.measuring import Limits, Measurement
 from natten.profiler.optimize import Search, describe
+from natten.simulator import table
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
 Shape = tuple[int, ...]
+
+
+@dataclass
+class Table:
+    """A table with a title. ``str()`` is plain text, :meth:`drawn` needs rich.
+
+    Attributes:
+        title: Above it.
+        columns: Their names.
+        left: How many columns, from the first, are aligned to the left.
+        rows: Texts, as many as columns.
+        sections: Numbers of rows that a line is drawn above.
+        caption: Below it.
+    """
+
+    title: str
+    columns: Sequence[str]
+    left: int
+    rows: list[Sequence[str]] = field(default_factory=list)
+    sections: list[int] = field(default_factory=list)
+    caption: str = ""
+
+    def add(self, *cells: str) -> None:
+        """Append a row."""
+        self.rows.append(cells)
+
+    def add_section(self) -> None:
+        """Draw a line below the last row."""
+        self.sections.append(len(self.rows))
+
+    def drawn(self) -> RichTable:
+        """For rich's console."""
+        from rich.table import Table as RichTable
+
+        drawn = RichTable(title=self.title, title_justify="left", caption=self.caption or None)
+        for n, column in enumerate(self.columns):
+            justify: Any = "left" if n < self.left else "right"
+            drawn.add_column(column, justify=justify, overflow="fold")
+        for n, row in enumerate(self.rows):
+            if n in self.sections:
+                drawn.add_section()
+            drawn.add_row(*row)
+        drawn.caption_justify = "left"
+        return drawn
+
+    def __str__(self) -> str:
+        lines = table(self.columns, self.rows, self.left).split("\n")
+        for n in sorted(self.sections, reverse=True):
+            lines.insert(2 + n, lines[1])
+        return "\n".join([self.title, *lines, *([self.caption] if self.caption else []), ""])
 
 
 @dataclass(frozen=True)
@@ -136,26 +187,17 @@ def title(problem: Problem) -> str:
     return ", ".join(parts)
 
 
-def _table(columns: Sequence[str], left: int, **options: Any) -> Table:
-    from rich.table import Table
-
-    table = Table(title_justify="left", **options)
-    for n, column in enumerate(columns):
-        table.add_column(column, justify="left" if n < left else "right", overflow="fold")
-    return table
-
-
 def operations_table(report: Report) -> Table:
     """Where the time goes."""
-    table = _table(
-        ("operation", "kind", "called", "calls", "ms", "share"), 3, title="operations of one call"
+    table = Table(
+        "operations of one call", ("operation", "kind", "called", "calls", "ms", "share"), 3
     )
     operations = report.subject.operations
     total = sum(o.ms for o in operations)
     for o in operations:
-        table.add_row(o.name, o.kind, o.kernels, f"{o.calls:.3g}", _ms(o.ms), f"{o.ms / total:.0%}")
+        table.add(o.name, o.kind, o.kernels, f"{o.calls:.3g}", _ms(o.ms), f"{o.ms / total:.0%}")
     table.add_section()
-    table.add_row("total", "", "", "", _ms(total), "")
+    table.add("total", "", "", "", _ms(total), "")
     return table
 
 
@@ -163,34 +205,36 @@ def comparison_table(report: Report) -> Table:
     """The subject beside its baselines."""
     backward = report.problem.requires_grad
     columns = ["", "forward ms", *(["backward ms", "total ms"] if backward else []), "peak MiB"]
-    table = _table([*columns, "times natten's"], 1, title="beside others")
+    table = Table("beside others", [*columns, "times natten's"], 1)
+    failures = []
     for m in (report.subject, *report.baselines):
         if m.failure is not None:
-            table.add_row(m.name, m.failure, *[""] * (len(columns) - 1))
+            failures.append(f"{m.name}: {m.failure}")
             continue
         times = [_ms(m.forward_ms)]
         if backward:
             times += [_ms(m.backward_ms), _ms(m.total_ms)]
         over = "" if m is report.subject else f"{m.total_ms / report.subject.total_ms:.2f}"
-        table.add_row(m.name, *times, _mib(m.peak_bytes), over)
+        table.add(m.name, *times, _mib(m.peak_bytes), over)
+    table.caption = "\n".join(failures)
     return table
 
 
 def summary_table(report: Report) -> Table:
     """What was reached, and what there is to reach."""
-    table = _table(("", "reached", "limit", "share"), 1, title="reached")
+    table = Table("reached", ("", "reached", "limit", "share"), 1)
     limits = report.limits
-    table.add_row(
+    table.add(
         "TFLOP/s (needed operations; a large matrix product)",
         f"{report.tflops:.3g}", f"{limits.tflops:.3g}", f"{report.tflops / limits.tflops:.0%}",
     )  # fmt: skip
-    table.add_row(
+    table.add(
         "GB/s (needed bytes; a large copy)",
         f"{report.bandwidth:.3g}", f"{limits.bandwidth:.3g}",
         f"{report.bandwidth / limits.bandwidth:.0%}",
     )  # fmt: skip
     if report.speedup is not None:
-        table.add_row(
+        table.add(
             "speedup over dense attention (the ideal: by needed operations)",
             f"{report.speedup:.3g}", f"{report.ideal_speedup:.3g}",
             f"{report.speedup / report.ideal_speedup:.0%}",
@@ -200,7 +244,7 @@ def summary_table(report: Report) -> Table:
 
 def _configurations(table: Table, name: str, found: Sequence[Configuration]) -> None:
     for n, c in enumerate(found):
-        table.add_row(
+        table.add(
             f"{name}{' (default)' if n == 0 else ''}", _shape(c.q_tile_shape),
             _shape(c.kv_tile_shape), c.kernel_schedule or "",
             "" if c.waste is None else f"{c.waste:.2f}", _ms(c.ms),
@@ -217,8 +261,8 @@ def listing_tables(listings: Sequence[Listing]) -> list[Table | str]:
         elif not listing.forward and not listing.backward:
             shown.append(f"{public}: runs it, and has no tiles to choose")
         else:
-            table = _table(
-                ("pass", "q tile", "kv tile", "schedule", "waste", "predicted ms"), 4, title=public
+            table = Table(
+                public, ("pass", "q tile", "kv tile", "schedule", "waste", "predicted ms"), 4
             )
             _configurations(table, "forward", listing.forward)
             table.add_section()
@@ -229,10 +273,10 @@ def listing_tables(listings: Sequence[Listing]) -> list[Table | str]:
 
 def search_table(found: Search) -> Table:
     """The best settings of each backend."""
-    table = _table(("backend", "pass", "settings", "ms"), 3, title="fastest settings")
+    table = Table("fastest settings", ("backend", "pass", "settings", "ms"), 3)
     for name, trials in (("forward", found.forward), ("backward", found.backward)):
         for trial in sorted(trials.values(), key=lambda t: t.ms or 0.0):
-            table.add_row(f"{trial.backend}-fna", name, describe(trial.config), _ms(trial.ms))
+            table.add(f"{trial.backend}-fna", name, describe(trial.config), _ms(trial.ms))
     table.caption = (
         f"{len(found.trials)} configurations in {found.seconds:.0f} s"
         f"{', interrupted' if found.interrupted else ''}"
@@ -285,6 +329,7 @@ def listings_csv(listings: Sequence[Listing]) -> str:
 
 __all__ = [
     "Report",
+    "Table",
     "comparison_table",
     "listing_tables",
     "listings_csv",

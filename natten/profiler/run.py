@@ -19,20 +19,19 @@ from natten.functional import dispatch
 from natten.functional.problem import Config, Problem
 from natten.profiler import configurations, measuring, optimize, report, subjects
 from natten.profiler.arguments import OTHERS, Request, request_of
-from natten.profiler.report import Report
+from natten.profiler.report import Report, Table
 from natten.simulator import needed_pairs, traffic
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def _console(stderr: bool = False) -> Console:
+def _console(stderr: bool = False) -> Console | None:
+    """None without rich."""
     try:
         from rich.console import Console
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"the profiler's tables need {error.name}: pip install 'natten[profiler]'"
-        ) from error
+    except ModuleNotFoundError:
+        return None
     console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal and console.width < 120:
         # A pipe has no width: do not fold.
@@ -40,22 +39,45 @@ def _console(stderr: bool = False) -> Console:
     return console
 
 
+def _check_target(name: str, path: str) -> None:
+    """Refuse a file that cannot be written, before the work whose result it shall hold."""
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"{name} {path}: that is a folder")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"{name} {path}: there is no folder {target.absolute().parent}")
+
+
 class _Output:
-    """Where tables, progress, JSON and CSV go."""
+    """Where tables, progress, notes, JSON and CSV go."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         machine = "-" in (options.json, options.csv)
         if options.json == "-" and options.csv == "-":
             raise ValueError("--json and --csv cannot both go to standard output: name a file")
+        for name in ("json", "csv"):
+            target = getattr(options, name)
+            if target not in (None, "-"):
+                _check_target(f"--{name}", target)
         # Progress must not mix with what a script reads.
         self.console = _console(stderr=machine)
         self.tables = not machine
+        if self.console is None and self.tables:
+            self.note("rich is not installed: plain tables, and no progress bars")
 
-    def show(self, *things: Any) -> None:
-        if self.tables:
-            for thing in things:
-                self.console.print(thing)
+    def show(self, *things: Table | str) -> None:
+        if not self.tables:
+            return
+        for thing in things:
+            if self.console is None:
+                sys.stdout.write(f"{thing}\n")
+            else:
+                self.console.print(thing.drawn() if isinstance(thing, Table) else thing)
+
+    def note(self, text: str) -> None:
+        """What whoever typed the command should know, and a script should not read."""
+        sys.stderr.write(f"note: {text}\n")
 
     def write(self, document: dict[str, Any], table: str) -> None:
         text = json.dumps(document, indent=1) + "\n"
@@ -67,6 +89,9 @@ class _Output:
 
     @contextmanager
     def progress(self, total: float) -> Iterator[Any]:
+        if self.console is None:
+            yield lambda text, completed=None: None
+            return
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -116,6 +141,7 @@ def _bytes(problem: Problem) -> int:
 
 def _existing(path: str, problem: Problem) -> profile_file.Profile:
     """The profile that a search adds to; refused before the search if it cannot be added to."""
+    _check_target("--save", path)
     name = devices.driver_name(problem.device)
     facts = _facts(problem)
     capability = None if facts is None else facts.capability
@@ -127,30 +153,24 @@ def _existing(path: str, problem: Problem) -> profile_file.Profile:
                 "name another file with --save"
             )
         return replace(found, natten_version=natten.__version__)
-    parent = Path(path).resolve().parent
-    if not parent.is_dir():
-        raise ValueError(f"--save {path}: there is no folder {parent}")
     return profile_file.Profile(name, capability, (), natten.__version__)
 
 
 def _optimize(
-    request: Request, tensors: subjects.Tensors, output: _Output
+    request: Request, tensors: subjects.Tensors, profile: profile_file.Profile, output: _Output
 ) -> tuple[optimize.Search, str, Config]:
     problem, options = request.problem, request.options
-    profile = _existing(options.save, problem)
     with output.progress(1.0) as tell, profile_file.without_profile():
         found = optimize.search(
-            problem, tensors, _facts(problem), backend=request.backend,
+            problem, tensors, _facts(problem), backend=request.backend, base=request.config,
             warmup=options.optimize_warmup_steps, seconds=options.optimize_seconds, progress=tell,
         )  # fmt: skip
     best = found.best
     if best is None:
+        if found.interrupted:
+            raise KeyboardInterrupt("before anything was timed")
         failures = [trial.failure for trial in found.trials if trial.failure]
-        raise RuntimeError(
-            "no configuration ran"
-            + (", the search was interrupted" if found.interrupted else "")
-            + (f": {failures[0]}" if failures else "")
-        )
+        raise RuntimeError("no configuration ran" + (f": {failures[0]}" if failures else ""))
     name, config, ms = best
     entry = profile_file.Entry(problem, name, config, ms)
     profile_file.save_profile(options.save, profile_file.merged(profile, [entry]))
@@ -162,19 +182,50 @@ def _optimize(
     return found, name, config
 
 
+def _check_settings(request: Request, output: _Output) -> None:
+    """Say which of the options have no effect for this call."""
+    problem, config = request.problem, request.config
+    if request.fmha_backend and not (problem.num_additional or problem.is_dense):
+        output.note(
+            "--fmha-backend has no effect: it is for --add-kv and windows of the whole input"
+        )
+    backend = dispatch.resolve(problem, config, request.backend)
+    for passes, tile, listed in (
+        ("", config.q_tile_shape, backend.configs),
+        ("backward-", config.backward_q_tile_shape, backend.backward_configs),
+    ):
+        if tile is not None and not listed(problem):
+            output.note(
+                f"--{passes}q-tile and --{passes}kv-tile have no effect: {backend.name}-fna "
+                "has none to choose"
+            )
+    if config.kernel_schedule is not None and backend.name != "hopper":
+        output.note(f"--schedule has no effect: {backend.name}-fna has one only")
+    if not config.run_persistent_kernel and backend.name != "blackwell":
+        output.note(f"--persistent has no effect: {backend.name}-fna has one scheduler only")
+    if config.torch_compile and backend.name != "flex":
+        output.note(f"--compile has no effect: {backend.name}-fna is compiled always or never")
+
+
 def _profile(request: Request, output: _Output) -> int:
+    with subjects.flex_allowed(request.config.torch_compile):
+        return _measured(request, output)
+
+
+def _measured(request: Request, output: _Output) -> int:
     problem, options = request.problem, request.options
     if request.backend in OTHERS:
         reason = subjects.unavailable(request.backend, problem)
         if reason is not None:
             raise RuntimeError(f"--backend {request.backend}: {reason}")
     else:
-        dispatch.resolve(problem, request.config, request.backend)
-    output.show(f"{report.title(problem)}, on {devices.driver_name(problem.device)}")
+        _check_settings(request, output)
+    profile = _existing(options.save, problem) if options.optimize else None
     tensors = subjects.make_tensors(problem)
+    output.show(f"{report.title(problem)}, on {devices.driver_name(problem.device)}")
     backend, config, found = request.backend, request.config, None
-    if options.optimize:
-        found, backend, config = _optimize(request, tensors, output)
+    if profile is not None:
+        found, backend, config = _optimize(request, tensors, profile, output)
     names = list(dict.fromkeys(options.baseline))
     with output.progress(len(names) + 2) as tell:
         tell("the device's limits")

@@ -177,7 +177,7 @@ def unavailable(name: str, problem: Problem) -> str | None:
 
 
 @contextmanager
-def _flex_allowed(compiled: bool) -> Iterator[None]:
+def flex_allowed(compiled: bool) -> Iterator[None]:
     """FlexAttention may be compiled inside."""
     before = context.is_flex_compile_allowed(), context.is_flex_compile_backprop_allowed()
     if compiled:
@@ -280,7 +280,7 @@ def measure_other(
             call = _dense_call(name, problem, tensors)
             return measure_call(label, problem, tensors, call, warmup, operations=operations)
         compiled = problem.device.type == "cuda"
-        with _flex_allowed(compiled):
+        with flex_allowed(compiled):
             found = measure_natten(
                 problem, tensors, "flex", Config(torch_compile=compiled), warmup,
                 operations=operations,
@@ -297,6 +297,7 @@ def measure_other(
 
 __all__ = [
     "Tensors",
+    "flex_allowed",
     "is_causal_dense",
     "make_tensors",
     "measure_call",

@@ -1,0 +1,43 @@
+"""What the commands of this package share: wrong requests end with one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+FAILED = 2
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def guarded(title: str, call: Callable[[], int]) -> int:
+    """The exit code of ``call``, or that of what it raises, which is told in one line.
+
+    Args:
+        title: Of the command, begins the line.
+        call: Returns the exit code.
+    """
+    try:
+        return call()
+    except KeyboardInterrupt as error:
+        text = f"interrupted{f': {error}' if str(error) else ''}"
+        sys.stderr.write(f"{title}: {text}\n")
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        text = f"{error.name} is not installed: pip install 'natten[all]' brings it"
+    except (ValueError, NotImplementedError, RuntimeError, MemoryError, OSError) as error:
+        # torch.OutOfMemoryError is a RuntimeError.
+        text = " ".join(str(error).split()) or type(error).__name__
+    sys.stderr.write(f"{title}: error: {text}\n")
+    return FAILED
+
+
+__all__ = ["FAILED", "INTERRUPTED", "Parser", "guarded"]
