@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,10 +36,11 @@ Shape = tuple[int, ...]
 
 
 class _Costs(NamedTuple):
-    """What a kind of kernel spends its time on; see `_predict`.
+    """What a kind of kernel spends its time on; see `_terms`.
 
-    Fitted to the times of our kernels on an H100, which `benchmarks/predictions.py` compares with
-    the predictions. Other devices are scaled by their facts, untested.
+    Fitted to the times of our kernels on an H100 by `benchmarks/fit_costs.py`, which writes the two
+    lines below; `benchmarks/predictions.py` compares times and predictions. Other devices are
+    scaled by their facts, untested.
     """
 
     efficiency: float  # share of the peak of matrix products, all pairs of a tile computed
@@ -166,6 +167,8 @@ class Pass:
         executed_flops: Floating-point operations of matrix products that are executed.
         ms: Predicted milliseconds.
         limit: What bounds them: "compute", "memory" or "occupancy" (too few tiles for the device).
+        terms: Seconds that a unit of each cost of the model adds, of `efficiency` one over it.
+        memory_ms: Milliseconds for what must be read and written.
     """
 
     name: str
@@ -178,6 +181,8 @@ class Pass:
     executed_flops: int
     ms: float
     limit: str
+    terms: tuple[float, ...] = field(repr=False)
+    memory_ms: float
 
     @property
     def partial(self) -> int:
@@ -306,42 +311,43 @@ def _simulate_pass(
     # A warp group's product has 64 rows, whether the tile has them or not.
     rows_of_product = 64 if (device.capability or (0,))[0] in (9, 10) else 16
     padded = max(rows_of_product / prod(rows), 1.0)
-    ms, limit = _predict(problem, kernel, device, flops * padded, pairs, masked, visited, row_tiles)
+    terms = _terms(problem, device, flops * padded, pairs, masked, visited, row_tiles)
+    # The two kernels of the backward pass share its traffic.
+    moved = traffic(problem, False) if kernel is _FORWARD else traffic(problem, True) / 2
+    memory = moved / (_BANDWIDTH_EFFICIENCY * device.bandwidth * 1e9)
+    costs = _FORWARD_COSTS if kernel is _FORWARD else _BACKWARD_COSTS
+    *busy, launch = (1 / costs.efficiency, *costs[1:])
+    compute = sum(cost * term for cost, term in zip(busy, terms))
+    limit = "occupancy" if 0 < row_tiles < device.multiprocessors else "compute"
+    if memory > compute:
+        limit = "memory"
     return Pass(
-        kernel.name, tiling.query, tiling.key, row_tiles, visited, full, skipped, flops, ms, limit
-    )
+        kernel.name, tiling.query, tiling.key, row_tiles, visited, full, skipped, flops,
+        (max(compute, memory) + launch) * 1e3, limit, terms, memory * 1e3,
+    )  # fmt: skip
 
 
-def _predict(
+def _terms(
     problem: Problem,
-    kernel: _Kernel,
     device: Device,
     flops: float,
     pairs: int,
     masked: int,
     visited: int,
     row_tiles: int,
-) -> tuple[float, str]:
-    """Milliseconds of one kernel, and what limits it."""
-    backward = kernel is not _FORWARD
-    costs = _BACKWARD_COSTS if backward else _FORWARD_COSTS
+) -> tuple[float, ...]:
+    """`Pass.terms`: of all costs but `launch`, in the order of `_Costs`."""
     lanes = device.multiprocessors * device.clock * 1e9
-    compute = (
-        flops / (costs.efficiency * device.rate(problem.dtype) * 1e12)
-        + pairs * costs.exponentials / (_EXPONENTIAL_LANES * lanes)
-        + masked * costs.mask_operations / (_LANES * lanes)
-        + (visited * costs.visit + row_tiles * costs.row_tile) / device.multiprocessors
+    # Multiprocessors without a tile of rows are idle.
+    idle = max(device.multiprocessors / row_tiles, 1.0) if row_tiles else 1.0
+    terms = (
+        flops / (device.rate(problem.dtype) * 1e12),
+        pairs / (_EXPONENTIAL_LANES * lanes),
+        masked / (_LANES * lanes),
+        visited / device.multiprocessors,
+        row_tiles / device.multiprocessors,
     )
-    limit = "compute"
-    if 0 < row_tiles < device.multiprocessors:
-        compute *= device.multiprocessors / row_tiles
-        limit = "occupancy"
-    # The two kernels of the backward pass share its traffic.
-    moved = traffic(problem, backward) / (2 if backward else 1)
-    memory = moved / (_BANDWIDTH_EFFICIENCY * device.bandwidth * 1e9)
-    if memory > compute:
-        compute, limit = memory, "memory"
-    return (compute + costs.launch) * 1e3, limit
+    return tuple(idle * term for term in terms)
 
 
 def _rounded(value: float) -> str:
@@ -472,7 +478,10 @@ class Simulation:
             "dtype": str(problem.dtype).removeprefix("torch."),
             "device": self.device.name,
             "aligned": self.aligned,
-            "passes": [{**asdict(p), "partial": p.partial} for p in self.passes],
+            "passes": [
+                {**{k: v for k, v in asdict(p).items() if k != "terms"}, "partial": p.partial}
+                for p in self.passes
+            ],
             "needed_flops": self.needed_flops,
             "needed_backward_flops": self.needed_backward_flops,
             "dense_flops": self.dense_flops,

@@ -180,6 +180,21 @@ def test_info_tells_of_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "WRONG, differs" in text
 
 
+def test_info_tells_of_a_profile_that_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from natten import profile_file
+
+    path = tmp_path / "profile.json"
+    path.write_text("{}")
+    monkeypatch.setenv(profile_file.VARIABLE, str(path))
+    monkeypatch.setattr(profile_file._Applied, "entries", None)
+    assert cli.main(["info"]) == 0
+    assert "REFUSED" in capsys.readouterr().out
+    # For everything else the variable counts as before.
+    assert cli.main(["explain", *SMALL, "--device", "cpu"]) == 2
+
+
 def test_demo_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     from natten import demo
 

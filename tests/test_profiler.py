@@ -256,6 +256,98 @@ def test_an_interrupted_search_keeps_the_best_so_far(
     assert (entry.backend, entry.config) == ("flex", Config())
 
 
+def test_a_trial_that_is_interrupted_counts_if_it_was_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem, tensors = problem_and_tensors()
+    real, calls = measuring.median_ms, []
+
+    def interrupted(*args: object, **kwargs: object) -> float:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(measuring, "median_ms", interrupted)
+    found = optimize.search(problem, tensors, None, backend="flex", warmup=0, seconds=20)
+    assert found.interrupted
+    assert [t.config for t in found.trials] == [Config()]
+    assert found.best is not None
+
+
+def test_ctrl_c_before_anything_was_timed_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> optimize.Trial:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(optimize, "_time", interrupted)
+    path = tmp_path / "profile.json"
+    assert cli.main(["profile", *SMALL, "--optimize", "--save", str(path)]) == 130
+    assert capsys.readouterr().err == "natten profile: interrupted: before anything was timed\n"
+    assert not path.exists()
+
+
+def test_the_search_keeps_what_was_asked_for() -> None:
+    problem, _ = problem_and_tensors()
+    base = Config((64,), (128,))
+    assert optimize.candidates(problem, "flex", None, base) == ([base], [base])
+    base = Config(backward_q_tile_shape=(64,), backward_kv_tile_shape=(64,))
+    forward, backward = optimize.candidates(problem, "flex", None, base)
+    assert len(forward) > 2
+    assert {c.backward_q_tile_shape for c in forward} == {(64,)}
+    assert backward == [base]
+    pytest.importorskip("triton")
+    problem = make_problem((64, 64), 9, heads=2, head_dim=64, device="cuda", requires_grad=True)
+    with devices.pretending(devices.find("h100")):
+        base = Config(kernel_schedule="pp")
+        forward, backward = optimize.candidates(problem, "hopper", devices.find("h100"), base)
+    assert {c.kernel_schedule for c in forward} == {"pp"}
+    assert len(forward) > 1 < len(backward)
+
+
+@pytest.mark.parametrize(
+    ("words", "texts"),
+    [
+        (["--q-tile", "2", "--kv-tile", "2"], ["--q-tile and --kv-tile have no effect: cpu-fna"]),
+        (
+            ["--schedule", "pp", "--persistent", "False", "--compile"],
+            ["--schedule has no", "--persistent has no", "--compile has no"],
+        ),
+        (["--fmha-backend", "reference-fmha"], ["--fmha-backend has no effect: it is for --add"]),
+        (["--fmha-backend", "reference-fmha", "--add-kv", "2"], []),
+    ],
+)
+def test_settings_without_effect_are_told(
+    capsys: pytest.CaptureFixture[str], words: list[str], texts: list[str]
+) -> None:
+    pytest.importorskip("numba")
+    words = [*SMALL, "--backend", "cpu-fna", "--warmup-steps", "0", *words]
+    assert cli.main(["profile", *words, "--baseline"]) == 0
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == len(texts)
+    for note, text in zip(notes, texts):
+        assert note.startswith("note: ")
+        assert text in note
+
+
+def test_compiled_flex_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command may compile it: what is refused is what FlexAttention itself cannot."""
+    words = ["profile", *SMALL, "--backend", "flex-fna", "--compile"]
+    assert cli.main(words) == 2
+    assert "does not return the logsumexp on the CPU" in capsys.readouterr().err
+    assert not natten.is_flex_compile_allowed()
+
+
+def test_flex_lists_what_it_takes_on_a_device_elsewhere() -> None:
+    device = devices.find("h100")
+    problem = make_problem((64,), 9, head_dim=16, device="cuda", dtype=torch.float32)
+    listing = configurations.list_backend("flex", problem, device, absent=True)
+    assert listing.reason is None
+    assert listing.forward
+    assert configurations.list_backend("cpu", problem, device, absent=True).reason is not None
+
+
 def test_configurations_that_fail_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     real = optimize.natten_call
 
@@ -394,6 +486,18 @@ def test_the_environment_variable_loads_a_profile(
         (lambda text: text.replace('"entries"', '"entrees"'), "'entries' is missing"),
         (lambda text: text.replace('"reference"', '"abacus"'), "no backend is called 'abacus'"),
         (lambda text: text.replace('"float32"', '"float3"'), "not a usable natten profile"),
+        (lambda text: text.replace('"ms": 1.5', '"ms": NaN'), "ms must be a positive number"),
+        (lambda text: text.replace('"ms": 1.5', '"ms": "1.5"'), "ms must be a positive number"),
+        (lambda text: text.replace('"batch": 1', '"batch": -1'), "batch must be an int"),
+        (lambda text: text.replace('"heads": 2', '"heads": "2"'), "heads must be an int"),
+        (lambda text: text.replace('"has_rpb": false', '"has_rpb": 0'), "has_rpb must be a bool"),
+        (lambda text: text.replace("     3,\n", "     9,\n"), r"kernel_size \* dilation must be"),
+        (
+            lambda text: text.replace('"kernel_schedule": null', '"kernel_schedule": "x"'),
+            "kernel_schedule must be",
+        ),
+        (lambda text: text.replace('"torch_compile": false', '"turbo": true'), "is missing"),
+        (lambda text: text.replace('"capability": null', '"capability": [9]'), "capability must"),
     ],
 )
 def test_damaged_profiles_are_refused(tmp_path: Path, change, text: str) -> None:

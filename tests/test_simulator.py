@@ -232,3 +232,32 @@ def test_predictions_are_near_what_was_measured(monkeypatch: pytest.MonkeyPatch)
         # Measurements change with every change of a kernel; the model's constants need not.
         near = [1 / 1.2 <= ratio <= 1.2 for ratio in found_ratios]
         assert sum(near) >= 0.8 * len(near)
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="no measurements in benchmarks/results")
+def test_the_fit_finds_the_costs_that_times_were_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("scipy")
+    monkeypatch.syspath_prepend(str(RESULTS.parents[1]))
+    from dataclasses import replace
+
+    import fit_costs
+
+    from natten import simulator
+
+    present = fit_costs.as_vector(simulator._FORWARD_COSTS)
+    cases = fit_costs.cases_of(RESULTS)["forward"]
+    for case in cases:
+        # The simulator and the script compute the same from the same.
+        assert fit_costs.seconds_of(case, present) == pytest.approx(
+            sum(kernel.ms for kernel in case.kernels) / 1e3
+        )
+    truth = present * [1.2, 0.8, 1.3, 0.7, 1.1, 1.0]
+    made = [replace(case, seconds=fit_costs.seconds_of(case, truth)) for case in cases]
+    found = fit_costs.fit(made, present)
+    for case in made:
+        assert fit_costs.seconds_of(case, found) == pytest.approx(case.seconds, rel=0.01)
+    assert found[0] == pytest.approx(truth[0], rel=0.05)
+    assert found[-1] == present[-1]
+    family = {case.family for case in cases}
+    assert len(family) < len(cases)
+    assert "dense, head_dim 64" in family
