@@ -13,7 +13,6 @@ import torch
 import natten
 from natten import cli, info
 
-pytest.importorskip("rich")
 SMALL = ["-i", "10", "12", "-w", "3", "5", "-n", "2", "-d", "16", "--dtype", "fp32"]
 
 
