@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # The command line on a GPU, as a person would use it: bash benchmarks/profiler_check.sh [FOLDER]
 # Takes about three minutes; what does not fit into four is skipped. What the commands print is kept
-# in FOLDER (default: $OUT/profiler_check, or a new folder); here appear a line for each expectation,
-# PASS, FAIL or SKIP, and the ends of what failed.
+# in FOLDER/profiler_check (default: in $OUT, or in a new folder); here appear a line for each
+# expectation, PASS, FAIL or SKIP, and the ends of what failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-folder="${1:-${OUT:+$OUT/profiler_check}}"
-folder="${folder:-$(mktemp -d)}"
+folder="${1:-${OUT:-$(mktemp -d)}}/profiler_check"
 mkdir -p "$folder"
 folder="$(cd "$folder" && pwd)"
 natten=(python -m natten.cli)
@@ -61,7 +60,7 @@ python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no C
     || exit 2
 # The search first, with the machine to itself: how long it takes is one of the goals.
 run optimize 0 "${natten[@]}" profile "${hunyuan[@]}" --optimize --optimize-seconds 35 \
-    --warmup-steps 2 --baseline     --save "$folder/profile.json" --json "$folder/optimize.json"
+    --warmup-steps 2 --baseline --save "$folder/profile.json" --json "$folder/optimize.json"
 holds in-a-minute optimize.json \
     '(d["optimized"]["seconds"] < 60 and d["optimized"]["trials"] > 5, "{trials} configurations in {seconds:.0f} s: {backend}, {ms:.2f} ms".format(**d["optimized"]))'
 run applied 0 env NATTEN_PROFILE="$folder/profile.json" "${natten[@]}" profile "${hunyuan[@]}" \
@@ -76,11 +75,15 @@ run absent 2 "${natten[@]}" profile "${hunyuan[@]}" --device cuda:99 &
 echo '{"format": "natten profile"' > "$folder/corrupt.json"
 run corrupt 2 env NATTEN_PROFILE="$folder/corrupt.json" "${natten[@]}" explain "${hunyuan[@]}" &
 run predictions 0 python benchmarks/predictions.py &
-# Python, because a shell without a terminal may have SIGINT ignored.
-run interrupted 0 timeout --preserve-status -s INT 20 python -c 'if True:
-    import signal, sys
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# As Ctrl-C does, 15 s after everything is loaded. (A shell without a terminal may ignore SIGINT.)
+run interrupted 0 python -c 'if True:
+    import os, signal, sys, threading
+    import natten.profiler.run
     from natten.cli import main
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(15, os.kill, (os.getpid(), signal.SIGINT))
+    timer.daemon = True
+    timer.start()
     sys.exit(main(sys.argv[1:]))' profile "${hunyuan[@]}" --optimize --warmup-steps 1 --baseline \
     --save "$folder/interrupted.json" --json "$folder/stopped.json"
 holds best-so-far stopped.json \
