@@ -7,37 +7,30 @@ python -m natten.models convert IN OUT --to natten|original|huggingface
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
+
+from natten.command import Parser, guarded
+from natten.tables import Table, console, show
 
 from ._checkpoint import LAYOUTS, Move, convert, detect_layout, read_checkpoint
 from ._count import count_macs
 
+PROG = "python -m natten.models"
 MODULES = ("nat", "dinat", "dinat_s", "isotropic", "video")
 
 
 def listing(pattern: str) -> Table:
     """A row for every registered model and tag whose name holds `pattern`."""
-    table = Table(title="natten.models")
-    for name, justify in (
-        ("model", "left"),
-        ("parameters", "right"),
-        ("MACs", "right"),
-        ("input", "right"),
-        ("ImageNet-1k top-1", "right"),
-        ("weights", "left"),
-    ):
-        table.add_column(name, justify=justify)
+    columns = ("model", "weights", "parameters", "MACs", "input", "ImageNet-1k top-1")
+    table = Table("natten.models", columns, 2)
     for module in MODULES:
-        names = timm.list_models(module=module, include_tags=True)
-        for i, name in enumerate(names):
+        first = len(table.rows)
+        for name in timm.list_models(module=module, include_tags=True):
             if pattern not in name:
                 continue
             model = timm.create_model(name, device="meta").eval()
@@ -49,23 +42,24 @@ def listing(pattern: str) -> Table:
                 weights = f"download: {cfg.url.rsplit('/', 1)[-1]}"
             else:
                 weights = "-"
-            table.add_row(
+            if len(table.rows) == first > 0:
+                table.add_section()
+            table.add(
                 name,
+                weights,
                 f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
                 f"{count_macs(model) / 1e9:.2f} G",
                 "x".join(map(str, cfg.input_size)),
                 published[0] if published else "-",
-                weights,
-                end_section=i == len(names) - 1,
             )
+    if not table.rows:
+        raise ValueError(f"no model's name holds {pattern!r}: python -m natten.models lists all")
     return table
 
 
 def report(moves: Sequence[Move], source: str, target: str) -> Table:
     """What became of every key."""
-    table = Table(title=f"{source} to {target}")
-    for name in (source, target, "what happened"):
-        table.add_column(name, overflow="fold")
+    table = Table(f"{source} to {target}", (source, target, "what happened"), 3)
     for old, new in moves:
         if not new:
             what = "dropped: computed by the model"
@@ -75,26 +69,31 @@ def report(moves: Sequence[Move], source: str, target: str) -> Table:
             what = "joined" if len(new) == 1 else "split"
         else:
             what = "kept" if old == new else "renamed"
-        table.add_row("\n".join(old) or "-", "\n".join(new) or "-", what)
+        for n in range(max(len(old), len(new))):
+            here, there = ("".join(keys[n : n + 1]) for keys in (old, new))
+            table.add(here or ("" if n else "-"), there or ("" if n else "-"), "" if n else what)
     return table
 
 
-def convert_file(options: argparse.Namespace, console: Console) -> None:
+def convert_file(options: argparse.Namespace) -> tuple[Table, str]:
+    """What became of every key, and of the file."""
+    if not options.output.absolute().parent.is_dir() or options.output.is_dir():
+        raise ValueError(f"{options.output} cannot be written: it must be a file in a folder")
     state = read_checkpoint(options.input)
     source = detect_layout(state)
     converted, moves = convert(state, options.to, prefix=options.prefix)
-    console.print(report(moves, source, options.to))
     tensors = {name: tensor.contiguous().clone() for name, tensor in converted.items()}
     if options.output.suffix == ".safetensors":
         save_file(tensors, options.output, metadata={"layout": options.to})
     else:
         torch.save(tensors, options.output)
-    console.print(f"{len(state)} tensors in, {len(tensors)} out: {options.output}")
+    text = f"{len(state)} tensors in, {len(tensors)} out: {options.output}"
+    return report(moves, source, options.to), text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m natten.models",
+    parser = Parser(
+        prog=PROG,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -109,17 +108,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--prefix", choices=("dinat", "nat"), default="dinat", help="of the Hugging Face keys"
     )
     options = parser.parse_args(arguments)
-    # Tables are cut to the width of a terminal, but not in a file.
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    try:
+    # Wide enough for the longest keys, where no terminal sets the width.
+    out = console(width=200)
+
+    def run() -> int:
         if options.command == "convert":
-            convert_file(options, console)
+            for thing in convert_file(options):
+                show(thing, out)
         else:
-            console.print(listing(getattr(options, "pattern", "")))
-    except (ValueError, FileNotFoundError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+            show(listing(getattr(options, "pattern", "")), out)
+        return 0
+
+    return guarded(PROG, run)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import build_model_with_cfg
 from timm.models._helpers import clean_state_dict
@@ -119,7 +118,8 @@ def read_checkpoint(path: str | Path) -> StateDict:
             "to load, which could run any code. Save its state dict alone, best as .safetensors. "
             f"({_first_line(error)})"
         ) from error
-    except (SafetensorError, EOFError, RuntimeError, OSError, KeyError, ValueError) as error:
+    except Exception as error:
+        # Of damaged files torch's unpickler raises whatever it stumbles over.
         raise ValueError(
             f"{path} is truncated, or not a checkpoint of this kind: {_first_line(error)}"
         ) from error
@@ -315,6 +315,13 @@ def _apply_rules(key: str, rules: tuple[tuple[str, str], ...]) -> str:
     return key
 
 
+def _require(state_dict: Mapping[str, Tensor], keys: list[str]) -> None:
+    """Raise ValueError if a tensor is missing that another is joined with."""
+    missing = [key for key in keys if key not in state_dict]
+    if missing:
+        raise ValueError(f"the checkpoint is not complete: it lacks {', '.join(missing)}")
+
+
 def _to_huggingface(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[StateDict, list[Move]]:
     if prefix not in ("dinat", "nat"):
         raise ValueError(f"prefix must be 'dinat' or 'nat', got {prefix!r}.")
@@ -329,9 +336,12 @@ def _to_huggingface(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[Stat
         if key.startswith("head.fc."):
             names: list[tuple[str, Tensor]] = [(key.replace("head.fc.", "classifier."), tensor)]
         elif key.endswith(".gamma2"):
-            continue  # stacked with gamma1
+            # Stacked with gamma1.
+            _require(state_dict, [key[:-1] + "1"])
+            continue
         elif key.endswith(".gamma1"):
             other = key[:-1] + "2"
+            _require(state_dict, [other])
             name = _apply_rules(key[: -len("gamma1")], _HUGGINGFACE) + "layer_scale_parameters"
             converted[f"{prefix}.{name}"] = torch.stack([tensor, state_dict[other]])
             moves.append(((key, other), (f"{prefix}.{name}",)))
@@ -366,8 +376,11 @@ def _from_huggingface(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list
             converted.update(zip(new, tensor.unbind(0)))
         elif match := re.match(r"(.*\.)attention\.self\.(query|key|value)\.(weight|bias)$", key):
             if match[2] != "query":
-                continue  # joined with the query
+                # Joined with the query.
+                _require(state_dict, [full.replace(f".{match[2]}.", ".query.")])
+                continue
             parts = [full.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+            _require(state_dict, parts)
             new = (f"{_apply_rules(match[1], _HUGGINGFACE_BACK)}attn.qkv.{match[3]}",)
             converted[new[0]] = torch.cat([state_dict[part] for part in parts])
             moves.append((tuple(parts), new))

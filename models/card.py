@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from natten.command import Parser, guarded
+
 from ._checkpoint import WEIGHTS
 
 _DATA = {
@@ -123,7 +125,7 @@ def write_card(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m natten.models.card",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -144,5 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.stdout.write(card)
 
 
-if __name__ == "__main__":
+def command() -> int:
     main()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded("python -m natten.models.card", command))

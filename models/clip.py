@@ -37,6 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from natten.command import Parser, guarded
+
 from .video import VideoDenoiser
 
 
@@ -311,7 +313,7 @@ def _draw(
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m natten.models.clip",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -343,5 +345,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return options.run(options)
 
 
-if __name__ == "__main__":
+def command() -> int:
     main()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded("python -m natten.models.clip", command))

@@ -7,7 +7,7 @@ writes one to a file, for machines that have neither the packages nor a network.
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from natten.command import Parser, guarded
 
 NAMES = ("mnist5k", "digits")
 SPLITS = ("train", "val", "test")
@@ -102,7 +104,7 @@ def tensors(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m natten.models.data", description=__doc__)
+    parser = Parser(prog="python -m natten.models.data", description=__doc__)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("output", type=Path, help="an .npz file")
     options = parser.parse_args(arguments)
@@ -113,5 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-if __name__ == "__main__":
+def command() -> int:
     main()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded("python -m natten.models.data", command))

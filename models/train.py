@@ -13,8 +13,9 @@ The data is split once and for all (`natten.models.data.split`). Training report
 as it goes; "test" is evaluated once, when it has ended. In the output folder:
 
     log.csv              a line an epoch
-    last.safetensors     weights after the last finished epoch; last-ema.safetensors their average
-    last.pt              optimizer and epoch, for --resume
+    last.pt              all that --resume needs; written after an epoch unless writing takes more
+                         than a twentieth of the time since it was written before
+    last.safetensors     weights of the same epoch; last-ema.safetensors their average
     final.safetensors    the averaged weights at the end, in float16
     result.json          accuracies, speed, settings
 """
@@ -26,6 +27,7 @@ import copy
 import csv
 import json
 import math
+import pickle
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -37,17 +39,28 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from natten.command import Parser, guarded
 
 from . import data as image_data
 from ._checkpoint import checkpoint_filter_fn, read_checkpoint
 from .comparison import ATTENTIONS, replace_attention
+from .nat import NAT
+
+PROG = "python -m natten.models.train"
+# What the weights of a run depend on: reported, and the same when it is resumed.
+SETTINGS = (
+    *("epochs", "batch_size", "lr", "warmup_epochs", "weight_decay", "clip_grad"),
+    *("drop_path", "label_smoothing", "mixup", "rotate", "scale", "shear", "shift"),
+    *("hflip", "ema_decay", "amp", "compile", "seed"),
+)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m natten.models.train",
+    parser = Parser(
+        prog=PROG,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -92,7 +105,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--tensorboard", action="store_true", help="log for TensorBoard too, if it is installed")
     add("--stop-after", type=int, metavar="EPOCHS", help="interrupt after this many epochs")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("epochs", "batch_size", "stop_after"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    return options
 
 
 def augment(images: Tensor, options: argparse.Namespace, generator: torch.Generator) -> Tensor:
@@ -152,6 +170,8 @@ def learning_rate(options: argparse.Namespace, progress: float) -> float:
 
 def create(options: argparse.Namespace, num_classes: int, drop_path: float) -> nn.Module:
     model = timm.create_model(options.model, num_classes=num_classes, drop_path_rate=drop_path)
+    if not isinstance(model, NAT):
+        raise ValueError(f"--model must be a NAT or DiNAT, got {options.model}")
     replace_attention(model, options.attention, model.pretrained_cfg["input_size"][1:])
     for module in model.modules():
         # The published standard deviation of 0.02 is for wide models: in narrow ones branches would
@@ -230,11 +250,16 @@ class Log:
                 self.writer = SummaryWriter(str(folder))
 
     def drop_from(self, epoch: int) -> None:
-        """Forgets epochs that are about to be run again."""
+        """Forgets epochs that are about to be run again, and a line that was not finished."""
         with self.path.open(newline="") as file:
-            rows = list(csv.reader(file))
-        with self.path.open("w", newline="") as file:
-            csv.writer(file).writerows([rows[0], *(row for row in rows[1:] if int(row[0]) < epoch)])
+            rows = list(csv.reader(file))[1:]
+        kept = [row for row in rows if len(row) == len(self.FIELDS) and int(row[0]) < epoch]
+
+        def save(path: Path) -> None:
+            with path.open("w", newline="") as file:
+                csv.writer(file).writerows([self.FIELDS, *kept])
+
+        save_atomically(self.path, save)
 
     def write(self, **values: float) -> None:
         with self.path.open("a", newline="") as file:
@@ -261,6 +286,33 @@ def progress_bar(total: int, done: int) -> Any:
     except ImportError:
         return None
     return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, mininterval=1.0)
+
+
+def identity(options: argparse.Namespace, data: str) -> dict[str, Any]:
+    """What must not change when a run is resumed."""
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    return {"model": options.model, "attention": options.attention, "data": data, **settings}
+
+
+def read_state(path: Path, options: argparse.Namespace, data: str) -> dict[str, Any]:
+    """What a run saved for `--resume`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or of a run of another model, data or other settings.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"nothing to resume: {path} does not exist")
+    try:
+        state = torch.load(path, map_location=options.device, weights_only=True)
+        before = state["run"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or not of this version: {error!r:.120}") from error
+    now = identity(options, data)
+    changed = [f"{k} {before.get(k)!r}, not {v!r}" for k, v in now.items() if before.get(k) != v]
+    if changed:
+        raise ValueError(f"--resume goes on with the run in {path.parent}: {'; '.join(changed)}")
+    return state
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -293,11 +345,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     )
     first = 0
     if options.resume:
-        if not (folder / "last.pt").is_file():
-            raise FileNotFoundError(f"nothing to resume: {folder / 'last.pt'} does not exist")
-        state = torch.load(folder / "last.pt", map_location=device, weights_only=True)
-        model.load_state_dict(load_file(folder / "last.safetensors"))
-        averaged.load_state_dict(load_file(folder / "last-ema.safetensors"))
+        state = read_state(folder / "last.pt", options, dataset.name)
+        model.load_state_dict(state["model"])
+        averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"] + 1
     log = Log(folder, options.resume, options.tensorboard)
@@ -310,6 +360,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     steps = math.ceil(len(images) / options.batch_size)
     bar = progress_bar(options.epochs * steps, first * steps)
     last = min(options.epochs, first + (options.stop_after or options.epochs))
+    saved, cost = -math.inf, 0.0
     for epoch in range(first, last):
         model.train()
         torch.manual_seed(options.seed * 1_000_003 + epoch)  # stochastic depth
@@ -348,14 +399,22 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         )
         if bar is not None:
             bar.set_postfix(epoch=epoch, loss=f"{mean_loss:.3f}", val=f"{val_accuracy:.1f}%")
-        # Every epoch would cost more than the epoch itself.
-        if (epoch + 1) % 10 == 0 or epoch + 1 == last:
-            save_atomically(folder / "last.safetensors", lambda p: save_file(_state(model), p))
-            save_atomically(
-                folder / "last-ema.safetensors", lambda p: save_file(_state(averaged), p)
-            )
-            state = {"optimizer": optimizer.state_dict(), "epoch": epoch}
+        # Short epochs would spend more time on the disk than on the device.
+        if epoch + 1 == last or time.perf_counter() - saved > 20 * cost:
+            start = time.perf_counter()
+            save_atomically(folder / "last.safetensors", partial(save_file, _state(model)))
+            save_atomically(folder / "last-ema.safetensors", partial(save_file, _state(averaged)))
+            # One file, so that a run that is killed in between resumes from one epoch.
+            state = {
+                "run": identity(options, dataset.name),
+                "epoch": epoch,
+                "model": model.state_dict(),
+                "averaged": averaged.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             save_atomically(folder / "last.pt", partial(torch.save, state))
+            saved = time.perf_counter()
+            cost = saved - start
     if bar is not None:
         bar.close()
     if last < options.epochs:
@@ -386,14 +445,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "seconds_training": sum(row["seconds"] for row in rows),
         "device": device_name(device),
         "torch": torch.__version__,
-        "settings": {
-            name: getattr(options, name)
-            for name in (
-                *("epochs", "batch_size", "lr", "warmup_epochs", "weight_decay", "clip_grad"),
-                *("drop_path", "label_smoothing", "mixup", "rotate", "scale", "shear", "shift"),
-                *("hflip", "ema_decay", "amp", "compile", "seed"),
-            )
-        },
+        "settings": {name: getattr(options, name) for name in SETTINGS},
     }
     return _report(result, folder / "result.json")
 
@@ -441,5 +493,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return evaluate(options) if options.evaluate else train(options)
 
 
-if __name__ == "__main__":
+def command() -> int:
     main()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(PROG, command))

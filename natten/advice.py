@@ -22,8 +22,8 @@ from natten.simulator import (
     gpu_backend,
     on_gpu,
     simulate_problem,
-    table,
 )
+from natten.tables import table
 
 _MAX_CANDIDATES = 64
 _MAX_ROWS = 12

@@ -26,6 +26,7 @@ import torch
 from natten import devices, validation, window
 from natten.devices import Device
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
+from natten.tables import table
 from natten.types import BoolOrSequence, IntOrSequence
 from natten.window import Axis
 
@@ -362,21 +363,6 @@ def _causal(is_causal: Sequence[bool]) -> str:
     if len(set(is_causal)) == 1:
         return "yes" if is_causal[0] else "no"
     return "axis " + ", ".join(str(axis) for axis, causal in enumerate(is_causal) if causal)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
-    """Columns of text under a header; the first ``left`` are aligned to the left."""
-    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if n < left else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -746,6 +732,5 @@ __all__ = [
     "predict",
     "simulate",
     "simulate_problem",
-    "table",
     "traffic",
 ]

@@ -130,6 +130,52 @@ def test_other_refusals(tmp_path: Path) -> None:
         load(tmp_path / "resnet.safetensors")
 
 
+def test_files_with_some_bytes_changed_load_or_are_refused(tmp_path: Path) -> None:
+    """Whatever torch's unpickler stumbles over is told as what it is: a damaged file."""
+    state = small_model().state_dict()
+    torch.save(state, tmp_path / "new.pth")
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "x.safetensors")
+    generator = torch.Generator().manual_seed(0)
+
+    def number(end: int) -> int:
+        return int(torch.randint(end, (), generator=generator))
+
+    refused = 0
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        for _ in range(40):
+            damaged = bytearray(whole)
+            for _ in range(20):
+                damaged[number(min(len(whole), 4000))] = number(256)
+            path.write_bytes(damaged)
+            try:
+                read_checkpoint(path)
+            except ValueError as error:
+                assert path.name in str(error)
+                refused += 1
+    assert refused > 60
+    (tmp_path / "empty.pth").write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match=r"empty\.pth is truncated"):
+        read_checkpoint(tmp_path / "empty.pth")
+
+
+@pytest.mark.parametrize(
+    ("layout", "end", "lacks"),
+    [
+        ("huggingface", "self.key.weight", "self.key.weight"),
+        ("huggingface", "self.query.weight", "self.query.weight"),
+        ("natten", "gamma2", "gamma2"),
+        ("natten", "gamma1", "gamma1"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_not_converted(layout: str, end: str, lacks: str) -> None:
+    state, _ = natten.models.convert(small_model(layer_scale=1e-5).state_dict(), layout)
+    cut = {key: tensor for key, tensor in state.items() if not key.endswith(end)}
+    with pytest.raises(ValueError, match=f"not complete: it lacks .*{lacks}"):
+        natten.models.convert(cut, "natten" if layout == "huggingface" else "huggingface")
+
+
 def test_averaged_weights_and_wrappers(original: OriginalNAT, tmp_path: Path) -> None:
     state = original.state_dict()
     wrapped = {f"module.{key}": tensor for key, tensor in state.items()}
@@ -159,7 +205,7 @@ def test_convert_command(
 
 def test_convert_command_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.pth").write_bytes(b"PK")
-    assert main(["convert", str(tmp_path / "x.pth"), str(tmp_path / "y.pth")]) == 1
+    assert main(["convert", str(tmp_path / "x.pth"), str(tmp_path / "y.pth")]) == 2
     assert "x.pth is" in capsys.readouterr().err
 
 
@@ -170,3 +216,8 @@ def test_list_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "19.98 M" in printed
     assert "81.8" in printed
     assert "nat_base" not in printed
+
+
+def test_list_command_without_a_match(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "swin"]) == 2
+    assert capsys.readouterr().err.startswith("python -m natten.models: error: no model's name")

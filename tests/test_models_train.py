@@ -89,6 +89,97 @@ def test_resumed_run_equals_the_uninterrupted(stripes: Path, tmp_path: Path) -> 
         run(stripes, tmp_path / "none", "--resume")
 
 
+class Killed(BaseException):
+    """What ends a run here, as a signal would."""
+
+
+@pytest.mark.parametrize("name", ["last.safetensors", "last-ema.safetensors", "last.pt", "log.csv"])
+def test_a_run_that_is_killed_while_saving_is_resumed(
+    name: str, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(stripes, tmp_path / "whole")
+    real, calls = train.save_atomically, []
+
+    def save(path: Path, write: object) -> None:
+        calls.append(path.name)
+        if path.name == name and calls.count(name) == 2:
+            # In the middle: the new file is not whole yet.
+            path.with_name(path.name + ".partial").write_bytes(b"half a file")
+            raise Killed
+        real(path, write)
+
+    folder = tmp_path / "killed"
+    monkeypatch.setattr(train, "save_atomically", save)
+    # log.csv is written anew when a run begins.
+    arguments = ("--stop-after", "2") if name == "log.csv" else ()
+    with pytest.raises(Killed):
+        run(stripes, folder, *arguments)
+        run(stripes, folder, "--resume")
+    monkeypatch.setattr(train, "save_atomically", real)
+    # A line that was not finished.
+    with (folder / "log.csv").open("a") as file:
+        file.write("7,0.1")
+    run(stripes, folder, "--resume")
+    whole = load_file(tmp_path / "whole" / "final.safetensors")
+    killed = load_file(folder / "final.safetensors")
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    epochs = [row.split(",")[0] for row in (folder / "log.csv").read_text().split()]
+    assert epochs == ["epoch", "0", "1", "2", "3"]
+
+
+def test_what_cannot_be_resumed(stripes: Path, tmp_path: Path) -> None:
+    run(stripes, tmp_path, "--stop-after", "1")
+    with pytest.raises(ValueError, match=r"goes on with the run in .*: lr 0\.005, not 0\.1"):
+        run(stripes, tmp_path, "--resume", "--lr", "0.1")
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"last\.pt is damaged, or not of this version"):
+        run(stripes, tmp_path, "--resume")
+
+
+def test_mixed_precision_resumes_alike(stripes: Path, tmp_path: Path) -> None:
+    settings = ["--epochs", "2", "--batch-size", "32", "--warmup-epochs", "1", "--device", "cpu"]
+    for folder, parts in (("whole", [[]]), ("parts", [["--stop-after", "1"], ["--resume"]])):
+        for part in parts:
+            train.main(
+                ["--data", str(stripes), "--output", str(tmp_path / folder), *settings, *part]
+            )
+    states = [
+        load_file(tmp_path / folder / "last-ema.safetensors") for folder in ("whole", "parts")
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "text"),
+    [
+        ("train", ["--data", "imagenet"], "data must be one of mnist5k, digits"),
+        ("train", ["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        ("train", ["--resume", "--output", "nowhere"], "nothing to resume"),
+        ("card", ["nowhere"], "No such file or directory: 'nowhere/result.json'"),
+        ("data", ["imagenet", "x.npz"], "invalid choice: 'imagenet'"),
+    ],
+)
+def test_wrong_commands_end_with_one_line(
+    module: str, words: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib
+
+    from natten.command import guarded
+
+    command = importlib.import_module(f"natten.models.{module}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr("sys.argv", ["x", *words])
+        try:
+            code = guarded("x", command.command)
+        except SystemExit as error:
+            code = error.code
+    assert code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert text in line
+
+
 def test_dense_attention_trains(stripes: Path, tmp_path: Path) -> None:
     assert run(stripes, tmp_path, "--attention", "dense")["attention"] == "dense"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -14,62 +14,9 @@ from natten.functional.problem import Config, Problem
 from natten.profiler.configurations import Configuration, Listing
 from natten.profiler.measuring import Limits, Measurement
 from natten.profiler.optimize import Search, describe
-from natten.simulator import table
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+from natten.tables import Table
 
 Shape = tuple[int, ...]
-
-
-@dataclass
-class Table:
-    """A table with a title. ``str()`` is plain text, :meth:`drawn` needs rich.
-
-    Attributes:
-        title: Above it.
-        columns: Their names.
-        left: How many columns, from the first, are aligned to the left.
-        rows: Texts, as many as columns.
-        sections: Numbers of rows that a line is drawn above.
-        caption: Below it.
-    """
-
-    title: str
-    columns: Sequence[str]
-    left: int
-    rows: list[Sequence[str]] = field(default_factory=list)
-    sections: list[int] = field(default_factory=list)
-    caption: str = ""
-
-    def add(self, *cells: str) -> None:
-        """Append a row."""
-        self.rows.append(cells)
-
-    def add_section(self) -> None:
-        """Draw a line below the last row."""
-        self.sections.append(len(self.rows))
-
-    def drawn(self) -> RichTable:
-        """For rich's console."""
-        from rich.table import Table as RichTable
-
-        drawn = RichTable(title=self.title, title_justify="left", caption=self.caption or None)
-        for n, column in enumerate(self.columns):
-            justify: Any = "left" if n < self.left else "right"
-            drawn.add_column(column, justify=justify, overflow="fold")
-        for n, row in enumerate(self.rows):
-            if n in self.sections:
-                drawn.add_section()
-            drawn.add_row(*row)
-        drawn.caption_justify = "left"
-        return drawn
-
-    def __str__(self) -> str:
-        lines = table(self.columns, self.rows, self.left).split("\n")
-        for n in sorted(self.sections, reverse=True):
-            lines.insert(2 + n, lines[1])
-        return "\n".join([self.title, *lines, *([self.caption] if self.caption else []), ""])
 
 
 @dataclass(frozen=True)
@@ -329,7 +276,6 @@ def listings_csv(listings: Sequence[Listing]) -> str:
 
 __all__ = [
     "Report",
-    "Table",
     "comparison_table",
     "listing_tables",
     "listings_csv",

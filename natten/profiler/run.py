@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import natten
 from natten import devices, profile_file
@@ -19,24 +19,9 @@ from natten.functional import dispatch
 from natten.functional.problem import Config, Problem
 from natten.profiler import configurations, measuring, optimize, report, subjects
 from natten.profiler.arguments import OTHERS, Request, request_of
-from natten.profiler.report import Report, Table
+from natten.profiler.report import Report
 from natten.simulator import needed_pairs, traffic
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-
-def _console(stderr: bool = False) -> Console | None:
-    """None without rich."""
-    try:
-        from rich.console import Console
-    except ModuleNotFoundError:
-        return None
-    console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal and console.width < 120:
-        # A pipe has no width: do not fold.
-        return Console(stderr=stderr, highlight=False, width=120)
-    return console
+from natten.tables import Table, console, show
 
 
 def _check_target(name: str, path: str) -> None:
@@ -61,19 +46,15 @@ class _Output:
             if target not in (None, "-"):
                 _check_target(f"--{name}", target)
         # Progress must not mix with what a script reads.
-        self.console = _console(stderr=machine)
+        self.console = console(stderr=machine)
         self.tables = not machine
         if self.console is None and self.tables:
             self.note("rich is not installed: plain tables, and no progress bars")
 
     def show(self, *things: Table | str) -> None:
-        if not self.tables:
-            return
-        for thing in things:
-            if self.console is None:
-                sys.stdout.write(f"{thing}\n")
-            else:
-                self.console.print(thing.drawn() if isinstance(thing, Table) else thing)
+        if self.tables:
+            for thing in things:
+                show(thing, self.console)
 
     def note(self, text: str) -> None:
         """What whoever typed the command should know, and a script should not read."""
