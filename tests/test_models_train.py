@@ -111,10 +111,10 @@ def test_a_run_that_is_killed_while_saving_is_resumed(
     folder = tmp_path / "killed"
     monkeypatch.setattr(train, "save_atomically", save)
     # log.csv is written anew when a run begins.
-    arguments = ("--stop-after", "2") if name == "log.csv" else ()
+    if name == "log.csv":
+        run(stripes, folder, "--stop-after", "2")
     with pytest.raises(Killed):
-        run(stripes, folder, *arguments)
-        run(stripes, folder, "--resume")
+        run(stripes, folder, *(["--resume"] if name == "log.csv" else []))
     monkeypatch.setattr(train, "save_atomically", real)
     # A line that was not finished.
     with (folder / "log.csv").open("a") as file:
@@ -139,6 +139,9 @@ def test_what_cannot_be_resumed(stripes: Path, tmp_path: Path) -> None:
 
 def test_mixed_precision_resumes_alike(stripes: Path, tmp_path: Path) -> None:
     settings = ["--epochs", "2", "--batch-size", "32", "--warmup-epochs", "1", "--device", "cpu"]
+    settings.append("--amp")
+    assert not train.parse(["--device", "cpu"]).amp
+    assert train.parse(["--device", "cuda:1"]).amp
     for folder, parts in (("whole", [[]]), ("parts", [["--stop-after", "1"], ["--resume"]])):
         for part in parts:
             train.main(

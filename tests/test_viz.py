@@ -182,3 +182,30 @@ def test_advice_is_drawn(tmp_path: Path) -> None:
     for axes in (left, right):
         assert axes.get_xlabel()
         assert axes.get_ylabel()
+
+
+@pytest.mark.parametrize(
+    ("position", "text"),
+    [((9, 3), "must lie in the grid"), ((-1, 3), "at least 0"), ((3,), "must have 2 values")],
+)
+def test_positions_outside_of_the_grid_are_refused(position: tuple[int, ...], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        viz.attended_tokens(position, (8, 8), 3)
+    with pytest.raises(ValueError, match=text):
+        viz.neighborhood_figure([position], (8, 8), 3)
+
+
+def test_other_arguments_of_pictures_are_checked() -> None:
+    with pytest.raises(ValueError, match="context must be at least 0, got -1"):
+        viz.neighborhood_figure([(1, 1)], (8, 8), 3, context=-1)
+    with pytest.raises(ValueError, match="series 'x' must have 1 values, got 2"):
+        viz.draw_benchmark(Figure().subplots(), ["a"], {"x": [1.0, 2.0]}, "ms")
+
+
+def test_grids_have_labelled_axes() -> None:
+    for shape, labels in (((9,), ("axis 0", "")), ((6, 6), ("axis 1", "axis 0"))):
+        axes = viz.neighborhood_figure([(1,) * len(shape)], shape, 3).axes[0]
+        assert (axes.get_xlabel(), axes.get_ylabel()) == labels
+    panels = viz.neighborhood_figure([(1, 1, 1)], (2, 5, 5), (1, 3, 3)).axes
+    assert (panels[0].get_xlabel(), panels[0].get_ylabel()) == ("axis 2", "axis 1")
+    assert [axes.get_title() for axes in panels] == ["0 on axis 0", "1 on axis 0"]
