@@ -78,6 +78,10 @@ class Advice:
         kinds = ("strides", "dilations", "windows", "tiles")
         return {kind: [asdict(s) for s in getattr(self, kind)] for kind in kinds}
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Notebooks show the table."""
+        printer.text(str(self))
+
     def __str__(self) -> str:
         asked = self.simulation.problem
         parts = []

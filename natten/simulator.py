@@ -480,6 +480,10 @@ class Simulation:
             "predicted_speedup": self.predicted_speedup,
         }
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Notebooks show the table."""
+        printer.text(str(self))
+
     def __str__(self) -> str:
         p = self.problem
         rows = [

@@ -2,7 +2,7 @@
 
 Matplotlib is imported by the functions that draw. Functions called ``draw_...`` draw into axes that
 the caller has made; those called ``..._figure`` make their own. Inside ``with theme("dark"):`` they
-draw for dark pages.
+draw for dark pages. A notebook shows returned figures after ``%matplotlib inline``.
 
 The colours are those of Okabe and Ito and the map "viridis", which people with any kind of colour
 vision can tell apart; what belongs to different things also differs in brightness, hatching or

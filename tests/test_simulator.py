@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,6 +200,10 @@ def test_advice_removes_waste() -> None:
     assert {s.dilation for s in advice.dilations} == {(1, 1), (2, 2), (4, 4)}
     assert advice.tiles[0].ms <= min(s.ms for s in advice.tiles)
     assert "tile shapes" in str(advice)
+    for result in (found, advice):
+        shown: list[str] = []
+        result._repr_pretty_(SimpleNamespace(text=shown.append), False)
+        assert shown == [str(result)]
     json.dumps(advice.as_dict())
 
 
