@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +35,7 @@ from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from natten.functional.backends.triton import BLACKWELL, CUTLASS, HOPPER, interpreted  # noqa: E402
+from natten.functional.backends.triton.launch import specialized_kernel  # noqa: E402
 
 RECORDED = Path(__file__).with_name("triton_resources.json")
 # Another patch of the same compiler may schedule a little differently.
@@ -182,6 +183,18 @@ def resources(kernel: Any) -> dict[str, int]:
     }
 
 
+def instructions(kernel: Any) -> str:
+    """What the assembler made of a kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        shown = subprocess.run(
+            [str(tool), "-c", file.name], capture_output=True, text=True, check=True
+        )
+    return shown.stdout
+
+
 def register_operands(ttgir: str) -> list[str]:
     """Warp-group products in a loop whose left operand is in registers since before the loop.
 
@@ -252,9 +265,27 @@ def test_resources(setting: Setting) -> None:
 
 def test_descriptors() -> None:
     """Wide heads are loaded by the tensor memory accelerator, undivided tiles of the grid."""
-    setting = next(s for s in SETTINGS if s.title == "sm_90/3d_d128")
+    setting = Setting(
+        "3d_d128_non", 90, (30, 48, 80), (18, 24, 24), 128, backward=False,
+        knobs={"kernel_schedule": "non"},
+    )  # fmt: skip
     ttgir = compile_setting(setting)["forward_kernel"].asm["ttgir"]
     assert "ttng.async_tma_copy_global_to_local" in ttgir
+
+
+@pytest.mark.parametrize("title", ["sm_90/1d_d64", "sm_90/1d_d128_causal", "sm_90/3d_d128"])
+def test_groups_of_warps_run_apart(title: str) -> None:
+    """Products of the specialized kernel stay in flight: the assembler waits for each of them where
+    it takes them for unsafe, or short of registers, which makes the kernel useless."""
+    if specialized_kernel() is None:
+        pytest.skip(f"Triton {triton.__version__} has another dialect of Gluon")
+    setting = next(s for s in SETTINGS if s.title == title)
+    kernel = compile_setting(replace(setting, backward=False))["specialized_forward_kernel"]
+    sass = instructions(kernel)
+    products, waits = sass.count("HGMMA"), sass.count("WARPGROUP.DEPBAR")
+    assert products >= 16
+    assert waits <= products // 2
+    assert "STL" not in sass
 
 
 @pytest.mark.exhaustive

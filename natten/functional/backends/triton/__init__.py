@@ -96,8 +96,11 @@ class _Backend:
             return _DEFAULT_SHARED_MEMORY
         return _device_memory(problem.device.index)
 
-    def _choose(self, problem: Problem, kind: str, query: Any = None, key: Any = None) -> Tiling:
-        return tiles.choose(problem, kind, self.tma, self._shared_memory(problem), query, key)
+    def _choose(
+        self, problem: Problem, kind: str, query: Any = None, key: Any = None, apart: bool = False
+    ) -> Tiling:
+        memory = self._shared_memory(problem)
+        return tiles.choose(problem, kind, self.tma, memory, query, key, apart)
 
     def forward_tiling(self, problem: Problem, config: Config) -> Tiling:
         """The tiling of the forward pass: the caller's tiles, or the cost model's."""
@@ -234,24 +237,30 @@ class _Hopper(_Descriptors):
     name = "hopper"
     head_dims = (16, 32, 64, 128, 256)
 
+    def _has_apart(self) -> bool:
+        """Whether there is a kernel whose groups of warps run apart; no interpreter knows it."""
+        return not interpreted() and launch.specialized_kernel() is not None
+
     def forward_tiling(self, problem: Problem, config: Config) -> Tiling:
         """The tiling that the schedule asks for, among those the caller's tiles allow.
 
         "non": a program for each tile. "coop": programs that stay, and two warp groups share a
-        tile of 128 queries. "pp": programs that stay, of one warp group and 64 queries, two or
-        more on a multiprocessor, whose products and softmax alternate. None: the cost model's.
+        tile of 128 queries. "pp": warp groups with 64 queries each whose products and softmax
+        alternate, two in a program where there is a kernel for that, else as programs that stay,
+        two or more on a multiprocessor. None: the cost model's.
         """
         schedule = config.kernel_schedule
         query, key = config.q_tile_shape, config.kv_tile_shape
-        if schedule in ("coop", "pp") and query is None:
-            memory = self._shared_memory(problem)
-            columns = 64 if schedule == "pp" or problem.head_dim > 64 else 128
-            rows = 64 if schedule == "pp" else 128
+        if schedule in (None, "non"):
+            apart = self._has_apart() and schedule is None
+            return self._choose(problem, tiles.FORWARD, query, key, apart)
+        apart = self._has_apart() and schedule == "pp" and tiles.suits_apart(problem)
+        if query is None:
+            columns = 128 if apart or (schedule == "coop" and problem.head_dim <= 64) else 64
+            rows = 64 if schedule == "pp" and not apart else 128
             query, key = tiles.best_shapes(problem, rows, columns)
-            tiling = tiles.choose(problem, tiles.FORWARD, self.tma, memory, query, key)
-        else:
-            tiling = super().forward_tiling(problem, config)
-        if schedule not in ("coop", "pp"):
+        tiling = self._choose(problem, tiles.FORWARD, query, key, apart)
+        if tiling.apart:
             return tiling
         warps = 8 if schedule == "coop" else 4
         resident = 1 if schedule == "coop" else 2
@@ -261,11 +270,13 @@ class _Hopper(_Descriptors):
     def configs(self, problem: Problem) -> list[Any]:
         """((query tile, key tile), schedule) of the forward pass; the default first."""
         rows = {"non": (64, 128), "coop": (128,), "pp": (64,)}
+        apart = self._has_apart() and tiles.suits_apart(problem)
         return [
             (pair, schedule)
             for pair in super().configs(problem)
             for schedule, sizes in rows.items()
             if prod(pair[0]) in sizes
+            or (apart and schedule == "pp" and tiles.is_apart(*map(prod, pair)))
         ]
 
     def _device_refusal(self, capability: tuple[int, int]) -> str | None:

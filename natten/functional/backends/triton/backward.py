@@ -196,7 +196,8 @@ def query_gradient_kernel(
     ROWS: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
     COLUMNS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
     at, rows, box, grid = row_tile(
-        tl.program_id(0), cumulative_query, cumulative_key, lengths, kernels, strides, dilations,
+        tl.program_id(0), tl.arange(0, ROWS), cumulative_query, cumulative_key,
+        lengths, kernels, strides, dilations,
         query_origins, query_extents, key_origins, key_extents, tiles, heads,
         QUERY_TILE, KEY_TILE, CAUSAL, False, RANK, VARLEN,
     )  # fmt: skip
@@ -317,7 +318,8 @@ def key_value_gradient_tile(
     ROWS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
     COLUMNS: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
     at, rows, box, grid = row_tile(
-        program, cumulative_key, cumulative_query, lengths, kernels, strides, dilations,
+        program, tl.arange(0, ROWS), cumulative_key, cumulative_query,
+        lengths, kernels, strides, dilations,
         key_origins, key_extents, query_origins, query_extents, tiles, heads,
         KEY_TILE, QUERY_TILE, CAUSAL, True, RANK, VARLEN,
     )  # fmt: skip

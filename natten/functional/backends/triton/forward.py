@@ -66,7 +66,8 @@ def forward_tile(
     ROWS: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
     COLUMNS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
     at, rows, box, grid = row_tile(
-        program, cumulative_query, cumulative_key, lengths, kernels, strides, dilations,
+        program, tl.arange(0, ROWS), cumulative_query, cumulative_key,
+        lengths, kernels, strides, dilations,
         query_origins, query_extents, key_origins, key_extents, tiles, heads,
         QUERY_TILE, KEY_TILE, CAUSAL, False, RANK, VARLEN,
     )  # fmt: skip

@@ -12,6 +12,8 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as SharedDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from natten.functional.backends.triton.backward import (
@@ -34,6 +36,19 @@ _BIAS_BLOCK = 512
 _LOG2_E = 1.4426950408889634
 _NO_STRIDES = (0,) * 5
 _NO_PADDINGS = (0,) * 3
+
+
+@cache
+def specialized_kernel() -> Any:
+    """The forward kernel in Gluon, or None: the dialect differs from one Triton to the next."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 6):
+        return None
+    try:
+        from natten.functional.backends.triton.specialized import specialized_forward_kernel
+    except (ImportError, AttributeError):
+        return None
+    return specialized_forward_kernel
 
 
 def _pad(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
@@ -97,24 +112,37 @@ def _describable(tensor: Tensor) -> Tensor:
 _descriptors: dict[Any, dict[str, Any]] = {}
 
 
-def _descriptor(tensor: Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
-    identity = (tensor.shape, tensor.stride(), tile)
+def _descriptor(tensor: Tensor, tile: tuple[int, ...], kind: Any = TensorDescriptor) -> Any:
+    """A descriptor of the tensor that loads tiles; of Gluon's ``kind``, it names their layout."""
+    identity = (tensor.shape, tensor.stride(), tile, tensor.dtype, kind)
     fields = _descriptors.get(identity)
     if fields is None:
         batch, *tokens, heads, features = tensor.shape
         batch_stride, *steps = tensor.stride()[:-2]
+        loaded = [1, *tile, features]
+        layout = []
+        if kind is SharedDescriptor:
+            element = float16 if tensor.dtype == torch.float16 else bfloat16
+            layout = [NVMMASharedLayout.get_default_for(loaded, element)]
         # Axes that the grid lacks are never stepped along; any valid stride will do.
-        checked = TensorDescriptor(
+        checked = kind(
             tensor,
             [batch, *_pad(tokens, 1), heads * features],
             [batch_stride, *_pad(steps, batch_stride), 1],
-            [1, *tile, features],
+            loaded,
+            *layout,
         )
         fields = _descriptors[identity] = {**vars(checked), "base": None}
     # The class checks its arguments at every construction, as long as all the rest here takes.
-    descriptor = object.__new__(TensorDescriptor)
+    descriptor = object.__new__(kind)
     vars(descriptor).update(fields, base=tensor)
     return descriptor
+
+
+def _half(tile: tuple[int, ...]) -> tuple[int, ...]:
+    """The first half of a tile's tokens, which is a box too."""
+    axis = next(axis for axis, size in enumerate(tile) if size > 1)
+    return (*tile[:axis], tile[axis] // 2, *tile[axis + 1 :])
 
 
 def block(features: int) -> int:
@@ -283,7 +311,7 @@ def _kind(tensor: Any) -> Any:
     """What Triton specializes on: the type, and whether the address is a multiple of 16."""
     if tensor is None:
         return None
-    if isinstance(tensor, TensorDescriptor):
+    if isinstance(tensor, (TensorDescriptor, SharedDescriptor)):
         return tensor.base.dtype
     return tensor.dtype, tensor.data_ptr() % 16 == 0
 
@@ -415,27 +443,41 @@ def forward(
     if problem.varlen:
         lse.fill_(-torch.inf)
     columns = _describable if tiling.tma else _readable
-    query, key, value = _readable(query), columns(key), columns(value)
+    rows = _describable if tiling.apart else _readable
+    query, key, value = rows(query), columns(key), columns(value)
     additional: tuple[tuple[int, ...], ...] = ()
     if additional_keys is not None and additional_values is not None:
-        additional_keys, additional_values = (
-            _readable(additional_keys),
-            _readable(additional_values),
-        )
+        additional_keys, additional_values = rows(additional_keys), rows(additional_values)
         additional = (additional_keys.stride(), additional_values.stride())
     paddings = _NO_PADDINGS
     bias = None
     if rpb is not None:
         paddings = _bias_paddings(tiling)
         bias = _bias_table(rpb, problem, paddings)
+    kernel = specialized_kernel() if tiling.apart else forward_kernel
     plan = _plan(
-        forward_kernel, problem, tiling, _sequences(problem, cumulative_query), problem.head_dim_v,
+        kernel, problem, tiling, _sequences(problem, cumulative_query), problem.head_dim_v,
         _precision(query), False, (query.stride(), key.stride(), value.stride()), additional,
         (("out_strides", out.stride()),), 1, paddings,
     )  # fmt: skip
     key_tile = plan.options["KEY_TILE"]
+    if tiling.apart:
+        context = (1, 1, prod(key_tile))
+        _run(
+            kernel, plan.programs, plan,
+            _descriptor(query, _half(plan.options["QUERY_TILE"]), SharedDescriptor),
+            _descriptor(key, key_tile, SharedDescriptor),
+            _descriptor(value, key_tile, SharedDescriptor),
+            out, lse,
+            *(
+                None if tensor is None else _descriptor(tensor, context, SharedDescriptor)
+                for tensor in (additional_keys, additional_values)
+            ),
+            cumulative_query, cumulative_key,
+        )  # fmt: skip
+        return out, lse
     _run(
-        forward_kernel, min(tiling.programs or plan.programs, plan.programs), plan,
+        kernel, min(tiling.programs or plan.programs, plan.programs), plan,
         query,
         _descriptor(key, key_tile) if tiling.tma else key,
         _descriptor(value, key_tile) if tiling.tma else value,

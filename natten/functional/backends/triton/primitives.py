@@ -184,7 +184,7 @@ def unravel(index, TILE: tl.constexpr):
 @triton.jit
 def reciprocal(divisor):
     """2**32 / divisor, rounded up; 0 for 1."""
-    return tl.full([], 2**32 - 1, tl.uint32) // tl.cast(divisor, tl.uint32) + 1
+    return tl.cast(2**32 - 1, tl.uint32) // tl.cast(divisor, tl.uint32) + 1
 
 
 @triton.jit
@@ -235,8 +235,7 @@ def row_offsets(memory, exists, strides, UNIT: tl.constexpr, RANK: tl.constexpr)
 def head_offset(batch, head, strides, UNIT: tl.constexpr):
     """Element offset of a batch and head. `UNIT` divides every stride: it tells the alignment."""
     strides = revealed(strides)
-    batch = tl.full([], batch, tl.int64)
-    return batch * (strides[0] * UNIT) + head.to(tl.int64) * (strides[4] * UNIT)
+    return tl.cast(batch, tl.int64) * (strides[0] * UNIT) + head.to(tl.int64) * (strides[4] * UNIT)
 
 
 @triton.jit
@@ -466,18 +465,18 @@ def sequence_of(cumulative, batch, tokens, VARLEN: tl.constexpr):
 
 @triton.jit
 def row_tile(
-    program, cumulative_row, cumulative_column, lengths, kernels, strides, dilations,
+    program, row, cumulative_row, cumulative_column, lengths, kernels, strides, dilations,
     row_origins, row_extents, column_origins, column_extents, tiles, heads,
     ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, CAUSAL: tl.constexpr,
     INVERSE: tl.constexpr, RANK: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """The row tile of a program and the columns it has to visit, all axes together.
 
-    Returns its place (head, batch, the batch's index in memory), then the groups that `axis_rows`
-    names, each quantity as one value an axis. The columns' group ends with the first column of
-    the sequence, for packed batches.
+    `row` are places of rows in the tile, usually all of them. Returns the tile's place (head,
+    batch, the batch's index in memory), then the groups that `axis_rows` names, each quantity as
+    one value an axis. The columns' group ends with the first column of the sequence, for packed
+    batches.
     """
-    ROWS: tl.constexpr = ROW_TILE[0] * ROW_TILE[1] * ROW_TILE[2]
     lengths, kernels, tiles = revealed(lengths), revealed(kernels), revealed(tiles)
     row_origins, row_extents = revealed(row_origins), revealed(row_extents)
     column_origins, column_extents = revealed(column_origins), revealed(column_extents)
@@ -493,7 +492,7 @@ def row_tile(
         kernel = length
         memory_batch = batch * 0
 
-    row = unravel(tl.arange(0, ROWS), ROW_TILE)
+    row = unravel(row, ROW_TILE)
     rows_x, box_x, columns_x = axis_rows(
         tile[0], tiles[0], lengths[0], kernels[0], strides[0], dilations[0],
         row_origins[0], row_extents[0], column_origins[0], column_extents[0],

@@ -43,6 +43,8 @@ class Tiling:
         tma: Whether tiles of the inner loop are loaded by the tensor memory accelerator.
         programs: For persistent kernels, the number of programs; 0 for one a tile.
         specialize: Whether loads, products and softmax get warps of their own.
+        apart: Whether two groups of warps work on halves of the query tile without waiting for
+            each other.
     """
 
     query: Shape
@@ -54,6 +56,7 @@ class Tiling:
     tma: bool = False
     programs: int = 0
     specialize: bool = False
+    apart: bool = False
 
 
 class _Size(NamedTuple):
@@ -64,6 +67,7 @@ class _Size(NamedTuple):
     warps: int
     stages: int
     rate: float
+    apart: bool = False
 
 
 # Rates where most tiles are masked, and where `split` leaves masks out (large windows).
@@ -77,6 +81,11 @@ _FORWARD_SPLIT: dict[int, tuple[_Size, ...]] = {
     **_FORWARD,
     64: (_Size(128, 64, 4, 3, 1.0), _Size(64, 64, 4, 3, 0.93)),
     128: (_Size(128, 128, 8, 3, 1.0), _Size(64, 64, 4, 3, 0.92), _Size(128, 64, 4, 2, 0.93)),
+}
+# Of the kernel whose groups of warps run apart, where most tiles are masked and where not.
+_APART: dict[int, tuple[_Size, _Size]] = {
+    64: (_Size(128, 128, 4, 3, 1.2, True), _Size(128, 128, 4, 3, 1.08, True)),
+    128: (_Size(128, 128, 4, 2, 1.12, True), _Size(128, 128, 4, 2, 1.16, True)),
 }
 _QUERY_GRADIENT: dict[int, tuple[_Size, ...]] = {
     32: (_Size(64, 64, 4, 2, 1.0),),
@@ -203,6 +212,22 @@ def best_shapes(
     return min(pairs, key=cost)
 
 
+def is_apart(rows: int, columns: int) -> bool:
+    """Whether tiles of so many tokens are those of the kernel whose groups of warps run apart."""
+    return rows == 128 and columns in (64, 128)
+
+
+def suits_apart(problem: Problem) -> bool:
+    """Whether the kernel whose groups of warps run apart can run the problem."""
+    return (
+        problem.head_dim in _APART
+        and problem.head_dim_v in _APART
+        and problem.dtype != torch.float32
+        and not problem.has_rpb
+        and not any(d > 1 for d in problem.dilation)
+    )
+
+
 def _sizes(problem: Problem, kind: str, split: bool) -> tuple[_Size, ...]:
     if problem.dtype == torch.float32:
         # Twice the memory a token, and three products for one: small tiles.
@@ -237,6 +262,9 @@ def _shared_memory(tiling: Tiling, problem: Problem, kind: str) -> int:
         rows, columns = columns, rows
     # The forward pass keeps rows of queries; the gradients keep pairs of rows, too.
     kept = rows * (query if kind == FORWARD else query + value)
+    if tiling.apart:
+        # The output, between the layout of products and that of memory.
+        kept += rows // 2 * value
     return (kept + tiling.stages * columns * (query + value)) * problem.dtype.itemsize
 
 
@@ -274,7 +302,7 @@ def _make(
 ) -> Tiling:
     # Narrow heads gain nothing from descriptors; dilated boxes have none.
     use_tma = tma and problem.head_dim > 32 and not any(d > 1 for d in problem.dilation)
-    return Tiling(*pair, size.warps, size.stages, split, tma=use_tma)
+    return Tiling(*pair, size.warps, size.stages, split, tma=use_tma, apart=size.apart)
 
 
 @lru_cache(maxsize=4096)
@@ -285,10 +313,15 @@ def choose(
     shared_memory: int,
     query: Shape | None = None,
     key: Shape | None = None,
+    apart: bool = False,
 ) -> Tiling:
-    """The tiling with the least estimated time; ``query`` and ``key`` fix the tile shapes."""
+    """The tiling with the least estimated time; ``query`` and ``key`` fix the tile shapes.
+
+    ``apart`` says that there is a kernel whose groups of warps run apart, and that it may be used.
+    """
     inverse = kind == KEY_VALUE_GRADIENT
-    tiling = _choose(problem, kind, inverse, tma, query, key)
+    apart = apart and suits_apart(problem)
+    tiling = _choose(problem, kind, inverse, tma, query, key, apart)
     if shared_memory < _ROOMY:
         # A second program on a multiprocessor hides more than a third tile in flight.
         while tiling.stages > 2 and 2 * _shared_memory(tiling, problem, kind) > shared_memory:
@@ -298,30 +331,44 @@ def choose(
 
 
 def _choose(
-    problem: Problem, kind: str, inverse: bool, tma: bool, query: Shape | None, key: Shape | None
+    problem: Problem,
+    kind: str,
+    inverse: bool,
+    tma: bool,
+    query: Shape | None,
+    key: Shape | None,
+    apart: bool,
 ) -> Tiling:
     if query is not None and key is not None:
         rows, columns = (prod(t) for t in ((key, query) if inverse else (query, key)))
         # A warp group of four warps computes 64 rows.
         warps = 8 if rows >= 128 and max(problem.head_dim, columns) >= 128 else 4
         size = _Size(rows, columns, warps, 2, 1.0)
+        if apart and is_apart(rows, columns):
+            size = size._replace(warps=4, apart=True)
         split = _splits(problem, (query, key), inverse)
         return _make(problem, (query, key), size, split, tma)
     best: tuple[float, Tiling] | None = None
+    heads = problem.heads * problem.batch * problem.head_dim
     for split in (False, True):
-        for size in _sizes(problem, kind, split):
+        sizes = _sizes(problem, kind, split)
+        if apart:
+            sizes = (*sizes, _APART[max(problem.head_dim, problem.head_dim_v)][split])
+        for size in sizes:
             queries, keys = (size.columns, size.rows) if inverse else (size.rows, size.columns)
             sums_bias = kind == QUERY_GRADIENT and problem.has_rpb
             pair = best_shapes(problem, queries, keys, inverse, sums_bias)
             if _splits(problem, pair, inverse) != split:
                 continue
             time = work(problem, *pair, inverse).covered / size.rate
+            if size.apart and time * heads < MIN_TMA_PRODUCTS:
+                continue
             if best is None or time < best[0]:
                 best = time, _make(problem, pair, size, split, tma)
     if best is None:
         raise RuntimeError("no tile size suits the problem")
-    covered, tiling = best[0], best[1]
-    if covered * problem.heads * problem.batch * problem.head_dim < MIN_TMA_PRODUCTS:
+    time, tiling = best
+    if time * heads < MIN_TMA_PRODUCTS and not tiling.apart:
         tiling = replace(tiling, tma=False)
     return tiling
 
