@@ -83,6 +83,8 @@ def test_the_window_defaults_to_the_whole_input() -> None:
     ("kernel", "name"),
     [
         ("forward_kernel", "attention, forward"),
+        ("specialized_forward_kernel", "attention, forward"),
+        ("bias_table_kernel", "table of biases"),
         ("query_gradient_kernel", "gradient of queries"),
         ("key_value_gradient_kernel", "gradients of keys and values"),
         ("statistics_kernel", "row sums for the backward pass"),

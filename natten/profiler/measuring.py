@@ -23,7 +23,8 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
     # The longer of two names that one pattern matches comes first.
     (r"key_value_gradient_kernel", "gradients of keys and values", _OURS),
     (r"query_gradient_kernel", "gradient of queries", _OURS),
-    (r"\bforward_kernel", "attention, forward", _OURS),
+    (r"(\b|specialized_)forward_kernel", "attention, forward", _OURS),
+    (r"bias_table_kernel", "table of biases", _EXTRA),
     (r"statistics_kernel", "row sums for the backward pass", _EXTRA),
     (r"natten::neighborhood_attention_backward", "attention, backward", _OURS),
     (r"natten::neighborhood_attention$", "attention, forward", _OURS),
