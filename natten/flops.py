@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natten.functional.ops import unpacked
 from natten.window import Axis, bounds_table
 
 _COUNTER = "torch.utils.flop_counter"
@@ -105,6 +106,35 @@ def attention_backward_flops(*arguments: Any, **_: Any) -> int:
     return total
 
 
+def _packed_call(qkv: Tensor, rpb: Any, heads_kv: int, window: Sequence[int]) -> tuple[Any, ...]:
+    """A call of the packed operator as the other one's tensors and parameters."""
+    rank = qkv.dim() - 3
+    window = list(window)
+    kernel, stride, dilation, is_causal, grid, origin = (
+        window[start : start + rank] for start in range(0, 6 * rank, rank)
+    )
+    parameters = (kernel, stride, dilation, is_causal, 1.0, grid, origin, origin, 0, 0)
+    return (*unpacked(qkv, heads_kv), rpb, None, None, None, None), parameters
+
+
+def packed_flops(
+    qkv: Tensor, rpb: Any, heads_kv: int, window: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """Of natten::packed_attention, by the arguments of its schema."""
+    tensors, parameters = _packed_call(qkv, rpb, heads_kv, window)
+    return attention_flops(*tensors, *parameters)
+
+
+def packed_backward_flops(
+    grad_out: Any, grad_lse: Any, qkv: Tensor, rpb: Any, out: Any, lse: Any, heads_kv: int,
+    window: Sequence[int], *rest: Any, **_: Any,
+) -> int:  # fmt: skip
+    """Of natten::packed_attention_backward."""
+    tensors, parameters = _packed_call(qkv, rpb, heads_kv, window)
+    needs = [rest[-2]] * 3 + [rest[-1], False, False]
+    return attention_backward_flops(grad_out, grad_lse, *tensors, out, lse, *parameters, needs)
+
+
 def window_flops(first: Tensor, second: Tensor, *window: Any, **_: Any) -> int:
     """Of natten::window_dot, window_sum and window_scatter."""
     batch, heads, *tokens, features = second.shape
@@ -118,6 +148,8 @@ def _formulas() -> dict[str, Callable[..., int]]:
         "neighborhood_attention": attention_flops,
         "neighborhood_attention_traced": attention_flops,
         "neighborhood_attention_backward": attention_backward_flops,
+        "packed_attention": packed_flops,
+        "packed_attention_backward": packed_backward_flops,
         "window_dot": window_flops,
         "window_sum": window_flops,
         "window_scatter": window_flops,
@@ -233,6 +265,8 @@ __all__ = [
     "av_3d_flop",
     "count_pairs",
     "get_flops",
+    "packed_backward_flops",
+    "packed_flops",
     "qk_1d_rpb_flop",
     "qk_2d_rpb_flop",
     "qk_3d_rpb_flop",

@@ -20,6 +20,7 @@ from natten import flops
 from natten.functional import products
 from natten.functional.backends import gather
 from natten.legacy import na3d_qk_with_bias, natten1dav, natten1dqkrpb, natten3dqkrpb
+from natten.nn.core import attend_packed
 from natten.window import Axis, attended, grid_mask
 
 QK = {1: natten.na1d_qk, 2: natten.na2d_qk, 3: natten.na3d_qk}
@@ -646,6 +647,27 @@ def test_flops_of_fused(case):
     pairs = batch * heads * (int(grid_mask(axes).sum()) + rows * extra)
     assert forward == 2 * pairs * (dim + dim_v)
     assert counter.get_total_flops() - forward == 2 * pairs * (3 * dim + 2 * dim_v)
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_flops_of_a_packed_projection(needs):
+    module = natten.NeighborhoodAttention2D(12, 6, 3, num_kv_heads=2, rel_pos_bias=True)
+    module.rpb.requires_grad_(needs[1])
+    x = randn(2, 5, 4, 12).float()
+    counts = []
+    for is_packed in (True, False):
+        qkv = module._heads(x).detach().requires_grad_(needs[0])
+        with FlopCounterMode(display=False) as counter:
+            if is_packed:
+                out = attend_packed(qkv, 2, [3, 3], [1, 2], [1, 1], [False, False], 1.0, module.rpb)
+            else:
+                query, key, value = qkv.split([6, 2, 2], -2)
+                out = natten.na2d(query, key, value, 3, (1, 2), rpb=module.rpb, scale=1.0)
+            forward = counter.get_total_flops()
+            out.sum().backward()
+        counts.append((forward, counter.get_total_flops()))
+    assert counts[0] == counts[1]
+    assert 0 < counts[0][0] < counts[0][1]
 
 
 def test_flops_of_attention():

@@ -223,9 +223,57 @@ def test_forward_copies_nothing():
     views = {torch.ops.aten.view, torch.ops.aten._unsafe_view}
     assert [f for f in working if f not in views] == [
         torch.ops.aten.addmm,
-        torch.ops.natten.neighborhood_attention,
+        torch.ops.natten.packed_attention,
         torch.ops.aten.addmm,
     ]
+
+
+def test_backward_concatenates_nothing():
+    """The gradients of query, key and value are written into that of qkv."""
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function.overloadpacket)
+            return function(*args, **(kwargs or {}))
+
+    calls: list = []
+    module = NeighborhoodAttention2D(32, 4, 3, num_kv_heads=2, rel_pos_bias=True)
+    with Record():
+        module(torch.randn(2, 5, 6, 32, requires_grad=True)).sum().backward()
+    assert calls.count(torch.ops.natten.packed_attention_backward) == 1
+    copies = {"cat", "clone", "copy_", "slice_backward", "zeros", "stack"}
+    assert not [f for f in calls if f._qualified_op_name.split("::")[1] in copies]
+
+
+PACKED = {
+    "plain": {},
+    "rpb": {"rel_pos_bias": True},
+    "grouped": {"num_kv_heads": 1, "rel_pos_bias": True},
+    "strided": {"stride": 2, "dilation": (2, 1), "is_causal": (False, True)},
+    "whole window": {"kernel_size": (6, 7)},
+    "crop": {"rel_pos_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_projection_equals_three_tensors(name):
+    torch.manual_seed(0)
+    options = {"kernel_size": 3, **PACKED[name]}
+    module = NeighborhoodAttention2D(32, 4, **options, dtype=torch.float64)
+    box = {"origin": [2, 1], "grid": [11, 9]} if name == "crop" else {}
+    x = torch.randn(2, 6, 7, 32, dtype=torch.float64, requires_grad=True)
+
+    def separately(x):
+        query, key, value = module._project(x, None, True)
+        out = module._attend(query, key, value, None, None, *box.values())
+        return module._output(out)
+
+    results = []
+    for function in (lambda x: module(x, **box), separately):
+        out = function(x)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [x, *module.parameters()])])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
 def test_exports():

@@ -15,6 +15,7 @@ from torch.library import opcheck
 
 import natten
 from natten.functional import ops
+from natten.functional.neighborhood import packed_attention
 
 
 def arguments(requires_grad=True, everything=True):
@@ -43,6 +44,113 @@ def test_opcheck_backward(with_lse):
     grads = (torch.randn_like(out), torch.randn_like(lse) if with_lse else None)
     needs = [True, True, False, True, False, True]
     opcheck(ops.neighborhood_attention_backward, (*grads, *given[:8], out, lse, *given[8:], needs))
+
+
+def packed_arguments(requires_grad=True, bias=True, heads_kv=1, qkv_needs=True):
+    """The packed operator's arguments for a small 2-D problem."""
+    qkv = torch.randn(1, 6, 5, 2 + 2 * heads_kv, 8, requires_grad=requires_grad and qkv_needs)
+    rpb = torch.randn(2, 5, 5, requires_grad=requires_grad) if bias else None
+    window = [3, 3, 1, 2, 1, 1, 0, 0, 6, 5, 0, 0]
+    return (qkv, rpb, heads_kv, window, 0.3, "reference", requires_grad)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_opcheck_packed(requires_grad, bias):
+    opcheck(ops.packed_attention, packed_arguments(requires_grad, bias))
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_opcheck_packed_backward(needs):
+    given = packed_arguments(requires_grad=False)
+    out, lse = ops.packed_attention(*given)
+    grads = (torch.randn_like(out), torch.randn_like(lse) if all(needs) else None)
+    opcheck(ops.packed_attention_backward, (*grads, *given[:2], out, lse, *given[2:], *needs))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "flex-fna"])
+def test_packed_equals_three_tensors(backend):
+    if backend == "cpu":
+        pytest.importorskip("numba")
+    torch.manual_seed(0)
+    # FlexAttention has no backward pass on the CPU, and this library gives it no bias.
+    differentiates = backend != "flex-fna"
+    qkv = torch.randn(2, 6, 5, 8, 16, requires_grad=differentiates)
+    rpb = torch.randn(4, 5, 5, requires_grad=True) if differentiates else None
+    window = {
+        "kernel_size": (3, 3),
+        "stride": (1, 2),
+        "dilation": (2, 1),
+        "is_causal": (False,) * 2,
+    }
+    packed = packed_attention(qkv, 2, **window, rpb=rpb, backend=backend)
+    query, key, value = qkv.split([4, 2, 2], -2)
+    parts = natten.na2d(query, key, value, **window, rpb=rpb, backend=backend, return_lse=True)
+    for a, b in zip(packed, parts):
+        assert a.equal(b)
+    if differentiates:
+        sums = [out.sin().sum() + lse.cos().sum() for out, lse in (packed, parts)]
+        for a, b in zip(*[torch.autograd.grad(total, (qkv, rpb)) for total in sums]):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_packed_under_transforms():
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 6, 5, 4, 8, dtype=torch.float64, requires_grad=True)
+    rpb = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
+
+    def function(qkv, rpb):
+        out, lse = packed_attention(qkv, 1, (3, 3), (1, 1), (2, 1), (False, False), rpb=rpb)
+        return out, lse
+
+    assert gradcheck(function, (qkv, rpb), fast_mode=True)
+
+    def loss(qkv):
+        out, lse = function(qkv, rpb.detach())
+        return out.sin().sum() + lse.sum()
+
+    (expected,) = torch.autograd.grad(loss(qkv), qkv)
+    torch.testing.assert_close(torch.func.grad(loss)(qkv.detach()), expected)
+    batch = torch.stack([qkv.detach(), 2 * qkv.detach()])
+    with pytest.warns(UserWarning, match="performance drop"):
+        got = torch.vmap(lambda t: function(t, rpb.detach())[0])(batch)
+    torch.testing.assert_close(got[1], function(batch[1], rpb)[0].detach())
+    with pytest.raises(NotImplementedError, match="forward"):
+        torch.func.jvp(loss, (qkv.detach(),), (qkv.detach(),))
+    (gradient,) = torch.autograd.grad(loss(qkv), qkv, create_graph=True)
+    with pytest.raises(NotImplementedError, match="twice"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_packed_compiles(dynamic):
+    torch._dynamo.reset()
+
+    def function(qkv, rpb):
+        out, lse = packed_attention(qkv, 1, (3, 3), (1, 1), (1, 1), (False, False), rpb=rpb)
+        return out.sin().sum() + lse.sum()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    rpb = torch.randn(2, 5, 5, requires_grad=True)
+    for length in (6, 8, 11):
+        qkv = torch.randn(1, length, 7, 4, 8, requires_grad=True)
+        got, expected = compiled(qkv, rpb), function(qkv, rpb)
+        torch.testing.assert_close(got, expected)
+        grads = [torch.autograd.grad(value, (qkv, rpb)) for value in (got, expected)]
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed_autocast(dtype):
+    qkv = torch.randn(1, 6, 5, 4, 8, requires_grad=True)
+    rpb = torch.randn(2, 5, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        out, _ = packed_attention(qkv, 1, (3, 3), (1, 1), (1, 1), (False, False), rpb=rpb)
+        assert out.dtype == dtype
+        assert ops.packed_attention(*packed_arguments())[0].dtype == dtype
+    out.float().sum().backward()
+    assert qkv.grad.dtype == rpb.grad.dtype == torch.float32
 
 
 GRADCHECKS = [
@@ -164,6 +272,22 @@ def test_func_grad_and_jacrev():
     torch.testing.assert_close(torch.func.grad(lambda q: function(q).sum())(query), expected)
     jacobian = torch.func.jacrev(function)(query)
     torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(function, query))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients():
+    """vmap over a backward pass whose forward pass no transform has seen."""
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 6, 5, 4, 8, requires_grad=True)
+    query, key, value = (t.detach().requires_grad_() for t in qkv.split([2, 1, 1], -2))
+    packed = packed_attention(qkv, 1, (3, 3), (1, 1), (1, 1), (False, False))[0]
+    parts = natten.na2d(query, key, value, 3)
+    for out, leaves in ((packed, [qkv]), (parts, [query, key, value])):
+        grads = torch.randn(3, *out.shape)
+        got = torch.autograd.grad(out, leaves, grads, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(out, leaves, g, retain_graph=True) for g in grads]
+        for a, b in zip(got, zip(*each)):
+            torch.testing.assert_close(a, torch.stack(b))
 
 
 def test_forward_mode_is_refused():

@@ -14,7 +14,12 @@ Every backend is an object with
                                   ((q_tile_shape, kv_tile_shape), kernel_schedule); an empty list
                                   if it has no such knobs, which are then ignored
 
-and, optionally, ``auto_refusal(problem, config)``: a reason not to be chosen unless named.
+and, optionally,
+
+    auto_refusal(problem, config) a reason not to be chosen unless named
+    takes_destinations            true if backward takes ``destinations=``: views that it may write
+                                  the gradients of query, key and value into, which are always
+                                  needed then, and return
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +15,15 @@ from natten.functional.attention import attention
 from natten.functional.dispatch import FMHA, FNA, Explanation, parse_name
 from natten.functional.dispatch import explain as explain_problem
 from natten.functional.merge import merge_attentions
-from natten.functional.ops import autocast, autocast_dtype, call, make_problem
-from natten.functional.problem import decode_config, encode_config
+from natten.functional.ops import (
+    autocast,
+    autocast_dtype,
+    call,
+    call_packed,
+    make_problem,
+    unpacked,
+)
+from natten.functional.problem import DEFAULT_CONFIG, decode_config, encode_config
 from natten.types import AttentionKwargs, BoolOrSequence, IntOrSequence, KernelSchedule
 
 
@@ -146,11 +155,22 @@ def _cached_plan(*arguments: Any) -> _Plan:
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.flatten(1, -3) if tensor.dim() > 4 else tensor
+
+
+def _flattened(parameters: tuple[Any, ...], query: Tensor) -> tuple[Any, ...]:
+    """The operator's parameters where the window is everything, over flattened tokens."""
+    length = (prod(query.shape[1:-2]),)
+    one, zero = (1,), (0,)
+    return (length, one, one, (False,), parameters[4], length, zero, zero, *parameters[8:])
 
 
 def _fmha_knobs(parameters: tuple[Any, ...]) -> dict[str, Any]:
@@ -195,12 +215,8 @@ def _run(
     parameters = plan.parameters
     tokens = query.shape[1:-2]
     if plan.is_full_window and len(tokens) > 1:
+        parameters = _flattened(parameters, query)
         query, key, value = _flat(query), _flat(key), _flat(value)
-        length = (query.shape[1],)
-        one, zero = (1,), (0,)
-        parameters = (length, one, one, (False,), parameters[4], length, zero, zero) + (
-            parameters[8:]
-        )
     out, lse = call(
         query,
         key,
@@ -275,6 +291,122 @@ def _neighborhood_attention(
     else:
         out, lse = _run(*tensors, plan)
     return (out, lse) if return_lse else out
+
+
+_WHOLE_GRID = (None, None, None)
+_NO_KNOBS = astuple(DEFAULT_CONFIG)
+
+
+class _PackedPlan(NamedTuple):
+    """A validated call of the packed operator."""
+
+    plan: _Plan
+    window: tuple[int, ...]  # the operator's
+    is_flat: bool  # over flattened tokens
+
+
+# As `_plans`.
+_packed_plans: dict[tuple[Any, ...], _PackedPlan] = {}
+
+
+def _make_packed_plan(
+    qkv: Tensor,
+    rpb: Tensor | None,
+    heads_kv: int,
+    window: tuple[Any, ...],
+    scale: Any,
+    backend: Any,
+    boxes: tuple[Any, ...],
+) -> _PackedPlan:
+    query, key, value = unpacked(qkv, heads_kv)
+    plan = _make_plan(
+        None, query, key, value, rpb, None, None, window, scale, backend, _NO_KNOBS, boxes
+    )
+    is_flat = plan.is_full_window and qkv.dim() > 4
+    parameters = _flattened(plan.parameters, qkv) if is_flat else plan.parameters
+    kernel_size, stride, dilation, is_causal, _, grid, origin, *_ = parameters
+    packed = (*kernel_size, *stride, *dilation, *map(int, is_causal), *grid, *origin)
+    return _PackedPlan(plan, packed, is_flat)
+
+
+def _cached_packed_plan(*arguments: Any) -> _PackedPlan:
+    """_make_packed_plan, remembered; its arguments but the tensors are hashable."""
+    if torch.compiler.is_compiling():
+        return _make_packed_plan(*arguments)
+    qkv, rpb, *rest = arguments
+    key = (qkv.shape, qkv.dtype, qkv.device, qkv.layout, *rest)
+    if rpb is not None:
+        key += (rpb.shape, rpb.dtype, rpb.device)
+    try:
+        return _packed_plans[key]
+    except KeyError:
+        pass
+    except TypeError:
+        # Symbolic sizes of a tracer are not hashable.
+        return _make_packed_plan(*arguments)
+    plan = _make_packed_plan(*arguments)
+    if len(_packed_plans) >= _MAX_PLANS:
+        _packed_plans.clear()
+    _packed_plans[key] = plan
+    return plan
+
+
+def packed_attention(
+    qkv: Tensor,
+    heads_kv: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    origin: Sequence[int] | None = None,
+    grid: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Neighborhood attention of heads that one projection made, and its logsumexp.
+
+    As :func:`neighborhood_attention_generic` of the three parts of ``qkv``, with one gradient: the
+    backward pass writes the three parts where they belong, and there is nothing to concatenate.
+
+    Args:
+        qkv: ``[batch, *tokens, heads + 2 * heads_kv, head_dim]``: the heads of query, of key and
+            of value, in this order.
+        heads_kv: Heads of key and of value; heads is a multiple of it.
+        kernel_size, stride, dilation, is_causal, scale, rpb, backend: As there.
+        origin: Where the box starts in the grid.
+        grid: Extents of the whole grid, of which the tokens are a box; default the tokens' own.
+    """
+    dtype = autocast_dtype(qkv)
+    if dtype is not None:
+        (qkv,) = autocast(dtype, qkv)
+    window = (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+    boxes: tuple[Any, ...] = _WHOLE_GRID
+    if grid is not None:
+        corner = None if origin is None else tuple(origin)
+        boxes = (tuple(grid), corner, corner)
+    plan, packed_window, is_flat = _cached_packed_plan(
+        qkv, rpb, heads_kv, window, scale, backend, boxes
+    )
+    if torch.jit.is_tracing():
+        # The deprecated tracer records the operator of three tensors.
+        query, key, value = unpacked(qkv, heads_kv)
+        return _run(query, key, value, rpb, None, None, plan)
+    tokens = qkv.shape[1:-2]
+    if is_flat:
+        qkv = _flat(qkv)
+    out, lse = call_packed(
+        qkv,
+        rpb,
+        heads_kv,
+        packed_window,
+        plan.parameters[4],
+        plan.parameters[10],
+        _needs_grad(qkv, rpb),
+    )
+    if is_flat:
+        out, lse = out.unflatten(1, tokens), lse.unflatten(1, tokens)
+    return out, lse
 
 
 def neighborhood_attention_generic(
@@ -476,8 +608,6 @@ def _of_rank(rank: int) -> Callable[..., Any]:
     )
     return function
 
-
-_WHOLE_GRID = (None, None, None)
 
 na1d = _of_rank(1)
 na2d = _of_rank(2)

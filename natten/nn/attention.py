@@ -10,12 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natten.functional import attention, merge_attentions
-from natten.nn.core import NeighborhoodModule, check_grid, check_sequence, crop, place
+from natten.nn.core import (
+    NeighborhoodModule,
+    attend_packed,
+    check_grid,
+    check_sequence,
+    crop,
+    place,
+)
 from natten.nn.explicit import AttentionMap, attention_map
 from natten.nn.older import accepts_older_arguments
 from natten.nn.rotary import RotaryEmbedding, rotate
 
 # Control flow on shapes cannot be traced symbolically: in an fx graph each is one call.
+torch.fx.wrap("attend_packed")
 torch.fx.wrap("check_grid")
 torch.fx.wrap("place")
 torch.fx.wrap("crop")
@@ -166,8 +174,22 @@ class NeighborhoodAttention(NeighborhoodModule):
                 return self._forward_with_registers(x, registers, origin, grid)
         extent = x.shape[1:-1]
         x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
-        query, key, value = self._project(x, origin, True)
-        out = self._attend(query, key, value, None, None, origin, grid)
+        if self._is_packed():
+            out = attend_packed(
+                self._heads(x),
+                self.num_kv_heads,
+                self.kernel_size,
+                self.stride,
+                self.dilation,
+                self.is_causal,
+                self.scale,
+                self.rpb,
+                origin,
+                grid,
+            )
+        else:
+            query, key, value = self._project(x, origin, True)
+            out = self._attend(query, key, value, None, None, origin, grid)
         if self.pad:
             out = crop(out, extent)
         return self._output(out)
@@ -218,13 +240,22 @@ class NeighborhoodAttention(NeighborhoodModule):
                 f"earlier, but is_causal={self.is_causal}"
             )
 
+    def _is_packed(self) -> bool:
+        """Whether nothing lies between the projection and the attention."""
+        has_norm = self.q_norm is not None or self.k_norm is not None
+        drops = self.attn_drop is not None and self.training
+        return not (has_norm or drops or self.rotary is not None)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """The heads of query, key and value, `[B, *X, heads, head_dim]`."""
+        return self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
+
     def _project(
         self, x: Tensor, origin: list[int] | None, is_grid: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, `[B, *X, heads, head_dim]`: views of one tensor where possible."""
         kv = self.num_kv_heads
-        qkv = self.qkv(x).unflatten(-1, (self.num_heads + 2 * kv, self.head_dim))
-        query, key, value = qkv.split([self.num_heads, kv, kv], -2)
+        query, key, value = self._heads(x).split([self.num_heads, kv, kv], -2)
         if self.q_norm is not None:
             query = self.q_norm(query)
         if self.k_norm is not None:

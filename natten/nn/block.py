@@ -26,13 +26,19 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.drop_prob == 0.0 or not self.training:
             return x
-        keep = 1.0 - self.drop_prob
-        mask = x.new_empty(x.shape[0]).bernoulli_(keep) / keep
-        # With the batch last, the mask broadcasts whatever the rank, also in symbolic traces.
-        return (x.movedim(0, -1) * mask).movedim(-1, 0)
+        return x * _sample_mask(x, 1.0 - self.drop_prob)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:g}"
+
+
+def _sample_mask(x: Tensor, keep: float) -> Tensor:
+    """A number for each sample, `[B, 1, ...]`: 1 / keep with probability keep, else 0."""
+    return x.new_empty([x.shape[0]] + [1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
+
+
+# The rank is not known in symbolic traces: there this is one call.
+torch.fx.wrap("_sample_mask")
 
 
 class Mlp(nn.Module):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natten.functional import neighborhood_attention_generic
+from natten.functional.neighborhood import packed_attention
 from natten.nn.explicit import AttentionMap, attention_map, window_attention, window_rows
 from natten.nn.rotary import RotaryEmbedding
 from natten.validation import check_window
@@ -81,6 +82,45 @@ def attend(
         return_lse=True,
     )
     return out, lse
+
+
+def attend_packed(
+    qkv: Tensor,
+    heads_kv: int,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
+    rpb: Tensor | None = None,
+    origin: list[int] | None = None,
+    grid: list[int] | None = None,
+) -> Tensor:
+    """Neighborhood attention of heads that one projection made: those of query, key and value, one
+    behind the other. Their gradient is one tensor too.
+    """
+    if torch.jit.is_scripting():
+        heads = qkv.shape[-2] - 2 * heads_kv
+        query, key, value = qkv.split([heads, heads_kv, heads_kv], -2)
+        return attend(
+            query,
+            key,
+            value,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            rpb,
+            None,
+            None,
+            origin,
+            grid,
+        )[0]
+    out, _ = packed_attention(
+        qkv, heads_kv, kernel_size, stride, dilation, is_causal, scale, rpb, origin, grid
+    )
+    return out
 
 
 # In an fx graph this is one call.

@@ -50,7 +50,8 @@ def _widened(tensors: tuple[Any, ...], slices: int, width: int) -> tuple[Any, ..
         wide.repeat(query, slices),
         wide.repeat(key, slices),
         wide.split(value, slices, width),
-        wide.repeat(rpb, slices, 0),
+        # Its gradient, a sum over slices, comes in this dtype.
+        None if rpb is None else wide.repeat(rpb.float(), slices, 0),
         wide.repeat(context_key, slices),
         wide.split(context_value, slices, width),
         *cumulative,
@@ -63,6 +64,7 @@ class _Backend:
     name: str
     tma = False
     largest_tile = 128
+    takes_destinations = True
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 
     def _device_refusal(self, capability: tuple[int, int]) -> str | None:
@@ -154,6 +156,7 @@ class _Backend:
         grad_out: Tensor,
         grad_lse: Tensor | None,
         *tensors: Any,
+        destinations: tuple[Tensor, ...] | None = None,
     ) -> tuple[Tensor | None, ...]:
         """The six gradients; see the backend protocol in `natten.functional.dispatch`."""
         wide_problem, slices = wide.sliced(problem)
@@ -161,7 +164,9 @@ class _Backend:
         options = tilings, config.backward_use_pt_reduction, preferences().deterministic
         with _on(problem.device):
             if slices == 1:
-                return launch.backward(problem, *options, grad_out, grad_lse, *tensors)
+                return launch.backward(
+                    problem, *options, grad_out, grad_lse, *tensors, destinations
+                )
             *inputs, out, lse, needs = tensors
             width = wide_problem.head_dim_v
             if grad_lse is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from math import gcd, prod
 from typing import Any
 
@@ -21,8 +21,8 @@ from natten.functional.backends.triton.backward import (
     query_gradient_kernel,
     statistics_kernel,
 )
+from natten.functional.backends.triton.bias import bias_gradient_kernel, bias_table_kernel
 from natten.functional.backends.triton.forward import forward_kernel
-from natten.functional.backends.triton.primitives import bias_table_kernel
 from natten.functional.backends.triton.tiles import Tiling
 from natten.functional.problem import Problem
 
@@ -193,6 +193,23 @@ def _bias_paddings(*tilings: Tiling) -> tuple[int, ...]:
     return _pad([max(axis) for axis in zip(*reaches, strict=True)], 0)
 
 
+@dataclass(frozen=True)
+class _BiasPlan:
+    """A padded table of biases, and the kernels around it.
+
+    Attributes:
+        shape: Of the table.
+        copies: Tables that its gradient is summed in.
+        table: Fills in the table, and zeros in those of the gradient.
+        gradient: Sums the tables of the gradient.
+    """
+
+    shape: tuple[int, ...]
+    copies: int
+    table: _Plan
+    gradient: _Plan
+
+
 @lru_cache(maxsize=4096)
 def _bias_plan(
     heads: int,
@@ -200,30 +217,44 @@ def _bias_plan(
     paddings: tuple[int, ...],
     factor: float,
     device: torch.device,
-) -> tuple[tuple[int, ...], _Plan]:
-    """Shape of a padded table of biases, and the plan of the kernel that fills it in.
-
-    Compiled kernels, which a plan keeps, belong to a device.
-    """
+) -> _BiasPlan:
+    """The plan for a bias. Compiled kernels, which it keeps, belong to a device."""
     shape = (heads, *(s + 2 * p for s, p in zip(_pad(sizes, 1), paddings, strict=True)))
-    options = {
+    size, inside = prod(shape), heads * prod(sizes)
+    copies = max(1, min(_BIAS_COPIES, _BIAS_ENTRIES // size))
+    options: dict[str, Any] = {
         "kernels": _hidden(tuple([(s + 1) // 2 for s in _pad(sizes, 1)])),
         "paddings": _hidden(paddings),
-        "size": prod(shape),
-        "factor": factor,
+        "COPIES": copies,
         "BLOCK": _BIAS_BLOCK,
     }
-    return shape, _Plan(triton.cdiv(prod(shape), _BIAS_BLOCK), options)
+    return _BiasPlan(
+        shape,
+        copies,
+        _Plan(triton.cdiv(size, _BIAS_BLOCK), {**options, "size": size, "factor": factor}),
+        _Plan(triton.cdiv(inside, _BIAS_BLOCK), {**options, "size": inside, "padded_size": size}),
+    )
 
 
 def _bias_table(rpb: Tensor, problem: Problem, paddings: tuple[int, ...]) -> Tensor:
     """Biases as kernels read them: padded, and divided by what scores are multiplied with."""
+    return _bias_tables(rpb, problem, paddings, None)[0]
+
+
+def _bias_tables(
+    rpb: Tensor, problem: Problem, paddings: tuple[int, ...], sums: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, _BiasPlan]:
+    """Such a table, and unless ``sums`` is None tables of zeros of that dtype, which the gradient
+    is to be added to."""
     scale, negate = _scales(problem.scale)
     factor = (-_LOG2_E if negate else _LOG2_E) / scale
-    shape, plan = _bias_plan(rpb.shape[0], tuple(rpb.shape[1:]), paddings, factor, rpb.device)
-    bias = torch.empty(shape, dtype=torch.float32, device=rpb.device)
-    _run(bias_table_kernel, plan.programs, plan, rpb.contiguous(), bias)
-    return bias
+    plan = _bias_plan(rpb.shape[0], tuple(rpb.shape[1:]), paddings, factor, rpb.device)
+    bias = torch.empty(plan.shape, dtype=torch.float32, device=rpb.device)
+    tables = None
+    if sums is not None:
+        tables = torch.empty((plan.copies, *plan.shape), dtype=sums, device=rpb.device)
+    _run(bias_table_kernel, plan.table.programs, plan.table, rpb.contiguous(), bias, tables)
+    return bias, tables, plan
 
 
 def _precision(tensor: Tensor) -> str:
@@ -284,7 +315,16 @@ def _run(kernel: Any, programs: int, plan: _Plan, *tensors: Any, **options: Any)
     """
     if programs == 0:
         return
-    identity = (programs, *(_kind(tensor) for tensor in tensors), *options.values())
+    # `_kind` of each tensor, without a call for the most usual type: this is for every launch.
+    kinds = [
+        None
+        if tensor is None
+        else (tensor.dtype, tensor.data_ptr() % 16 == 0)
+        if type(tensor) is Tensor
+        else _kind(tensor)
+        for tensor in tensors
+    ]
+    identity = (programs, *kinds, *options.values())
     found = plan.compiled.get(identity)
     if found is None or _observed():
         compiled = kernel[(programs,)](*tensors, **plan.options, **options)
@@ -294,7 +334,8 @@ def _run(kernel: Any, programs: int, plan: _Plan, *tensors: Any, **options: Any)
             plan.compiled[identity] = compiled, tuple(values[name] for name in rest)
         return
     compiled, rest = found
-    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    # torch.cuda.current_device() first sees to it that CUDA is initialized, as it is by now.
+    stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
     compiled.run(
         programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
         *tensors, *rest,
@@ -505,6 +546,11 @@ class BackwardTilings:
     splits: int = 1
     loops: int = 0
 
+    @cached_property
+    def bias_paddings(self) -> tuple[int, ...]:
+        """Of the one table of biases that the kernels share."""
+        return _bias_paddings(self.query, self.key_value)
+
 
 def backward(
     problem: Problem,
@@ -524,12 +570,14 @@ def backward(
     out: Tensor,
     lse: Tensor,
     needs: tuple[bool, ...],
+    destinations: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The six gradients; arguments as in the backend protocol."""
     return _Backward(
         problem, tilings, torch_reduction, deterministic, grad_out, grad_lse, query, key, value,
         rpb, additional_keys, additional_values, cumulative_query, cumulative_key, out, lse,
-    ).run(needs)  # fmt: skip
+        needs, destinations,
+    ).run()  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
@@ -575,7 +623,10 @@ class _Backward:
         cumulative_key: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        needs: tuple[bool, ...],
+        destinations: tuple[Tensor, ...] | None,
     ) -> None:
+        self.needs, self.destinations = needs, destinations
         self.problem, self.tilings, self.dtype = problem, tilings, query.dtype
         self.deterministic = deterministic
         # Each of them is read as columns by one of the kernels.
@@ -583,10 +634,16 @@ class _Backward:
         key_layout = _describable if tilings.query.tma else _readable
         self.query, self.grad_out = query_layout(query), grad_out.contiguous()
         self.key, self.value = key_layout(key), key_layout(value)
-        self.bias_paddings, self.bias = _NO_PADDINGS, None
+        self.rpb = rpb
+        self.bias_paddings, self.bias, self.bias_sums = _NO_PADDINGS, None, None
         if rpb is not None:
-            self.bias_paddings = _bias_paddings(tilings.query, tilings.key_value)
-            self.bias = _bias_table(rpb, problem, self.bias_paddings)
+            self.bias_paddings = tilings.bias_paddings
+            sums = None
+            if needs[3]:
+                sums = torch.int64 if deterministic else torch.float32
+            self.bias, self.bias_sums, self.bias_plan = _bias_tables(
+                rpb, problem, self.bias_paddings, sums
+            )
         self.additional: tuple[Tensor, ...] = ()
         if additional_keys is not None and additional_values is not None:
             self.additional = (_readable(additional_keys), _readable(additional_values))
@@ -616,9 +673,10 @@ class _Backward:
             plan, self.out, self.grad_out, self.lse, self.grad_lse, self.statistics,
         )  # fmt: skip
 
-    def run(self, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    def run(self) -> tuple[Tensor | None, ...]:
         query = key = value = bias = additional_key = additional_value = None
-        needs_bias = needs[3] and self.bias is not None
+        needs = self.needs
+        needs_bias = self.bias_sums is not None
         needs_query = needs[0] or needs_bias
         # The bounds of integers follow from the statistics.
         in_passing = needs_query and not self.torch_reduction
@@ -626,11 +684,12 @@ class _Backward:
         if not in_passing:
             self._statistics()
         if needs_query:
-            query, bias = self._query(in_passing, needs_bias)
+            query, bias = self._query(in_passing)
         if needs[1] or needs[2]:
             key, value = self._key_value(
                 self.problem, self.tilings.key_value, 1, self.tilings.loops,
                 (self.query, self.key, self.value, self.grad_out), self.bias, self.cumulative,
+                None if self.destinations is None else self.destinations[1:],
             )  # fmt: skip
         if needs[4] or needs[5]:
             # Every query sees every additional token: plain attention over flat queries.
@@ -661,22 +720,21 @@ class _Backward:
             self.bias_paddings,
         )  # fmt: skip
 
-    def _query(self, with_statistics: bool, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    def _query(self, with_statistics: bool) -> tuple[Tensor, Tensor | None]:
         """The gradients of query and bias; fills in the statistics in passing."""
         tiling = self.tilings.query
-        gradient = _allocate(self.problem, self.query.shape, self.dtype, self.query.device)
+        if self.destinations is None:
+            gradient = _allocate(self.problem, self.query.shape, self.dtype, self.query.device)
+        else:
+            gradient = self.destinations[0]
         plan = self._plan(
             query_gradient_kernel, self.problem, tiling,
             (self.query, self.key, self.value, self.grad_out), self.additional,
             query_gradient_strides=gradient,
         )  # fmt: skip
         key_tile = plan.options["KEY_TILE"]
-        sums = factor = None
-        if with_bias and self.bias is not None:
-            factor = self._fixed_point() if self.deterministic else None
-            copies = max(1, min(_BIAS_COPIES, _BIAS_ENTRIES // self.bias.numel()))
-            dtype = torch.float32 if factor is None else torch.int64
-            sums = torch.zeros((copies, *self.bias.shape), dtype=dtype, device=gradient.device)
+        sums = self.bias_sums
+        factor = self._fixed_point() if self.deterministic and sums is not None else None
         _run(
             query_gradient_kernel, plan.programs, plan,
             self.query,
@@ -685,17 +743,15 @@ class _Backward:
             self.grad_out, self.statistics, gradient, self.bias,
             *(self.additional or (None, None)), *self.cumulative,
             *((self.out, self.lse, self.grad_lse) if with_statistics else (None, None, None)),
-            sums, factor, bias_copies=1 if sums is None else len(sums),
+            sums, factor, bias_copies=1 if sums is None else self.bias_plan.copies,
             **_register_limit(tiling, sums is not None),
         )  # fmt: skip
-        if sums is None:
+        if sums is None or self.rpb is None:
             return gradient, None
-        total = sums.sum(0)
-        # What lies in the padding are sums of nothing.
-        inside = (slice(None), *(slice(n, -n or None) for n in self.bias_paddings))
-        sizes = [2 * k - 1 for k in self.problem.kernel_size]
-        total = total[inside].reshape(-1, *sizes)
-        return gradient, total if factor is None else total.double() / factor
+        bias_gradient = torch.empty(self.rpb.shape, dtype=self.rpb.dtype, device=gradient.device)
+        last = self.bias_plan.gradient
+        _run(bias_gradient_kernel, last.programs, last, sums, bias_gradient, factor)
+        return gradient, bias_gradient
 
     def _key_value(
         self,
@@ -706,14 +762,22 @@ class _Backward:
         tensors: tuple[Tensor, ...],
         bias: Tensor | None,
         cumulative: tuple[Tensor | None, Tensor | None],
+        destinations: tuple[Tensor, ...] | None = None,
     ) -> tuple[Tensor, Tensor]:
         query, key, value, grad_out = tensors
-        dtype = self.dtype if splits == 1 else torch.float32
-        key_gradient = _allocate(problem, (splits, *key.shape), dtype, key.device)
-        value_gradient = _allocate(problem, (splits, *value.shape), dtype, key.device)
+        if destinations is None:
+            dtype = self.dtype if splits == 1 else torch.float32
+            # The sums of each of the splits, one behind the other.
+            shape = key.shape if splits == 1 else (splits, *key.shape)
+            key_gradient = _allocate(problem, shape, dtype, key.device)
+            shape = value.shape if splits == 1 else (splits, *value.shape)
+            value_gradient = _allocate(problem, shape, dtype, key.device)
+        else:
+            key_gradient, value_gradient = destinations
         plan = self._plan(
             key_value_gradient_kernel, problem, tiling, tensors, inverse=True, splits=splits,
-            key_gradient_strides=key_gradient[0], value_gradient_strides=value_gradient[0],
+            key_gradient_strides=key_gradient if splits == 1 else key_gradient[0],
+            value_gradient_strides=value_gradient if splits == 1 else value_gradient[0],
         )  # fmt: skip
         query_tile, unit = plan.options["QUERY_TILE"], plan.options["UNIT"]
         launched = plan.programs
@@ -729,7 +793,7 @@ class _Backward:
             LOOP=launched < plan.programs,
         )  # fmt: skip
         if splits == 1:
-            return key_gradient[0], value_gradient[0]
+            return key_gradient, value_gradient
         return key_gradient.sum(0).to(self.dtype), value_gradient.sum(0).to(self.dtype)
 
     def _fixed_point(self) -> Tensor:

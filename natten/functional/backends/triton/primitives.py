@@ -426,30 +426,6 @@ def load_biases(table, row, column):
 
 
 @triton.jit
-def bias_table_kernel(rpb, bias, kernels, paddings, size, factor, BLOCK: tl.constexpr):
-    """The table in float32, times `factor`, with zeros around each head's entries.
-
-    All pairs of the tiles that a kernel visits then have an entry, in sight or not, which spares
-    the kernel a mask in the layout of a load.
-    """
-    kernels, paddings = revealed(kernels), revealed(paddings)
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    size_x, size_y, size_z = 2 * kernels[0] - 1, 2 * kernels[1] - 1, 2 * kernels[2] - 1
-    padded_x, padded_y = size_x + 2 * paddings[0], size_y + 2 * paddings[1]
-    padded_z = size_z + 2 * paddings[2]
-    z = slot % padded_z - paddings[2]
-    rest = slot // padded_z
-    y = rest % padded_y - paddings[1]
-    rest = rest // padded_y
-    x = rest % padded_x - paddings[0]
-    head = rest // padded_x
-    inside = (x >= 0) & (x < size_x) & (y >= 0) & (y < size_y) & (z >= 0) & (z < size_z)
-    source = ((head * size_x + x) * size_y + y) * size_z + z
-    value = tl.load(rpb + source, mask=inside & (slot < size), other=0.0)
-    tl.store(bias + slot, value.to(tl.float32) * factor, mask=slot < size)
-
-
-@triton.jit
 def sequence_of(cumulative, batch, tokens, VARLEN: tl.constexpr):
     """First token and length of one sequence of a packed batch of so many tokens.
 
