@@ -98,7 +98,7 @@ _LAZY = {
     "load_profile": "natten.profile_file",
     "simulate": "natten.simulator",
 }
-_LAZY_MODULES = ("distributed", "experimental", "flops", "legacy", "models", "nn", "viz")
+_LAZY_MODULES = ("experimental", "flops", "legacy", "models", "nn", "viz")
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ from natten.window import Axis, bounds_table
 
 _COUNTER = "torch.utils.flop_counter"
 # Of the operator: tensors, then kernel_size, stride, dilation, is_causal, scale, grid, origins.
-_NUM_TENSORS = 8
+_NUM_TENSORS = 9
 
 
 @lru_cache(maxsize=1024)
@@ -60,7 +60,7 @@ def _readable(tensor: Tensor) -> bool:
 
 def _pairs(tensors: Sequence[Any], parameters: Sequence[Any]) -> tuple[int, int]:
     """Pairs of a call of the operator: with keys of the grid, and with additional keys."""
-    query, key, _, _, additional_keys, _, cumulative_q, cumulative_kv = tensors
+    query, key, _, _, additional_keys, _, cumulative_q, cumulative_kv, lengths = tensors
     kernel, stride, dilation, is_causal, _, grid, *origins, max_q, max_kv = parameters
     batch, heads = query.shape[0], query.shape[-2]
     query_shape, key_shape = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
@@ -81,7 +81,10 @@ def _pairs(tensors: Sequence[Any], parameters: Sequence[Any]) -> tuple[int, int]
     axes = tuple(map(Axis, grid, kernel, stride, dilation, map(bool, is_causal)))
     in_grid = count_pairs(axes, query_shape, key_shape, *map(tuple, origins))
     extra = 0 if additional_keys is None else additional_keys.shape[1]
-    return repeats * in_grid, repeats * prod(query_shape) * extra
+    total = batch * extra
+    if extra and lengths is not None and _readable(lengths):
+        total = int(lengths.clamp(0, extra).sum())
+    return repeats * in_grid, heads * prod(query_shape) * total
 
 
 def attention_flops(*arguments: Any, **_: Any) -> int:
@@ -114,7 +117,7 @@ def _packed_call(qkv: Tensor, rpb: Any, heads_kv: int, window: Sequence[int]) ->
         window[start : start + rank] for start in range(0, 6 * rank, rank)
     )
     parameters = (kernel, stride, dilation, is_causal, 1.0, grid, origin, origin, 0, 0)
-    return (*unpacked(qkv, heads_kv), rpb, None, None, None, None), parameters
+    return (*unpacked(qkv, heads_kv), rpb, None, None, None, None, None), parameters
 
 
 def packed_flops(

@@ -56,12 +56,18 @@ def optional_bool(name: str, value: Any) -> bool:
     return value
 
 
-def check_scale(scale: Any, head_dim: int) -> float:
+def check_positive_int(name: str, value: Any) -> None:
+    """A count of something that there is."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+
+
+def check_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
     """The scale as a float; None means ``head_dim ** -0.5``, and 0.0 is 0.0."""
     if scale is None:
         return float(head_dim) ** -0.5 if head_dim else 1.0
     if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymFloat)):
-        raise ValueError(f"scale must be a number or None, got {scale!r}")
+        raise ValueError(f"{name} must be a number or None, got {scale!r}")
     return float(scale)
 
 
@@ -218,6 +224,45 @@ def check_additional(
             "additional_keys and additional_values must have as many tokens, got "
             f"{additional_keys.shape[1]} and {additional_values.shape[1]}"
         )
+
+
+def check_lengths(lengths: Tensor | None, query: Tensor, additional_keys: Tensor | None) -> None:
+    """Check additional_lengths: how many of the additional keys each batch entry has."""
+    if lengths is None:
+        return
+    if additional_keys is None:
+        raise ValueError("additional_lengths needs additional_keys and additional_values")
+    if not isinstance(lengths, Tensor):
+        raise ValueError(f"additional_lengths must be a torch.Tensor, got {type(lengths).__name__}")
+    if lengths.shape != query.shape[:1] or lengths.dtype not in _INTEGERS:
+        raise ValueError(
+            f"additional_lengths must be a tensor of {query.shape[0]} integers, one for each batch "
+            f"entry, got shape {tuple(lengths.shape)} and {lengths.dtype}"
+        )
+    if lengths.device != query.device:
+        raise ValueError(
+            f"additional_lengths must be on query's device {query.device}, got {lengths.device}"
+        )
+
+
+def check_length_values(name: str, lengths: Tensor, most: int) -> None:
+    """Check what lengths hold where looking costs next to nothing: on a CPU, outside of compilers,
+    tracers and transforms."""
+    # Compilers first: they cannot follow the rest.
+    if (
+        torch.compiler.is_compiling()
+        or type(lengths) is not Tensor
+        or not lengths.is_cpu
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return
+    values = lengths.tolist()
+    if values and not 0 <= min(values) <= max(values) <= most:
+        raise ValueError(f"{name} must hold integers from 0 to {most}, got {values}")
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_rpb(

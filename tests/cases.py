@@ -29,6 +29,8 @@ class Case:
     head_dim: int = 16
     head_dim_v: int | None = None
     additional: int = 0
+    # Of each batch entry; what the inputs hold behind them is NaN.
+    additional_lengths: tuple[int, ...] | None = None
     rpb: bool = False
     scale: float | None = None
     contiguous: bool = True
@@ -185,6 +187,35 @@ def _extras() -> list[Case]:
         ),
         Case("2d_additional_full_window", (5, 6), (5, 6), additional=4),
         Case("2d_additional_non_contiguous", (9, 8), (5, 3), additional=7, contiguous=False),
+        Case("1d_additional_lengths", (21,), (5,), additional=5, additional_lengths=(5, 2)),
+        Case("2d_additional_lengths", (9, 8), (5, 3), additional=7, additional_lengths=(0, 4)),
+        Case(
+            "2d_additional_lengths_many",
+            (18, 16),
+            (3, 3),
+            batch=4,
+            additional=150,
+            additional_lengths=(150, 3, 0, 65),
+        ),
+        Case(
+            "2d_additional_lengths_gqa_dv",
+            (9, 8),
+            (5, 3),
+            heads=4,
+            heads_kv=2,
+            head_dim_v=24,
+            additional=9,
+            additional_lengths=(1, 8),
+            rpb=True,
+            contiguous=False,
+        ),
+        Case(
+            "2d_additional_lengths_full_window",
+            (5, 6),
+            (5, 6),
+            additional=4,
+            additional_lengths=(3, 0),
+        ),
         Case("1d_rpb", (21,), (5,), rpb=True),
         Case("2d_rpb", (9, 8), (5, 3), rpb=True),
         Case("2d_rpb_k7", (15, 14), (7, 7), rpb=True, heads=3),
@@ -273,6 +304,17 @@ def _subgrids() -> list[Case]:
             additional=3,
         ),
         Case(
+            "2d_sub_additional_lengths",
+            (5, 6),
+            (5, 4),
+            grid=(17, 15),
+            query_origin=(6, 9),
+            key_tokens=(4, 5),
+            key_origin=(0, 0),
+            additional=3,
+            additional_lengths=(0, 2),
+        ),
+        Case(
             "2d_sub_rpb",
             (5, 6),
             (5, 4),
@@ -341,6 +383,13 @@ CASES: list[Case] = [case for group in GROUPS.values() for case in group]
 NEIGHBORHOOD_CASES = [case for case in CASES if not case.is_attention]
 
 
+def random_lengths(random: Random, batch: int, additional: int) -> tuple[int, ...]:
+    """How many of the additional keys each batch entry has: none, all, or some."""
+    return tuple(
+        random.choice((0, additional, random.randint(0, additional))) for _ in range(batch)
+    )
+
+
 def random_case(seed: int, rank: int | None = None, max_tokens: int = 600) -> Case:
     """A valid neighborhood attention problem drawn from all features."""
     random = Random(seed)
@@ -375,6 +424,9 @@ def random_case(seed: int, rank: int | None = None, max_tokens: int = 600) -> Ca
         rpb=not any(causal) and random.random() < 0.3,
         contiguous=random.random() < 0.7,
     )
+    if case.additional and random.random() < 0.4:
+        lengths = random_lengths(random, case.batch, case.additional)
+        case = replace(case, additional_lengths=lengths)
     if random.random() < 0.2:
         boxes = {}
         for box in ("query", "key"):

@@ -84,10 +84,21 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
     if case.additional:
         inputs.additional_keys = randn(batch, case.additional, heads_kv, case.head_dim)
         inputs.additional_values = randn(batch, case.additional, heads_kv, case.head_dim_v)
+        if case.additional_lengths is not None:
+            absent = _absent(case, device)
+            with torch.no_grad():
+                for tensor in (inputs.additional_keys, inputs.additional_values):
+                    tensor[absent] = torch.nan
     if case.rpb:
         table = torch.randn(case.heads, *(2 * k - 1 for k in case.kernel_size), generator=generator)
         inputs.rpb = table.to(dtype).to(device).requires_grad_()
     return inputs
+
+
+def _absent(case: Case, device: str | torch.device) -> Tensor:
+    """Which additional keys do not exist: bool ``[batch, additional]``."""
+    lengths = torch.tensor(case.additional_lengths, device=device)
+    return torch.arange(case.additional, device=device) >= lengths[:, None]
 
 
 def run(
@@ -113,6 +124,9 @@ def run(
             **lengths,
             **knobs,
         )
+    lengths = None
+    if case.additional_lengths is not None:
+        lengths = torch.tensor(case.additional_lengths, device=inputs.query.device)
     return neighborhood_attention_generic(
         inputs.query,
         inputs.key,
@@ -124,6 +138,7 @@ def run(
         scale=case.scale,
         additional_keys=inputs.additional_keys,
         additional_values=inputs.additional_values,
+        additional_lengths=lengths,
         rpb=inputs.rpb,
         backend=backend,
         grid=case.grid,
@@ -169,9 +184,15 @@ def eager(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
         scores_bias = _full_bias(case, inputs.rpb)
     scores_bias = scores_bias.masked_fill(~visible, -torch.inf)
     if inputs.additional_keys is not None:
-        k = torch.cat([k, inputs.additional_keys.transpose(1, 2)], dim=2)
-        v = torch.cat([v, inputs.additional_values.transpose(1, 2)], dim=2)
+        more_k, more_v = inputs.additional_keys, inputs.additional_values
         scores_bias = torch.nn.functional.pad(scores_bias, (0, case.additional))
+        if case.additional_lengths is not None:
+            absent = _absent(case, q.device)
+            more_k, more_v = (t.masked_fill(absent[:, :, None, None], 0) for t in (more_k, more_v))
+            absent = torch.nn.functional.pad(absent, (visible.shape[1], 0))
+            scores_bias = scores_bias.masked_fill(absent[:, None, None, :], -torch.inf)
+        k = torch.cat([k, more_k.transpose(1, 2)], dim=2)
+        v = torch.cat([v, more_v.transpose(1, 2)], dim=2)
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     scores = (q * scale) @ k.transpose(-1, -2) + scores_bias
@@ -292,10 +313,11 @@ def _product_slack(
     """
 
     def longest(*tensors: Tensor | None) -> float:
-        return max(float(t.detach().double().norm(dim=-1).max()) for t in tensors if t is not None)
+        given = [t.detach().double().nan_to_num() for t in tensors if t is not None]
+        return max(float(t.norm(dim=-1).max()) for t in given)
 
     def largest(*tensors: Tensor | None) -> float:
-        return max(float(t.detach().abs().max()) for t in tensors if t is not None)
+        return max(float(t.detach().nan_to_num().abs().max()) for t in tensors if t is not None)
 
     scale = abs(case.head_dim**-0.5 if case.scale is None else case.scale)
     error = longest(grad_out) * longest(inputs.value, inputs.additional_values)

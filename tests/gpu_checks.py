@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 import torch
-from cases import CASES, Case, random_case
+from cases import CASES, Case, random_case, random_lengths
 from checks import check_problem, make_inputs, run
 from torch import Tensor
 
@@ -92,6 +92,10 @@ def larger_cases() -> list[Case]:
         Case("2d_48x40_rpb_d64", (48, 40), (25, 25), head_dim=64, rpb=True, **one),
         Case("2d_48x40_rpb_d128", (48, 40), (39, 33), head_dim=128, rpb=True, **one),
         Case("2d_48x40_additional_d64", (48, 40), (9, 9), head_dim=64, additional=700, **one),
+        Case(
+            "2d_48x40_additional_lengths_d64", (48, 40), (9, 9), head_dim=64, batch=4,
+            additional=700, additional_lengths=(700, 0, 131, 64),
+        ),
         Case("3d_10x12x14_d64", (10, 12, 14), (7, 9, 11), head_dim=64, **one),
         Case("3d_10x12x14_d128", (10, 12, 14), (7, 9, 11), head_dim=128, **one),
         Case("3d_10x12x14_strided_d128", (10, 12, 14), (8, 8, 8), (4, 4, 8), head_dim=128, **one),
@@ -144,6 +148,7 @@ class Family:
     contiguous: bool
     rpb: bool
     additional: bool
+    lengths: bool  # of the additional keys
     negative: bool
     deterministic: bool
     knobs: tuple[tuple[str, Any], ...]
@@ -178,6 +183,7 @@ def family(number: int) -> Family:
         additional=random.random() < 0.3,
         negative=random.random() < 0.1,
         deterministic=random.random() < 0.2,
+        lengths=random.random() < 0.5,
         knobs=(),
     )  # fmt: skip
     return replace(made, knobs=tuple(_tiles(made, random).items()))
@@ -249,6 +255,10 @@ def family_case(family: Family, seed: int) -> Case:
         for k, strided in zip(kernel_size, family.strided)
     )
     heads_kv = random.choice((1, 2, 3))
+    additional = random.choice((1, 5, 70, 200)) if family.additional else 0
+    lengths = None
+    if additional and family.lengths:
+        lengths = random_lengths(random, case.batch, additional)
     return replace(
         case,
         kernel_size=kernel_size,
@@ -261,7 +271,8 @@ def family_case(family: Family, seed: int) -> Case:
         head_dim=family.head_dim,
         head_dim_v=family.head_dim_v,
         rpb=family.rpb,
-        additional=random.choice((1, 5, 70, 200)) if family.additional else 0,
+        additional=additional,
+        additional_lengths=lengths,
         scale=random.choice((-0.2, -0.05)) if family.negative else random.choice((None, None, 0.3)),
     )
 
@@ -707,6 +718,7 @@ def sanitized_cases() -> Iterator[tuple[str, Check]]:
         ("cutlass", named["2d_s25_d23_cb"]),
         ("cutlass", named["2d_rpb_additional"]),
         ("cutlass", named["3d_rpb"]),
+        ("cutlass", named["2d_additional_lengths_gqa_dv"]),
         ("cutlass", named["2d_sub_dilated"]),
         ("cutlass", named["varlen_cross"]),
         ("cutlass", named["2d_dilation_ragged_groups"]),

@@ -276,11 +276,11 @@ def test_loops_never_get_tensors_of_another_problem(name, wrong):
     right = dict.fromkeys(names[:3], torch.zeros(1, 8, 1, 8)) | dict.fromkeys(names[3:])
     tensors = list((right | {name: wrong}).values())
     with pytest.raises(ValueError, match=name):
-        cpu.CPU.forward(problem(), DEFAULT_CONFIG, *tensors, None, None)
-    out, lse = cpu.CPU.forward(problem(), DEFAULT_CONFIG, *right.values(), None, None)
+        cpu.CPU.forward(problem(), DEFAULT_CONFIG, *tensors, None, None, None)
+    out, lse = cpu.CPU.forward(problem(), DEFAULT_CONFIG, *right.values(), None, None, None)
     with pytest.raises(ValueError, match=name):
         cpu.CPU.backward(
-            problem(), DEFAULT_CONFIG, out, None, *tensors, None, None, out, lse, (True,) * 6
+            problem(), DEFAULT_CONFIG, out, None, *tensors, None, None, None, out, lse, (True,) * 6
         )
 
 

@@ -17,6 +17,7 @@ SOME = [
     GROUPS["plain"][2],
     *(c for c in CASES if c.name in ("2d_s25_d23_cb", "2d_non_contiguous_gqa", "2d_sub_dilated")),
     *(c for c in CASES if c.name in ("3d_rpb_additional_dilated_strided", "1d_sub_disjoint")),
+    *(c for c in CASES if "additional_lengths" in c.name),
     *(c for c in CASES if c.name in ("attention_causal_cross_long", "varlen_empty_sequences")),
 ]
 
@@ -102,7 +103,9 @@ def test_backward_on_a_gpu(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["2d_k7", "2d_s25_d23_cb", "2d_gqa", "2d_additional", "2d_rpb"])
+@pytest.mark.parametrize(
+    "name", ["2d_k7", "2d_s25_d23_cb", "2d_gqa", "2d_additional", "2d_additional_lengths", "2d_rpb"]
+)
 def test_compiled_on_a_gpu(name):
     case = next(c for c in CASES if c.name == name)
     natten.allow_flex_compile()

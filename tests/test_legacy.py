@@ -478,6 +478,11 @@ def test_swapped_layout(heads):
     assert natten.natten2dav(expected, first.contiguous(), 3, 1).equal(expected_out)
 
 
+def test_programs_may_ask_for_what_is_not_there():
+    for name in ("distributed", "libnatten", "nonsense"):
+        assert not hasattr(natten, name)
+
+
 def test_names_are_where_programs_import_them():
     from natten.context import is_fna_enabled, use_autotuner, use_fused_na
     from natten.experimental import na1d
@@ -597,6 +602,9 @@ def test_module_order_is_warned_of():
         ((64, 2, 7), dict(bias=True, rel_pos_bias=True), "give one of them"),
         ((64, 2, 7, 9), {}, "if dilation is meant"),
         ((64, 5, 6), {}, "embed_dim must be a multiple of num_heads"),
+        # No version had windows of 4 before the heads.
+        ((33, 4, 3), {}, "embed_dim must be a multiple of num_heads"),
+        ((64, "a", 2), {}, "num_heads must be a positive int, got 'a'"),
     ],
 )
 def test_module_errors(arguments, named, text):

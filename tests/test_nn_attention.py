@@ -477,7 +477,11 @@ def test_proj_drop_and_scale():
     ("arguments", "message"),
     [
         ({"embed_dim": 33}, "embed_dim must be a multiple of num_heads, got 33 and 4"),
-        ({"num_heads": 0}, "embed_dim must be a multiple of num_heads"),
+        ({"num_heads": 0}, "num_heads must be a positive int, got 0"),
+        ({"embed_dim": 0}, "embed_dim must be a positive int, got 0"),
+        ({"embed_dim": 32.0}, "embed_dim must be a positive int, got 32.0"),
+        ({"num_kv_heads": 0}, "num_kv_heads must be a positive int, got 0"),
+        ({"qk_scale": "a"}, "qk_scale must be a number or None, got 'a'"),
         ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
         ({"kernel_size": (3, 3, 3)}, "kernel_size must have 2 values"),
         ({"kernel_size": 3.0}, "kernel_size"),
@@ -488,6 +492,7 @@ def test_proj_drop_and_scale():
         ({"rel_pos_bias": True, "is_causal": True}, "rel_pos_bias=True needs is_causal=False"),
         ({"num_heads": 16, "rotary": True}, "head_dim must be even and at least 4"),
         ({"attn_drop": 1.5}, "dropout probability"),
+        ({"attn_drop": -0.5}, "dropout probability"),
     ],
 )
 def test_refused_arguments(arguments, message):

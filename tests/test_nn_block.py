@@ -422,7 +422,8 @@ def test_torchscript_refuses_registers():
 # Of torch's own GraphModule.
 @pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")
 @pytest.mark.parametrize("attention_is_a_leaf", [False, True])
-def test_traces_symbolically(attention_is_a_leaf):
+@pytest.mark.parametrize("extras", [{}, {"rotary": True, "qk_norm": True, "num_registers": 2}])
+def test_traces_symbolically(attention_is_a_leaf, extras):
     class Tracer(torch.fx.Tracer):
         # As timm does with modules it is told not to trace.
         def is_leaf_module(self, module, name):
@@ -433,7 +434,7 @@ def test_traces_symbolically(attention_is_a_leaf):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.backbone = small_backbone(overlapping=False, rel_pos_bias=True)
+            self.backbone = small_backbone(overlapping=False, rel_pos_bias=True, **extras)
 
         def forward(self, x):
             return self.backbone(x)
@@ -443,7 +444,7 @@ def test_traces_symbolically(attention_is_a_leaf):
     for extent in ((17, 14), (24, 9)):
         x = torch.randn(2, 3, *extent)
         assert_close(graph(x), model(x))
-    if attention_is_a_leaf:
+    if attention_is_a_leaf and not extras:
         assert_close(torch.jit.script(graph)(x), model(x))
 
 

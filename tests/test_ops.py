@@ -22,13 +22,27 @@ def arguments(requires_grad=True, everything=True):
     """The operator's arguments for a small 2-D problem."""
     query, key, value = (torch.randn(1, 6, 5, 2, 8, requires_grad=requires_grad) for _ in range(3))
     extras = [None, None, None]
+    lengths = None
     if everything:
+        lengths = torch.tensor([2])
         extras = [
             torch.randn(2, 5, 5, requires_grad=requires_grad),
             *(torch.randn(1, 3, 2, 8, requires_grad=requires_grad) for _ in range(2)),
         ]
     window = ([3, 3], [1, 2], [1, 1], [False, False], 0.3, [6, 5], [0, 0], [0, 0], 0, 0)
-    return (query, key, value, *extras, None, None, *window, "reference", "", requires_grad)
+    return (
+        query,
+        key,
+        value,
+        *extras,
+        None,
+        None,
+        lengths,
+        *window,
+        "reference",
+        "",
+        requires_grad,
+    )
 
 
 @pytest.mark.parametrize("everything", [True, False])
@@ -43,7 +57,7 @@ def test_opcheck_backward(with_lse):
     out, lse = ops.neighborhood_attention(*given)
     grads = (torch.randn_like(out), torch.randn_like(lse) if with_lse else None)
     needs = [True, True, False, True, False, True]
-    opcheck(ops.neighborhood_attention_backward, (*grads, *given[:8], out, lse, *given[8:], needs))
+    opcheck(ops.neighborhood_attention_backward, (*grads, *given[:9], out, lse, *given[9:], needs))
 
 
 def packed_arguments(requires_grad=True, bias=True, heads_kv=1, qkv_needs=True):
@@ -158,6 +172,8 @@ GRADCHECKS = [
     Case("window", (7,), (3,), (2,), (2,), (False,), heads=1, head_dim=2, batch=2),
     Case("causal", (5, 3), (3, 3), (2, 1), is_causal=(True, False), heads=1, head_dim=2, batch=1),
     Case("all", (4, 3), (3, 2), rpb=True, additional=2, heads=2, head_dim=2, batch=1),
+    Case("lengths", (4, 3), (3, 2), additional=3, additional_lengths=(2, 0), heads=2, heads_kv=1,
+         head_dim=2),
     Case("boxes", (3,), (4,), grid=(9,), query_origin=(5,), key_tokens=(4,), key_origin=(4,),
          heads=1, head_dim=2, batch=1),
     Case("attention", (4,), None, key_tokens=(6,), heads=2, heads_kv=1, head_dim=2, batch=1),
@@ -213,7 +229,7 @@ def test_compile_everything():
     """Every argument, attention and a merge in one graph."""
     torch._dynamo.reset()
 
-    def function(query, context, rpb):
+    def function(query, context, lengths, rpb):
         out, lse = natten.na2d(
             query,
             query,
@@ -222,6 +238,7 @@ def test_compile_everything():
             scale=0.2,
             additional_keys=context,
             additional_values=context,
+            additional_lengths=lengths,
             rpb=rpb,
             return_lse=True,
             q_tile_shape=(8, 8),
@@ -239,7 +256,9 @@ def test_compile_everything():
     context = torch.randn(2, 3, 2, 8, requires_grad=True)
     rpb = torch.randn(2, 5, 9, requires_grad=True)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    got, expected = compiled(query, context, rpb), function(query, context, rpb)
+    lengths = torch.tensor([3, 1], dtype=torch.int32)
+    inputs = (query, context, lengths, rpb)
+    got, expected = compiled(*inputs), function(*inputs)
     torch.testing.assert_close(got, expected)
     grads = [torch.autograd.grad(t.sin().sum(), (query, context, rpb)) for t in (got, expected)]
     for a, b in zip(*grads):

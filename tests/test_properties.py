@@ -31,7 +31,11 @@ def draw(seed: int, **changes):
     whole = {"grid": None, "query_origin": None, "key_origin": None}
     if case.grid is not None:
         whole |= {"tokens": case.grid, "key_tokens": case.grid}
-    case = replace(case, head_dim=8, head_dim_v=8, batch=2, **{**whole, **changes})
+    lengths = case.additional_lengths
+    if lengths is not None:
+        lengths = None if "additional" in changes else (lengths * 2)[:2]
+    same = {"head_dim": 8, "head_dim_v": 8, "batch": 2, "additional_lengths": lengths}
+    case = replace(case, **{**same, **whole, **changes})
     return case, make_inputs(case, torch.float64)
 
 
@@ -96,6 +100,8 @@ def test_batches_and_heads_are_independent(backend, seed):
             tensor = getattr(inputs, name)
             part[name] = None if tensor is None else tensor[b : b + 1, ..., h : h + 1, :]
         part["rpb"] = None if inputs.rpb is None else inputs.rpb[heads]
+        if case.additional_lengths is not None:
+            one["additional_lengths"] = case.additional_lengths[b : b + 1]
         out, _ = run(replace(case, **one), type(inputs)(**part), backend)
         torch.testing.assert_close(got[b : b + 1, ..., heads, :], out)
 

@@ -57,6 +57,7 @@ class Setting:
     batch: int = 1
     is_causal: tuple[bool, ...] = ()
     additional: int = 0
+    lengths: bool = False  # of the additional keys
     rpb: bool = False
     backward: bool = True
     knobs: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -71,8 +72,9 @@ class Setting:
         return Problem(
             self.batch, self.tokens, self.tokens, self.heads, self.heads, self.head_dim,
             self.head_dim, self.kernel_size, ones, ones, self.is_causal or (False,) * rank,
-            self.tokens, zeros, zeros, self.head_dim**-0.5, self.additional, self.rpb,
-            dtype=torch.bfloat16, device=torch.device("cuda"), requires_grad=self.backward,
+            self.tokens, zeros, zeros, self.head_dim**-0.5, self.additional, self.lengths,
+            self.rpb, dtype=torch.bfloat16, device=torch.device("cuda"),
+            requires_grad=self.backward,
         )  # fmt: skip
 
 
@@ -87,6 +89,7 @@ SETTINGS = [
 ]
 MORE_SETTINGS = [
     Setting("2d_d64", 90, (128, 128), (13, 13), 64, additional=77),
+    Setting("2d_d64_lengths", 90, (128, 128), (13, 13), 64, additional=77, lengths=True),
     Setting("2d_d128", 90, (256, 256), (80, 80), 128, heads=24),
     Setting("3d_d32", 90, (16, 32, 32), (5, 7, 7), 32),
     Setting("3d_d64", 90, (16, 32, 32), (9, 13, 13), 64, rpb=True),
@@ -98,6 +101,7 @@ MORE_SETTINGS = [
             knobs={"kernel_schedule": "pp"}),
     Setting("1d_d64", 80, (32768,), (2048,), 64),
     Setting("2d_d128", 80, (128, 128), (33, 33), 128, additional=77),
+    Setting("2d_k7_d32_lengths", 80, (56, 56), (7, 7), 32, batch=64, additional=32, lengths=True),
     Setting("2d_k7_d32_bias", 80, (56, 56), (7, 7), 32, batch=64, rpb=True),
     Setting("1d_d64", 100, (32768,), (2048,), 64),
     Setting("3d_d128", 100, (30, 48, 80), (18, 24, 24), 128),
@@ -154,7 +158,8 @@ def compile_setting(setting: Setting) -> dict[str, Any]:
     context: tuple[Any, Any] = (None, None)
     if setting.additional:
         context = tuple(tensor(batch, setting.additional, heads, head_dim) for _ in range(2))  # type: ignore[assignment]
-    inputs = (query, key, value, bias, *context, None, None)
+    lengths = tensor(batch, dtype=torch.int64) if setting.lengths else None
+    inputs = (query, key, value, bias, *context, None, None, lengths)
     lse = tensor(batch, *setting.tokens, heads, dtype=torch.float32)
     needs = (True, True, True, setting.rpb, bool(setting.additional), bool(setting.additional))
     with _compiling(setting.arch) as kernels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from random import Random
 
@@ -55,3 +56,12 @@ def test_two_programs_fit_where_shared_memory_is_small(device: str, kind: str) -
     assert taken <= limit
     assert 2 * taken <= limit or tiling.stages <= 2
     assert prod(tiling.query) * prod(tiling.key) >= 32 * 64
+
+
+def test_lengths_need_a_kernel_that_reads_no_more() -> None:
+    """The kernel whose warp groups run apart loads whole tiles of additional keys."""
+    problem = make_problem(
+        (64, 64), 13, heads=8, head_dim=64, dtype=torch.bfloat16, device="cuda", additional=77
+    )
+    assert tiles.suits_apart(problem)
+    assert not tiles.suits_apart(replace(problem, has_lengths=True))

@@ -80,6 +80,7 @@ def test_bad_parameters(arguments, message):
         natten.na2d(Q2, Q2, Q2, **arguments)
 
 
+BOTH = {"additional_keys": CONTEXT, "additional_values": CONTEXT}
 BAD_TENSORS = [
     ((Q1, Q1, Q1), {}, "query must have 5 dimensions"),
     ((Q3, Q3, Q3), {}, "query must have 5 dimensions"),
@@ -112,6 +113,19 @@ BAD_TENSORS = [
         {"additional_keys": CONTEXT, "additional_values": CONTEXT.double()},
         "additional_values must have query's dtype",
     ),
+    ((Q2,) * 3, {"additional_lengths": torch.tensor([1])}, "needs additional_keys"),
+    ((Q2,) * 3, {**BOTH, "additional_lengths": [1]}, "must be a torch.Tensor, got list"),
+    ((Q2,) * 3, {**BOTH, "additional_lengths": torch.tensor(1)}, r"1 integers, .* got shape \(\)"),
+    ((Q2,) * 3, {**BOTH, "additional_lengths": torch.tensor([1, 1])}, r"got shape \(2,\)"),
+    ((Q2,) * 3, {**BOTH, "additional_lengths": torch.tensor([1.0])}, "and torch.float32"),
+    ((Q2,) * 3, {**BOTH, "additional_lengths": torch.tensor([True])}, "and torch.bool"),
+    (
+        (Q2,) * 3,
+        {**BOTH, "additional_lengths": torch.tensor([1], device="meta")},
+        "additional_lengths must be on query's device cpu, got meta",
+    ),
+    ((Q2,) * 3, {**BOTH, "additional_lengths": torch.tensor([-1])}, r"integers from 0 .*\[-1\]"),
+    ((Q2,) * 3, {**BOTH, "additional_lengths": torch.tensor([99])}, r"integers from 0 .*\[99\]"),
     ((Q2,) * 3, {"rpb": tensor(2, 5, 4)}, r"rpb must have shape .* = \(2, 5, 5\)"),
     ((Q2,) * 3, {"rpb": tensor(2, 5, 5), "is_causal": True}, "rpb is defined for bidirectional"),
     ((Q2,) * 3, {"rpb": tensor(2, 5, 5).int()}, "rpb must have a floating-point dtype"),

@@ -215,6 +215,7 @@ def attention(
         None,
         cumulative_q,
         cumulative_kv,
+        None,
         grid,
         (1,),
         (1,),

@@ -35,7 +35,7 @@ def _list(
     ones, zeros = (1,) * rank, (0,) * rank
     scale = validation.check_scale(None, query.shape[-1])
     parameters = (grid, ones, ones, (False,) * rank, scale, grid, zeros, zeros, 0, 0)
-    problem = make_problem(query, key, value, None, None, None, parameters, backward)
+    problem = make_problem(query, key, value, None, None, None, None, parameters, backward)
     if not can_run(backend_name, problem, DEFAULT_CONFIG):
         return []
     backend = load(backend_name)

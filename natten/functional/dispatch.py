@@ -6,7 +6,7 @@ Every backend is an object with
     refusal(problem, config)      None if it can run the problem, else the reason in one sentence
                                   (an Unavailable if the environment lacks something)
     forward(problem, config, query, key, value, rpb, additional_keys, additional_values,
-            cumulative_seqlen_q, cumulative_seqlen_kv) -> (out, logsumexp)
+            cumulative_seqlen_q, cumulative_seqlen_kv, additional_lengths) -> (out, logsumexp)
     backward(problem, config, grad_out, grad_lse, *the same tensors, out, logsumexp, needs)
             -> six gradients
     configs(problem), backward_configs(problem)

@@ -85,6 +85,7 @@ def _make_plan(
     rpb: Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
+    additional_lengths: Tensor | None,
     window: tuple[Any, ...],
     scale: Any,
     backend: Any,
@@ -95,6 +96,7 @@ def _make_plan(
     grid, query_origin, key_origin = _boxes(query, key, *boxes)
     kernel_size, stride, dilation, is_causal = validation.check_window(grid, *window)
     validation.check_additional(query, key, value, additional_keys, additional_values)
+    validation.check_lengths(additional_lengths, query, additional_keys)
     validation.check_rpb(rpb, query, kernel_size, is_causal)
     checked_knobs = validation.check_knobs(rank, knobs)
     name = parse_name(backend, FNA)
@@ -130,7 +132,7 @@ def _cached_plan(*arguments: Any) -> _Plan:
     if torch.compiler.is_compiling():
         return _make_plan(*arguments)
     identity: list[Any] = []
-    for tensor in arguments[1:7]:
+    for tensor in arguments[1:8]:
         if tensor is None:
             identity.append(None)
         elif isinstance(tensor, Tensor) and not tensor.is_nested:
@@ -138,7 +140,7 @@ def _cached_plan(*arguments: Any) -> _Plan:
         else:
             return _make_plan(*arguments)
     # The text tells 1 from True and 1.0, and holds for lists as well.
-    identity.append(repr((arguments[0], arguments[7:])))
+    identity.append(repr((arguments[0], arguments[8:])))
     key = tuple(identity)
     try:
         return _plans[key]
@@ -208,6 +210,7 @@ def _run(
     rpb: Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
+    additional_lengths: Tensor | None,
     plan: _Plan,
 ) -> tuple[Tensor, Tensor]:
     """The operator, over flattened tokens where the window is everything."""
@@ -226,6 +229,7 @@ def _run(
         additional_values,
         None,
         None,
+        additional_lengths,
         *parameters,
         requires_grad,
     )
@@ -251,7 +255,7 @@ def _run_separately(
         causal = parameters[3][0]
         out, lse = _attention(query, key, value, parameters, causal, attention_kwargs)
     else:
-        out, lse = _run(query, key, value, rpb, None, None, plan)
+        out, lse = _run(query, key, value, rpb, None, None, None, plan)
         out, lse = _flat(out), lse.flatten(1, -2)
     if additional_keys is not None and additional_values is not None:
         context = _attention(
@@ -269,6 +273,7 @@ def _neighborhood_attention(
     rpb: Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
+    additional_lengths: Tensor | None,
     window: tuple[Any, ...],
     scale: float | None,
     attention_kwargs: AttentionKwargs | None,
@@ -284,12 +289,20 @@ def _neighborhood_attention(
             dtype, query, key, value, additional_keys, additional_values
         )
     tensors = (query, key, value, rpb, additional_keys, additional_values)
-    plan = _cached_plan(rank, *tensors, window, scale, backend, knobs, boxes)
+    plan = _cached_plan(rank, *tensors, additional_lengths, window, scale, backend, knobs, boxes)
+    if additional_lengths is not None and additional_keys is not None:
+        most = additional_keys.shape[1]
+        validation.check_length_values("additional_lengths", additional_lengths, most)
     applies = plan.is_full_window or additional_keys is not None
     if attention_kwargs and applies and not try_fuse_additional_kv:
+        if additional_lengths is not None:
+            raise NotImplementedError(
+                "additional_lengths and attention_kwargs, which make additional keys an attention "
+                "of their own, do not go together without try_fuse_additional_kv=True"
+            )
         out, lse = _run_separately(*tensors, plan, attention_kwargs)
     else:
-        out, lse = _run(*tensors, plan)
+        out, lse = _run(*tensors, additional_lengths, plan)
     return (out, lse) if return_lse else out
 
 
@@ -320,7 +333,7 @@ def _make_packed_plan(
 ) -> _PackedPlan:
     query, key, value = unpacked(qkv, heads_kv)
     plan = _make_plan(
-        None, query, key, value, rpb, None, None, window, scale, backend, _NO_KNOBS, boxes
+        None, query, key, value, rpb, None, None, None, window, scale, backend, _NO_KNOBS, boxes
     )
     is_flat = plan.is_full_window and qkv.dim() > 4
     parameters = _flattened(plan.parameters, qkv) if is_flat else plan.parameters
@@ -391,7 +404,7 @@ def packed_attention(
     if torch.jit.is_tracing():
         # The deprecated tracer records the operator of three tensors.
         query, key, value = unpacked(qkv, heads_kv)
-        return _run(query, key, value, rpb, None, None, plan)
+        return _run(query, key, value, rpb, None, None, None, plan)
     tokens = qkv.shape[1:-2]
     if is_flat:
         qkv = _flat(qkv)
@@ -435,6 +448,7 @@ def neighborhood_attention_generic(
     *,
     return_lse: bool = False,
     rpb: Tensor | None = None,
+    additional_lengths: Tensor | None = None,
     grid: Sequence[int] | None = None,
     query_origin: Sequence[int] | None = None,
     key_origin: Sequence[int] | None = None,
@@ -478,6 +492,11 @@ def neighborhood_attention_generic(
         rpb: Relative position bias ``[heads, 2 * kernel_size - 1 for each axis]``; entry
             ``key position - query position + kernel_size - 1`` of the dilation group is added to
             the scaled dot product. Bidirectional axes only.
+        additional_lengths: Integers ``[batch]``, from 0 to context: how many of the additional
+            keys, the first ones, each batch entry has. The others are neither read nor get a
+            gradient other than 0, whatever they hold; short contexts cost less than long ones.
+            None: all. Values out of range raise where looking is free, on the CPU; elsewhere they
+            count as 0 and context.
         grid: Extents of the whole grid, where query and key hold boxes of it. Windows are
             placed in the grid, and keys outside of the key box are left out.
         query_origin: Where query's box starts in the grid; default 0.
@@ -504,6 +523,7 @@ def neighborhood_attention_generic(
         rpb,
         additional_keys,
         additional_values,
+        additional_lengths,
         (kernel_size, stride, dilation, is_causal),
         scale,
         attention_kwargs,
@@ -570,6 +590,7 @@ def _of_rank(rank: int) -> Callable[..., Any]:
         *,
         return_lse: bool = False,
         rpb: Tensor | None = None,
+        additional_lengths: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         return _neighborhood_attention(
             rank,
@@ -579,6 +600,7 @@ def _of_rank(rank: int) -> Callable[..., Any]:
             rpb,
             additional_keys,
             additional_values,
+            additional_lengths,
             (kernel_size, stride, dilation, is_causal),
             scale,
             attention_kwargs,
@@ -627,6 +649,7 @@ def explain(
     additional_values: Tensor | None = None,
     *,
     rpb: Tensor | None = None,
+    additional_lengths: Tensor | None = None,
     torch_compile: bool = False,
     grid: Sequence[int] | None = None,
     query_origin: Sequence[int] | None = None,
@@ -644,8 +667,18 @@ def explain(
     tensors = (query, key, value, rpb, additional_keys, additional_values)
     window = (kernel_size, stride, dilation, is_causal)
     boxes = (grid, query_origin, key_origin)
-    parameters = _make_plan(None, *tensors, window, scale, None, knobs, boxes).parameters
+    parameters = _make_plan(
+        None, *tensors, additional_lengths, window, scale, None, knobs, boxes
+    ).parameters
     problem = make_problem(
-        query, key, value, rpb, additional_keys, None, parameters[:10], _needs_grad(*tensors)
+        query,
+        key,
+        value,
+        rpb,
+        additional_keys,
+        None,
+        additional_lengths,
+        parameters[:10],
+        _needs_grad(*tensors),
     )
     return explain_problem(problem, decode_config(parameters[11]))

@@ -27,7 +27,8 @@ from natten.profile_file import with_profile
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? additional_keys, "
-    "Tensor? additional_values, Tensor? cumulative_seqlen_q, Tensor? cumulative_seqlen_kv"
+    "Tensor? additional_values, Tensor? cumulative_seqlen_q, Tensor? cumulative_seqlen_kv, "
+    "Tensor? additional_lengths"
 )
 _PARAMETERS = (
     "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, bool[] is_causal, float scale, "
@@ -35,7 +36,7 @@ _PARAMETERS = (
     "SymInt max_seqlen_kv, str backend, str config, bool requires_grad"
 )
 # Tensors before the parameters in the schema; the first six are differentiable.
-_NUM_TENSORS = 8
+_NUM_TENSORS = 9
 _IS_CAUSAL = _NUM_TENSORS + 3
 
 _library = torch.library.Library("natten", "DEF")
@@ -70,6 +71,7 @@ def _problem(
     key_shape: tuple[int, ...],
     head_dim_v: int,
     num_additional: int,
+    has_lengths: bool,
     has_rpb: bool,
     varlen: bool,
     dtype: torch.dtype,
@@ -103,6 +105,7 @@ def _problem(
         key_origin=key_origin,
         scale=scale,
         num_additional=num_additional,
+        has_lengths=has_lengths,
         has_rpb=has_rpb,
         varlen=varlen,
         max_seqlen_q=max_seqlen_q,
@@ -120,6 +123,7 @@ def make_problem(
     rpb: Tensor | None,
     additional_keys: Tensor | None,
     cumulative_seqlen_q: Tensor | None,
+    additional_lengths: Tensor | None,
     parameters: Sequence[Any],
     requires_grad: bool,
 ) -> Problem:
@@ -135,6 +139,7 @@ def make_problem(
         key.shape,
         value.shape[-1],
         0 if additional_keys is None else additional_keys.shape[1],
+        additional_keys is not None and additional_lengths is not None,
         rpb is not None,
         cumulative_seqlen_q is not None,
         query.dtype,
@@ -153,10 +158,10 @@ def make_problem(
 
 
 def _plan(tensors: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Problem, Config, str]:
-    query, key, value, rpb, additional_keys, _, cumulative_seqlen_q, _ = tensors
+    query, key, value, rpb, additional_keys, _, cumulative_seqlen_q, _, lengths = tensors
     *window, backend, config, requires_grad = parameters
     problem = make_problem(
-        query, key, value, rpb, additional_keys, cumulative_seqlen_q, window, requires_grad
+        query, key, value, rpb, additional_keys, cumulative_seqlen_q, lengths, window, requires_grad
     )
     return problem, decode_config(config), backend
 
@@ -173,7 +178,7 @@ def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _without_empty_context(tensors: tuple[Any, ...], problem: Problem) -> tuple[Any, ...]:
     if problem.num_additional or tensors[4] is None:
         return tensors
-    return (*tensors[:4], None, None, *tensors[6:])
+    return (*tensors[:4], None, None, *tensors[6:8], None)
 
 
 def _is_empty(problem: Problem) -> bool:
@@ -337,7 +342,7 @@ def _packed_forward(
         qkv.shape, qkv.dtype, qkv.device, rpb is not None, heads_kv, tuple(window), scale,
         requires_grad,
     )  # fmt: skip
-    tensors = (*unpacked(qkv, heads_kv), rpb, None, None, None, None)
+    tensors = (*unpacked(qkv, heads_kv), rpb, None, None, None, None, None)
     return _run(tensors, problem, DEFAULT_CONFIG, backend)
 
 
@@ -375,7 +380,7 @@ def _packed_backward(
     else:
         gradient = qkv.new_empty(0)
     gradients = _run_backward(
-        grad_out, grad_lse, (*unpacked(qkv, heads_kv), rpb, None, None, None, None), out, lse,
+        grad_out, grad_lse, (*unpacked(qkv, heads_kv), rpb, None, None, None, None, None), out, lse,
         (needs_qkv, needs_qkv, needs_qkv, needs_rpb, False, False), problem, DEFAULT_CONFIG,
         backend, destinations,
     )  # fmt: skip

@@ -40,6 +40,7 @@ class Problem:
         key_origin: Where the key box starts in the grid. Keys outside the box do not exist.
         scale: Factor on the dot products.
         num_additional: Additional keys that every query sees; 0 for none.
+        has_lengths: Whether batch entries have only so many of them as a tensor says.
         has_rpb: Whether a relative position bias is added.
         varlen: Whether batch 1 holds packed sequences, each a problem of its own.
         max_seqlen_q: Longest packed query sequence; 0 if not varlen.
@@ -65,6 +66,7 @@ class Problem:
     key_origin: tuple[int, ...]
     scale: float
     num_additional: int = 0
+    has_lengths: bool = False
     has_rpb: bool = False
     varlen: bool = False
     max_seqlen_q: int = 0

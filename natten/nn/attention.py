@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natten.functional import attention, merge_attentions
 from natten.nn.core import (
     NeighborhoodModule,
     attend_packed,
+    attend_to_all,
     check_grid,
     check_sequence,
     crop,
@@ -24,7 +24,9 @@ from natten.nn.rotary import RotaryEmbedding, rotate
 
 # Control flow on shapes cannot be traced symbolically: in an fx graph each is one call.
 torch.fx.wrap("attend_packed")
+torch.fx.wrap("attend_to_all")
 torch.fx.wrap("check_grid")
+torch.fx.wrap("check_sequence")
 torch.fx.wrap("place")
 torch.fx.wrap("crop")
 
@@ -219,17 +221,7 @@ class NeighborhoodAttention(NeighborhoodModule):
                 enable_gqa=self.num_kv_heads != self.num_heads,
             ).transpose(1, 2)
         else:
-            # Two attentions and a merge, so that the keys of the grid need not be copied.
-            branches = [
-                attention(query_r, k, v, scale=self.scale, return_lse=True)
-                for k, v in ((key, value), (key_r, value_r))
-            ]
-            out_r, _ = merge_attentions(
-                [o for o, _ in branches],
-                [lse for _, lse in branches],
-                torch_compile=False,
-                return_lse=True,
-            )
+            out_r = attend_to_all(query_r, key, value, key_r, value_r, self.scale)
         return self._output(crop(out, extent)), self._output(out_r)
 
     def _check_registers(self, x: Tensor, registers: Tensor) -> None:

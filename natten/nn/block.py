@@ -263,11 +263,12 @@ class NeighborhoodTransformerBlock(nn.Module):
         self, x: Tensor, modulation: list[Tensor], registers: Tensor
     ) -> tuple[Tensor, Tensor]:
         streams = [(x, self.rank), (registers, 1)]
-        branches = self.attn(
+        # Symbolic traces unpack a pair, and do not iterate over it.
+        of_grid, of_registers = self.attn(
             *(self._modulate(self.norm1(t), modulation, 0, axes) for t, axes in streams)
         )
         results = []
-        for (t, axes), branch in zip(streams, branches, strict=True):
+        for (t, axes), branch in zip(streams, (of_grid, of_registers), strict=True):
             t = self._add(t, branch, self.gamma1, modulation, 0, axes)
             branch = self.mlp(self._modulate(self.norm2(t), modulation, 3, axes))
             results.append(self._add(t, branch, self.gamma2, modulation, 3, axes))

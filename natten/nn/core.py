@@ -13,7 +13,7 @@ from natten.functional import neighborhood_attention_generic
 from natten.functional.neighborhood import packed_attention
 from natten.nn.explicit import AttentionMap, attention_map, window_attention, window_rows
 from natten.nn.rotary import RotaryEmbedding
-from natten.validation import check_window
+from natten.validation import check_positive_int, check_scale, check_window
 from natten.window import Axis
 
 
@@ -31,6 +31,7 @@ def attend(
     additional_values: Tensor | None = None,
     origin: list[int] | None = None,
     grid: list[int] | None = None,
+    additional_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Neighborhood attention and its logsumexp, in eager mode, under torch.compile and in
     TorchScript.
@@ -50,6 +51,7 @@ def attend(
             additional_values,
             None,
             None,
+            additional_lengths,
             kernel_size,
             stride,
             dilation,
@@ -75,6 +77,7 @@ def attend(
         scale=scale,
         additional_keys=additional_keys,
         additional_values=additional_values,
+        additional_lengths=additional_lengths,
         rpb=rpb,
         grid=grid,
         query_origin=None if grid is None else origin,
@@ -82,6 +85,35 @@ def attend(
         return_lse=True,
     )
     return out, lse
+
+
+def attend_to_all(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor,
+    additional_values: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of tokens to others and to additional ones, `[B, tokens, heads, head_dim]`."""
+    # The others are a window of everything: nothing is copied or merged.
+    size = [max(query.shape[1], key.shape[1])]
+    out, _ = attend(
+        query,
+        key,
+        value,
+        size,
+        [1],
+        [1],
+        [False],
+        scale,
+        None,
+        additional_keys,
+        additional_values,
+        None,
+        size,
+    )
+    return out
 
 
 def attend_packed(
@@ -123,8 +155,9 @@ def attend_packed(
     return out
 
 
-# In an fx graph this is one call.
+# In an fx graph these are one call each.
 torch.fx.wrap("attend")
+torch.fx.wrap("attend_to_all")
 
 
 def check_grid(x: Tensor, rank: int, channels: int, name: str) -> None:
@@ -244,11 +277,17 @@ class NeighborhoodModule(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or embed_dim % num_heads:
+        for name, number in (
+            ("embed_dim", embed_dim),
+            ("num_heads", num_heads),
+            ("num_kv_heads", num_kv_heads),
+        ):
+            check_positive_int(name, number)
+        if embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"
             )
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
             )
@@ -261,10 +300,10 @@ class NeighborhoodModule(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = embed_dim // num_heads
-        self.scale = self.head_dim**-0.5 if qk_scale is None else float(qk_scale)
+        self.scale = check_scale(qk_scale, self.head_dim, "qk_scale")
         self.pad = pad
         # Modules that are absent are None, so that TorchScript compiles no code for them.
-        self.attn_drop = nn.Dropout(attn_drop) if attn_drop > 0 else None
+        self.attn_drop = nn.Dropout(attn_drop) if attn_drop != 0 else None
         if rotary is True:
             rotary = RotaryEmbedding(
                 self.head_dim, self.rank, spacing=self.dilation, device=device, dtype=dtype
@@ -293,6 +332,7 @@ class NeighborhoodModule(nn.Module):
         additional_values: Tensor | None = None,
         origin: list[int] | None = None,
         grid: list[int] | None = None,
+        additional_lengths: Tensor | None = None,
     ) -> Tensor:
         if self.attn_drop is not None and self.training:
             if torch.jit.is_scripting():
@@ -304,7 +344,7 @@ class NeighborhoodModule(nn.Module):
                     value,
                     additional_keys,
                     additional_values,
-                    None,
+                    additional_lengths,
                     origin,
                     grid,
                     self.attn_drop.p,
@@ -323,6 +363,7 @@ class NeighborhoodModule(nn.Module):
             additional_values,
             origin,
             grid,
+            additional_lengths,
         )
         return out
 

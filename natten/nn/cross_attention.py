@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from natten.functional import attention, merge_attentions
 from natten.nn.core import (
     NeighborhoodModule,
-    attend,
     check_grid,
     check_sequence,
     crop,
@@ -18,6 +16,37 @@ from natten.nn.core import (
 )
 from natten.nn.explicit import AttentionMap
 from natten.nn.rotary import RotaryEmbedding, rotate
+from natten.validation import check_length_values
+
+
+def check_source(source: Tensor, x: Tensor) -> None:
+    if source.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"source must have x's batch size and extents {list(x.shape[:-1])}, got "
+            f"{list(source.shape[:-1])}"
+        )
+
+
+def lengths_of(lengths: Tensor, context: Tensor) -> Tensor:
+    """context_lengths, checked, where the context is."""
+    is_integer = not lengths.is_floating_point() and lengths.dtype != torch.bool
+    if lengths.shape != context.shape[:1] or not is_integer:
+        raise ValueError(
+            f"context_lengths must be {context.shape[0]} integers, got {lengths.dtype} of the "
+            f"shape {list(lengths.shape)}"
+        )
+    if not torch.jit.is_scripting():
+        check_length_values("context_lengths", lengths, context.shape[1])
+    return lengths.to(context.device)
+
+
+# Control flow on shapes cannot be traced symbolically: in an fx graph each is one call.
+torch.fx.wrap("check_grid")
+torch.fx.wrap("check_sequence")
+torch.fx.wrap("check_source")
+torch.fx.wrap("crop")
+torch.fx.wrap("lengths_of")
+torch.fx.wrap("place")
 
 
 class NeighborhoodCrossAttention(NeighborhoodModule):
@@ -114,11 +143,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         Args:
             x: `[B, *X, embed_dim]`, where queries come from.
             context: `[B, S, context_dim]`, which every query attends to; None for none.
-            context_lengths: integers `[B]`, how many tokens of each context are there; the others
-                have no influence on the result, and no gradient. Values beyond S count as S. None
-                for all. The tokens may differ in number within a batch without any copy: the
-                context then takes a second, variable-length attention, merged exactly with the
-                neighborhood's.
+            context_lengths: integers `[B]` from 0 to S, how many tokens of each context are there;
+                the others have no influence on the result, and no gradient. None for all.
             source: `[B, *X, source_dim]`, where the keys and values of windows come from; None
                 for x.
             origin, grid: as for `NeighborhoodAttention2D.forward`, where x and source are crops.
@@ -128,7 +154,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
 
         Raises:
             ValueError: for tensors that do not fit the module or each other, and axes shorter than
-                `kernel_size * dilation` without `pad`.
+                `kernel_size * dilation` without `pad`. What context_lengths hold is checked on the
+                CPU only; elsewhere what is out of range counts as 0 or S.
         """
         extent = x.shape[1:-1]
         query, key, value = self._project(x, source, origin, grid)
@@ -138,14 +165,9 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             out = self._attend(query, key, value, None, None, origin, grid)
         else:
             key_c, value_c = self._project_context(x, context)
-            if context_lengths is None:
-                out = self._attend(query, key, value, key_c, value_c, origin, grid)
-            elif torch.jit.is_scripting():
-                raise RuntimeError("TorchScript has no context_lengths")
-            else:
-                out = self._attend_by_length(
-                    query, key, value, key_c, value_c, context_lengths, origin, grid
-                )
+            if context_lengths is not None:
+                context_lengths = lengths_of(context_lengths, key_c)
+            out = self._attend(query, key, value, key_c, value_c, origin, grid, context_lengths)
         if self.pad:
             out = crop(out, extent)
         return self.proj_drop(self.proj(out.flatten(-2)))
@@ -162,11 +184,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if source is None:
             source = x
         check_grid(source, rank, self.source_dim, "source")
-        if source.shape[:-1] != x.shape[:-1]:
-            raise ValueError(
-                f"source must have x's batch size and extents {list(x.shape[:-1])}, got "
-                f"{list(source.shape[:-1])}"
-            )
+        check_source(source, x)
         x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
         source = place(source, self.kernel_size, self.dilation, self.pad, origin, grid)
         query = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
@@ -192,75 +210,6 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if self.k_norm is not None:
             key = self.k_norm(key)
         return key, value
-
-    def _attend_by_length(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_c: Tensor,
-        value_c: Tensor,
-        lengths: Tensor,
-        origin: list[int] | None,
-        grid: list[int] | None,
-    ) -> Tensor:
-        lengths = self._check_lengths(lengths, key_c)
-        if lengths.shape[0] == 0:
-            return self._attend(query, key, value, key_c, value_c, origin, grid)
-        if self.attn_drop is not None and self.training:
-            return self._attend_with_dropout(
-                query, key, value, key_c, value_c, lengths, origin, grid, self.attn_drop.p
-            )
-        out, lse = attend(
-            query,
-            key,
-            value,
-            self.kernel_size,
-            self.stride,
-            self.dilation,
-            self.is_causal,
-            self.scale,
-            self.rpb,
-            origin=origin,
-            grid=grid,
-        )
-        batch, size = key_c.shape[:2]
-        tokens = query.flatten(1, self.rank).shape[1]
-        # What lies beyond a length becomes a sequence of its own, which no query belongs to: so
-        # nothing needs to be packed, and no length leaves the device.
-        entry = torch.arange(batch, device=query.device)
-        ends_q = (entry + 1) * tokens
-        cumulative_q = torch.stack([ends_q, ends_q], dim=1).flatten()
-        cumulative_kv = torch.stack([entry * size + lengths, (entry + 1) * size], dim=1).flatten()
-        cumulative_q, cumulative_kv = (
-            nn.functional.pad(c, (1, 0)).to(torch.int32) for c in (cumulative_q, cumulative_kv)
-        )
-        out_c, lse_c = attention(
-            query.flatten(0, self.rank)[None],
-            key_c.flatten(0, 1)[None],
-            value_c.flatten(0, 1)[None],
-            scale=self.scale,
-            cumulative_seqlen_Q=cumulative_q,
-            cumulative_seqlen_KV=cumulative_kv,
-            max_seqlen_Q=tokens,
-            max_seqlen_KV=size,
-            return_lse=True,
-        )
-        merged, _ = merge_attentions(
-            [out.flatten(0, self.rank)[None], out_c],
-            [lse.flatten(0, self.rank)[None], lse_c],
-            torch_compile=False,
-            return_lse=True,
-        )
-        return merged.view(out.shape)
-
-    def _check_lengths(self, lengths: Tensor, key_c: Tensor) -> Tensor:
-        if lengths.shape != key_c.shape[:1] or lengths.is_floating_point():
-            raise ValueError(
-                f"context_lengths must be {key_c.shape[0]} integers, got {lengths.dtype} of the "
-                f"shape {list(lengths.shape)}"
-            )
-        return lengths.to(key_c.device).clamp(0, key_c.shape[1])
 
     @torch.no_grad()
     def attention_map(
@@ -291,7 +240,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if context is not None:
             key_c = self._project_context(x, context)[0]
             if context_lengths is not None:
-                lengths = self._check_lengths(context_lengths, key_c)
+                lengths = lengths_of(context_lengths, key_c)
         return self._map(query, key, positions, x.shape[1:-1], key_c, lengths, origin, grid)
 
     def extra_repr(self) -> str:

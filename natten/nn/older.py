@@ -80,13 +80,17 @@ def _in_order(arguments: tuple[Any, ...], has_bias: bool) -> tuple[Any, ...]:
     embed_dim, second, third, *rest = arguments
 
     def may_be_heads(number: Any) -> bool:
-        return isinstance(number, int) and number > 0 and embed_dim % number == 0
+        is_count = isinstance(number, int) and isinstance(embed_dim, int)
+        return is_count and number > 0 and embed_dim % number == 0
 
     heads_first = may_be_heads(second)
-    window_first = may_be_heads(third) and (isinstance(second, (tuple, list)) or second > 1)
+    # Versions that had the window first had these windows only; one for each axis is no number of
+    # heads in any version.
+    window_first = may_be_heads(third) and (
+        _is_old_window(second) or (isinstance(second, (tuple, list)) and not has_bias)
+    )
     if has_bias:
         heads_first = heads_first and _is_old_window(third)
-        window_first = window_first and _is_old_window(second)
         if heads_first and window_first and second != third:
             raise ValueError(
                 f"{second} and {third} may be num_heads and kernel_size, or the reverse as up to "

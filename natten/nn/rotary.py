@@ -85,18 +85,7 @@ class RotaryEmbedding(nn.Module):
         """Cosines and sines of the angles of a grid, `[*extent, 1, head_dim // 2]`, for `rotate`;
         `origin` is where it lies in a larger grid (default 0).
         """
-        table = self.frequencies
-        rank = len(extent)
-        angles = torch.zeros([1], device=table.device, dtype=table.dtype)
-        for axis in range(rank):
-            coordinate = torch.arange(extent[axis], device=table.device, dtype=table.dtype)
-            if origin is not None:
-                coordinate = coordinate + origin[axis]
-            for _ in range(rank - axis):
-                coordinate = coordinate.unsqueeze(-1)
-            angles = angles + coordinate * table[axis]
-        angles = angles.unsqueeze(-2)
-        return angles.cos(), angles.sin()
+        return rotation_of_grid(self.frequencies, extent, origin)
 
     def forward(self, x: Tensor, origin: list[int] | None = None) -> Tensor:
         """Rotates `x`, `[B, *X, heads, head_dim]`, whose first token has the coordinates `origin`
@@ -110,6 +99,27 @@ class RotaryEmbedding(nn.Module):
             f"head_dim={self.head_dim}, rank={self.rank}, theta={self.theta}, "
             f"spacing={self.spacing}"
         )
+
+
+def rotation_of_grid(
+    table: Tensor, extent: list[int], origin: list[int] | None
+) -> tuple[Tensor, Tensor]:
+    """`RotaryEmbedding.rotation`, by its table of frequencies."""
+    rank = len(extent)
+    angles = torch.zeros([1], device=table.device, dtype=table.dtype)
+    for axis in range(rank):
+        coordinate = torch.arange(extent[axis], device=table.device, dtype=table.dtype)
+        if origin is not None:
+            coordinate = coordinate + origin[axis]
+        for _ in range(rank - axis):
+            coordinate = coordinate.unsqueeze(-1)
+        angles = angles + coordinate * table[axis]
+    angles = angles.unsqueeze(-2)
+    return angles.cos(), angles.sin()
+
+
+# In an fx graph this is one call.
+torch.fx.wrap("rotation_of_grid")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
@@ -73,6 +74,17 @@ def _sequences(cumulative: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return number.masked_fill(beyond, -1), start
 
 
+def _with_lengths(
+    visible: Callable[[Tensor, Tensor], Tensor], lengths: Tensor, own: int
+) -> Callable[..., Tensor]:
+    """FlexAttention's mask where each batch entry has so many of the additional keys."""
+
+    def masked(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return visible(q, kv) & (kv < own + lengths[b])
+
+    return masked
+
+
 def _block_mask(
     problem: Problem,
     visible: Callable[[Tensor, Tensor], Tensor],
@@ -93,6 +105,9 @@ def _block_mask(
         # Blocks that the border cuts count as partial.
         all_seen = torch.nn.functional.pad(seen.all(0), (0, padding))
         full = all_seen.view(-1, kv_block).all(-1) & (len(q) == q_block)
+        if problem.has_lengths:
+            # Who sees the additional keys in a block is not known here.
+            full[problem.num_keys // kv_block :] = False
         every.append(full)
         some.append(any_seen.view(-1, kv_block).any(-1) & ~full)
 
@@ -191,12 +206,20 @@ def _run(
     additional_values: Tensor | None,
     cumulative_seqlen_q: Tensor | None,
     cumulative_seqlen_kv: Tensor | None,
+    additional_lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp, in the layouts of the operator."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     q, k, v = (t.flatten(1, -3) for t in (query, key, value))
     if additional_keys is not None and additional_values is not None:
+        if additional_lengths is not None:
+            additional_lengths = additional_lengths.long()
+            token = torch.arange(problem.num_additional, device=problem.device)
+            # A weight of zero times what is not finite would not be zero.
+            absent = (token >= additional_lengths[:, None])[:, :, None, None]
+            additional_keys = additional_keys.masked_fill(absent, 0.0)
+            additional_values = additional_values.masked_fill(absent, 0.0)
         k, v = torch.cat([k, additional_keys], dim=1), torch.cat([v, additional_values], dim=1)
     q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
     blocks = (_BLOCK, _BLOCK)
@@ -210,6 +233,11 @@ def _run(
         block_mask = _block_mask(problem, _visible(problem, sequences), blocks)
     else:
         block_mask = _cached_block_mask(_geometry(problem), blocks)
+        if additional_lengths is not None:
+            block_mask = copy(block_mask)
+            block_mask.mask_mod = _with_lengths(
+                _visible(problem, None), additional_lengths, problem.num_keys
+            )
     attend = _compiled() if config.torch_compile else flex_attention
     out, aux = attend(
         q,
@@ -292,6 +320,7 @@ class Flex:
         additional_values: Tensor | None,
         cumulative_seqlen_q: Tensor | None,
         cumulative_seqlen_kv: Tensor | None,
+        additional_lengths: Tensor | None,
         out: Tensor,
         lse: Tensor,
         needs: tuple[bool, bool, bool, bool, bool, bool],
@@ -302,7 +331,8 @@ class Flex:
                 None if t is None else t.detach().requires_grad_(need)
                 for t, need in zip(inputs, needs, strict=True)
             ]
-            results = _run(problem, config, *leaves, cumulative_seqlen_q, cumulative_seqlen_kv)  # type: ignore[arg-type]
+            rest = (cumulative_seqlen_q, cumulative_seqlen_kv, additional_lengths)
+            results = _run(problem, config, *leaves, *rest)  # type: ignore[arg-type]
             wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
             gradients = iter(
                 torch.autograd.grad(

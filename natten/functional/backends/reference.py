@@ -196,7 +196,29 @@ def _tiles(problem: Problem, *tensors: Tensor | None) -> Iterator[_Tile]:
         yield _Tile.of(segments, problem)
 
 
-def _scores(problem: Problem, tile: _Tile, q: Tensor, k: Tensor, rpb: Tensor | None) -> Tensor:
+def _absent(problem: Problem, lengths: Tensor | None) -> Tensor | None:
+    """Which additional keys a batch entry does not have: bool ``[B, additional]``."""
+    if lengths is None:
+        return None
+    return torch.arange(problem.num_additional, device=lengths.device) >= lengths[:, None]
+
+
+def _cleared(tensor: Tensor | None, absent: Tensor | None) -> Tensor | None:
+    """Additional keys or values ``[B, additional, Hkv, D]`` with zeros for those that are absent:
+    zero times what is not finite would not be zero."""
+    if tensor is None or absent is None:
+        return tensor
+    return tensor.masked_fill(absent[:, :, None, None], 0.0)
+
+
+def _scores(
+    problem: Problem,
+    tile: _Tile,
+    q: Tensor,
+    k: Tensor,
+    rpb: Tensor | None,
+    absent: Tensor | None,
+) -> Tensor:
     """``[B, Hkv, G, queries, keys + additional]``, -inf where a key is not visible.
 
     ``q`` is already scaled.
@@ -210,6 +232,8 @@ def _scores(problem: Problem, tile: _Tile, q: Tensor, k: Tensor, rpb: Tensor | N
         scores[..., :own] += bias
     if tile.visible is not None:
         scores[..., :own].masked_fill_(~tile.visible, -torch.inf)
+    if absent is not None:
+        scores[..., own:].masked_fill_(absent[:, None, None, None, :], -torch.inf)
     return scores
 
 
@@ -221,11 +245,15 @@ def _forward(
     rpb: Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
+    lengths: Tensor | None,
     out: Tensor,
     lse: Tensor,
 ) -> None:
     dtype = problem.accumulation_dtype
     groups = problem.heads_kv
+    absent = _absent(problem, lengths)
+    additional_keys = _cleared(additional_keys, absent)
+    additional_values = _cleared(additional_values, absent)
     rpb = None if rpb is None else rpb.to(dtype)
     for tile in _tiles(problem, query, key, value, rpb, additional_keys, additional_values):
         q = tile.rows(query, groups, dtype) * problem.scale
@@ -235,7 +263,7 @@ def _forward(
             tile.put_rows(out, out.new_zeros(()).expand(*q.shape[:-1], problem.head_dim_v))
             tile.put_rows(lse[..., None], lse.new_full((), -torch.inf).expand(*q.shape[:-1], 1))
             continue
-        weights = _scores(problem, tile, q, k, rpb)
+        weights = _scores(problem, tile, q, k, rpb, absent)
         top = weights.amax(-1, keepdim=True)
         # A row with nothing to attend to has no maximum to subtract.
         top = top.masked_fill(top == -torch.inf, 0.0)
@@ -256,13 +284,17 @@ def _backward(
     rpb: Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
+    lengths: Tensor | None,
     out: Tensor,
     lse: Tensor,
     gradients: Gradients,
 ) -> None:
-    """Add to ``gradients``, which are in the accumulation dtype; None is not wanted."""
+    """Add to ``gradients``, zeros in the accumulation dtype; None is not wanted."""
     dtype = problem.accumulation_dtype
     groups = problem.heads_kv
+    absent = _absent(problem, lengths)
+    additional_keys = _cleared(additional_keys, absent)
+    additional_values = _cleared(additional_values, absent)
     dq, dk, dv, drpb, dk_extra, dv_extra = gradients
     rpb = None if rpb is None else rpb.to(dtype)
     inputs = (query, key, value, rpb, additional_keys, additional_values, grad_out, grad_lse)
@@ -272,7 +304,7 @@ def _backward(
         v = tile.columns(value, additional_values, dtype)
         if k.shape[-2] == 0:
             continue
-        weights = _scores(problem, tile, q, k, rpb)
+        weights = _scores(problem, tile, q, k, rpb, absent)
         row_lse = tile.rows(lse[..., None], groups, dtype)
         empty = row_lse == -torch.inf
         weights = weights.sub_(row_lse.masked_fill(empty, 0.0)).exp_().masked_fill_(empty, 0.0)
@@ -296,6 +328,10 @@ def _backward(
                 own.reshape(problem.heads, -1),
                 accumulate=True,
             )
+    if absent is not None:
+        for extra in (dk_extra, dv_extra):
+            if extra is not None:
+                extra.masked_fill_(absent[:, :, None, None], 0.0)
 
 
 def _flat(index: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
@@ -369,13 +405,14 @@ class Reference:
         additional_values: Tensor | None,
         cumulative_seqlen_q: Tensor | None,
         cumulative_seqlen_kv: Tensor | None,
+        additional_lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         out = query.new_empty(problem.output_shape)
         lse = query.new_empty(problem.lse_shape, dtype=problem.accumulation_dtype)
         if out.numel() == 0 and lse.numel() == 0:
             return out, lse
         if not problem.varlen:
-            extra = (additional_keys, additional_values)
+            extra = (additional_keys, additional_values, additional_lengths)
             _forward(problem, query, key, value, rpb, *extra, out, lse)
             return out, lse
         # Tokens behind the last sequence belong to none.
@@ -383,7 +420,7 @@ class Reference:
         lse.fill_(-torch.inf)
         for part, q, kv in _sequences(problem, cumulative_seqlen_q, cumulative_seqlen_kv):
             tensors = (query[:, q], key[:, kv], value[:, kv])
-            _forward(part, *tensors, None, None, None, out[:, q], lse[:, q])
+            _forward(part, *tensors, None, None, None, None, out[:, q], lse[:, q])
         return out, lse
 
     def backward(
@@ -400,6 +437,7 @@ class Reference:
         additional_values: Tensor | None,
         cumulative_seqlen_q: Tensor | None,
         cumulative_seqlen_kv: Tensor | None,
+        additional_lengths: Tensor | None,
         out: Tensor,
         lse: Tensor,
         needs: tuple[bool, bool, bool, bool, bool, bool],
@@ -415,7 +453,9 @@ class Reference:
         if lse.numel() == 0:
             pass
         elif not problem.varlen:
-            _backward(problem, grad_out, grad_lse, *inputs, out, lse, tuple(sums))
+            _backward(
+                problem, grad_out, grad_lse, *inputs, additional_lengths, out, lse, tuple(sums)
+            )
         else:
             for part, q, kv in _sequences(problem, cumulative_seqlen_q, cumulative_seqlen_kv):
                 rows = [None if t is None else t[:, q] for t in (grad_out, grad_lse, out, lse)]
@@ -425,6 +465,7 @@ class Reference:
                     query[:, q],
                     key[:, kv],
                     value[:, kv],
+                    None,
                     None,
                     None,
                     None,

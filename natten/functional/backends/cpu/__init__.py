@@ -96,6 +96,19 @@ def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype == torch.float64 else np.float32)
 
 
+def _extras(problem: Problem, lengths: Tensor | None) -> np.ndarray:
+    """How many additional keys each batch entry has."""
+    most = problem.num_additional
+    if lengths is None:
+        return np.full(problem.batch, most, np.int64)
+    if lengths.shape != (problem.batch,):
+        raise ValueError(
+            f"additional_lengths must have shape {(problem.batch,)} for this problem, got "
+            f"{tuple(lengths.shape)}"
+        )
+    return lengths.to(torch.int64).clamp(0, most).contiguous().numpy()
+
+
 def _with_axis(tensor: Tensor | None) -> Tensor | None:
     """Logsumexp and the like, with a feature axis of one."""
     return None if tensor is None else tensor.unsqueeze(-1)
@@ -190,6 +203,7 @@ class CpuBackend:
         additional_values: Tensor | None,
         cumulative_seqlen_q: Tensor | None,
         cumulative_seqlen_kv: Tensor | None,
+        additional_lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The output and the logsumexp."""
         if problem.varlen:
@@ -203,6 +217,7 @@ class CpuBackend:
                     query[:, q],
                     key[:, kv],
                     value[:, kv],
+                    None,
                     None,
                     None,
                     None,
@@ -234,6 +249,7 @@ class CpuBackend:
             problem.head_dim,
             problem.head_dim_v,
             extra,
+            _extras(problem, additional_lengths),
             _flat(rpb, precise),
             bias_extents(problem),
             sweep.capacity,
@@ -258,6 +274,7 @@ class CpuBackend:
         additional_values: Tensor | None,
         cumulative_seqlen_q: Tensor | None,
         cumulative_seqlen_kv: Tensor | None,
+        additional_lengths: Tensor | None,
         out: Tensor,
         lse: Tensor,
         needs: tuple[bool, ...],
@@ -268,7 +285,7 @@ class CpuBackend:
             for part, q, kv in _sequences(problem, cumulative_seqlen_q, cumulative_seqlen_kv):
                 parts = self.backward(
                     part, config, grad_out[:, q], None if grad_lse is None else grad_lse[:, q],
-                    query[:, q], key[:, kv], value[:, kv], None, None, None, None, None,
+                    query[:, q], key[:, kv], value[:, kv], None, None, None, None, None, None,
                     out[:, q], lse[:, q], needs,
                 )  # fmt: skip
                 for gradient, place, piece in zip(gradients, (q, kv, kv), parts):
@@ -323,7 +340,8 @@ class CpuBackend:
                 query, key, value, additional_keys, additional_values, out, _with_axis(lse),
                 grad_out, _with_axis(grad_lse), _with_axis(delta), grad_query,
             ),
-            *shared, extra, bias, extents, sweep.capacity, sweep.longest, not needs_queries,
+            *shared, extra, _extras(problem, additional_lengths), bias, extents,
+            sweep.capacity, sweep.longest, not needs_queries,
             bias_grads.reshape(-1), extra_grads.reshape(-1),
         )  # fmt: skip
         scratch = (sweep.capacity + extra + 2) * (width + width_v) + 2 * (longest + padded(extra))

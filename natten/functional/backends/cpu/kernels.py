@@ -582,6 +582,13 @@ def list_picks(n0: int, n1: int, n2: int, s0: int, s1: int, s2: int, picks: Ints
         picks[i] = picks[j - 1]
 
 
+@inner
+def list_extras(extra: int, picks: Ints) -> None:
+    """The first `extra` rows; the last repeats up to whole vectors."""
+    for i in range(padded(extra)):
+        picks[i] = min(i, extra - 1)
+
+
 # The tables of a sweep, all int64. "Rows" are queries in `forward` and `backward_queries`, keys in
 # `backward_keys`; "the others" are what a row sees. Axes are padded to three.
 #   axes     for each axis: first entry in `items`, first in `blocks`, number of blocks, dilation
@@ -757,14 +764,15 @@ def score(
 @entry
 def forward(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
-    scale: float, heads: int, group: int, dim: int, dim_v: int, extra: int, rpb: Floats,
-    extents: Ints, capacity: int, longest: int, work: Floats, lists: Ints,
+    scale: float, heads: int, group: int, dim: int, dim_v: int, most: int, extras: Ints,
+    rpb: Floats, extents: Ints, capacity: int, longest: int, work: Floats, lists: Ints,
 ) -> None:  # fmt: skip
     """Attention of every unit that this thread gets.
 
     tensors: query, key, value, additional keys, additional values, out, logsumexp. work: keys and
-    values of `capacity` tokens, additional keys and values, a query, an output, scores. lists: two
-    of `longest` picks, one of `extra`, STATE_SIZE.
+    values of `capacity` tokens, `most` additional keys and values, a query, an output, scores.
+    lists: two of `longest` picks, one of `most`, STATE_SIZE. extras: additional keys of every batch
+    entry, at most `most`.
     """
     width, width_v, longest = padded(dim), padded(dim_v), padded(longest)
     one, scale, infinity = work.dtype.type(1), work.dtype.type(scale), work.dtype.type(np.inf)
@@ -783,24 +791,25 @@ def forward(
     keys = start_of(work)
     values = after(keys, capacity * width)
     extra_keys = after(values, capacity * width_v)
-    extra_values = after(extra_keys, extra * width)
-    query = after(extra_values, extra * width_v)
+    extra_values = after(extra_keys, most * width)
+    query = after(extra_values, most * width_v)
     result = after(query, width)
     scores = after(result, width_v)
 
     picks = start_of(lists)
     bias_picks = after(picks, longest)
     extra_picks = after(bias_picks, longest)
-    box = after(extra_picks, padded(extra))
+    box = after(extra_picks, padded(most))
     row = after(box, 3 * BLOCK_SIZE)
-    for i in range(padded(extra)):
-        extra_picks[i] = min(i, extra - 1)
+    extras = start_of(extras)
 
     while True:
         unit = take_ticket(counter)
         if unit >= units:
             break
         batch, head_kv = open_unit(unit, axes, blocks, heads, box)
+        extra = extras[batch]
+        list_extras(extra, extra_picks)
         pack(key_at, batch, head_kv, axes, box, kind, dim, width, one, keys)
         pack(value_at, batch, head_kv, axes, box, kind, dim_v, width_v, one, values)
         pack_list(extra_key_at, batch, head_kv, extra, kind, dim, width, one, extra_keys)
@@ -832,8 +841,8 @@ def forward(
 @entry
 def backward_queries(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
-    scale: float, heads: int, group: int, dim: int, dim_v: int, extra: int, rpb: Floats,
-    extents: Ints, capacity: int, longest: int, only_delta: bool, bias_grads: Floats,
+    scale: float, heads: int, group: int, dim: int, dim_v: int, most: int, extras: Ints,
+    rpb: Floats, extents: Ints, capacity: int, longest: int, only_delta: bool, bias_grads: Floats,
     extra_grads: Floats, work: Floats, lists: Ints,
 ) -> None:  # fmt: skip
     """The gradients that a query owns, and each row's `delta` for backward_keys.
@@ -843,8 +852,8 @@ def backward_queries(
 
     tensors: query, key, value, additional keys, additional values, out, logsumexp, grad_out,
     grad_logsumexp (address 0 for none), delta, grad_query. bias_grads: of every unit, or empty.
-    extra_grads: of every unit `extra` keys, then as many values, or empty. work: as in `forward`,
-    then a gradient of the output and gradients of scores. lists: as in `forward`.
+    extra_grads: of every unit `most` keys, then as many values, or empty. work: as in `forward`,
+    then a gradient of the output and gradients of scores. lists, extras: as in `forward`.
     """
     width, width_v, longest = padded(dim), padded(dim_v), padded(longest)
     one, scale, infinity = work.dtype.type(1), work.dtype.type(scale), work.dtype.type(np.inf)
@@ -870,26 +879,27 @@ def backward_queries(
     keys = start_of(work)
     values = after(keys, capacity * width)
     extra_keys = after(values, capacity * width_v)
-    extra_values = after(extra_keys, extra * width)
-    query = after(extra_values, extra * width_v)
+    extra_values = after(extra_keys, most * width)
+    query = after(extra_values, most * width_v)
     result = after(query, width)
     grad_row = after(result, max(width, width_v))
     scores = after(grad_row, width_v)
-    grads = after(scores, longest + padded(extra))
+    grads = after(scores, longest + padded(most))
 
     picks = start_of(lists)
     bias_picks = after(picks, longest)
     extra_picks = after(bias_picks, longest)
-    box = after(extra_picks, padded(extra))
+    box = after(extra_picks, padded(most))
     row = after(box, 3 * BLOCK_SIZE)
-    for i in range(padded(extra)):
-        extra_picks[i] = min(i, extra - 1)
+    extras = start_of(extras)
 
     while True:
         unit = take_ticket(counter)
         if unit >= units:
             break
         batch, head_kv = open_unit(unit, axes, blocks, heads, box)
+        extra = extras[batch]
+        list_extras(extra, extra_picks)
         if not only_delta:
             pack(key_at, batch, head_kv, axes, box, kind, dim, width, one, keys)
             pack(value_at, batch, head_kv, axes, box, kind, dim_v, width_v, one, values)
@@ -931,9 +941,9 @@ def backward_queries(
                         for j in range(count):
                             bias_grads[at + bias_picks[j]] += grads[j]
                     if extra_wanted:
-                        out = after(extra_grads, unit * extra * (width + width_v))
+                        out = after(extra_grads, unit * most * (width + width_v))
                         scatter(more_grads, extra, query, width, out)
-                        scatter(more, extra, grad_row, width_v, after(out, extra * width))
+                        scatter(more, extra, grad_row, width_v, after(out, most * width))
                 put_row(grad_query_at, batch, head, row, kind, dim, scale, result)
 
 

@@ -45,7 +45,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def _widened(tensors: tuple[Any, ...], slices: int, width: int) -> tuple[Any, ...]:
     """The tensors of a problem, as those of its slices."""
-    query, key, value, rpb, context_key, context_value, *cumulative = tensors
+    query, key, value, rpb, context_key, context_value, *rest = tensors
     return (
         wide.repeat(query, slices),
         wide.repeat(key, slices),
@@ -54,7 +54,7 @@ def _widened(tensors: tuple[Any, ...], slices: int, width: int) -> tuple[Any, ..
         None if rpb is None else wide.repeat(rpb.float(), slices, 0),
         wide.repeat(context_key, slices),
         wide.split(context_value, slices, width),
-        *cumulative,
+        *rest,
     )
 
 

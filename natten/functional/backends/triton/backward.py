@@ -22,6 +22,7 @@ import triton.language as tl
 
 from .primitives import (
     LOG2_E,
+    additional_count,
     additional_tile,
     bias_slot,
     ceil_div,
@@ -31,6 +32,7 @@ from .primitives import (
     head_offset,
     load_columns,
     load_rows,
+    revealed,
     row_offsets,
     row_tile,
     store_rows,
@@ -178,8 +180,8 @@ def add_bias_gradient(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def query_gradient_kernel(
     query, key, value, out_gradient, statistics, query_gradient, bias,
-    additional_key, additional_value, cumulative_query, cumulative_key, out, lse, lse_gradient,
-    bias_gradient, factor,
+    additional_key, additional_value, cumulative_query, cumulative_key, additional_counts,
+    out, lse, lse_gradient, bias_gradient, factor,
     query_strides, key_strides, value_strides, out_gradient_strides, statistic_strides,
     lse_strides, query_gradient_strides, additional_key_strides, additional_value_strides,
     bias_paddings, lengths, kernels, strides, dilations,
@@ -277,9 +279,10 @@ def query_gradient_kernel(
     if HAS_ADDITIONAL:
         keys = additional_key + head_offset(batch, kv_head, additional_key_strides, UNIT)
         values = additional_value + head_offset(batch, kv_head, additional_value_strides, UNIT)
-        for t in tl.range(0, ceil_div(num_additional, COLUMNS), num_stages=STAGES):
+        count = additional_count(additional_counts, batch, num_additional)
+        for t in tl.range(0, ceil_div(count, COLUMNS), num_stages=STAGES):
             key_columns, value_columns, present = additional_tile(
-                t, num_additional, keys, values, additional_key_strides, additional_value_strides,
+                t, count, keys, values, additional_key_strides, additional_value_strides,
                 FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK, COLUMNS, UNIT,
             )  # fmt: skip
             scores = tl.dot(query_rows, key_columns.T, input_precision=PRECISION)
@@ -301,7 +304,7 @@ def query_gradient_kernel(
 def key_value_gradient_tile(
     program, split,
     query, key, value, out_gradient, statistics,
-    key_gradient, value_gradient, bias, cumulative_query, cumulative_key,
+    key_gradient, value_gradient, bias, cumulative_query, cumulative_key, row_counts,
     query_strides, key_strides, value_strides, out_gradient_strides, statistic_strides,
     key_gradient_strides, value_gradient_strides,
     bias_paddings, lengths, kernels, strides, dilations,
@@ -323,17 +326,24 @@ def key_value_gradient_tile(
         key_origins, key_extents, query_origins, query_extents, tiles, heads,
         KEY_TILE, QUERY_TILE, CAUSAL, True, RANK, VARLEN,
     )  # fmt: skip
-    kv_head, _batch, memory_batch = at
-    memory, exists, position, begin, width, _corner = rows
+    kv_head, batch, memory_batch = at
+    memory, exists, position, begin, width, corner = rows
     first, column_memory, extent, column_first = grid
     place = unravel(tl.arange(0, COLUMNS), QUERY_TILE)
+    steps = column_steps(box)
+    present = exists
+    if row_counts is not None:
+        # Rows are additional keys, of which this batch entry has so many.
+        count = additional_count(row_counts, batch, revealed(key_extents)[2])
+        present = (exists[0], exists[1], exists[2] & (position[2] < count))
+        steps = tl.where(corner[2] < count, steps, 0)
 
-    offset, all_exist = row_offsets(memory, exists, key_strides, UNIT, RANK)
+    offset, all_exist = row_offsets(memory, present, key_strides, UNIT, RANK)
     key_rows = load_rows(
         key + head_offset(memory_batch, kv_head, key_strides, UNIT),
         offset, all_exist, FEATURES, BLOCK,
     )  # fmt: skip
-    offset, all_exist = row_offsets(memory, exists, value_strides, UNIT, RANK)
+    offset, all_exist = row_offsets(memory, present, value_strides, UNIT, RANK)
     value_rows = load_rows(
         value + head_offset(memory_batch, kv_head, value_strides, UNIT),
         offset, all_exist, VALUE_FEATURES, VALUE_BLOCK,
@@ -353,25 +363,24 @@ def key_value_gradient_tile(
         start, statistic_steps = column_source(
             0, memory_batch, head, column_memory, statistic_strides, dilations, 1, RANK, False,
         )  # fmt: skip
-        steps = column_steps(box)
         for t in tl.range(
             steps * split // splits, steps * (split + 1) // splits, num_stages=STAGES
         ):
-            corner, whole = column_tile(t, box, QUERY_TILE, RANK)
+            column_corner, whole = column_tile(t, box, QUERY_TILE, RANK)
             query_columns = load_columns(
-                query_source, memory_batch, head, corner, column_first, extent, query_steps,
+                query_source, memory_batch, head, column_corner, column_first, extent, query_steps,
                 place, FEATURES, BLOCK, COLUMNS, RANK, TMA, WIDE,
             )  # fmt: skip
             gradient_columns = load_columns(
-                gradient_source, memory_batch, head, corner, column_first, extent,
+                gradient_source, memory_batch, head, column_corner, column_first, extent,
                 gradient_steps, place, VALUE_FEATURES, VALUE_BLOCK, COLUMNS, RANK, TMA, WIDE,
             )  # fmt: skip
             column_lse, column_delta = load_statistics(
-                statistics + 2 * start, corner, place, extent, statistic_steps, dilations[2],
+                statistics + 2 * start, column_corner, place, extent, statistic_steps, dilations[2],
                 MASK, RANK,
             )  # fmt: skip
             scores = tile_scores(
-                key_rows, query_columns, corner, whole, place, begin, width, position, first,
+                key_rows, query_columns, column_corner, whole, place, begin, width, position, first,
                 kernels, bias, bias_paddings, head, MASK, True, HAS_RPB, NEGATE, RANK, PRECISION,
             )  # fmt: skip
             weights = tl.math.exp2(scores * scale - column_lse[None, :])
@@ -386,6 +395,10 @@ def key_value_gradient_tile(
                 score_gradient, query_columns, key_accumulator, input_precision=PRECISION
             )
 
+    if row_counts is not None:
+        # Their scores were not masked.
+        key_accumulator = tl.where(present[2][:, None], key_accumulator, 0.0)
+        value_accumulator = tl.where(present[2][:, None], value_accumulator, 0.0)
     offset, all_exist = row_offsets(memory, exists, key_gradient_strides, UNIT, RANK)
     start = head_offset(memory_batch, kv_head, key_gradient_strides, UNIT)
     start += split * (split_size * UNIT)
@@ -403,7 +416,7 @@ def key_value_gradient_tile(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def key_value_gradient_kernel(
     query, key, value, out_gradient, statistics,
-    key_gradient, value_gradient, bias, cumulative_query, cumulative_key,
+    key_gradient, value_gradient, bias, cumulative_query, cumulative_key, row_counts,
     query_strides, key_strides, value_strides, out_gradient_strides, statistic_strides,
     key_gradient_strides, value_gradient_strides,
     bias_paddings, lengths, kernels, strides, dilations,
@@ -424,8 +437,8 @@ def key_value_gradient_kernel(
                 program // splits, program % splits,
                 query, key, value, out_gradient, statistics,
                 key_gradient, value_gradient, bias, cumulative_query,
-                cumulative_key, query_strides, key_strides, value_strides, out_gradient_strides,
-                statistic_strides, key_gradient_strides,
+                cumulative_key, row_counts, query_strides, key_strides, value_strides,
+                out_gradient_strides, statistic_strides, key_gradient_strides,
                 value_gradient_strides, bias_paddings, lengths, kernels, strides, dilations,
                 query_origins,
                 query_extents, key_origins, key_extents,
@@ -439,8 +452,8 @@ def key_value_gradient_kernel(
             tl.program_id(0) // splits, tl.program_id(0) % splits,
             query, key, value, out_gradient, statistics,
             key_gradient, value_gradient, bias, cumulative_query,
-            cumulative_key, query_strides, key_strides, value_strides, out_gradient_strides,
-            statistic_strides, key_gradient_strides,
+            cumulative_key, row_counts, query_strides, key_strides, value_strides,
+            out_gradient_strides, statistic_strides, key_gradient_strides,
             value_gradient_strides, bias_paddings, lengths, kernels, strides, dilations,
             query_origins,
             query_extents, key_origins, key_extents,

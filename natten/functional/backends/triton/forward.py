@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .primitives import (
     LN_2,
+    additional_count,
     additional_tile,
     ceil_div,
     column_source,
@@ -48,7 +49,7 @@ def softmax_step(
 def forward_tile(
     program,
     query, key, value, out, lse, bias, additional_key, additional_value,
-    cumulative_query, cumulative_key,
+    cumulative_query, cumulative_key, additional_counts,
     query_strides, key_strides, value_strides, out_strides, lse_strides,
     additional_key_strides, additional_value_strides,
     bias_paddings, lengths, kernels, strides, dilations,
@@ -112,9 +113,10 @@ def forward_tile(
     if HAS_ADDITIONAL:
         keys = additional_key + head_offset(batch, kv_head, additional_key_strides, UNIT)
         values = additional_value + head_offset(batch, kv_head, additional_value_strides, UNIT)
-        for t in tl.range(0, ceil_div(num_additional, COLUMNS), num_stages=STAGES):
+        count = additional_count(additional_counts, batch, num_additional)
+        for t in tl.range(0, ceil_div(count, COLUMNS), num_stages=STAGES):
             columns, value_columns, present = additional_tile(
-                t, num_additional, keys, values, additional_key_strides, additional_value_strides,
+                t, count, keys, values, additional_key_strides, additional_value_strides,
                 FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK, COLUMNS, UNIT,
             )  # fmt: skip
             scores = tl.dot(query_rows, columns.T, input_precision=PRECISION)
@@ -138,7 +140,7 @@ def forward_tile(
 @triton.jit(do_not_specialize=["programs", "heads", "num_additional"])
 def forward_kernel(
     query, key, value, out, lse, bias, additional_key, additional_value,
-    cumulative_query, cumulative_key,
+    cumulative_query, cumulative_key, additional_counts,
     query_strides, key_strides, value_strides, out_strides, lse_strides,
     additional_key_strides, additional_value_strides,
     bias_paddings, lengths, kernels, strides, dilations,
@@ -157,8 +159,9 @@ def forward_kernel(
         for program in tl.range(tl.program_id(0), programs, tl.num_programs(0)):
             forward_tile(
                 program, query, key, value, out, lse, bias, additional_key, additional_value,
-                cumulative_query, cumulative_key, query_strides, key_strides, value_strides,
-                out_strides, lse_strides, additional_key_strides, additional_value_strides,
+                cumulative_query, cumulative_key, additional_counts,
+                query_strides, key_strides, value_strides, out_strides, lse_strides,
+                additional_key_strides, additional_value_strides,
                 bias_paddings, lengths, kernels, strides, dilations,
                 query_origins, query_extents, key_origins,
                 key_extents, tiles, heads, num_additional, scale,
@@ -169,8 +172,9 @@ def forward_kernel(
     else:
         forward_tile(
             tl.program_id(0), query, key, value, out, lse, bias, additional_key, additional_value,
-            cumulative_query, cumulative_key, query_strides, key_strides, value_strides,
-            out_strides, lse_strides, additional_key_strides, additional_value_strides,
+            cumulative_query, cumulative_key, additional_counts,
+            query_strides, key_strides, value_strides, out_strides, lse_strides,
+            additional_key_strides, additional_value_strides,
             bias_paddings, lengths, kernels, strides, dilations,
             query_origins, query_extents, key_origins,
             key_extents, tiles, heads, num_additional, scale,

@@ -95,6 +95,11 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def _counts(lengths: Tensor | None) -> Tensor | None:
+    """How many additional keys each batch entry has, one after the other."""
+    return None if lengths is None else lengths.contiguous()
+
+
 def _describable(tensor: Tensor) -> Tensor:
     """The tensor itself if a TMA descriptor can view it as [batch, tokens, heads * features]."""
     size = tensor.element_size()
@@ -477,6 +482,7 @@ def forward(
     additional_values: Tensor | None,
     cumulative_query: Tensor | None,
     cumulative_key: Tensor | None,
+    additional_lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """out and logsumexp; arguments as in the backend protocol."""
     out = _allocate(problem, problem.output_shape, query.dtype, query.device)
@@ -523,6 +529,7 @@ def forward(
         _descriptor(key, key_tile) if tiling.tma else key,
         _descriptor(value, key_tile) if tiling.tma else value,
         out, lse, bias, additional_keys, additional_values, cumulative_query, cumulative_key,
+        _counts(additional_lengths),
     )  # fmt: skip
     return out, lse
 
@@ -567,6 +574,7 @@ def backward(
     additional_values: Tensor | None,
     cumulative_query: Tensor | None,
     cumulative_key: Tensor | None,
+    additional_lengths: Tensor | None,
     out: Tensor,
     lse: Tensor,
     needs: tuple[bool, ...],
@@ -575,8 +583,8 @@ def backward(
     """The six gradients; arguments as in the backend protocol."""
     return _Backward(
         problem, tilings, torch_reduction, deterministic, grad_out, grad_lse, query, key, value,
-        rpb, additional_keys, additional_values, cumulative_query, cumulative_key, out, lse,
-        needs, destinations,
+        rpb, additional_keys, additional_values, cumulative_query, cumulative_key,
+        additional_lengths, out, lse, needs, destinations,
     ).run()  # fmt: skip
 
 
@@ -621,6 +629,7 @@ class _Backward:
         additional_values: Tensor | None,
         cumulative_query: Tensor | None,
         cumulative_key: Tensor | None,
+        additional_lengths: Tensor | None,
         out: Tensor,
         lse: Tensor,
         needs: tuple[bool, ...],
@@ -648,6 +657,7 @@ class _Backward:
         if additional_keys is not None and additional_values is not None:
             self.additional = (_readable(additional_keys), _readable(additional_values))
         self.cumulative = (cumulative_query, cumulative_key)
+        self.counts = _counts(additional_lengths)
         self.sequences = _sequences(problem, cumulative_query)
         self.precision = _precision(query)
         self.out, self.lse = out.contiguous(), lse.contiguous()
@@ -688,7 +698,7 @@ class _Backward:
         if needs[1] or needs[2]:
             key, value = self._key_value(
                 self.problem, self.tilings.key_value, 1, self.tilings.loops,
-                (self.query, self.key, self.value, self.grad_out), self.bias, self.cumulative,
+                (self.query, self.key, self.value, self.grad_out), self.bias, self.cumulative, None,
                 None if self.destinations is None else self.destinations[1:],
             )  # fmt: skip
         if needs[4] or needs[5]:
@@ -698,7 +708,7 @@ class _Backward:
                 dense_problem(self.problem, tokens, context), self.tilings.additional,
                 self.tilings.splits, 0,
                 (self.query.flatten(1, -3), *self.additional, self.grad_out.flatten(1, -3)),
-                None, (None, None),
+                None, (None, None), self.counts,
             )  # fmt: skip
         return query if needs[0] else None, key, value, bias, additional_key, additional_value
 
@@ -741,7 +751,7 @@ class _Backward:
             _descriptor(self.key, key_tile) if tiling.tma else self.key,
             _descriptor(self.value, key_tile) if tiling.tma else self.value,
             self.grad_out, self.statistics, gradient, self.bias,
-            *(self.additional or (None, None)), *self.cumulative,
+            *(self.additional or (None, None)), *self.cumulative, self.counts,
             *((self.out, self.lse, self.grad_lse) if with_statistics else (None, None, None)),
             sums, factor, bias_copies=1 if sums is None else self.bias_plan.copies,
             **_register_limit(tiling, sums is not None),
@@ -762,6 +772,7 @@ class _Backward:
         tensors: tuple[Tensor, ...],
         bias: Tensor | None,
         cumulative: tuple[Tensor | None, Tensor | None],
+        counts: Tensor | None,
         destinations: tuple[Tensor, ...] | None = None,
     ) -> tuple[Tensor, Tensor]:
         query, key, value, grad_out = tensors
@@ -788,7 +799,7 @@ class _Backward:
             _descriptor(query, query_tile) if tiling.tma else query,
             key, value,
             _descriptor(grad_out, query_tile) if tiling.tma else grad_out,
-            self.statistics, key_gradient, value_gradient, bias, *cumulative,
+            self.statistics, key_gradient, value_gradient, bias, *cumulative, counts,
             split_size=key.numel() // unit, value_split_size=value.numel() // unit,
             LOOP=launched < plan.programs,
         )  # fmt: skip
@@ -823,5 +834,6 @@ def dense_problem(problem: Problem, num_queries: int, num_keys: int) -> Problem:
         query_origin=(0,),
         key_origin=(0,),
         num_additional=0,
+        has_lengths=False,
         has_rpb=False,
     )

@@ -518,6 +518,18 @@ def column_steps(box):
 
 
 @triton.jit
+def additional_count(counts, batch, most):
+    """How many additional tokens a batch entry has; `counts` is None where it has all.
+
+    Cut to those that there are: nobody has looked at these numbers yet.
+    """
+    if counts is None:
+        return most
+    else:
+        return tl.minimum(tl.maximum(tl.load(counts + batch), 0), most).to(tl.int32)
+
+
+@triton.jit
 def additional_tile(
     t, count, keys, values, key_strides, value_strides,
     FEATURES: tl.constexpr, VALUE_FEATURES: tl.constexpr,

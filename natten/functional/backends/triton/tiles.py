@@ -224,6 +224,8 @@ def suits_apart(problem: Problem) -> bool:
         and problem.head_dim_v in _APART
         and problem.dtype != torch.float32
         and not problem.has_rpb
+        # It loads whole tiles of additional keys, whatever they hold behind a length.
+        and not problem.has_lengths
         and not any(d > 1 for d in problem.dilation)
     )
 
