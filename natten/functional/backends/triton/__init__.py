@@ -261,9 +261,12 @@ class _Hopper(_Descriptors):
             return self._choose(problem, tiles.FORWARD, query, key, apart)
         apart = self._has_apart() and schedule == "pp" and tiles.suits_apart(problem)
         if query is None:
-            columns = 128 if apart or (schedule == "coop" and problem.head_dim <= 64) else 64
-            rows = 64 if schedule == "pp" and not apart else 128
-            query, key = tiles.best_shapes(problem, rows, columns)
+            if apart:
+                query, key = tiles.best_apart_shapes(problem, 128, 128)
+            else:
+                columns = 64 if schedule == "pp" or problem.head_dim > 64 else 128
+                rows = 64 if schedule == "pp" else 128
+                query, key = tiles.best_shapes(problem, rows, columns)
         tiling = self._choose(problem, tiles.FORWARD, query, key, apart)
         if tiling.apart:
             return tiling

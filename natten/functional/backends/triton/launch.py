@@ -23,7 +23,7 @@ from natten.functional.backends.triton.backward import (
 )
 from natten.functional.backends.triton.bias import bias_gradient_kernel, bias_table_kernel
 from natten.functional.backends.triton.forward import forward_kernel
-from natten.functional.backends.triton.tiles import Tiling
+from natten.functional.backends.triton.tiles import Tiling, half
 from natten.functional.problem import Problem
 
 # Tables that the bias gradient is summed in, and how many numbers they hold at most.
@@ -142,12 +142,6 @@ def _descriptor(tensor: Tensor, tile: tuple[int, ...], kind: Any = TensorDescrip
     descriptor = object.__new__(kind)
     vars(descriptor).update(fields, base=tensor)
     return descriptor
-
-
-def _half(tile: tuple[int, ...]) -> tuple[int, ...]:
-    """The first half of a tile's tokens, which is a box too."""
-    axis = next(axis for axis, size in enumerate(tile) if size > 1)
-    return (*tile[:axis], tile[axis] // 2, *tile[axis + 1 :])
 
 
 def block(features: int) -> int:
@@ -512,7 +506,7 @@ def forward(
         context = (1, 1, prod(key_tile))
         _run(
             kernel, plan.programs, plan,
-            _descriptor(query, _half(plan.options["QUERY_TILE"]), SharedDescriptor),
+            _descriptor(query, half(plan.options["QUERY_TILE"]), SharedDescriptor),
             _descriptor(key, key_tile, SharedDescriptor),
             _descriptor(value, key_tile, SharedDescriptor),
             out, lse,

@@ -82,11 +82,14 @@ _FORWARD_SPLIT: dict[int, tuple[_Size, ...]] = {
     64: (_Size(128, 64, 4, 3, 1.0), _Size(64, 64, 4, 3, 0.93)),
     128: (_Size(128, 128, 8, 3, 1.0), _Size(64, 64, 4, 3, 0.92), _Size(128, 64, 4, 2, 0.93)),
 }
-# Of the kernel whose groups of warps run apart, where most tiles are masked and where not.
-_APART: dict[int, tuple[_Size, _Size]] = {
-    64: (_Size(128, 128, 4, 3, 1.2, True), _Size(128, 128, 4, 3, 1.08, True)),
-    128: (_Size(128, 128, 4, 2, 1.12, True), _Size(128, 128, 4, 2, 1.16, True)),
+# Of the kernel whose groups of warps run apart, against the others where those mask most tiles.
+_APART: dict[int, _Size] = {
+    64: _Size(128, 128, 4, 3, 1.4, True),
+    128: _Size(128, 128, 4, 2, 1.5, True),
 }
+# How much longer it takes for a masked tile, and to begin and end, as one program alone fits a
+# multiprocessor: in tiles.
+_APART_MASK, _APART_START = 0.4, 1.5
 _QUERY_GRADIENT: dict[int, tuple[_Size, ...]] = {
     32: (_Size(64, 64, 4, 2, 1.0),),
     64: (_Size(64, 64, 4, 3, 1.0),),
@@ -191,6 +194,35 @@ def shapes(tokens: int, rank: int) -> Iterator[Shape]:
         for rest in shapes(tokens // first, rank - 1):
             yield (first, *rest)
         first *= 2
+
+
+def half(tile: Shape) -> Shape:
+    """The first half of a tile's tokens, which is a box too."""
+    axis = next(axis for axis, size in enumerate(tile) if size > 1)
+    return (*tile[:axis], tile[axis] // 2, *tile[axis + 1 :])
+
+
+def _apart_cost(problem: Problem, query_tile: Shape, key_tile: Shape) -> float:
+    """Pairs that the halves of query tiles compute, which skip key tiles they do not see."""
+    covered, inside = work(problem, half(query_tile), key_tile)
+    programs = prod(-(-n // t) for n, t in zip(problem.query_shape, query_tile, strict=True))
+    start = _APART_START * programs * prod(query_tile) * prod(key_tile)
+    return covered + _APART_MASK * (covered - inside) + start
+
+
+@lru_cache(maxsize=4096)
+def best_apart_shapes(problem: Problem, queries: int, keys: int) -> tuple[Shape, Shape]:
+    """The shapes of so many tokens that suit the kernel whose groups of warps run apart best.
+
+    Among equals, those that load the fewest tiles, then those that read the longest runs.
+    """
+
+    def cost(pair: tuple[Shape, Shape]) -> tuple[float, ...]:
+        loaded = work(problem, *pair).covered
+        return (_apart_cost(problem, *pair), loaded, -pair[1][-1], -pair[0][-1])
+
+    pairs = ((q, k) for q in shapes(queries, problem.rank) for k in shapes(keys, problem.rank))
+    return min(pairs, key=cost)
 
 
 @lru_cache(maxsize=4096)
@@ -351,27 +383,26 @@ def _choose(
         split = _splits(problem, (query, key), inverse)
         return _make(problem, (query, key), size, split, tma)
     best: tuple[float, Tiling] | None = None
-    heads = problem.heads * problem.batch * problem.head_dim
     for split in (False, True):
-        sizes = _sizes(problem, kind, split)
-        if apart:
-            sizes = (*sizes, _APART[max(problem.head_dim, problem.head_dim_v)][split])
-        for size in sizes:
+        for size in _sizes(problem, kind, split):
             queries, keys = (size.columns, size.rows) if inverse else (size.rows, size.columns)
             sums_bias = kind == QUERY_GRADIENT and problem.has_rpb
             pair = best_shapes(problem, queries, keys, inverse, sums_bias)
             if _splits(problem, pair, inverse) != split:
                 continue
             time = work(problem, *pair, inverse).covered / size.rate
-            if size.apart and time * heads < MIN_TMA_PRODUCTS:
-                continue
             if best is None or time < best[0]:
                 best = time, _make(problem, pair, size, split, tma)
     if best is None:
         raise RuntimeError("no tile size suits the problem")
     time, tiling = best
-    if time * heads < MIN_TMA_PRODUCTS and not tiling.apart:
-        tiling = replace(tiling, tma=False)
+    if time * problem.heads * problem.batch * problem.head_dim < MIN_TMA_PRODUCTS:
+        return replace(tiling, tma=False)
+    if apart:
+        size = _APART[max(problem.head_dim, problem.head_dim_v)]
+        pair = best_apart_shapes(problem, size.rows, size.columns)
+        if _apart_cost(problem, *pair) / size.rate < time:
+            return _make(problem, pair, size, True, tma)
     return tiling
 
 
