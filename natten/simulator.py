@@ -53,6 +53,8 @@ class _Costs(NamedTuple):
 
 
 _FORWARD_COSTS = _Costs(0.578, 0.5, 5.3, 40e-9, 0.70e-6, 5e-6)
+# The forward kernel whose groups of warps run apart, see `natten.functional.backends.triton`.
+_APART_COSTS = _Costs(0.977, 0.301, 0.949, 5.05e-07, 2.91e-06, 5e-06)
 # Twice the masks; the products hide most of the exponentials.
 _BACKWARD_COSTS = _Costs(0.62, 0.027, 9.9, 55e-9, 0.82e-6, 3.6e-6)
 # Lanes of a multiprocessor, for arithmetic and for exponentials.
@@ -170,6 +172,7 @@ class Pass:
         limit: What bounds them: "compute", "memory" or "occupancy" (too few tiles for the device).
         terms: Seconds that a unit of each cost of the model adds, of `efficiency` one over it.
         memory_ms: Milliseconds for what must be read and written.
+        apart: Whether it is the kernel whose groups of warps run apart.
     """
 
     name: str
@@ -184,6 +187,7 @@ class Pass:
     limit: str
     terms: tuple[float, ...] = field(repr=False)
     memory_ms: float
+    apart: bool = False
 
     @property
     def partial(self) -> int:
@@ -221,11 +225,13 @@ def traffic(problem: Problem, backward: bool) -> int:
 
 
 class _Tiling(NamedTuple):
-    """Tiles of one kernel, and whether full key tiles are computed without masks."""
+    """Tiles of one kernel, whether full key tiles are computed without masks, and whether its
+    groups of warps run apart."""
 
     query: Shape
     key: Shape
     split: bool = False
+    apart: bool = False
 
 
 def gpu_backend(problem: Problem, device: Device) -> Any:
@@ -276,7 +282,7 @@ def _tilings(problem: Problem, device: Device, config: Config, backward: bool) -
             else:
                 found = [backend.forward_tiling(there, config)]
         # Kernels shrink tiles that do not fit the device; counts are of what was asked for.
-        return [_Tiling(asked[0] or t.query, asked[1] or t.key, t.split) for t in found]
+        return [_Tiling(asked[0] or t.query, asked[1] or t.key, t.split, t.apart) for t in found]
     except (RuntimeError, IndexError):
         # No backend, or tiles that are no powers of two.
         if asked[0] is None or asked[1] is None:
@@ -316,7 +322,9 @@ def _simulate_pass(
     # The two kernels of the backward pass share its traffic.
     moved = traffic(problem, False) if kernel is _FORWARD else traffic(problem, True) / 2
     memory = moved / (_BANDWIDTH_EFFICIENCY * device.bandwidth * 1e9)
-    costs = _FORWARD_COSTS if kernel is _FORWARD else _BACKWARD_COSTS
+    costs = _BACKWARD_COSTS
+    if kernel is _FORWARD:
+        costs = _APART_COSTS if tiling.apart else _FORWARD_COSTS
     *busy, launch = (1 / costs.efficiency, *costs[1:])
     compute = sum(cost * term for cost, term in zip(busy, terms))
     limit = "occupancy" if 0 < row_tiles < device.multiprocessors else "compute"
@@ -324,7 +332,7 @@ def _simulate_pass(
         limit = "memory"
     return Pass(
         kernel.name, tiling.query, tiling.key, row_tiles, visited, full, skipped, flops,
-        (max(compute, memory) + launch) * 1e3, limit, terms, memory * 1e3,
+        (max(compute, memory) + launch) * 1e3, limit, terms, memory * 1e3, tiling.apart,
     )  # fmt: skip
 
 
