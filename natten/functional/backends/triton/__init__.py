@@ -43,21 +43,6 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def _widened(tensors: tuple[Any, ...], slices: int, width: int) -> tuple[Any, ...]:
-    """The tensors of a problem, as those of its slices."""
-    query, key, value, rpb, context_key, context_value, *rest = tensors
-    return (
-        wide.repeat(query, slices),
-        wide.repeat(key, slices),
-        wide.split(value, slices, width),
-        # Its gradient, a sum over slices, comes in this dtype.
-        None if rpb is None else wide.repeat(rpb.float(), slices, 0),
-        wide.repeat(context_key, slices),
-        wide.split(context_value, slices, width),
-        *rest,
-    )
-
-
 class _Backend:
     """An entry of the dispatch table; subclasses differ in what they run."""
 
@@ -139,15 +124,15 @@ class _Backend:
         self, problem: Problem, config: Config, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """out and logsumexp; see the backend protocol in `natten.functional.dispatch`."""
-        wide_problem, slices = wide.sliced(problem)
-        tiling = self.forward_tiling(wide_problem, config)
+        slices = wide.sliced(problem)
+        if slices is not None:
+            problem, tensors = slices.problem, slices.inputs(tensors)
+        tiling = self.forward_tiling(problem, config)
         with _on(problem.device):
-            if slices == 1:
-                return launch.forward(problem, tiling, *tensors)  # type: ignore[arg-type]
-            out, lse = launch.forward(
-                wide_problem, tiling, *_widened(tensors, slices, wide_problem.head_dim_v)
-            )  # type: ignore[arg-type]
-            return wide.join(out, slices, problem.head_dim_v), lse[..., : problem.heads]
+            out, lse = launch.forward(problem, tiling, *tensors)  # type: ignore[arg-type]
+        if slices is None:
+            return out, lse
+        return slices.join(out), slices.first(lse)  # type: ignore[return-value]
 
     def backward(
         self,
@@ -159,33 +144,20 @@ class _Backend:
         destinations: tuple[Tensor, ...] | None = None,
     ) -> tuple[Tensor | None, ...]:
         """The six gradients; see the backend protocol in `natten.functional.dispatch`."""
-        wide_problem, slices = wide.sliced(problem)
-        tilings = self.backward_tilings(wide_problem, config)
+        slices = wide.sliced(problem)
+        if slices is not None:
+            *inputs, out, lse, needs = tensors
+            problem, destinations = slices.problem, None
+            grad_out, grad_lse = slices.split(grad_out), slices.only_first(grad_lse)  # type: ignore[assignment]
+            outputs = slices.split(out), slices.repeat(lse, -1)
+            tensors = (*slices.inputs(tuple(inputs)), *outputs, needs)
+        tilings = self.backward_tilings(problem, config)
         options = tilings, config.backward_use_pt_reduction, preferences().deterministic
         with _on(problem.device):
-            if slices == 1:
-                return launch.backward(
-                    problem, *options, grad_out, grad_lse, *tensors, destinations
-                )
-            *inputs, out, lse, needs = tensors
-            width = wide_problem.head_dim_v
-            if grad_lse is not None:
-                # The slices share the logsumexp: its gradient counts once.
-                grad_lse = torch.nn.functional.pad(grad_lse, (0, (slices - 1) * problem.heads))
-            query, key, value, bias, context_key, context_value = launch.backward(
-                wide_problem, *options, wide.split(grad_out, slices, width), grad_lse,
-                *_widened(tuple(inputs), slices, width),
-                wide.split(out, slices, width), wide.repeat(lse, slices, -1), needs,
-            )  # fmt: skip
-        features = problem.head_dim_v
-        return (
-            wide.add(query, slices),
-            wide.add(key, slices),
-            None if value is None else wide.join(value, slices, features),
-            wide.add(bias, slices, 0),
-            wide.add(context_key, slices),
-            None if context_value is None else wide.join(context_value, slices, features),
-        )
+            gradients = launch.backward(
+                problem, *options, grad_out, grad_lse, *tensors, destinations
+            )
+        return gradients if slices is None else slices.gradients(gradients)
 
     def configs(self, problem: Problem) -> list[Any]:
         """(query tile, key tile) pairs of the forward pass; the default first."""

@@ -7,10 +7,11 @@ the gradients of what was repeated are sums over the slices.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from natten.functional.problem import Problem
@@ -19,44 +20,113 @@ MAX_VALUE_DIM = 256
 _SLICE = 128
 
 
+@dataclass(frozen=True)
+class Slices:
+    """How heads become heads with narrower values.
+
+    Attributes:
+        problem: The problem of the slices.
+        number: Slices of each head.
+        features: Of a value before it is sliced.
+        neighbors: Whether the slices of a head follow each other, so that values are sliced without
+            a copy. Where queries share keys, all heads of the first slice come first: kernels find
+            a query's key by division.
+    """
+
+    problem: Problem
+    number: int
+    features: int
+    neighbors: bool
+
+    def _apart(self, tensor: Tensor, axis: int) -> tuple[Tensor, int]:
+        """The axis of heads as two, and which of them counts the slices; ``axis`` is negative."""
+        sizes = (-1, self.number) if self.neighbors else (self.number, -1)
+        return tensor.unflatten(axis, sizes), axis if self.neighbors else axis - 1
+
+    def repeat(self, tensor: Tensor | None, axis: int = -2) -> Tensor | None:
+        """Heads once for each slice."""
+        if tensor is None:
+            return None
+        if self.neighbors:
+            return tensor.repeat_interleave(self.number, axis)
+        return torch.cat([tensor] * self.number, axis)
+
+    def split(self, tensor: Tensor | None) -> Tensor | None:
+        """[..., heads, features] to [..., slices as heads, width], with zeros behind the last."""
+        if tensor is None:
+            return None
+        width = self.problem.head_dim_v
+        missing = self.number * width - self.features
+        if missing:
+            tensor = F.pad(tensor, (0, missing))
+        tensor = tensor.unflatten(-1, (self.number, width))
+        return (tensor if self.neighbors else tensor.transpose(-3, -2)).flatten(-3, -2)
+
+    def join(self, tensor: Tensor | None) -> Tensor | None:
+        """The inverse of `split`."""
+        if tensor is None:
+            return None
+        tensor, _axis = self._apart(tensor, -2)
+        tensor = tensor if self.neighbors else tensor.transpose(-3, -2)
+        return tensor.flatten(-2)[..., : self.features]
+
+    def add(self, tensor: Tensor | None, axis: int = -2) -> Tensor | None:
+        """The gradient of `repeat`, summed in float32."""
+        if tensor is None:
+            return None
+        tensor, slices = self._apart(tensor, axis)
+        return tensor.float().sum(slices)
+
+    def first(self, lse: Tensor) -> Tensor:
+        """What each head's first slice has, of statistics [..., slices as heads]."""
+        lse, slices = self._apart(lse, -1)
+        return lse.select(slices, 0)
+
+    def only_first(self, lse_gradient: Tensor | None) -> Tensor | None:
+        """The gradient of `first`: the slices share a logsumexp, whose gradient counts once."""
+        if lse_gradient is None:
+            return None
+        if self.neighbors:
+            return F.pad(lse_gradient.unsqueeze(-1), (0, self.number - 1)).flatten(-2)
+        return F.pad(lse_gradient, (0, (self.number - 1) * lse_gradient.shape[-1]))
+
+    def inputs(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """The tensors of the problem, from query to cumulative lengths, as those of its slices."""
+        query, key, value, rpb, context_key, context_value, *rest = tensors
+        return (
+            self.repeat(query),
+            self.repeat(key),
+            self.split(value),
+            # Its gradient, a sum over slices, comes in this dtype.
+            None if rpb is None else self.repeat(rpb.float(), -rpb.dim()),
+            self.repeat(context_key),
+            self.split(context_value),
+            *rest,
+        )
+
+    def gradients(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """The gradients of the six inputs from those of their slices."""
+        query, key, value, rpb, context_key, context_value = tensors
+        return (
+            self.add(query),
+            self.add(key),
+            self.join(value),
+            None if rpb is None else self.add(rpb, -rpb.dim()),
+            self.add(context_key),
+            self.join(context_value),
+        )
+
+
 @lru_cache(maxsize=4096)
-def sliced(problem: Problem) -> tuple[Problem, int]:
-    """The problem over slices as heads, and their number; itself and 1 if it is narrow enough."""
+def sliced(problem: Problem) -> Slices | None:
+    """How to slice the values of a problem; None if they are narrow enough."""
     if problem.head_dim_v <= MAX_VALUE_DIM:
-        return problem, 1
-    slices = -(-problem.head_dim_v // _SLICE)
-    width = -(-problem.head_dim_v // (8 * slices)) * 8
-    wide = replace(
+        return None
+    number = -(-problem.head_dim_v // _SLICE)
+    narrow = replace(
         problem,
-        heads=problem.heads * slices,
-        heads_kv=problem.heads_kv * slices,
-        head_dim_v=width,
+        heads=problem.heads * number,
+        heads_kv=problem.heads_kv * number,
+        head_dim_v=-(-problem.head_dim_v // (8 * number)) * 8,
     )
-    return wide, slices
-
-
-def repeat(tensor: Tensor | None, slices: int, axis: int = -2) -> Tensor | None:
-    """Heads once for each slice: all heads of the first slice, then all of the second."""
-    if tensor is None:
-        return None
-    return torch.cat([tensor] * slices, axis)
-
-
-def split(tensor: Tensor | None, slices: int, width: int) -> Tensor | None:
-    """[..., heads, head_dim_v] to [..., slices * heads, width], with zeros behind the last."""
-    if tensor is None:
-        return None
-    padded = torch.nn.functional.pad(tensor, (0, slices * width - tensor.shape[-1]))
-    return padded.unflatten(-1, (slices, width)).transpose(-3, -2).flatten(-3, -2)
-
-
-def join(tensor: Tensor, slices: int, features: int) -> Tensor:
-    """The inverse of `split`."""
-    return tensor.unflatten(-2, (slices, -1)).transpose(-3, -2).flatten(-2)[..., :features]
-
-
-def add(tensor: Tensor | None, slices: int, axis: int = -2) -> Tensor | None:
-    """The gradient of `repeat`, summed in float32."""
-    if tensor is None:
-        return None
-    return tensor.unflatten(axis, (slices, -1)).float().sum(axis - 1 if axis < 0 else axis)
+    return Slices(narrow, number, problem.head_dim_v, problem.heads == problem.heads_kv)
