@@ -11,11 +11,13 @@ import torch
 from test_simulator import count_by_mask
 
 from natten import devices
+from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
 from natten.simulator import make_problem
 
 pytest.importorskip("triton")
 
-from natten.functional.backends.triton import tiles
+from natten.functional.backends.triton import HOPPER, interpreted, tiles
+from natten.functional.backends.triton.launch import specialized_kernel
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -65,3 +67,77 @@ def test_lengths_need_a_kernel_that_reads_no_more() -> None:
     )
     assert tiles.suits_apart(problem)
     assert not tiles.suits_apart(replace(problem, has_lengths=True))
+
+
+def _on_gpu(problem: Problem) -> Problem:
+    return replace(problem, device=torch.device("cuda"))
+
+
+def _large(**changes: object) -> Problem:
+    settings: dict[str, object] = dict(batch=1, heads=8, head_dim=128, dtype=torch.bfloat16)
+    window = {"shape": (128, 128), "kernel_size": (60, 60), "dilation": 1}
+    window |= {name: changes.pop(name) for name in tuple(changes) if name in window}
+    made = make_problem(**window, **(settings | changes))  # type: ignore[arg-type]
+    return _on_gpu(made)
+
+
+needs_gluon = pytest.mark.skipif(
+    interpreted() or specialized_kernel() is None, reason="another dialect of Gluon"
+)
+
+
+@needs_gluon
+def test_warp_groups_run_apart_where_that_is_faster() -> None:
+    with devices.pretending(devices.find("h100")):
+        chosen = {
+            "large": _large(),
+            "dense": _large(shape=(16384,), kernel_size=(16384,)),
+            "head_dim 64": _large(head_dim=64),
+            "values": _large(head_dim=64, head_dim_v=128),
+            "small window": _large(kernel_size=(7, 7)),
+            "head_dim 32": _large(head_dim=32),
+            "dilation": _large(kernel_size=(30, 30), dilation=(1, 2)),
+            "float32": _large(dtype=torch.float32),
+            "bias": replace(_large(), has_rpb=True),
+            "lengths": replace(_large(), num_additional=64, has_lengths=True),
+        }
+        apart = {
+            name: HOPPER.forward_tiling(problem, DEFAULT_CONFIG).apart
+            for name, problem in chosen.items()
+        }
+    assert [name for name, is_apart in apart.items() if is_apart] == [
+        "large", "dense", "head_dim 64", "values",
+    ]  # fmt: skip
+
+
+@needs_gluon
+def test_the_schedule_decides() -> None:
+    with devices.pretending(devices.find("h100")):
+        for problem, suits in ((_large(), True), (_large(head_dim=32), False)):
+            for schedule in ("non", "coop", "pp"):
+                tiling = HOPPER.forward_tiling(problem, Config(kernel_schedule=schedule))
+                assert tiling.apart == (suits and schedule == "pp")
+                assert bool(tiling.programs) == (schedule != "non" and not tiling.apart)
+            listed = [
+                (prod(query), prod(key))
+                for (query, key), schedule in HOPPER.configs(problem)
+                if schedule == "pp"
+            ]
+            assert ((128, 128) in listed) == suits
+            for query, key in {*listed}:
+                assert query == 64 or tiles.is_apart(query, key)
+
+
+@pytest.mark.parametrize("shape", [(4096,), (64, 48), (12, 20, 24)])
+def test_halves_of_tiles(shape: tuple[int, ...]) -> None:
+    kernel_size = tuple(n // 2 for n in shape)
+    problem = make_problem(shape, kernel_size, heads=1, head_dim=128)
+    query, key = tiles.best_apart_shapes(problem, 128, 128)
+    half = tiles.half(query)
+    assert prod(half) == 64
+    # In memory's order, the first half of the tokens of a tile is the half that is a box.
+    inside = torch.zeros(query, dtype=torch.bool)
+    inside[tuple(slice(n) for n in half)] = True
+    assert inside.flatten()[:64].all()
+    # What the halves skip: they never compute more than whole tiles would.
+    assert tiles.work(problem, half, key).covered <= tiles.work(problem, query, key).covered

@@ -484,7 +484,7 @@ def neighborhood_attention_generic(
         backward_kv_splits: Key tiles that the backward pass may work on in parallel.
         backward_use_pt_reduction: Compute the backward pass's row sums with torch.
         run_persistent_kernel: Persistent tile scheduling, where the backend has both.
-        kernel_schedule: "non", "coop", "pp" (Hopper) or None.
+        kernel_schedule: "non", "coop", "pp" (Hopper; see the page on backends) or None.
         torch_compile: Compile FlexAttention, if ``natten.allow_flex_compile()`` allows it.
         try_fuse_additional_kv: Keep additional keys in one kernel even if attention_kwargs are
             given, which are then not used.
