@@ -610,9 +610,13 @@ def advice_figure(advice: Advice) -> Figure:
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     problem = advice.simulation.problem
-    _draw_front(
+    _draw_suggestions(
         left, advice.strides, [prod(s.stride) for s in advice.strides],
         [s.speedup for s in advice.strides], "stride", problem.stride,
+    )  # fmt: skip
+    left.plot(
+        [prod(s.stride) for s in advice.strides], [s.speedup for s in advice.strides],
+        color=SERIES_COLORS[0], linewidth=1, zorder=1,
     )  # fmt: skip
     # Beyond this line masks are saved, too: tiles become full.
     left.axhline(advice.simulation.waste, color=_ink(), linestyle="--", linewidth=1)
@@ -625,9 +629,18 @@ def advice_figure(advice: Advice) -> Figure:
     left.set_ylabel("predicted speedup over the call as asked for")
     left.set_title(f"window {'x'.join(map(str, problem.kernel_size))}", fontsize=10)
     windows = sorted(advice.windows, key=lambda s: prod(s.kernel_size))
-    _draw_front(
+    _draw_suggestions(
         right, windows, [prod(s.kernel_size) for s in windows], [s.ms for s in windows],
         "kernel_size", problem.kernel_size,
+    )  # fmt: skip
+    front = [
+        window
+        for n, window in enumerate(windows)
+        if all(larger.ms >= window.ms for larger in windows[n + 1 :])
+    ]
+    right.plot(
+        [prod(s.kernel_size) for s in front], [s.ms for s in front], color=SERIES_COLORS[0],
+        linewidth=1, zorder=1,
     )  # fmt: skip
     right.set_xlabel("keys in a window")
     right.set_ylabel("predicted milliseconds, forward")
@@ -637,7 +650,7 @@ def advice_figure(advice: Advice) -> Figure:
     return figure
 
 
-def _draw_front(
+def _draw_suggestions(
     axes: Axes,
     suggestions: Sequence[Suggestion],
     x: Sequence[float],
@@ -645,7 +658,6 @@ def _draw_front(
     of: str,
     asked: tuple[int, ...],
 ) -> None:
-    axes.plot(x, y, color=SERIES_COLORS[0], linewidth=1, zorder=1)
     for n, suggestion in enumerate(suggestions):
         value = getattr(suggestion, of)
         same = value == asked
@@ -658,7 +670,7 @@ def _draw_front(
             "x".join(map(str, value)), (x[n], y[n]), (6, -11), textcoords="offset points",
             fontsize=7.5,
         )  # fmt: skip
-    axes.margins(x=0.12, y=0.12)
+    axes.margins(x=0.18, y=0.12)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="upper left")
