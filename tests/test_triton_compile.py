@@ -35,7 +35,7 @@ from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from natten.functional.backends.triton import BLACKWELL, CUTLASS, HOPPER, interpreted  # noqa: E402
-from natten.functional.backends.triton.launch import specialized_kernel  # noqa: E402
+from natten.functional.backends.triton.launch import specialized  # noqa: E402
 
 RECORDED = Path(__file__).with_name("triton_resources.json")
 # Another patch of the same compiler may schedule a little differently.
@@ -282,7 +282,7 @@ def test_descriptors() -> None:
 def test_groups_of_warps_run_apart(title: str) -> None:
     """Products of the specialized kernel stay in flight: the assembler waits for each of them where
     it takes them for unsafe, or short of registers, which makes the kernel useless."""
-    if specialized_kernel() is None:
+    if specialized() is None:
         pytest.skip(f"Triton {triton.__version__} has another dialect of Gluon")
     setting = next(s for s in SETTINGS if s.title == title)
     kernel = compile_setting(replace(setting, backward=False))["specialized_forward_kernel"]

@@ -17,7 +17,7 @@ from natten.simulator import make_problem
 pytest.importorskip("triton")
 
 from natten.functional.backends.triton import HOPPER, interpreted, tiles
-from natten.functional.backends.triton.launch import specialized_kernel
+from natten.functional.backends.triton.launch import specialized
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -82,7 +82,7 @@ def _large(**changes: object) -> Problem:
 
 
 needs_gluon = pytest.mark.skipif(
-    interpreted() or specialized_kernel() is None, reason="another dialect of Gluon"
+    interpreted() or specialized() is None, reason="another dialect of Gluon"
 )
 
 

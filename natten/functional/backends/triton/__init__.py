@@ -216,7 +216,7 @@ class _Hopper(_Descriptors):
 
     def _has_apart(self) -> bool:
         """Whether there is a kernel whose groups of warps run apart; no interpreter knows it."""
-        return not interpreted() and launch.specialized_kernel() is not None
+        return not interpreted() and launch.specialized() is not None
 
     def forward_tiling(self, problem: Problem, config: Config) -> Tiling:
         """The tiling that the schedule asks for, among those the caller's tiles allow.

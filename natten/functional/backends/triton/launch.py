@@ -12,8 +12,6 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
-from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as SharedDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from natten.functional.backends.triton.backward import (
@@ -39,16 +37,16 @@ _NO_PADDINGS = (0,) * 3
 
 
 @cache
-def specialized_kernel() -> Any:
-    """The forward kernel in Gluon, or None: the dialect differs from one Triton to the next."""
+def specialized() -> Any:
+    """The module of the forward kernel in Gluon; None where this Triton has another dialect."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < (3, 6):
         return None
     try:
-        from natten.functional.backends.triton.specialized import specialized_forward_kernel
+        from natten.functional.backends.triton import specialized
     except (ImportError, AttributeError):
         return None
-    return specialized_forward_kernel
+    return specialized
 
 
 def _pad(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
@@ -113,31 +111,26 @@ def _describable(tensor: Tensor) -> Tensor:
     return tensor if suits else tensor.contiguous()
 
 
-# Checked descriptors without their tensors, by layout and tile.
-_descriptors: dict[Any, dict[str, Any]] = {}
+# Kinds of checked descriptors and what they hold but their tensors, by layout, tile and maker.
+_descriptors: dict[Any, tuple[Any, dict[str, Any]]] = {}
 
 
-def _descriptor(tensor: Tensor, tile: tuple[int, ...], kind: Any = TensorDescriptor) -> Any:
-    """A descriptor of the tensor that loads tiles; of Gluon's ``kind``, it names their layout."""
-    identity = (tensor.shape, tensor.stride(), tile, tensor.dtype, kind)
-    fields = _descriptors.get(identity)
-    if fields is None:
+def _descriptor(tensor: Tensor, tile: tuple[int, ...], make: Any = TensorDescriptor) -> Any:
+    """A descriptor of the tensor that loads tiles."""
+    identity = (tensor.shape, tensor.stride(), tensor.dtype, tile, make)
+    found = _descriptors.get(identity)
+    if found is None:
         batch, *tokens, heads, features = tensor.shape
         batch_stride, *steps = tensor.stride()[:-2]
-        loaded = [1, *tile, features]
-        layout = []
-        if kind is SharedDescriptor:
-            element = float16 if tensor.dtype == torch.float16 else bfloat16
-            layout = [NVMMASharedLayout.get_default_for(loaded, element)]
         # Axes that the grid lacks are never stepped along; any valid stride will do.
-        checked = kind(
+        checked = make(
             tensor,
             [batch, *_pad(tokens, 1), heads * features],
             [batch_stride, *_pad(steps, batch_stride), 1],
-            loaded,
-            *layout,
+            [1, *tile, features],
         )
-        fields = _descriptors[identity] = {**vars(checked), "base": None}
+        found = _descriptors[identity] = type(checked), {**vars(checked), "base": None}
+    kind, fields = found
     # The class checks its arguments at every construction, as long as all the rest here takes.
     descriptor = object.__new__(kind)
     vars(descriptor).update(fields, base=tensor)
@@ -351,7 +344,7 @@ def _kind(tensor: Any) -> Any:
     """What Triton specializes on: the type, and whether the address is a multiple of 16."""
     if tensor is None:
         return None
-    if isinstance(tensor, (TensorDescriptor, SharedDescriptor)):
+    if not isinstance(tensor, Tensor):
         return tensor.base.dtype
     return tensor.dtype, tensor.data_ptr() % 16 == 0
 
@@ -495,7 +488,7 @@ def forward(
     if rpb is not None:
         paddings = _bias_paddings(tiling)
         bias = _bias_table(rpb, problem, paddings)
-    kernel = specialized_kernel() if tiling.apart else forward_kernel
+    kernel = specialized().specialized_forward_kernel if tiling.apart else forward_kernel
     plan = _plan(
         kernel, problem, tiling, _sequences(problem, cumulative_query), problem.head_dim_v,
         _precision(query), False, (query.stride(), key.stride(), value.stride()), additional,
@@ -503,15 +496,15 @@ def forward(
     )  # fmt: skip
     key_tile = plan.options["KEY_TILE"]
     if tiling.apart:
-        context = (1, 1, prod(key_tile))
+        make, context = specialized().descriptor, (1, 1, prod(key_tile))
         _run(
             kernel, plan.programs, plan,
-            _descriptor(query, half(plan.options["QUERY_TILE"]), SharedDescriptor),
-            _descriptor(key, key_tile, SharedDescriptor),
-            _descriptor(value, key_tile, SharedDescriptor),
+            _descriptor(query, half(plan.options["QUERY_TILE"]), make),
+            _descriptor(key, key_tile, make),
+            _descriptor(value, key_tile, make),
             out, lse,
             *(
-                None if tensor is None else _descriptor(tensor, context, SharedDescriptor)
+                None if tensor is None else _descriptor(tensor, context, make)
                 for tensor in (additional_keys, additional_values)
             ),
             cumulative_query, cumulative_key,

@@ -11,6 +11,8 @@ interpreter for Gluon: `forward.py` is this kernel's equal, and what runs everyw
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .primitives import (
     LN_2,
@@ -34,6 +37,16 @@ from .primitives import (
     sequence_of,
     unravel,
 )
+
+
+def descriptor(
+    tensor: Tensor, shape: list[int], strides: list[int], tile: list[int]
+) -> TensorDescriptor:
+    """Like `triton.tools.tensor_descriptor.TensorDescriptor`, for Gluon, which wants to know how a
+    tile lies in shared memory."""
+    element = gl.float16 if tensor.dtype == torch.float16 else gl.bfloat16
+    layout = gl.NVMMASharedLayout.get_default_for(tile, element)
+    return TensorDescriptor(tensor, shape, strides, tile, layout)
 
 
 @gluon.jit
