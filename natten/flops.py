@@ -83,7 +83,8 @@ def _pairs(tensors: Sequence[Any], parameters: Sequence[Any]) -> tuple[int, int]
     extra = 0 if additional_keys is None else additional_keys.shape[1]
     total = batch * extra
     if extra and lengths is not None and _readable(lengths):
-        total = int(lengths.clamp(0, extra).sum())
+        # Narrow integers may not hold the number of all.
+        total = int(lengths.long().clamp(0, extra).sum())
     return repeats * in_grid, heads * prod(query_shape) * total
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from natten.types import KernelSchedule
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def _is_int(value: object) -> bool:
     return isinstance(value, (int, torch.SymInt, Integral))
@@ -260,9 +262,6 @@ def check_length_values(name: str, lengths: Tensor, most: int) -> None:
     values = lengths.tolist()
     if values and not 0 <= min(values) <= max(values) <= most:
         raise ValueError(f"{name} must hold integers from 0 to {most}, got {values}")
-
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_rpb(

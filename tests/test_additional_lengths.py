@@ -72,20 +72,23 @@ def test_integers_and_layouts(backend, dtype):
     assert_close(attend(given, lengths, backend=backend), tuple(one_by_one(given)))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "flex"])
 def test_the_operator_cuts_what_nobody_checked(backend):
     if backend == "cpu":
         pytest.importorskip("numba")
-    query, key, value, *context = tensors(requires_grad=True)
+    backward = backend != "flex"
+    query, key, value, *context = tensors(requires_grad=backward)
     window = ([3, 5], [1, 1], [2, 1], [False] * 2, 0.3, [7, 6], [0, 0], [0, 0], 0, 0, backend, "")
 
     def call(lengths):
         return ops.neighborhood_attention(
-            query, key, value, None, *context, None, None, torch.tensor(lengths), *window, True
+            query, key, value, None, *context, None, None, torch.tensor(lengths), *window, backward
         )
 
     got, expected = call([-3, 2**40, 2, 7]), call([0, 6, 2, 6])
     assert_close(got, expected)
+    if not backward:
+        return
     inputs = (query, key, value, *context)
     grads = [
         torch.autograd.grad(out.sin().sum() + lse.sum(), inputs) for out, lse in (got, expected)
@@ -190,3 +193,16 @@ def test_counted_operations(backward):
     assert every == count(None)
     assert (some - none) * 6 * 4 == (every - none) * sum(LENGTHS)
     assert none < some < every
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_long_contexts_are_counted_with_narrow_integers(dtype):
+    query = torch.randn(2, 4, 1, 2)
+    context = torch.randn(2, 300, 1, 2)
+    with FlopCounterMode(display=False) as counter:
+        natten.na1d(
+            query, query, query, 1, additional_keys=context, additional_values=context,
+            additional_lengths=torch.tensor([3, 100], dtype=dtype),
+        )  # fmt: skip
+    pairs = 2 * 4 + 4 * (3 + 100)
+    assert counter.get_total_flops() == 2 * pairs * (2 + 2)

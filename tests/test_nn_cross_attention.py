@@ -311,6 +311,7 @@ def test_empty_batch():
         (((2, 8, 8, 32), (2, 5, 20), None), [1, 2, 3], "context_lengths must be 2 integers"),
         (((2, 8, 8, 32), (2, 5, 20), None), [1.0, 2.0], "context_lengths must be 2 integers"),
         (((2, 8, 8, 32), (2, 5, 20), None), [True, False], "context_lengths must be 2 integers"),
+        (((2, 8, 8, 32), (2, 5, 20), None), [1j, 2j], "context_lengths must be 2 integers"),
         (((2, 8, 8, 32), (2, 5, 20), None), [1, 6], r"integers from 0 to 5, got \[1, 6\]"),
         (((2, 8, 8, 32), (2, 5, 20), None), [-1, 5], r"integers from 0 to 5, got \[-1, 5\]"),
     ],

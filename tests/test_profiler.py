@@ -492,6 +492,10 @@ def test_the_environment_variable_loads_a_profile(
         (lambda text: text.replace('"batch": 1', '"batch": -1'), "batch must be an int"),
         (lambda text: text.replace('"heads": 2', '"heads": "2"'), "heads must be an int"),
         (lambda text: text.replace('"has_rpb": false', '"has_rpb": 0'), "has_rpb must be a bool"),
+        (
+            lambda text: text.replace('"has_lengths": false', '"has_lengths": 0'),
+            "has_lengths must be a bool",
+        ),
         (lambda text: text.replace("     3,\n", "     9,\n"), r"kernel_size \* dilation must be"),
         (
             lambda text: text.replace('"kernel_schedule": null', '"kernel_schedule": "x"'),

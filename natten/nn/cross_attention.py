@@ -29,7 +29,14 @@ def check_source(source: Tensor, x: Tensor) -> None:
 
 def lengths_of(lengths: Tensor, context: Tensor) -> Tensor:
     """context_lengths, checked, where the context is."""
-    is_integer = not lengths.is_floating_point() and lengths.dtype != torch.bool
+    # TorchScript does not know the tuple that natten.validation has.
+    is_integer = lengths.dtype in (
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+    )
     if lengths.shape != context.shape[:1] or not is_integer:
         raise ValueError(
             f"context_lengths must be {context.shape[0]} integers, got {lengths.dtype} of the "

@@ -214,7 +214,8 @@ def _run(
     q, k, v = (t.flatten(1, -3) for t in (query, key, value))
     if additional_keys is not None and additional_values is not None:
         if additional_lengths is not None:
-            additional_lengths = additional_lengths.long()
+            # Below zero they would take away keys of the grid.
+            additional_lengths = additional_lengths.long().clamp(min=0)
             token = torch.arange(problem.num_additional, device=problem.device)
             # A weight of zero times what is not finite would not be zero.
             absent = (token >= additional_lengths[:, None])[:, :, None, None]
