@@ -264,7 +264,7 @@ def _run(options: argparse.Namespace) -> int:
             f"the demo needs {error.name}: pip install 'natten[cpu,profiler]'"
         ) from error
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     dtype = torch.float32 if options.device == "cpu" else torch.float16
     truth = photograph(options.height)
     for setting in SETTINGS:

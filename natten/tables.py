@@ -83,10 +83,12 @@ def console(stderr: bool = False, width: int = 120) -> Console | None:
         from rich.console import Console
     except ModuleNotFoundError:
         return None
-    found = Console(stderr=stderr, highlight=False)
+    # Names of files and texts of errors hold brackets, which are not meant for rich.
+    plainly: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    found = Console(stderr=stderr, **plainly)
     if not found.is_terminal and found.width < width:
         # A pipe has no width: do not fold.
-        return Console(stderr=stderr, highlight=False, width=width)
+        return Console(stderr=stderr, width=width, **plainly)
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import natten
-from natten import cli, info
+from natten import cli, info, tables
 
 SMALL = ["-i", "10", "12", "-w", "3", "5", "-n", "2", "-d", "16", "--dtype", "fp32"]
 
@@ -105,6 +105,20 @@ def test_without_rich_tables_are_plain(
         assert part in captured.out
     assert cli.main(["profile", *SMALL, "--dry-run", "--device", "cpu"]) == 0
     assert "cpu-fna: runs it" in capsys.readouterr().out
+
+
+def test_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """What torch writes when memory is short, and what files may be called."""
+    pytest.importorskip("rich")
+    failure, file = "[enforce fail at alloc_cpu.cpp:124]", "out[/tmp] :x: [ema].pt"
+    table = tables.Table("found", ("file", "what"), 2, caption=failure)
+    table.add(file, failure)
+    out = tables.console()
+    tables.show(table, out)
+    tables.show(file, out)
+    # The caption is folded.
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count(file) == printed.count("[enforce fail at") == 2
 
 
 def test_a_missing_package_is_said_in_one_line(
