@@ -27,7 +27,6 @@ import copy
 import csv
 import json
 import math
-import pickle
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -311,8 +310,10 @@ def read_state(path: Path, options: argparse.Namespace, data: str) -> dict[str, 
         raise FileNotFoundError(f"nothing to resume: {path} does not exist")
     try:
         state = torch.load(path, map_location=options.device, weights_only=True)
-        before = state["run"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        before = dict(state["run"])
+        state = {name: state[name] for name in ("epoch", "model", "averaged", "optimizer")}
+    except Exception as error:
+        # Of damaged files torch's unpickler raises whatever it stumbles over.
         raise ValueError(f"{path} is damaged, or not of this version: {error!r:.120}") from error
     now = identity(options, data)
     changed = [f"{k} {before.get(k)!r}, not {v!r}" for k, v in now.items() if before.get(k) != v]

@@ -137,6 +137,18 @@ def test_what_cannot_be_resumed(stripes: Path, tmp_path: Path) -> None:
         run(stripes, tmp_path, "--resume")
 
 
+def test_states_that_lack_something_are_refused(stripes: Path, tmp_path: Path) -> None:
+    run(stripes, tmp_path, "--stop-after", "1")
+    whole = torch.load(tmp_path / "last.pt", weights_only=True)
+    for name in whole:
+        torch.save({k: v for k, v in whole.items() if k != name}, tmp_path / "last.pt")
+        with pytest.raises(ValueError, match=rf"last\.pt is damaged.*{name}"):
+            run(stripes, tmp_path, "--resume")
+    torch.save({**whole, "run": 3}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=r"last\.pt is damaged"):
+        run(stripes, tmp_path, "--resume")
+
+
 def test_mixed_precision_resumes_alike(stripes: Path, tmp_path: Path) -> None:
     settings = ["--epochs", "2", "--batch-size", "32", "--warmup-epochs", "1", "--device", "cpu"]
     settings.append("--amp")
