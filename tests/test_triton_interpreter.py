@@ -365,6 +365,35 @@ def _check_packed() -> None:
             assert torch.equal(a, b), (backend, options, float((a - b).abs().max()))
 
 
+def _check_awkward_memory() -> None:
+    """Descriptors take no odd address, and no odd stride even of an axis of one token: tensors that
+    torch calls contiguous may have both."""
+    from natten.functional.backends.triton import launch
+
+    shape = (1, 70, 1, 64)
+    tiles = {"q_tile_shape": (64,), "kv_tile_shape": (64,)}
+    tiles |= {f"backward_{name}": tile for name, tile in tiles.items()}
+    plain = [torch.randn(shape, dtype=HALF) for _ in range(4)]
+    shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(shape) for t in plain]
+    strided = [t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2) for t in plain]
+    results = []
+    for tensors in (plain, shifted, strided):
+        assert all(t.is_contiguous() for t in tensors)
+        *inputs, gradient = tensors
+        leaves = [t.requires_grad_() for t in inputs]
+        out = natten.na1d(*leaves, 65, backend="hopper-fna", **tiles)
+        results.append([out, *torch.autograd.grad(out, leaves, gradient)])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+    most, launch._MAX_DESCRIPTORS = launch._MAX_DESCRIPTORS, 3
+    launch._descriptors.clear()
+    for length in range(70, 90):
+        launch._descriptor(torch.zeros(1, length, 1, 64, dtype=HALF), (1, 1, 64))
+        assert 0 < len(launch._descriptors) <= 3
+    launch._MAX_DESCRIPTORS = most
+
+
 def _check_missing_values() -> None:
     """What a row does not see has no effect, even if it is NaN or infinite."""
     for backend in ("cutlass-fna", "hopper-fna"):
@@ -508,6 +537,7 @@ CHECKS = {
     "bias_tiles": _check_bias_tiles,
     "determinism": _check_determinism,
     "packed": _check_packed,
+    "awkward_memory": _check_awkward_memory,
     "missing_values": _check_missing_values,
     "empty": _check_empty,
     "bounds": _check_bounds,

@@ -107,12 +107,15 @@ def _describable(tensor: Tensor) -> Tensor:
         and tensor.data_ptr() % 16 == 0
         and all(s > 0 and s * size % 16 == 0 for s in tensor.stride()[:-2])
     )
-    # A stride of 0 (an expanded tensor) would survive clone() without contiguous().
-    return tensor if suits else tensor.contiguous()
+    # contiguous() keeps strides of axes of one token, whatever they are, and addresses. Nor would a
+    # stride of 0 (an expanded tensor) go away by clone() alone.
+    return tensor if suits else tensor.clone(memory_format=torch.contiguous_format)
 
 
 # Kinds of checked descriptors and what they hold but their tensors, by layout, tile and maker.
+# Cleared when full, which shapes that never repeat can cause.
 _descriptors: dict[Any, tuple[Any, dict[str, Any]]] = {}
+_MAX_DESCRIPTORS = 4096
 
 
 def _descriptor(tensor: Tensor, tile: tuple[int, ...], make: Any = TensorDescriptor) -> Any:
@@ -129,6 +132,8 @@ def _descriptor(tensor: Tensor, tile: tuple[int, ...], make: Any = TensorDescrip
             [batch_stride, *_pad(steps, batch_stride), 1],
             [1, *tile, features],
         )
+        if len(_descriptors) >= _MAX_DESCRIPTORS:
+            _descriptors.clear()
         found = _descriptors[identity] = type(checked), {**vars(checked), "base": None}
     kind, fields = found
     # The class checks its arguments at every construction, as long as all the rest here takes.
@@ -628,7 +633,7 @@ class _Backward:
         # Each of them is read as columns by one of the kernels.
         query_layout = _describable if tilings.key_value.tma else _readable
         key_layout = _describable if tilings.query.tma else _readable
-        self.query, self.grad_out = query_layout(query), grad_out.contiguous()
+        self.query, self.grad_out = query_layout(query), query_layout(grad_out.contiguous())
         self.key, self.value = key_layout(key), key_layout(value)
         self.rpb = rpb
         self.bias_paddings, self.bias, self.bias_sums = _NO_PADDINGS, None, None
