@@ -146,10 +146,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.stdout.write(card)
 
 
-def command() -> int:
-    main()
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(guarded("python -m natten.models.card", command))
+    sys.exit(guarded("python -m natten.models.card", main))

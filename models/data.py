@@ -115,10 +115,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def command() -> int:
-    main()
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(guarded("python -m natten.models.data", command))
+    sys.exit(guarded("python -m natten.models.data", main))

@@ -18,15 +18,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(FAILED, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def guarded(title: str, call: Callable[[], int]) -> int:
+def guarded(title: str, call: Callable[[], int | None]) -> int:
     """The exit code of ``call``, or that of what it raises, which is told in one line.
 
     Args:
         title: Of the command, begins the line.
-        call: Returns the exit code.
+        call: Returns the exit code; None is 0.
     """
     try:
-        return call()
+        return call() or 0
     except KeyboardInterrupt as error:
         text = f"interrupted{f': {error}' if str(error) else ''}"
         sys.stderr.write(f"{title}: {text}\n")

@@ -187,7 +187,7 @@ def test_wrong_commands_end_with_one_line(
         patch.chdir(tmp_path)
         patch.setattr("sys.argv", ["x", *words])
         try:
-            code = guarded("x", command.command)
+            code = guarded("x", command.main)
         except SystemExit as error:
             code = error.code
     assert code == 2
