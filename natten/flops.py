@@ -21,12 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten.functional.ops import unpacked
+from natten.functional.ops import NUM_TENSORS, unpacked
 from natten.window import Axis, bounds_table
 
 _COUNTER = "torch.utils.flop_counter"
-# Of the operator: tensors, then kernel_size, stride, dilation, is_causal, scale, grid, origins.
-_NUM_TENSORS = 9
 
 
 @lru_cache(maxsize=1024)
@@ -68,12 +66,12 @@ def _pairs(tensors: Sequence[Any], parameters: Sequence[Any]) -> tuple[int, int]
     if cumulative_q is not None:
         if _readable(cumulative_q):
             ends = [pairwise(c.tolist()) for c in (cumulative_q, cumulative_kv)]
-            lengths = [(b - a, d - c) for (a, b), (c, d) in zip(*ends, strict=True)]
+            sequences = [(b - a, d - c) for (a, b), (c, d) in zip(*ends, strict=True)]
         else:
             # The largest that it can be.
-            lengths = [(max_q, max_kv)] * (cumulative_q.shape[0] - 1)
+            sequences = [(max_q, max_kv)] * (cumulative_q.shape[0] - 1)
         total = 0
-        for q, kv in lengths:
+        for q, kv in sequences:
             if q and kv:
                 longest = max(q, kv)
                 total += count_pairs((Axis(longest, longest, 1, 1, is_causal[0]),), (q,), (kv,))
@@ -90,7 +88,7 @@ def _pairs(tensors: Sequence[Any], parameters: Sequence[Any]) -> tuple[int, int]
 
 def attention_flops(*arguments: Any, **_: Any) -> int:
     """Of natten::neighborhood_attention, by the arguments of its schema."""
-    tensors, parameters = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:]
+    tensors, parameters = arguments[:NUM_TENSORS], arguments[NUM_TENSORS:]
     head_dim, head_dim_v = tensors[0].shape[-1], tensors[2].shape[-1]
     return 2 * sum(_pairs(tensors, parameters[:10])) * (head_dim + head_dim_v)
 
@@ -99,8 +97,8 @@ def attention_backward_flops(*arguments: Any, **_: Any) -> int:
     """Of natten::neighborhood_attention_backward: scores again, the gradient of the weights, and
     the gradients that are asked for.
     """
-    tensors = arguments[2 : 2 + _NUM_TENSORS]
-    *parameters, needs = arguments[4 + _NUM_TENSORS :]
+    tensors = arguments[2 : 2 + NUM_TENSORS]
+    *parameters, needs = arguments[4 + NUM_TENSORS :]
     head_dim, head_dim_v = tensors[0].shape[-1], tensors[2].shape[-1]
     total = 0
     for pairs, key, value in zip(_pairs(tensors, parameters[:10]), (1, 4), (2, 5), strict=True):

@@ -36,8 +36,8 @@ _PARAMETERS = (
     "SymInt max_seqlen_kv, str backend, str config, bool requires_grad"
 )
 # Tensors before the parameters in the schema; the first six are differentiable.
-_NUM_TENSORS = 9
-_IS_CAUSAL = _NUM_TENSORS + 3
+NUM_TENSORS = 9
+_IS_CAUSAL = NUM_TENSORS + 3
 
 _library = torch.library.Library("natten", "DEF")
 _library.define(
@@ -190,7 +190,7 @@ def _is_empty(problem: Problem) -> bool:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    tensors, parameters = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:]
+    tensors, parameters = arguments[:NUM_TENSORS], arguments[NUM_TENSORS:]
     return _run(tensors, *_plan(tensors, parameters))
 
 
@@ -218,9 +218,9 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(grad_out: Tensor | None, grad_lse: Tensor | None, *arguments: Any) -> Any:
-    tensors = arguments[:_NUM_TENSORS]
-    out, lse = arguments[_NUM_TENSORS : _NUM_TENSORS + 2]
-    *parameters, needs = arguments[_NUM_TENSORS + 2 :]
+    tensors = arguments[:NUM_TENSORS]
+    out, lse = arguments[NUM_TENSORS : NUM_TENSORS + 2]
+    *parameters, needs = arguments[NUM_TENSORS + 2 :]
     inputs = tensors[:6]
     needed = tuple([n and t is not None for n, t in zip(needs, inputs, strict=True)])
     gradients = _run_backward(
@@ -422,8 +422,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
-        ctx.parameters = inputs[_NUM_TENSORS:]
+        ctx.save_for_backward(*inputs[:NUM_TENSORS], *output)
+        ctx.parameters = inputs[NUM_TENSORS:]
         # A gradient that nobody asks for stays None: filling it with zeros would cost a kernel.
         ctx.set_materialize_grads(False)
 
@@ -434,7 +434,7 @@ class _Attention(torch.autograd.Function):
         arguments = (grad_out, grad_lse, *saved, *ctx.parameters, needs)
         if transforming():
             gradients = _AttentionBackward.apply(*arguments)
-        elif not torch.is_grad_enabled() and _is_plain(arguments[: _NUM_TENSORS + 4]):
+        elif not torch.is_grad_enabled() and _is_plain(arguments[: NUM_TENSORS + 4]):
             gradients = _backward(*arguments)
         else:
             gradients = neighborhood_attention_backward(*arguments)
@@ -576,15 +576,15 @@ def call(*arguments: Any) -> tuple[Tensor, Tensor]:
     allow."""
     if transforming():
         return _Attention.apply(*arguments)
-    if _is_plain(arguments[:_NUM_TENSORS]):
+    if _is_plain(arguments[:NUM_TENSORS]):
         # The last argument says whether gradients are needed.
         return _apply_plainly(*arguments) if arguments[-1] else _forward(*arguments)
     if torch.jit.is_tracing():
         constants = [
             [int(v) for v in p] if isinstance(p, (tuple, list)) else p
-            for p in arguments[_NUM_TENSORS:-1]
+            for p in arguments[NUM_TENSORS:-1]
         ]
-        return neighborhood_attention_traced(*arguments[:_NUM_TENSORS], *constants, False)
+        return neighborhood_attention_traced(*arguments[:NUM_TENSORS], *constants, False)
     return neighborhood_attention(*arguments)
 
 
@@ -671,7 +671,7 @@ def _forward_traced(*arguments: Any) -> tuple[Tensor, Tensor]:
     is_causal = [bool(c) for c in arguments[_IS_CAUSAL]]
     # Whether there are gradients is a matter of each run.
     requires_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in arguments[:_NUM_TENSORS]
+        t is not None and t.requires_grad for t in arguments[:NUM_TENSORS]
     )
     return call(*arguments[:_IS_CAUSAL], is_causal, *arguments[_IS_CAUSAL + 1 : -1], requires_grad)
 
@@ -699,7 +699,7 @@ def autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
 
 
 def _autocast_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
-    tensors = list(arguments[:_NUM_TENSORS])
+    tensors = list(arguments[:NUM_TENSORS])
     # The bias is added in the accumulation dtype and keeps its own.
     dtype = autocast_dtype(tensors[0])
     cast = [*tensors[:3], *tensors[4:6]]
@@ -707,7 +707,7 @@ def _autocast_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
         cast = autocast(dtype, *cast)
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
         return neighborhood_attention(
-            *cast[:3], tensors[3], *cast[3:], *tensors[6:], *arguments[_NUM_TENSORS:]
+            *cast[:3], tensors[3], *cast[3:], *tensors[6:], *arguments[NUM_TENSORS:]
         )
 
 
@@ -727,6 +727,7 @@ for _key in ("AutocastCPU", "AutocastCUDA"):
     _library.impl("packed_attention", _packed_autocast_kernel, _key)
 
 __all__ = [
+    "NUM_TENSORS",
     "autocast",
     "autocast_dtype",
     "call",
