@@ -154,16 +154,16 @@ def main() -> int:
         print(
             f"  {line_of(name, fitted)}{'' if good else '  # REFUSED: describes the cases only'}\n"
         )
+        if not good:
+            continue
         source, changed = re.subn(
             rf"^{name} = _Costs\(.*\)$", line_of(name, fitted), source, flags=re.MULTILINE
         )
         if changed != 1:
             raise RuntimeError(f"{SOURCE} has no single line that begins with {name}")
-    if options.write and accepted:
+    if options.write:
         SOURCE.write_text(source)
-        print(f"written to {SOURCE}")
-    elif options.write:
-        print("not written", file=sys.stderr)
+        print(f"written to {SOURCE}{'' if accepted else ', but for what was refused'}")
     return 0 if accepted else 1
 
 

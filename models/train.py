@@ -437,6 +437,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     )
     test = split("test")
     rows = log.rows()
+    if len(rows) != options.epochs:
+        raise ValueError(
+            f"{folder / 'log.csv'} must have a row for each of the {options.epochs} epochs, "
+            f"got {len(rows)}: the result is made from it"
+        )
     # The first epochs compile and allocate.
     speeds = sorted(row["images_per_second"] for row in rows[min(2, len(rows) - 1) :])
     result = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -26,13 +27,21 @@ def guarded(title: str, call: Callable[[], int | None]) -> int:
         call: Returns the exit code; None is 0.
     """
     try:
-        return call() or 0
+        code = call() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever reads has enough: `natten ... | head`. Python would flush once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt as error:
         text = f"interrupted{f': {error}' if str(error) else ''}"
         sys.stderr.write(f"{title}: {text}\n")
         return INTERRUPTED
     except ModuleNotFoundError as error:
         text = f"{error.name} is not installed: pip install 'natten[all]' brings it"
+        if error.name is None:
+            text = str(error)
     except (ValueError, NotImplementedError, RuntimeError, MemoryError, OSError) as error:
         # torch.OutOfMemoryError is a RuntimeError.
         text = " ".join(str(error).split()) or type(error).__name__

@@ -41,6 +41,7 @@ def shape_class(problem: Problem) -> ShapeClass:
         problem.device.type,
         problem.num_additional > 0,
         problem.has_rpb,
+        problem.has_lengths,
         problem.varlen,
     )
 

@@ -127,6 +127,15 @@ def test_a_run_that_is_killed_while_saving_is_resumed(
     assert epochs == ["epoch", "0", "1", "2", "3"]
 
 
+def test_a_result_needs_the_whole_log(stripes: Path, tmp_path: Path) -> None:
+    run(stripes, tmp_path)
+    log = tmp_path / "log.csv"
+    header, *rows = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([header, *rows[1:]]))
+    with pytest.raises(ValueError, match=r"log\.csv must have a row for each"):
+        run(stripes, tmp_path, "--resume")
+
+
 def test_what_cannot_be_resumed(stripes: Path, tmp_path: Path) -> None:
     run(stripes, tmp_path, "--stop-after", "1")
     with pytest.raises(ValueError, match=r"goes on with the run in .*: lr 0\.005, not 0\.1"):

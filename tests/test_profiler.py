@@ -408,6 +408,13 @@ def test_a_profile_applies_to_its_shape_class(tmp_path: Path) -> None:
     assert chosen() == before
 
 
+def test_lengths_are_a_shape_class_of_their_own(tmp_path: Path) -> None:
+    problem = make_problem((64,), 9, heads=2, head_dim=16, dtype=torch.float32, additional=5)
+    natten.load_profile(saved(tmp_path / "p.json", Entry(problem, "flex", Config(), 1.0)))
+    assert profile_file.lookup(problem, "flex") is not None
+    assert profile_file.lookup(replace(problem, has_lengths=True), "flex") is None
+
+
 def test_an_explicit_backend_wins_over_a_profile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from natten.devices import capability
 from natten.functional.backends.triton.backward import (
     key_value_gradient_kernel,
     query_gradient_kernel,
@@ -261,13 +262,10 @@ def _precision(tensor: Tensor) -> str:
     """
     if tensor.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
         return "tf32"
-    tensor_cores = tensor.is_cuda and torch.version.hip is None and _capability(tensor.device) >= 8
+    tensor_cores = (
+        tensor.is_cuda and torch.version.hip is None and capability(tensor.device.index) >= (8, 0)
+    )
     return "tf32x3" if tensor_cores else "ieee"
-
-
-@cache
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
 
 
 def _scales(scale: float) -> tuple[float, bool]:

@@ -258,6 +258,7 @@ def suits_apart(problem: Problem) -> bool:
         and not problem.has_rpb
         # It loads whole tiles of additional keys, whatever they hold behind a length.
         and not problem.has_lengths
+        and problem.num_keys > 0
         and not any(d > 1 for d in problem.dilation)
     )
 
@@ -334,8 +335,9 @@ MIN_TMA_PRODUCTS = 1.2e10
 def _make(
     problem: Problem, pair: tuple[Shape, Shape], size: _Size, split: bool, tma: bool
 ) -> Tiling:
-    # Narrow heads gain nothing from descriptors; dilated boxes have none.
+    # Narrow heads gain nothing from descriptors; dilated boxes have none, nor do empty tensors.
     use_tma = tma and problem.head_dim > 32 and not any(d > 1 for d in problem.dilation)
+    use_tma = use_tma and problem.num_keys > 0
     return Tiling(*pair, size.warps, size.stages, split, tma=use_tma, apart=size.apart)
 
 
