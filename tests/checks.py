@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 from cases import Case
 from torch import Tensor
 
+import natten
 from natten.functional import attention, neighborhood_attention_generic
+from natten.functional.neighborhood import packed_attention
 from natten.window import Axis, grid_mask
 
 # Where eager attention happens to be exact (a window of one key), others round: sums in float32,
@@ -406,3 +408,42 @@ def check_problem(
             recomputed if name.startswith("gradient") else 0.0,
             product_rounding * slack.get(name, 0.0),
         )
+
+
+def check_packed(backends: Sequence[str], dtype: torch.dtype, device: str) -> None:
+    """One tensor of query, key and value heads: what three tensors give, bit for bit, in one
+    gradient."""
+    torch.manual_seed(0)
+    for backend, heads, heads_kv, head_dim, options in (
+        ("cutlass", 2, 2, 16, {"dilation": (2, 1)}),
+        ("cutlass", 4, 2, 24, {"stride": (1, 2), "is_causal": (True, False)}),
+        ("cutlass", 2, 1, 16, {"grid": (14, 11), "origin": (3, 2)}),
+        ("hopper", 2, 1, 64, {}),
+    ):
+        if backend not in backends:
+            continue
+        window: dict[str, Any] = {"stride": (1, 1), "dilation": (1, 1), "is_causal": (False, False)}
+        window.update(options)
+        to: dict[str, Any] = {"dtype": dtype, "device": device, "requires_grad": True}
+        qkv = torch.randn(1, 9, 7, heads + 2 * heads_kv, head_dim, **to)
+        rpb = None
+        if not any(window["is_causal"]):
+            rpb = torch.randn(heads, 5, 7, **to)
+        leaves = [qkv] if rpb is None else [qkv, rpb]
+        with natten.use_deterministic_algorithms(), nan_filled_empties():
+            packed = packed_attention(
+                qkv, heads_kv, (3, 4), **window, rpb=rpb, backend=f"{backend}-fna"
+            )
+            origin = window.pop("origin", None)
+            query, key, value = qkv.split([heads, heads_kv, heads_kv], -2)
+            parts = neighborhood_attention_generic(
+                query, key, value, (3, 4), **window, query_origin=origin, key_origin=origin,
+                rpb=rpb, backend=f"{backend}-fna", return_lse=True,
+            )  # fmt: skip
+            results = [
+                [out, lse, *torch.autograd.grad(out.float().sin().sum() + lse.sum(), leaves)]
+                for out, lse in (packed, parts)
+            ]
+        for a, b in zip(*results):
+            assert bool(a.isfinite().all())
+            assert torch.equal(a, b), (backend, options, float((a - b).abs().max()))

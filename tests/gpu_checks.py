@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from cases import CASES, Case, random_case, random_lengths
-from checks import check_problem, make_inputs, run
+from checks import check_packed, check_problem, make_inputs, run
 from torch import Tensor
 
 import natten
@@ -662,6 +662,12 @@ class _Block(torch.nn.Module):
         return self.head(x + self.attention(x)).mean((1, 2))
 
 
+def check_packed_gradients() -> None:
+    """Query, key and value in one tensor, and one gradient, whichever way they are loaded."""
+    for dtype in (BF16, FP16):
+        check_packed(backends(), dtype, "cuda")
+
+
 def check_training_step() -> None:
     """Steps under autocast, compiled and not, agree."""
     x = torch.randn(4, 28, 28, 128, device="cuda")
@@ -690,6 +696,7 @@ def check_training_step() -> None:
 SINGLE: dict[str, Check] = {
     "training_step": check_training_step,
     "schedules": check_schedules,
+    "packed": check_packed_gradients,
     "deterministic_bias": check_deterministic_bias,
     "backward_knobs": check_backward_knobs,
     "huge_grid": check_huge_grid,

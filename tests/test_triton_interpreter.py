@@ -18,12 +18,10 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Case
-from checks import check_problem, make_inputs, nan_filled_empties, run
+from checks import check_packed, check_problem, make_inputs, run
 from interpret import main, run_interpreted
 
 import natten
-from natten.functional import neighborhood_attention_generic
-from natten.functional.neighborhood import packed_attention
 
 pytest.importorskip("triton")
 
@@ -331,40 +329,6 @@ def _check_determinism() -> None:
                 assert torch.equal(first, second)
 
 
-def _check_packed() -> None:
-    """One tensor of query, key and value heads: what three tensors give, bit for bit, in one
-    gradient."""
-    torch.manual_seed(0)
-    for backend, heads, heads_kv, head_dim, options in (
-        ("cutlass-fna", 2, 2, 16, {"dilation": (2, 1)}),
-        ("cutlass-fna", 4, 2, 24, {"stride": (1, 2), "is_causal": (True, False)}),
-        ("cutlass-fna", 2, 1, 16, {"grid": (14, 11), "origin": (3, 2)}),
-        ("hopper-fna", 2, 1, 64, {}),
-    ):
-        window: dict[str, Any] = {"stride": (1, 1), "dilation": (1, 1), "is_causal": (False, False)}
-        window.update(options)
-        qkv = torch.randn(1, 9, 7, heads + 2 * heads_kv, head_dim, dtype=HALF, requires_grad=True)
-        rpb = None
-        if not any(window["is_causal"]):
-            rpb = torch.randn(heads, 5, 7, dtype=HALF, requires_grad=True)
-        leaves = [qkv] if rpb is None else [qkv, rpb]
-        with natten.use_deterministic_algorithms(), nan_filled_empties():
-            packed = packed_attention(qkv, heads_kv, (3, 4), **window, rpb=rpb, backend=backend)
-            origin = window.pop("origin", None)
-            query, key, value = qkv.split([heads, heads_kv, heads_kv], -2)
-            parts = neighborhood_attention_generic(
-                query, key, value, (3, 4), **window, query_origin=origin, key_origin=origin,
-                rpb=rpb, backend=backend, return_lse=True,
-            )  # fmt: skip
-            results = [
-                [out, lse, *torch.autograd.grad(out.float().sin().sum() + lse.sum(), leaves)]
-                for out, lse in (packed, parts)
-            ]
-        for a, b in zip(*results):
-            assert bool(a.isfinite().all())
-            assert torch.equal(a, b), (backend, options, float((a - b).abs().max()))
-
-
 def _check_awkward_memory() -> None:
     """Descriptors take no odd address, and no odd stride even of an axis of one token: tensors that
     torch calls contiguous may have both."""
@@ -536,7 +500,7 @@ CHECKS = {
     "backward_knobs": _check_backward_knobs,
     "bias_tiles": _check_bias_tiles,
     "determinism": _check_determinism,
-    "packed": _check_packed,
+    "packed": partial(check_packed, ("cutlass", "hopper"), HALF, "cpu"),
     "awkward_memory": _check_awkward_memory,
     "missing_values": _check_missing_values,
     "empty": _check_empty,
