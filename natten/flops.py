@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten.functional.ops import NUM_TENSORS, unpacked
+from natten.functional.ops import NUM_TENSORS, packed_tensors, window_parts
 from natten.window import Axis, bounds_table
 
 _COUNTER = "torch.utils.flop_counter"
@@ -110,13 +110,9 @@ def attention_backward_flops(*arguments: Any, **_: Any) -> int:
 
 def _packed_call(qkv: Tensor, rpb: Any, heads_kv: int, window: Sequence[int]) -> tuple[Any, ...]:
     """A call of the packed operator as the other one's tensors and parameters."""
-    rank = qkv.dim() - 3
-    window = list(window)
-    kernel, stride, dilation, is_causal, grid, origin = (
-        window[start : start + rank] for start in range(0, 6 * rank, rank)
-    )
+    kernel, stride, dilation, is_causal, grid, origin = window_parts(window)
     parameters = (kernel, stride, dilation, is_causal, 1.0, grid, origin, origin, 0, 0)
-    return (*unpacked(qkv, heads_kv), rpb, None, None, None, None, None), parameters
+    return packed_tensors(qkv, rpb, heads_kv), parameters
 
 
 def packed_flops(

@@ -141,18 +141,27 @@ def _cached_plan(*arguments: Any) -> _Plan:
             return _make_plan(*arguments)
     # The text tells 1 from True and 1.0, and holds for lists as well.
     identity.append(repr((arguments[0], arguments[8:])))
-    key = tuple(identity)
+    return _remembered(_plans, tuple(identity), _make_plan, arguments)
+
+
+def _remembered(
+    plans: dict[tuple[Any, ...], Any],
+    key: tuple[Any, ...],
+    make: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> Any:
+    """The plan of a key, made of the arguments if it is new."""
     try:
-        return _plans[key]
+        return plans[key]
     except KeyError:
         pass
     except TypeError:
         # Symbolic sizes of a tracer are not hashable.
-        return _make_plan(*arguments)
-    plan = _make_plan(*arguments)
-    if len(_plans) >= _MAX_PLANS:
-        _plans.clear()
-    _plans[key] = plan
+        return make(*arguments)
+    plan = make(*arguments)
+    if len(plans) >= _MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
     return plan
 
 
@@ -350,18 +359,7 @@ def _cached_packed_plan(*arguments: Any) -> _PackedPlan:
     key = (qkv.shape, qkv.dtype, qkv.device, qkv.layout, *rest)
     if rpb is not None:
         key += (rpb.shape, rpb.dtype, rpb.device)
-    try:
-        return _packed_plans[key]
-    except KeyError:
-        pass
-    except TypeError:
-        # Symbolic sizes of a tracer are not hashable.
-        return _make_packed_plan(*arguments)
-    plan = _make_packed_plan(*arguments)
-    if len(_packed_plans) >= _MAX_PLANS:
-        _packed_plans.clear()
-    _packed_plans[key] = plan
-    return plan
+    return _remembered(_packed_plans, key, _make_packed_plan, arguments)
 
 
 def packed_attention(

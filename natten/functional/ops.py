@@ -294,10 +294,7 @@ def _packed_problem(
     requires_grad: bool,
 ) -> Problem:
     batch, *tokens, heads, head_dim = shape
-    rank = len(tokens)
-    kernel_size, stride, dilation, is_causal, grid, origin = (
-        window[start : start + rank] for start in range(0, 6 * rank, rank)
-    )
+    kernel_size, stride, dilation, is_causal, grid, origin = window_parts(window)
     return Problem(
         batch=batch,
         query_shape=tuple(tokens),
@@ -329,6 +326,33 @@ def unpacked(qkv: Tensor, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
+def packed_tensors(qkv: Tensor, rpb: Tensor | None, heads_kv: int) -> tuple[Tensor | None, ...]:
+    """The tensors of the packed operator as the other one takes them."""
+    return (*unpacked(qkv, heads_kv), rpb, None, None, None, None, None)
+
+
+def window_parts(window: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The packed operator's kernel_size, stride, dilation, is_causal, grid and origin, which it
+    takes one behind the other."""
+    rank = len(window) // 6
+    return tuple([tuple(window[start : start + rank]) for start in range(0, 6 * rank, rank)])
+
+
+def _packed_plan(
+    qkv: Tensor,
+    rpb: Tensor | None,
+    heads_kv: int,
+    window: Sequence[int],
+    scale: float,
+    requires_grad: bool,
+) -> tuple[tuple[Tensor | None, ...], Problem]:
+    problem = _packed_problem(
+        qkv.shape, qkv.dtype, qkv.device, rpb is not None, heads_kv, tuple(window), scale,
+        requires_grad,
+    )  # fmt: skip
+    return packed_tensors(qkv, rpb, heads_kv), problem
+
+
 def _packed_forward(
     qkv: Tensor,
     rpb: Tensor | None,
@@ -338,19 +362,12 @@ def _packed_forward(
     backend: str,
     requires_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    problem = _packed_problem(
-        qkv.shape, qkv.dtype, qkv.device, rpb is not None, heads_kv, tuple(window), scale,
-        requires_grad,
-    )  # fmt: skip
-    tensors = (*unpacked(qkv, heads_kv), rpb, None, None, None, None, None)
-    return _run(tensors, problem, DEFAULT_CONFIG, backend)
+    plan = _packed_plan(qkv, rpb, heads_kv, window, scale, requires_grad)
+    return _run(*plan, DEFAULT_CONFIG, backend)
 
 
 def _packed_forward_fake(qkv: Tensor, rpb: Any, heads_kv: int, *_: Any) -> tuple[Tensor, Tensor]:
-    *rows, heads, head_dim = qkv.shape
-    rows.append(heads - 2 * heads_kv)
-    accumulate = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    return qkv.new_empty((*rows, head_dim)), qkv.new_empty(rows, dtype=accumulate)
+    return _forward_fake(*unpacked(qkv, heads_kv))
 
 
 def _packed_backward(
@@ -368,10 +385,7 @@ def _packed_backward(
     needs_qkv: bool,
     needs_rpb: bool,
 ) -> tuple[Tensor, Tensor]:
-    problem = _packed_problem(
-        qkv.shape, qkv.dtype, qkv.device, rpb is not None, heads_kv, tuple(window), scale,
-        requires_grad,
-    )  # fmt: skip
+    tensors, problem = _packed_plan(qkv, rpb, heads_kv, window, scale, requires_grad)
     needs_rpb = needs_rpb and rpb is not None
     destinations = None
     if needs_qkv:
@@ -380,7 +394,7 @@ def _packed_backward(
     else:
         gradient = qkv.new_empty(0)
     gradients = _run_backward(
-        grad_out, grad_lse, (*unpacked(qkv, heads_kv), rpb, None, None, None, None, None), out, lse,
+        grad_out, grad_lse, tensors, out, lse,
         (needs_qkv, needs_qkv, needs_qkv, needs_rpb, False, False), problem, DEFAULT_CONFIG,
         backend, destinations,
     )  # fmt: skip
@@ -737,6 +751,8 @@ __all__ = [
     "neighborhood_attention_backward",
     "packed_attention",
     "packed_attention_backward",
+    "packed_tensors",
     "transforming",
     "unpacked",
+    "window_parts",
 ]
