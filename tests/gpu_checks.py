@@ -742,9 +742,15 @@ def sanitized_cases() -> Iterator[tuple[str, Check]]:
     for name, case in chosen:
         if name in backends():
             yield f"{name} {case.name}", partial(check, case, name, FP16)
-    tma = Case("2d_schedule", (21, 19), (13, 11), head_dim=64, **one)
-    for schedule in ("coop", "pp") if has_hopper() else ():
+    schedules = [
+        ("coop", Case("2d_coop", (21, 19), (13, 11), head_dim=64, **one)),
+        ("pp", Case("2d_pp", (21, 19), (13, 11), head_dim=64, **one)),
+        ("pp", Case("3d_pp", (7, 8, 9), (3, 5, 7), head_dim=128, additional=70, **one)),
+        ("pp", Case("attention_pp", (333,), None, (), (), (True,), head_dim=64, **one)),
+        ("pp", replace(named["varlen_cross"], head_dim=64, head_dim_v=64)),
+    ]
+    for schedule, case in schedules if has_hopper() else ():
         yield (
-            f"hopper {schedule}",
-            partial(check, tma, "hopper", FP16, backward=False, kernel_schedule=schedule),
+            f"hopper {schedule} {case.name}",
+            partial(check, case, "hopper", FP16, backward=False, kernel_schedule=schedule),
         )
