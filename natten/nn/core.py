@@ -188,8 +188,10 @@ def fit_window(x: Tensor, kernel_size: list[int], dilation: list[int], pad: bool
     for axis in range(len(kernel_size)):
         extent = x.shape[axis + 1]
         needed = kernel_size[axis] * dilation[axis]
-        missing = max(needed - extent, 0)
-        if missing > 0:
+        missing = 0
+        # Not max(): compilers would carry it through every size that follows.
+        if extent < needed:
+            missing = needed - extent
             short = True
             if not pad:
                 raise ValueError(

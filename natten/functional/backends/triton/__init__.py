@@ -108,7 +108,9 @@ class _Backend:
         memory = self._shared_memory(problem)
         loops = 0 if config.backward_kv_splits is None else prod(config.backward_kv_splits)
         if not problem.num_additional:
-            return BackwardTilings(query, key_value, key_value, 1, loops)
+            together = self._together(problem, config, now)
+            launches = 1 if now.memory == "unrestricted" else 2
+            return BackwardTilings(query, key_value, key_value, 1, loops, together, launches)
         dense = launch.dense_problem(problem, problem.num_queries, problem.num_additional)
         additional = tiles.choose(dense, tiles.KEY_VALUE_GRADIENT, False, memory)
         splits = 1
@@ -119,6 +121,10 @@ class _Backend:
             most = 64 if now.memory == "unrestricted" else 16
             splits = max(1, min(most, 512 // max(programs, 1), problem.num_queries // 256))
         return BackwardTilings(query, key_value, additional, splits, loops)
+
+    def _together(self, problem: Problem, config: Config, now: Preferences) -> Tiling | None:
+        """The tiling of a kernel that computes all gradients in one pass, if that is to run."""
+        return None
 
     def forward(
         self, problem: Problem, config: Config, *tensors: Tensor | None
@@ -246,6 +252,23 @@ class _Hopper(_Descriptors):
         resident = 1 if schedule == "coop" else 2
         programs = resident * (132 if interpreted() else _multiprocessors(problem.device.index))
         return tiles.persistent(tiling, programs, False, warps)
+
+    def _together(self, problem: Problem, config: Config, now: Preferences) -> Tiling | None:
+        """Where nothing asks for another order of additions, for less memory or for two passes."""
+        schedule = config.kernel_schedule
+        if (
+            schedule in ("non", "coop")
+            or now.deterministic
+            or now.memory == "strict"
+            or config.backward_kv_splits is not None
+            or not self._has_apart()
+            or not tiles.suits_together(problem)
+        ):
+            return None
+        shapes = config.backward_q_tile_shape, config.backward_kv_tile_shape
+        if schedule is None and shapes != (None, None):
+            return None
+        return tiles.together(problem, *shapes)
 
     def configs(self, problem: Problem) -> list[Any]:
         """((query tile, key tile), schedule) of the forward pass; the default first."""

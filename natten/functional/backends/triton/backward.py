@@ -59,11 +59,11 @@ def base2_lse(pointer, exists):
 def statistics_kernel(
     out, out_gradient, lse, lse_gradient, statistics, tokens, heads,
     VALUE_FEATURES: tl.constexpr, VALUE_BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    HAS_LSE_GRADIENT: tl.constexpr, HAS_DELTA: tl.constexpr,
+    WIDTH: tl.constexpr, HAS_LSE_GRADIENT: tl.constexpr, HAS_DELTA: tl.constexpr,
 ):  # fmt: skip
-    """The base-2 logsumexp and delta, laid out [batch, head, token, 2].
+    """The base-2 logsumexp and delta, the first of `WIDTH` numbers of each [batch, head, token].
 
-    Only where the query's gradient, whose kernel computes them in passing, is not asked for.
+    Only where no kernel for the query's gradient computes them in passing.
     """
     blocks = ceil_div(tokens, ROWS)
     program = tl.program_id(0)
@@ -74,7 +74,7 @@ def statistics_kernel(
     exists = token < tokens
     row = (batch * tokens + token) * heads + head
     row_lse = base2_lse(lse + row, exists)
-    target = statistics + 2 * ((batch * heads + head) * tokens + token)
+    target = statistics + WIDTH * ((batch * heads + head) * tokens + token)
     tl.store(target, row_lse, mask=exists)
     if HAS_DELTA:
         offset = row * VALUE_FEATURES

@@ -50,6 +50,16 @@ def specialized() -> Any:
     return specialized
 
 
+@cache
+def specialized_backward() -> Any:
+    """The module of the backward kernel in Gluon, or None likewise."""
+    try:
+        from natten.functional.backends.triton import specialized_backward
+    except (ImportError, AttributeError):
+        return None
+    return specialized_backward
+
+
 def _pad(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
     """One value for each of three axes; leading axes that the grid lacks get ``fill``."""
     return (fill,) * (3 - len(values)) + tuple(values)
@@ -535,6 +545,9 @@ class BackwardTilings:
         splits: Programs that share the queries of one tile of additional keys; each needs
             float32 memory of its own for what it sums.
         loops: Programs for each head that take turns on its key tiles; 0 for one a tile.
+        together: Of query, key and value in one pass, where that runs instead.
+        launches: Of that pass, which divide the heads: the fewer heads at a time, the less memory
+            for float32 sums.
     """
 
     query: Tiling
@@ -542,6 +555,8 @@ class BackwardTilings:
     additional: Tiling
     splits: int = 1
     loops: int = 0
+    together: Tiling | None = None
+    launches: int = 1
 
     @cached_property
     def bias_paddings(self) -> tuple[int, ...]:
@@ -583,6 +598,7 @@ def _statistics_plan(
     tokens: int,
     heads: int,
     features: int,
+    width: int,
     has_lse_gradient: bool,
     has_delta: bool,
     device: torch.device,
@@ -594,6 +610,7 @@ def _statistics_plan(
         "VALUE_FEATURES": features,
         "VALUE_BLOCK": block(features),
         "ROWS": _STATISTICS_ROWS,
+        "WIDTH": width,
         "HAS_LSE_GRADIENT": has_lse_gradient,
         "HAS_DELTA": has_delta,
     }
@@ -628,9 +645,12 @@ class _Backward:
         self.needs, self.destinations = needs, destinations
         self.problem, self.tilings, self.dtype = problem, tilings, query.dtype
         self.deterministic = deterministic
+        # One pass pays off where it computes all three.
+        self.together = tilings.together if all(needs[:3]) else None
         # Each of them is read as columns by one of the kernels.
-        query_layout = _describable if tilings.key_value.tma else _readable
-        key_layout = _describable if tilings.query.tma else _readable
+        describe = self.together is not None
+        query_layout = _describable if describe or tilings.key_value.tma else _readable
+        key_layout = _describable if describe or tilings.query.tma else _readable
         self.query, self.grad_out = query_layout(query), query_layout(grad_out.contiguous())
         self.key, self.value = key_layout(key), key_layout(value)
         self.rpb = rpb
@@ -654,7 +674,10 @@ class _Backward:
         self.grad_lse = None if grad_lse is None else grad_lse.contiguous()
         self.torch_reduction = torch_reduction
         shape = (problem.batch, problem.heads, problem.num_queries)
-        self.statistics = torch.empty((*shape, 2), dtype=torch.float32, device=out.device)
+        # Logsumexp and delta, and as much again where the memory accelerator is to load them.
+        self.statistics = torch.empty(
+            (*shape, 4 if describe else 2), dtype=torch.float32, device=out.device
+        )
 
     def _statistics(self) -> None:
         """Fill in the statistics."""
@@ -665,8 +688,8 @@ class _Backward:
                 rows = rows - self.grad_lse
             self.statistics[..., 1].copy_(rows.view(-1, tokens, heads).transpose(1, 2))
         plan = _statistics_plan(
-            tokens, heads, features, self.grad_lse is not None, not self.torch_reduction,
-            self.out.device,
+            tokens, heads, features, self.statistics.shape[-1], self.grad_lse is not None,
+            not self.torch_reduction, self.out.device,
         )  # fmt: skip
         _run(
             statistics_kernel, triton.cdiv(tokens, _STATISTICS_ROWS) * heads * self.problem.batch,
@@ -674,6 +697,9 @@ class _Backward:
         )  # fmt: skip
 
     def run(self) -> tuple[Tensor | None, ...]:
+        if self.together is not None:
+            self._statistics()
+            return (*self._all(self.together), None, None, None)
         query = key = value = bias = additional_key = additional_value = None
         needs = self.needs
         needs_bias = self.bias_sums is not None
@@ -719,6 +745,46 @@ class _Backward:
             tuple([(name, output.stride()) for name, output in outputs.items()]), splits,
             self.bias_paddings,
         )  # fmt: skip
+
+    def _all(self, tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of query, key and value, in one pass."""
+        problem, inputs = self.problem, (self.query, self.key, self.value)
+        gradients = self.destinations
+        if gradients is None:
+            gradients = tuple([_allocate(problem, t.shape, self.dtype, t.device) for t in inputs])
+        query_gradient, key_gradient, value_gradient = gradients
+        kernel = specialized_backward().specialized_gradients_kernel
+        plan = self._plan(
+            kernel, problem, tiling, (*inputs, self.grad_out), inverse=True,
+            key_gradient_strides=key_gradient, value_gradient_strides=value_gradient,
+        )  # fmt: skip
+        query_tile, key_tile = plan.options["QUERY_TILE"], plan.options["KEY_TILE"]
+        make = specialized().descriptor
+        statistics = self.statistics.view(-1, *problem.query_shape, 1, self.statistics.shape[-1])
+        tensors = (
+            _descriptor(self.query, query_tile, make),
+            _descriptor(self.key, key_tile, make),
+            _descriptor(self.value, key_tile, make),
+            _descriptor(self.grad_out, query_tile, make),
+            _descriptor(statistics, query_tile, specialized_backward().statistics_descriptor),
+        )
+        group = -(-problem.heads_kv // self.tilings.launches)
+        members = problem.heads // problem.heads_kv
+        for first in range(0, problem.heads_kv, group):
+            heads = min(group, problem.heads_kv - first)
+            sums = torch.zeros(
+                (*self.query.shape[:-2], heads * members, problem.head_dim),
+                dtype=torch.float32, device=self.query.device,
+            )  # fmt: skip
+            _run(
+                kernel, plan.programs // problem.heads_kv * heads, plan, *tensors,
+                _descriptor(sums, query_tile, specialized_backward().sums_descriptor),
+                key_gradient, value_gradient, *self.cumulative,
+                first_head=first, group_heads=heads, split_size=0, value_split_size=0,
+            )  # fmt: skip
+            part = query_gradient.narrow(-2, first * members, heads * members)
+            torch.mul(sums, problem.scale, out=part)
+        return query_gradient, key_gradient, value_gradient
 
     def _query(self, with_statistics: bool) -> tuple[Tensor, Tensor | None]:
         """The gradients of query and bias; fills in the statistics in passing."""

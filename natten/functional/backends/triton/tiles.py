@@ -107,6 +107,11 @@ _KEY_VALUE_GRADIENT: dict[int, tuple[_Size, ...]] = {
     128: (_Size(64, 64, 4, 2, 1.0),),
     256: (_Size(64, 32, 8, 1, 1.0),),
 }
+# Of the kernel that computes all gradients in one pass. Rows are keys.
+_TOGETHER: dict[int, _Size] = {
+    64: _Size(128, 128, 4, 2, 1.0, True),
+    128: _Size(128, 64, 4, 2, 1.0, True),
+}
 FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT = "forward", "query", "key_value"
 _TABLES = {
     FORWARD: (_FORWARD, _FORWARD_SPLIT),
@@ -261,6 +266,28 @@ def suits_apart(problem: Problem) -> bool:
         and problem.num_keys > 0
         and not any(d > 1 for d in problem.dilation)
     )
+
+
+def suits_together(problem: Problem) -> bool:
+    """Whether the kernel that computes all gradients in one pass can run the problem."""
+    return (
+        suits_apart(problem)
+        and problem.head_dim == problem.head_dim_v
+        and problem.num_queries > 0
+        and not problem.num_additional
+    )
+
+
+def together(
+    problem: Problem, query: Shape | None = None, key: Shape | None = None
+) -> Tiling | None:
+    """The tiling of that kernel; None if it does not take the tile shapes that were asked for."""
+    size = _TOGETHER[problem.head_dim]
+    if query is None or key is None:
+        query, key = best_shapes(problem, size.columns, size.rows, inverse=True)
+    elif (prod(key), prod(query)) != (size.rows, size.columns):
+        return None
+    return Tiling(query, key, size.warps, size.stages, True, tma=True, apart=True)
 
 
 def _sizes(problem: Problem, kind: str, split: bool) -> tuple[_Size, ...]:
