@@ -29,6 +29,8 @@ from natten.functional.problem import DEFAULT_CONFIG, Config, Problem, Unavailab
 MAX_HEAD_DIM = 256
 # Shared memory of a program on the smallest GPU that can run a backend, in bytes.
 _DEFAULT_SHARED_MEMORY = 64 * 1024
+# Bytes of float32 sums of a backward pass that are not worth a second launch.
+_SMALL_SUMS = 2**26
 
 
 def interpreted() -> bool:
@@ -108,8 +110,9 @@ class _Backend:
         memory = self._shared_memory(problem)
         loops = 0 if config.backward_kv_splits is None else prod(config.backward_kv_splits)
         if not problem.num_additional:
-            together = self._together(problem, config, now)
-            launches = 1 if now.memory == "unrestricted" else 2
+            together = self._together(problem, config, now, query, key_value)
+            sums = 4 * problem.batch * problem.num_queries * problem.heads * problem.head_dim
+            launches = 1 if now.memory == "unrestricted" or sums <= _SMALL_SUMS else 2
             return BackwardTilings(query, key_value, key_value, 1, loops, together, launches)
         dense = launch.dense_problem(problem, problem.num_queries, problem.num_additional)
         additional = tiles.choose(dense, tiles.KEY_VALUE_GRADIENT, False, memory)
@@ -122,8 +125,11 @@ class _Backend:
             splits = max(1, min(most, 512 // max(programs, 1), problem.num_queries // 256))
         return BackwardTilings(query, key_value, additional, splits, loops)
 
-    def _together(self, problem: Problem, config: Config, now: Preferences) -> Tiling | None:
-        """The tiling of a kernel that computes all gradients in one pass, if that is to run."""
+    def _together(
+        self, problem: Problem, config: Config, now: Preferences, query: Tiling, key_value: Tiling
+    ) -> Tiling | None:
+        """The tiling of a kernel that computes all gradients in one pass, if that is to run instead
+        of those with the other two tilings."""
         return None
 
     def forward(
@@ -253,8 +259,10 @@ class _Hopper(_Descriptors):
         programs = resident * (132 if interpreted() else _multiprocessors(problem.device.index))
         return tiles.persistent(tiling, programs, False, warps)
 
-    def _together(self, problem: Problem, config: Config, now: Preferences) -> Tiling | None:
-        """Where nothing asks for another order of additions, for less memory or for two passes."""
+    def _together(
+        self, problem: Problem, config: Config, now: Preferences, query: Tiling, key_value: Tiling
+    ) -> Tiling | None:
+        """For "pp", or where that is faster, unless something asks for what it does not do."""
         schedule = config.kernel_schedule
         if (
             schedule in ("non", "coop")
@@ -265,10 +273,13 @@ class _Hopper(_Descriptors):
             or not tiles.suits_together(problem)
         ):
             return None
-        shapes = config.backward_q_tile_shape, config.backward_kv_tile_shape
-        if schedule is None and shapes != (None, None):
+        asked = config.backward_q_tile_shape, config.backward_kv_tile_shape
+        if None not in asked:
+            fits = schedule == "pp" and tiles.are_together(problem, *asked)
+            return tiles.together(problem, *asked) if fits else None
+        if schedule is None and not tiles.is_faster_together(problem, query, key_value):
             return None
-        return tiles.together(problem, *shapes)
+        return tiles.together(problem)
 
     def configs(self, problem: Problem) -> list[Any]:
         """((query tile, key tile), schedule) of the forward pass; the default first."""

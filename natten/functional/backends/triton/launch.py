@@ -780,7 +780,7 @@ class _Backward:
                 kernel, plan.programs // problem.heads_kv * heads, plan, *tensors,
                 _descriptor(sums, query_tile, specialized_backward().sums_descriptor),
                 key_gradient, value_gradient, *self.cumulative,
-                first_head=first, group_heads=heads, split_size=0, value_split_size=0,
+                first_head=first, group_heads=heads,
             )  # fmt: skip
             part = query_gradient.narrow(-2, first * members, heads * members)
             torch.mul(sums, problem.scale, out=part)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.experimental import gluon
@@ -71,15 +70,14 @@ else:
 
 @gluon.jit
 def place_of(
-    i, first, count, kv_head, box, TILE: gl.constexpr, HEADS_PER_KV: gl.constexpr,
-    RANK: gl.constexpr,
-):  # fmt: skip
-    """The head and the corner of the i-th tile of queries: `count` tiles of each head."""
+    i, steps, kv_head, box, TILE: gl.constexpr, HEADS_PER_KV: gl.constexpr, RANK: gl.constexpr
+):
+    """The head and the corner of the i-th tile of queries, of `steps` tiles a head."""
     head = kv_head * HEADS_PER_KV
     if HEADS_PER_KV > 1:
-        head += i // count
-        i = i % count
-    corner, _whole = column_tile(first + i, box, TILE, RANK)
+        head += i // steps
+        i = i % steps
+    corner, _whole = column_tile(i, box, TILE, RANK)
     return head, corner
 
 
@@ -132,9 +130,7 @@ def multiply_keys(score_gradients, keys, COLUMNS: gl.constexpr, PART: gl.constex
     """Starts the product of a tile's score gradients with half the features of the keys."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     zeros = gl.full([COLUMNS, PART], 0.0, gl.float32, layout)
-    return warpgroup_mma(
-        score_gradients.permute((1, 0)), keys, zeros, use_acc=False, is_async=True
-    )
+    return warpgroup_mma(score_gradients.permute((1, 0)), keys, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -161,8 +157,7 @@ def attend_back(
     query, key, value, out_gradient, statistics, query_sums, key_gradient, value_gradient,
     cumulative_query, cumulative_key, key_gradient_strides, value_gradient_strides,
     lengths, kernels, strides, query_origins, query_extents, key_origins, key_extents,
-    tiles, heads, first_head, group_heads, splits, split_size, value_split_size,
-    scale, gradient_scale, buffers, barriers,
+    tiles, heads, first_head, group_heads, scale, gradient_scale, buffers, barriers,
     HEADS_PER_KV: gl.constexpr, QUERY_TILE: gl.constexpr, KEY_TILE: gl.constexpr,
     FEATURES: gl.constexpr, RANK: gl.constexpr, CAUSAL: gl.constexpr, UNIT: gl.constexpr,
     VARLEN: gl.constexpr, NEGATE: gl.constexpr, STAGES: gl.constexpr,
@@ -180,6 +175,7 @@ def attend_back(
     ROWS: gl.constexpr = ALL // 2
     COLUMNS: gl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
     PART: gl.constexpr = FEATURES // 2
+    LATE: gl.constexpr = COLUMNS == 128
     dtype: gl.constexpr = query_buffers.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEATURES, 16])
@@ -189,7 +185,7 @@ def attend_back(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
     at, rows, box, grid = row_tile(
-        gl.program_id(0) // splits, HALF * ROWS + gl.arange(0, ROWS, row_layout),
+        gl.program_id(0), HALF * ROWS + gl.arange(0, ROWS, row_layout),
         cumulative_key, cumulative_query, lengths, kernels, strides, (1, 1, 1),
         key_origins, key_extents, query_origins, query_extents, tiles, group_heads,
         KEY_TILE, QUERY_TILE, CAUSAL, True, RANK, VARLEN,
@@ -198,20 +194,16 @@ def attend_back(
     kv_head += first_head
     memory, exists, _position, begin, width, corner = rows
     queries = grid[3]
-    all_exist = exists[2]
-    if RANK >= 2:
-        all_exist = all_exist & exists[1]
-    if RANK == 3:
-        all_exist = all_exist & exists[0]
-    # Rows that do not exist would add to the gradients of queries.
-    width = (width[0], width[1], gl.where(all_exist, width[2], 0))
-    full_rows = gl.min(all_exist.to(gl.int32), 0) > 0
     own = sights(begin, width, exists, RANK)
-    split = gl.program_id(0) % splits
+    # Rows that do not exist see nothing: unmasked, they would add to the queries' gradients.
+    widths = width[2]
+    if RANK >= 2:
+        widths = gl.minimum(widths, width[1])
+    if RANK == 3:
+        widths = gl.minimum(widths, width[0])
+    see_some = gl.min(widths, 0) > 0
     steps = column_steps(box)
-    first = steps * split // splits
-    count = steps * (split + 1) // splits - first
-    total = count * HEADS_PER_KV
+    total = steps * HEADS_PER_KV
 
     row_first, _length = sequence_of(cumulative_key, batch, 2**30, VARLEN)
     x, y, z = row_corner(0, corner, key_origins, row_first, KEY_TILE)
@@ -224,7 +216,7 @@ def attend_back(
         if i < total:
             load_queries(
                 HALF, i,
-                place_of(i, first, count, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK), queries,
+                place_of(i, steps, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK), queries,
                 query, out_gradient, statistics, memory_batch, heads * HEADS_PER_KV, buffers,
                 barriers, FEATURES, STAGES,
             )  # fmt: skip
@@ -244,7 +236,7 @@ def attend_back(
         stage = i % STAGES
         phase = (i // STAGES) & 1
         here = i & 1
-        _head, corner = place_of(i, first, count, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK)
+        _head, corner = place_of(i, steps, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK)
         needed, whole = seen(corner, own, QUERY_TILE, RANK)
         shared = score_gradient_buffers.index(here).slice(HALF * ROWS, ROWS, 0)
         mbarrier.wait(query_full.index(stage), phase)
@@ -264,19 +256,24 @@ def attend_back(
             scores = warpgroup_mma_wait(1, deps=[scores])
             if NEGATE:
                 scores = -scores
-            if not (whole & full_rows):
+            if not (whole & see_some):
                 scores = gl.where(
                     in_sight(corner, place, begin, width, RANK), scores, float("-inf")
                 )
             weights = gl.exp2(scores * scale - column_lse[None, :])
             operand = gl.convert_layout(weights.to(dtype), operand_layout)
-            value_sum = warpgroup_mma(operand, gradient_tile, value_sum, is_async=True)
-            weight_gradient = warpgroup_mma_wait(1, deps=[weight_gradient])
+            if LATE:
+                weight_gradient = warpgroup_mma_wait(0, deps=[weight_gradient])
+            else:
+                value_sum = warpgroup_mma(operand, gradient_tile, value_sum, is_async=True)
+                weight_gradient = warpgroup_mma_wait(1, deps=[weight_gradient])
             column_delta = statistic(pairs, 1, COLUMNS, column_layout)
             score_gradient = weights * (weight_gradient - column_delta[None, :])
             score_gradient = score_gradient.to(dtype)
             mbarrier.wait(shared_empty.index(here), ((i >> 1) + 1) & 1)
             shared.store(score_gradient)
+            if LATE:
+                value_sum = warpgroup_mma(operand, gradient_tile, value_sum, is_async=True)
             operand = gl.convert_layout(score_gradient, operand_layout)
             fence_async_shared()
             mbarrier.arrive(shared_full.index(here))
@@ -293,7 +290,7 @@ def attend_back(
                 value_sum = warpgroup_mma_init(value_done)
                 add_queries(
                     part,
-                    place_of(i - 1, first, count, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK),
+                    place_of(i - 1, steps, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK),
                     queries, query_sums, sums, memory_batch, first_head * HEADS_PER_KV,
                     HALF * PART, FEATURES,
                 )  # fmt: skip
@@ -330,7 +327,7 @@ def attend_back(
                 mbarrier.arrive(shared_empty.index(1 - here))
                 add_queries(
                     part,
-                    place_of(i - 1, first, count, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK),
+                    place_of(i - 1, steps, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK),
                     queries, query_sums, sums, memory_batch, first_head * HEADS_PER_KV,
                     HALF * PART, FEATURES,
                 )  # fmt: skip
@@ -341,7 +338,7 @@ def attend_back(
                 mbarrier.wait(gradient_empty.index(stage), phase)
             load_queries(
                 HALF, i + STAGES,
-                place_of(i + STAGES, first, count, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK),
+                place_of(i + STAGES, steps, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK),
                 queries, query, out_gradient, statistics, memory_batch, heads * HEADS_PER_KV,
                 buffers, barriers, FEATURES, STAGES,
             )  # fmt: skip
@@ -354,33 +351,28 @@ def attend_back(
         part = warpgroup_mma_wait(0, deps=[part])
         add_queries(
             part,
-            place_of(total - 1, first, count, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK),
+            place_of(total - 1, steps, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK),
             queries, query_sums, sums, memory_batch, first_head * HEADS_PER_KV, HALF * PART,
             FEATURES,
         )  # fmt: skip
     store_tile(
-        key_gradient + split * (split_size * UNIT), key_sum * gradient_scale, memory_batch,
-        kv_head, memory, exists, key_gradient_strides, FEATURES, UNIT, RANK,
+        key_gradient, key_sum * gradient_scale, memory_batch, kv_head, memory, exists,
+        key_gradient_strides, FEATURES, UNIT, RANK,
     )  # fmt: skip
     store_tile(
-        value_gradient + split * (value_split_size * UNIT), value_sum, memory_batch,
-        kv_head, memory, exists, value_gradient_strides, FEATURES, UNIT, RANK,
+        value_gradient, value_sum, memory_batch, kv_head, memory, exists,
+        value_gradient_strides, FEATURES, UNIT, RANK,
     )  # fmt: skip
     # Shared memory must not go before it has been read.
     tma.store_wait(0)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "heads", "first_head", "group_heads", "splits", "split_size", "value_split_size",
-    ]
-)  # fmt: skip
+@gluon.jit(do_not_specialize=["heads", "first_head", "group_heads"])
 def specialized_gradients_kernel(
     query, key, value, out_gradient, statistics, query_sums, key_gradient, value_gradient,
     cumulative_query, cumulative_key, key_gradient_strides, value_gradient_strides,
     lengths, kernels, strides, query_origins, query_extents, key_origins, key_extents,
-    tiles, heads, first_head, group_heads, splits, split_size, value_split_size,
-    scale, gradient_scale,
+    tiles, heads, first_head, group_heads, scale, gradient_scale,
     HEADS_PER_KV: gl.constexpr, QUERY_TILE: gl.constexpr, KEY_TILE: gl.constexpr,
     FEATURES: gl.constexpr, RANK: gl.constexpr, CAUSAL: gl.constexpr, UNIT: gl.constexpr,
     VARLEN: gl.constexpr, NEGATE: gl.constexpr, STAGES: gl.constexpr,
@@ -432,19 +424,17 @@ def specialized_gradients_kernel(
                 0, query, key, value, out_gradient, statistics, query_sums, key_gradient,
                 value_gradient, cumulative_query, cumulative_key, key_gradient_strides,
                 value_gradient_strides, lengths, kernels, strides, query_origins, query_extents,
-                key_origins, key_extents, tiles, heads, first_head, group_heads, splits,
-                split_size, value_split_size, scale, gradient_scale, buffers, barriers,
-                HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, RANK, CAUSAL, UNIT, VARLEN, NEGATE,
-                STAGES,
+                key_origins, key_extents, tiles, heads, first_head, group_heads, scale,
+                gradient_scale, buffers, barriers, HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES,
+                RANK, CAUSAL, UNIT, VARLEN, NEGATE, STAGES,
             )),
             (attend_back, (
                 1, query, key, value, out_gradient, statistics, query_sums, key_gradient,
                 value_gradient, cumulative_query, cumulative_key, key_gradient_strides,
                 value_gradient_strides, lengths, kernels, strides, query_origins, query_extents,
-                key_origins, key_extents, tiles, heads, first_head, group_heads, splits,
-                split_size, value_split_size, scale, gradient_scale, buffers, barriers,
-                HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, RANK, CAUSAL, UNIT, VARLEN, NEGATE,
-                STAGES,
+                key_origins, key_extents, tiles, heads, first_head, group_heads, scale,
+                gradient_scale, buffers, barriers, HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES,
+                RANK, CAUSAL, UNIT, VARLEN, NEGATE, STAGES,
             )),
         ],
         [4],

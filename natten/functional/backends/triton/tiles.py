@@ -107,11 +107,16 @@ _KEY_VALUE_GRADIENT: dict[int, tuple[_Size, ...]] = {
     128: (_Size(64, 64, 4, 2, 1.0),),
     256: (_Size(64, 32, 8, 1, 1.0),),
 }
-# Of the kernel that computes all gradients in one pass. Rows are keys.
+# Of the kernel that computes all gradients in one pass. Rows are keys; the rate is that of its five
+# products against the seven of two kernels.
 _TOGETHER: dict[int, _Size] = {
-    64: _Size(128, 128, 4, 2, 1.0, True),
-    128: _Size(128, 64, 4, 2, 1.0, True),
+    64: _Size(128, 128, 4, 2, 0.9, True),
+    128: _Size(128, 64, 4, 2, 0.92, True),
 }
+# How much longer it takes for a masked tile, and to begin and end: in tiles.
+_TOGETHER_MASK, _TOGETHER_START = 0.1, 6.0
+# And in space: the sums of the queries that its programs see do not stay in the cache.
+_TOGETHER_SPACE = 0.75
 FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT = "forward", "query", "key_value"
 _TABLES = {
     FORWARD: (_FORWARD, _FORWARD_SPLIT),
@@ -278,16 +283,38 @@ def suits_together(problem: Problem) -> bool:
     )
 
 
-def together(
-    problem: Problem, query: Shape | None = None, key: Shape | None = None
-) -> Tiling | None:
-    """The tiling of that kernel; None if it does not take the tile shapes that were asked for."""
+def _together_cost(problem: Problem, query_tile: Shape, key_tile: Shape) -> float:
+    """Pairs times products. Halves of key tiles wait for each other: none gains by what it skips."""
+    covered, inside = work(problem, query_tile, key_tile, inverse=True)
+    programs = prod(-(-n // t) for n, t in zip(problem.key_shape, key_tile, strict=True))
+    programs *= problem.heads_kv / problem.heads
+    start = _TOGETHER_START * programs * prod(query_tile) * prod(key_tile)
+    return 5 * (covered + _TOGETHER_MASK * (covered - inside) + start)
+
+
+def are_together(problem: Problem, query: Shape, key: Shape) -> bool:
+    """Whether tiles of these shapes are those of that kernel."""
+    size = _TOGETHER.get(problem.head_dim)
+    return size is not None and (prod(key), prod(query)) == (size.rows, size.columns)
+
+
+def together(problem: Problem, query: Shape | None = None, key: Shape | None = None) -> Tiling:
+    """The tiling of that kernel."""
     size = _TOGETHER[problem.head_dim]
     if query is None or key is None:
         query, key = best_shapes(problem, size.columns, size.rows, inverse=True)
-    elif (prod(key), prod(query)) != (size.rows, size.columns):
-        return None
     return Tiling(query, key, size.warps, size.stages, True, tma=True, apart=True)
+
+
+def is_faster_together(problem: Problem, query: Tiling, key_value: Tiling) -> bool:
+    """Whether that kernel is estimated to take less time than two with these tilings."""
+    separate = 3 * work(problem, query.query, query.key).covered
+    separate += 4 * work(problem, key_value.query, key_value.key, inverse=True).covered
+    if separate / 7 * problem.heads * problem.batch * problem.head_dim < MIN_TMA_PRODUCTS:
+        return False
+    rate = _TOGETHER[problem.head_dim].rate * (_TOGETHER_SPACE if problem.rank == 3 else 1.0)
+    tiling = together(problem)
+    return _together_cost(problem, tiling.query, tiling.key) / rate < separate
 
 
 def _sizes(problem: Problem, kind: str, split: bool) -> tuple[_Size, ...]:
