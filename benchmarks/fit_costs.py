@@ -51,15 +51,18 @@ class Case:
 
 
 def cases_of(path: Path) -> dict[str, list[Case]]:
-    """The cases of "forward", "apart" (the forward kernel whose groups of warps run apart) and
-    "backward" that the host does not limit."""
+    """The cases of "forward", "apart" (the forward kernel whose groups of warps run apart),
+    "backward" and "together" (all gradients in one pass) that the host does not limit."""
     results = json.loads(path.read_text())["cases"]
-    found: dict[str, list[Case]] = {"forward": [], "apart": [], "backward": []}
+    found: dict[str, list[Case]] = {"forward": [], "apart": [], "backward": [], "together": []}
     for name, dtype, simulation, result in rows(path):
         family = re.sub(r"^(dense|causal) \d+", r"\1", name)
         by_host = host_bound(result, results)
         kernels = ((simulation.forward,), simulation.backward)
-        kinds = ("apart" if simulation.forward.apart else "forward", "backward")
+        kinds = (
+            "apart" if simulation.forward.apart else "forward",
+            "together" if simulation.backward[0].apart else "backward",
+        )
         for kind, own, key, bound in zip(kinds, kernels, ("fwd_ms", "bwd_ms"), by_host):
             if not bound and result.get(key) is not None:
                 found[kind].append(Case(f"{name}, {dtype}", family, own, result[key] / 1e3))

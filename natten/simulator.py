@@ -39,7 +39,7 @@ Shape = tuple[int, ...]
 class _Costs(NamedTuple):
     """What a kind of kernel spends its time on; see `_terms`.
 
-    Fitted to the times of our kernels on an H100 by `benchmarks/fit_costs.py`, which writes the two
+    Fitted to the times of our kernels on an H100 by `benchmarks/fit_costs.py`, which writes the
     lines below; `benchmarks/predictions.py` compares times and predictions. Other devices are
     scaled by their facts, untested.
     """
@@ -55,6 +55,8 @@ class _Costs(NamedTuple):
 _FORWARD_COSTS = _Costs(0.578, 0.5, 5.3, 40e-9, 0.70e-6, 5e-6)
 # The forward kernel whose groups of warps run apart, see `natten.functional.backends.triton`.
 _APART_COSTS = _Costs(0.977, 0.301, 0.949, 5.05e-07, 2.91e-06, 5e-06)
+# The backward kernel that computes all gradients in one pass.
+_TOGETHER_COSTS = _Costs(0.55, 0.03, 1.0, 1e-07, 1.6e-05, 2e-05)
 # Twice the masks; the products hide most of the exponentials.
 _BACKWARD_COSTS = _Costs(0.62, 0.027, 9.9, 55e-9, 0.82e-6, 3.6e-6)
 # Lanes of a multiprocessor, for arithmetic and for exponentials.
@@ -209,6 +211,8 @@ _BACKWARD = (
     _Kernel("query gradient", False, (2, 1)),
     _Kernel("key and value gradient", True, (2, 2)),
 )
+# Or one.
+_TOGETHER = _Kernel("all gradients", True, (3, 2))
 _CONTEXT = _Kernel("gradient of additional keys", True, (2, 2))
 _BACKWARD_PRODUCTS = (3, 2)  # that cannot be avoided
 
@@ -268,7 +272,7 @@ _GPU = torch.device("cuda")
 
 
 def _tilings(problem: Problem, device: Device, config: Config, backward: bool) -> list[_Tiling]:
-    """Of the forward kernel, or of both backward kernels."""
+    """Of the forward kernel, or of the backward kernels: one or two."""
     if backward:
         asked = config.backward_q_tile_shape, config.backward_kv_tile_shape
     else:
@@ -277,8 +281,8 @@ def _tilings(problem: Problem, device: Device, config: Config, backward: bool) -
         backend, there = gpu_backend(problem, device), on_gpu(problem)
         with devices.pretending(device):
             if backward:
-                both = backend.backward_tilings(there, config)
-                found = [both.query, both.key_value]
+                them = backend.backward_tilings(there, config)
+                found = [them.together] if them.together else [them.query, them.key_value]
             else:
                 found = [backend.forward_tiling(there, config)]
         # Kernels shrink tiles that do not fit the device; counts are of what was asked for.
@@ -288,6 +292,11 @@ def _tilings(problem: Problem, device: Device, config: Config, backward: bool) -
         if asked[0] is None or asked[1] is None:
             raise
         return [_Tiling(asked[0], asked[1])] * (2 if backward else 1)
+
+
+def _backward_kernels(tilings: Sequence[_Tiling]) -> tuple[_Kernel, ...]:
+    """The kernels that these are the tilings of."""
+    return (_TOGETHER,) if len(tilings) == 1 else _BACKWARD
 
 
 def _simulate_pass(
@@ -319,12 +328,14 @@ def _simulate_pass(
     rows_of_product = 64 if (device.capability or (0,))[0] in (9, 10) else 16
     padded = max(rows_of_product / prod(rows), 1.0)
     terms = _terms(problem, device, flops * padded, pairs, masked, visited, row_tiles)
-    # The two kernels of the backward pass share its traffic.
-    moved = traffic(problem, False) if kernel is _FORWARD else traffic(problem, True) / 2
-    memory = moved / (_BANDWIDTH_EFFICIENCY * device.bandwidth * 1e9)
-    costs = _BACKWARD_COSTS
+    # Two kernels of the backward pass share its traffic; one fills, adds to and reads float32 sums.
+    costs, moved = _BACKWARD_COSTS, traffic(problem, True) / 2
     if kernel is _FORWARD:
-        costs = _APART_COSTS if tiling.apart else _FORWARD_COSTS
+        costs, moved = _APART_COSTS if tiling.apart else _FORWARD_COSTS, traffic(problem, False)
+    elif kernel is _TOGETHER:
+        sums = 4 * problem.batch * problem.num_queries * problem.heads * problem.head_dim
+        costs, moved = _TOGETHER_COSTS, traffic(problem, True) + 3 * sums
+    memory = moved / (_BANDWIDTH_EFFICIENCY * device.bandwidth * 1e9)
     *busy, launch = (1 / costs.efficiency, *costs[1:])
     compute = sum(cost * term for cost, term in zip(busy, terms))
     limit = "occupancy" if 0 < row_tiles < device.multiprocessors else "compute"
@@ -607,7 +618,9 @@ def simulate_problem(
         backward_tilings = _tilings(problem, device, config, True)
     backward = [
         _simulate_pass(problem, kernel, device, tiling, aligned)
-        for kernel, tiling in zip(_BACKWARD, backward_tilings, strict=True)
+        for kernel, tiling in zip(
+            _backward_kernels(backward_tilings), backward_tilings, strict=True
+        )
     ]
     if problem.num_additional:
         backward.append(_simulate_context(problem, device))
@@ -635,7 +648,7 @@ def _simulate_context(problem: Problem, device: Device) -> Pass:
         num_additional=0,
     )  # fmt: skip
     try:
-        tiling = _tilings(context, device, DEFAULT_CONFIG, True)[1]
+        tiling = _tilings(context, device, DEFAULT_CONFIG, True)[-1]
     except RuntimeError:
         tiling = _Tiling((64,), (64,))
     return _simulate_pass(context, _CONTEXT, device, tiling, False)
@@ -645,10 +658,12 @@ def predict(
     problem: Problem, device: Device, config: Config, backward: bool = False
 ) -> tuple[float, float]:
     """Milliseconds and waste of one pass: the part of :func:`simulate_problem` that ranks tiles."""
-    kernels = _BACKWARD if backward else (_FORWARD,)
+    tilings = _tilings(problem, device, config, backward)
     passes = [
         _simulate_pass(problem, kernel, device, tiling, False)
-        for kernel, tiling in zip(kernels, _tilings(problem, device, config, backward), strict=True)
+        for kernel, tiling in zip(
+            _backward_kernels(tilings) if backward else (_FORWARD,), tilings, strict=True
+        )
     ]
     d, dv = problem.head_dim, problem.head_dim_v
     products = _BACKWARD_PRODUCTS if backward else _FORWARD.products

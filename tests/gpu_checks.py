@@ -7,12 +7,13 @@ what kernels are specialized on is drawn once for a family, everything else for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
 from random import Random
 from typing import Any
+from unittest import mock
 
 import torch
 from cases import CASES, Case, random_case, random_lengths
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import natten
 from natten.functional import neighborhood_attention_generic
-from natten.functional.backends.triton import tiles
+from natten.functional.backends.triton import launch, tiles
 
 # Descriptors for small problems too, which by default are too small to be worth it.
 tiles.MIN_TMA_PRODUCTS = 0.0
@@ -286,6 +287,64 @@ def check_family_problem(number: int, seed: int) -> None:
         check(case, chosen.backend, chosen.dtype, **dict(chosen.knobs))
 
 
+@lru_cache
+def apart_family(number: int) -> Family:
+    """The ``number``-th family for the kernels whose groups of warps run apart."""
+    random = Random(number)
+    rank, head_dim = (1, 2, 3)[number % 3], (64, 128)[number // 3 % 2]
+
+    def tile(tokens: int) -> tuple[int, ...]:
+        longest = 16 if rank == 3 else 128
+        return random.choice([s for s in tiles.shapes(tokens, rank) if max(s) <= longest])
+
+    knobs = {
+        "q_tile_shape": tile(128),
+        "kv_tile_shape": tile(random.choice((64, 128))),
+        "backward_q_tile_shape": tile(8192 // head_dim),
+        "backward_kv_tile_shape": tile(128),
+    }
+    return Family(
+        rank, tuple(random.random() < 0.25 for _ in range(rank)), "hopper",
+        random.choice((BF16, FP16)), head_dim, head_dim,
+        group=random.choice((1, 1, 3)),
+        strided=tuple(random.random() < 0.4 for _ in range(rank)),
+        dilated=(False,) * rank,
+        contiguous=random.random() < 0.7,
+        rpb=False,
+        additional=random.random() < 0.2,
+        negative=random.random() < 0.2,
+        deterministic=False,
+        lengths=False,
+        knobs=tuple(knobs.items()),
+    )  # fmt: skip
+
+
+def check_apart_problem(number: int, seed: int) -> None:
+    """Check problem ``seed`` of such a family, and that these kernels computed it."""
+    chosen = apart_family(number)
+    case = family_case(chosen, seed)
+    with _launched() as names:
+        check(case, "hopper", chosen.dtype, **dict(chosen.knobs))
+    wanted = {"specialized_forward_kernel"}
+    if not case.additional:
+        wanted.add("specialized_gradients_kernel")
+    assert wanted <= names, f"{wanted - names} did not run, but {names}"
+
+
+@contextmanager
+def _launched() -> Iterator[set[str]]:
+    """The names of the kernels that are launched inside."""
+    names = set()
+    run = launch._run
+
+    def noted(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+        names.add(kernel.fn.__name__)
+        run(kernel, programs, *arguments, **options)
+
+    with mock.patch.object(launch, "_run", noted):
+        yield names
+
+
 def check_free_problem(seed: int) -> None:
     """A random problem with nothing fixed, default tiles, and the backend chosen for it."""
     dtype = (BF16, FP16, FP32)[seed % 3]
@@ -305,6 +364,8 @@ def check_determinism() -> None:
         Case("rpb_3d", (8, 16, 16), (3, 5, 7), batch=3, heads=4, head_dim=64, rpb=True),
         Case("additional", (64, 64), (9, 9), batch=2, heads=4, head_dim=64, additional=300),
         Case("causal", (4096,), (1024,), is_causal=(True,), batch=1, heads=4, head_dim=128),
+        # Large enough for one pass of gradients, if the order of additions may change.
+        Case("large", (8192,), (8192,), batch=1, heads=4, head_dim=128),
     ]
     for case in cases:
         for name in backends():
@@ -576,6 +637,25 @@ def check_backward_knobs() -> None:
             check(many, name, FP16)
 
 
+def check_one_pass() -> None:
+    """All gradients in one pass: by default where that is faster, unless something forbids it."""
+    if not has_hopper():
+        return
+    name = "specialized_gradients_kernel"
+    for head_dim in (64, 128):
+        case = Case("large", (8192,), None, batch=1, heads=3, heads_kv=3, head_dim=head_dim)
+        for preference in ("strict", "default", "unrestricted"):
+            with natten.set_memory_usage_preference(preference), _launched() as names:
+                check(case, "hopper", BF16)
+            assert (name in names) == (preference != "strict"), (preference, names)
+        with natten.use_deterministic_algorithms(), _launched() as names:
+            check(case, "hopper", BF16)
+        assert name not in names
+        with _launched() as names:
+            check(case, "hopper", BF16, backward_use_pt_reduction=True)
+        assert name in names
+
+
 def check_precision() -> None:
     """float32 products follow torch's float32 matmul precision."""
     case = Case("2d", (24, 20), (9, 9), head_dim=64)
@@ -699,6 +779,7 @@ SINGLE: dict[str, Check] = {
     "packed": check_packed_gradients,
     "deterministic_bias": check_deterministic_bias,
     "backward_knobs": check_backward_knobs,
+    "one_pass": check_one_pass,
     "huge_grid": check_huge_grid,
     "huge_batch": check_huge_batch,
     "huge_heads": check_huge_heads,
@@ -754,3 +835,17 @@ def sanitized_cases() -> Iterator[tuple[str, Check]]:
             f"hopper {schedule} {case.name}",
             partial(check, case, "hopper", FP16, backward=False, kernel_schedule=schedule),
         )
+    gradients: list[tuple[Case, tuple[int, ...], tuple[int, ...]]] = [
+        (Case("1d_one_pass", (300,), (250,), head_dim=128, **one), (64,), (128,)),
+        (Case("2d_one_pass", (21, 19), (13, 11), head_dim=64, **one), (8, 16), (16, 8)),
+        (Case("3d_one_pass", (7, 8, 9), (3, 5, 7), head_dim=128, **one), (4, 4, 4), (4, 4, 8)),
+        (replace(named["varlen_gqa"], head_dim=128, head_dim_v=128), (64,), (128,)),
+    ]
+    for case, query, key in gradients if has_hopper() else ():
+        yield (
+            f"hopper {case.name}",
+            partial(
+                check, case, "hopper", FP16, backward_q_tile_shape=query,
+                backward_kv_tile_shape=key,
+            ),
+        )  # fmt: skip

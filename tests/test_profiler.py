@@ -87,6 +87,7 @@ def test_the_window_defaults_to_the_whole_input() -> None:
         ("bias_table_kernel", "table of biases"),
         ("query_gradient_kernel", "gradient of queries"),
         ("key_value_gradient_kernel", "gradients of keys and values"),
+        ("specialized_gradients_kernel", "gradients of queries, keys and values"),
         ("statistics_kernel", "row sums for the backward pass"),
         ("natten::neighborhood_attention", "attention, forward"),
         ("natten::neighborhood_attention_backward", "attention, backward"),

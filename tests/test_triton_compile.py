@@ -94,6 +94,9 @@ MORE_SETTINGS = [
     Setting("3d_d32", 90, (16, 32, 32), (5, 7, 7), 32),
     Setting("3d_d64", 90, (16, 32, 32), (9, 13, 13), 64, rpb=True),
     Setting("1d_d128", 90, (16384,), (16384,), 128),
+    Setting("1d_d64_dense", 90, (16384,), (16384,), 64),
+    Setting("1d_d128_two_passes", 90, (16384,), (16384,), 128,
+            knobs={"backward_q_tile_shape": (64,), "backward_kv_tile_shape": (64,)}),
     Setting("2d_d256", 90, (64, 64), (13, 13), 256),
     Setting("2d_d64_coop", 90, (64, 64), (13, 13), 64, backward=False,
             knobs={"kernel_schedule": "coop"}),
@@ -291,6 +294,23 @@ def test_groups_of_warps_run_apart(title: str) -> None:
     assert products >= 16
     assert waits <= products // 2
     assert "STL" not in sass
+
+
+@pytest.mark.parametrize("title", ["sm_90/1d_d128_causal", "sm_90/2d_d128", "sm_90/1d_d64_dense"])
+def test_gradients_in_one_pass(title: str) -> None:
+    """The same of the kernel for all gradients; it is short of registers outside its products."""
+    if specialized() is None:
+        pytest.skip(f"Triton {triton.__version__} has another dialect of Gluon")
+    setting = next(s for s in SETTINGS + MORE_SETTINGS if s.title == title)
+    kernels = compile_setting(setting)
+    assert "query_gradient_kernel" not in kernels
+    kernel = kernels["specialized_gradients_kernel"]
+    sass = instructions(kernel)
+    products, waits = sass.count("HGMMA"), sass.count("WARPGROUP.DEPBAR")
+    assert products >= 64
+    assert waits <= products // 3
+    assert "UTMAREDG" in sass
+    assert resources(kernel)["stack"] <= 400
 
 
 @pytest.mark.exhaustive

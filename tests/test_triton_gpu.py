@@ -57,6 +57,14 @@ def test_random(number: int) -> None:
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.parametrize("number", range(18))
+def test_random_with_groups_apart(number: int) -> None:
+    if not gpu_checks.has_hopper():
+        pytest.skip("kernels for Hopper")
+    for seed in range(20 * number, 20 * number + 20):
+        gpu_checks.check_apart_problem(number, seed)
+
+
 @pytest.mark.parametrize("seed", range(48))
 def test_random_with_default_tiles(seed: int) -> None:
     gpu_checks.check_free_problem(seed)

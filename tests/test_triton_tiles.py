@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from test_simulator import count_by_mask
 
+import natten
 from natten import devices
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
 from natten.simulator import make_problem
@@ -108,6 +110,61 @@ def test_warp_groups_run_apart_where_that_is_faster() -> None:
     assert [name for name, is_apart in apart.items() if is_apart] == [
         "large", "dense", "head_dim 64", "values",
     ]  # fmt: skip
+
+
+@needs_gluon
+def test_gradients_come_in_one_pass_where_that_is_faster() -> None:
+    with devices.pretending(devices.find("h100")):
+        chosen = {
+            "large": _large(),
+            "dense": _large(shape=(16384,), kernel_size=(16384,)),
+            "head_dim 64": _large(shape=(16384,), kernel_size=(16384,), head_dim=64),
+            "values": _large(head_dim=64, head_dim_v=128),
+            "small window": _large(kernel_size=(7, 7)),
+            "space": _large(shape=(30, 48, 80), kernel_size=(18, 24, 24)),
+            "dilation": _large(kernel_size=(30, 30), dilation=(1, 2)),
+            "bias": replace(_large(), has_rpb=True),
+            "context": replace(_large(), num_additional=64),
+            "small": _large(shape=(2048,), kernel_size=(2048,)),
+        }
+        together = {
+            name: HOPPER.backward_tilings(problem, DEFAULT_CONFIG).together
+            for name, problem in chosen.items()
+        }
+    assert [name for name, tiling in together.items() if tiling] == [
+        "large",
+        "dense",
+        "head_dim 64",
+    ]
+    assert (prod(together["dense"].query), prod(together["dense"].key)) == (64, 128)
+    assert (prod(together["head_dim 64"].query), prod(together["head_dim 64"].key)) == (128, 128)
+
+
+@needs_gluon
+def test_one_pass_is_not_for_all_that_may_be_asked() -> None:
+    problem = _large(shape=(256, 256), kernel_size=(80, 80), heads=8)
+    with devices.pretending(devices.find("h100")):
+
+        def found(**knobs: Any) -> Any:
+            return HOPPER.backward_tilings(problem, Config(**knobs))
+
+        assert found().together is not None
+        # Half of the heads at a time: their sums take less memory.
+        assert found().launches == 2
+        assert found(backward_kv_splits=(2, 2)).together is None
+        shapes = {"backward_q_tile_shape": (8, 8), "backward_kv_tile_shape": (8, 8)}
+        assert found(**shapes).together is None
+        shapes = {"backward_q_tile_shape": (4, 16), "backward_kv_tile_shape": (16, 8)}
+        assert (found(**shapes).together.query, found(**shapes).together.key) == ((4, 16), (16, 8))
+        assert HOPPER.backward_configs(problem)[0] == (
+            found().together.query, found().together.key,
+        )  # fmt: skip
+        with natten.use_deterministic_algorithms():
+            assert found().together is None
+        with natten.set_memory_usage_preference("strict"):
+            assert found().together is None
+        with natten.set_memory_usage_preference("unrestricted"):
+            assert found().launches == 1
 
 
 @needs_gluon

@@ -21,6 +21,7 @@ from torch import Tensor
 _OURS, _EXTRA, _MEMORY, _OTHER = "natten", "additional pass", "memory", "other"
 _NAMES: tuple[tuple[str, str, str], ...] = (
     # The longer of two names that one pattern matches comes first.
+    (r"specialized_gradients_kernel", "gradients of queries, keys and values", _OURS),
     (r"key_value_gradient_kernel", "gradients of keys and values", _OURS),
     (r"query_gradient_kernel", "gradient of queries", _OURS),
     (r"(\b|specialized_)forward_kernel", "attention, forward", _OURS),

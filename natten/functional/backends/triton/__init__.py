@@ -177,8 +177,8 @@ class _Backend:
 
     def backward_configs(self, problem: Problem) -> list[Any]:
         """(query tile, key tile) pairs of the backward pass; the default first."""
-        default = self.backward_tilings(problem, DEFAULT_CONFIG).key_value
-        return self._listed(problem, tiles.KEY_VALUE_GRADIENT, default)
+        found = self.backward_tilings(problem, DEFAULT_CONFIG)
+        return self._listed(problem, tiles.KEY_VALUE_GRADIENT, found.together or found.key_value)
 
     def _listed(self, problem: Problem, kind: str, default: Tiling) -> list[Any]:
         return tiles.listed(problem, kind, default, self._shared_memory(problem), self.largest_tile)
@@ -262,11 +262,10 @@ class _Hopper(_Descriptors):
     def _together(
         self, problem: Problem, config: Config, now: Preferences, query: Tiling, key_value: Tiling
     ) -> Tiling | None:
-        """For "pp", or where that is faster, unless something asks for what it does not do."""
-        schedule = config.kernel_schedule
+        """Where that is faster, or tiles of its size are asked for, unless something asks for what
+        it does not do: the same order of additions on every run, no extra memory, splits."""
         if (
-            schedule in ("non", "coop")
-            or now.deterministic
+            now.deterministic
             or now.memory == "strict"
             or config.backward_kv_splits is not None
             or not self._has_apart()
@@ -274,12 +273,10 @@ class _Hopper(_Descriptors):
         ):
             return None
         asked = config.backward_q_tile_shape, config.backward_kv_tile_shape
-        if None not in asked:
-            fits = schedule == "pp" and tiles.are_together(problem, *asked)
-            return tiles.together(problem, *asked) if fits else None
-        if schedule is None and not tiles.is_faster_together(problem, query, key_value):
-            return None
-        return tiles.together(problem)
+        if asked[0] is None or asked[1] is None:
+            faster = tiles.is_faster_together(problem, query, key_value)
+            return tiles.together(problem) if faster else None
+        return tiles.together(problem, *asked) if tiles.are_together(problem, *asked) else None
 
     def configs(self, problem: Problem) -> list[Any]:
         """((query tile, key tile), schedule) of the forward pass; the default first."""

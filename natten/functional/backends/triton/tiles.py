@@ -284,7 +284,7 @@ def suits_together(problem: Problem) -> bool:
 
 
 def _together_cost(problem: Problem, query_tile: Shape, key_tile: Shape) -> float:
-    """Pairs times products. Halves of key tiles wait for each other: none gains by what it skips."""
+    """Pairs times products. Halves of key tiles wait for each other: skipping gains nothing."""
     covered, inside = work(problem, query_tile, key_tile, inverse=True)
     programs = prod(-(-n // t) for n, t in zip(problem.key_shape, key_tile, strict=True))
     programs *= problem.heads_kv / problem.heads
