@@ -128,7 +128,11 @@ def is_kv_parallelism_in_fused_na_enabled() -> bool:
 
 
 def set_memory_usage_preference(pref: MemoryPreference = "default") -> _Change:
-    """Say how much extra memory KV parallelism may use.
+    """Say how much extra memory backward passes may use.
+
+    KV parallelism needs float32 memory for partial sums, and so does the kernel for Hopper that
+    computes all gradients in one pass: by default as much as one of the three gradients, with
+    "unrestricted" twice that; with "strict" it is not used.
 
     Args:
         pref: "default", "strict" (little) or "unrestricted" (what is fastest).
