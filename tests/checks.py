@@ -314,12 +314,16 @@ def _product_slack(
     for independent.
     """
 
+    def present(*tensors: Tensor | None) -> list[Tensor]:
+        return [t for t in tensors if t is not None and t.numel()]
+
     def longest(*tensors: Tensor | None) -> float:
-        given = [t.detach().double().nan_to_num() for t in tensors if t is not None]
-        return max(float(t.norm(dim=-1).max()) for t in given)
+        given = [t.detach().double().nan_to_num() for t in present(*tensors)]
+        return max((float(t.norm(dim=-1).max()) for t in given), default=0.0)
 
     def largest(*tensors: Tensor | None) -> float:
-        return max(float(t.detach().nan_to_num().abs().max()) for t in tensors if t is not None)
+        given = [t.detach().nan_to_num().abs() for t in present(*tensors)]
+        return max((float(t.max()) for t in given), default=0.0)
 
     scale = abs(case.head_dim**-0.5 if case.scale is None else case.scale)
     error = longest(grad_out) * longest(inputs.value, inputs.additional_values)

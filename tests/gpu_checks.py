@@ -835,17 +835,12 @@ def sanitized_cases() -> Iterator[tuple[str, Check]]:
             f"hopper {schedule} {case.name}",
             partial(check, case, "hopper", FP16, backward=False, kernel_schedule=schedule),
         )
-    gradients: list[tuple[Case, tuple[int, ...], tuple[int, ...]]] = [
-        (Case("1d_one_pass", (300,), (250,), head_dim=128, **one), (64,), (128,)),
-        (Case("2d_one_pass", (21, 19), (13, 11), head_dim=64, **one), (8, 16), (16, 8)),
-        (Case("3d_one_pass", (7, 8, 9), (3, 5, 7), head_dim=128, **one), (4, 4, 4), (4, 4, 8)),
-        (replace(named["varlen_gqa"], head_dim=128, head_dim_v=128), (64,), (128,)),
+    gradients: list[tuple[Case, str, Any, Any]] = [
+        (Case("1d", (300,), (250,), head_dim=128, **one), "shape", (64,), (128,)),
+        (Case("2d", (21, 19), (13, 11), head_dim=64, **one), "shape", (8, 16), (16, 8)),
+        (Case("3d", (7, 8, 9), (3, 5, 7), head_dim=128, **one), "shape", (4, 4, 4), (4, 4, 8)),
+        (replace(named["varlen_gqa"], head_dim=128, head_dim_v=128), "size", 64, 128),
     ]
-    for case, query, key in gradients if has_hopper() else ():
-        yield (
-            f"hopper {case.name}",
-            partial(
-                check, case, "hopper", FP16, backward_q_tile_shape=query,
-                backward_kv_tile_shape=key,
-            ),
-        )  # fmt: skip
+    for case, unit, query, key in gradients if has_hopper() else ():
+        knobs = {f"backward_q_tile_{unit}": query, f"backward_kv_tile_{unit}": key}
+        yield f"hopper one pass {case.name}", partial(check, case, "hopper", FP16, **knobs)

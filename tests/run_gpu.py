@@ -208,7 +208,7 @@ def _plan(options: argparse.Namespace) -> list[Unit]:
     if "free" in parts:
         units += [Unit("free", (options.seed + n,)) for n in range(options.free)]
     if "sanitize" in parts:
-        units.append(Unit("sanitize", tuple(_titled("sanitize"))))
+        units.append(Unit("sanitize", tuple(t for t in _titled("sanitize") if options.match in t)))
     return units
 
 
@@ -222,6 +222,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first random problem")
     parser.add_argument("--all-dtypes", action="store_true", help="named cases in every dtype")
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}, sanitize")
+    parser.add_argument("--match", default="", help="of sanitize, those whose titles have this")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds; then start no more")
     options = parser.parse_args()
 
