@@ -3,14 +3,16 @@
     python benchmarks/modules.py
 
 On a GPU, bfloat16 and the sizes of NAT-Tiny at 224 x 224 with batch 128; on a CPU, float32 and
-batch 2. Every timed variant is first compared with the composition of its parts.
+batch 2. The module is first compared with the composition of its parts. Times are medians of calls
+that are timed one by one, the variants in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,10 +33,11 @@ CASES = {
     "NAT-Tiny, stage 3": (14, 256, 8, 7),
     "64 x 64, head_dim 64": (64, 512, 8, 13),
 }
+ROUNDS = 5
 
 
-def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """The median over repeats."""
+def milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
+    """Of each of the repeats."""
     times = []
     for _ in range(3):
         call()
@@ -51,7 +54,7 @@ def milliseconds(call: Callable[[], object], repeats: int) -> float:
             begin = time.perf_counter()
             call()
             times.append((time.perf_counter() - begin) * 1e3)
-    return sorted(times)[len(times) // 2]
+    return times
 
 
 def both_passes(call: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
@@ -82,22 +85,14 @@ def measure(
         query, key, value = qkv.split([heads] * 3, -2)
         return natten.na2d(query, key, value, window, rpb=rpb)
 
-    def timed(call: Callable[[], Tensor], inputs: Iterable[Tensor]) -> tuple[float, float]:
-        with torch.no_grad():
-            forward = milliseconds(call, repeats)
-        return forward, milliseconds(both_passes(call, list(inputs)), repeats)
-
     expected = plain.proj(attention().flatten(-2))
     torch.testing.assert_close(plain(x), expected, atol=1e-2, rtol=1e-2)
-    operation = timed(attention, [qkv])
-    layers = [
-        timed(lambda: plain.qkv(x), [x, *plain.qkv.parameters()]),
-        timed(lambda: plain.proj(hidden), [hidden, *plain.proj.parameters()]),
-    ]
-    parts = tuple(sum(times) for times in zip(operation, *layers, strict=True))
-    yield "operation", f"{operation[0]:.3f}", "", f"{operation[1]:.3f}", ""
-    yield "operation and linear layers", f"{parts[0]:.3f}", "", f"{parts[1]:.3f}", ""
+    operation = "operation"
+    layers = ("first layer", "last layer")
     variants: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
+        operation: (attention, [qkv]),
+        layers[0]: (lambda: plain.qkv(x), [x, *plain.qkv.parameters()]),
+        layers[1]: (lambda: plain.proj(hidden), [hidden, *plain.proj.parameters()]),
         "operation, bias": (lambda: attention(biased.rpb), [qkv, biased.rpb]),
         "module": (lambda: plain(x), [x, *plain.parameters()]),
         "module, bias": (lambda: biased(x), [x, *biased.parameters()]),
@@ -106,11 +101,23 @@ def measure(
         "cross, lengths": (lambda: cross(x, context, lengths), [x, *cross.parameters()]),
         "block, bias": (lambda: block(x), [x, *block.parameters()]),
     }
-    for variant, (call, inputs) in variants.items():
-        forward, both = timed(call, inputs)
-        base = operation if variant.startswith("operation") else parts
-        over = f"{forward / base[0]:.2f}", f"{both / base[1]:.2f}"
-        yield variant, f"{forward:.3f}", over[0], f"{both:.3f}", over[1]
+    both = {name: both_passes(*variant) for name, variant in variants.items()}
+    samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in variants}
+    # In turns, so that a busy host hurts all of them.
+    for _ in range(ROUNDS):
+        for name, (call, _inputs) in variants.items():
+            with torch.no_grad():
+                samples[name][0].extend(milliseconds(call, repeats // ROUNDS))
+            samples[name][1].extend(milliseconds(both[name], repeats // ROUNDS))
+    times = {name: [median(column) for column in found] for name, found in samples.items()}
+    parts = [sum(column) for column in zip(times[operation], *(times[name] for name in layers))]
+    yield operation, f"{times[operation][0]:.3f}", "", f"{times[operation][1]:.3f}", ""
+    yield "operation and linear layers", f"{parts[0]:.3f}", "", f"{parts[1]:.3f}", ""
+    for name, found in times.items():
+        if name != operation and name not in layers:
+            base = times[operation] if name.startswith(operation) else parts
+            over = [f"{mine / its:.2f}" for mine, its in zip(found, base, strict=True)]
+            yield name, f"{found[0]:.3f}", over[0], f"{found[1]:.3f}", over[1]
 
 
 def main() -> None:

@@ -770,20 +770,20 @@ class _Backward:
         )
         group = -(-problem.heads_kv // self.tilings.launches)
         members = problem.heads // problem.heads_kv
+        sums = torch.empty(
+            (*self.query.shape[:-2], group * members, problem.head_dim),
+            dtype=torch.float32, device=self.query.device,
+        )  # fmt: skip
         for first in range(0, problem.heads_kv, group):
             heads = min(group, problem.heads_kv - first)
-            sums = torch.zeros(
-                (*self.query.shape[:-2], heads * members, problem.head_dim),
-                dtype=torch.float32, device=self.query.device,
-            )  # fmt: skip
+            part = sums.narrow(-2, 0, heads * members).zero_()
             _run(
                 kernel, plan.programs // problem.heads_kv * heads, plan, *tensors,
-                _descriptor(sums, query_tile, specialized_backward().sums_descriptor),
-                key_gradient, value_gradient, *self.cumulative,
-                first_head=first, group_heads=heads,
+                _descriptor(part, query_tile, specialized_backward().sums_descriptor),
+                key_gradient, value_gradient, *self.cumulative, first_head=first, group_heads=heads,
             )  # fmt: skip
-            part = query_gradient.narrow(-2, first * members, heads * members)
-            torch.mul(sums, problem.scale, out=part)
+            target = query_gradient.narrow(-2, first * members, heads * members)
+            torch.mul(part, problem.scale, out=target)
         return query_gradient, key_gradient, value_gradient
 
     def _query(self, with_statistics: bool) -> tuple[Tensor, Tensor | None]:
