@@ -196,7 +196,7 @@ def model_speeds() -> str:
     table = markdown_table(
         ["model", *(f"{task}, {mode}" for mode, task in kinds)],
         [
-            [f"`{name}`", *(f"{found[kind]:,.0f}" for kind in kinds)]
+            [f"`{name}`", *(f"{found[kind]:,.0f}" if kind in found else "" for kind in kinds)]
             for name, found in speeds.items()
         ],
     )
