@@ -269,6 +269,7 @@ class _Hopper(_Descriptors):
             or now.memory == "strict"
             or config.backward_kv_splits is not None
             or not self._has_apart()
+            or launch.specialized_backward() is None
             or not tiles.suits_together(problem)
         ):
             return None

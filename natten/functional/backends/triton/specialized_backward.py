@@ -134,6 +134,14 @@ def multiply_keys(score_gradients, keys, COLUMNS: gl.constexpr, PART: gl.constex
 
 
 @gluon.jit
+def product_with_keys(score_gradients, keys, COLUMNS: gl.constexpr, PART: gl.constexpr):
+    """That product, when the sums before it have left shared memory."""
+    part = multiply_keys(score_gradients, keys, COLUMNS, PART)
+    tma.store_wait(0)
+    return warpgroup_mma_wait(0, deps=[part])
+
+
+@gluon.jit
 def add_queries(
     part, place, queries, query_sums, sums, batch, first_head, feature, FEATURES: gl.constexpr
 ):
@@ -175,6 +183,7 @@ def attend_back(
     ROWS: gl.constexpr = ALL // 2
     COLUMNS: gl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
     PART: gl.constexpr = FEATURES // 2
+    # Two products of 128 columns at a time and a sum that waits for a third spill registers.
     LATE: gl.constexpr = COLUMNS == 128
     dtype: gl.constexpr = query_buffers.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
@@ -319,11 +328,9 @@ def attend_back(
             mbarrier.arrive(shared_full.index(here))
             if i > 0:
                 mbarrier.wait(shared_full.index(1 - here), ((i - 1) >> 1) & 1)
-                part = multiply_keys(
+                part = product_with_keys(
                     score_gradient_buffers.index(1 - here), key_features, COLUMNS, PART
                 )
-                tma.store_wait(0)
-                part = warpgroup_mma_wait(0, deps=[part])
                 mbarrier.arrive(shared_empty.index(1 - here))
                 add_queries(
                     part,
@@ -346,9 +353,7 @@ def attend_back(
     if total > 0:
         last = (total - 1) & 1
         mbarrier.wait(shared_full.index(last), ((total - 1) >> 1) & 1)
-        part = multiply_keys(score_gradient_buffers.index(last), key_features, COLUMNS, PART)
-        tma.store_wait(0)
-        part = warpgroup_mma_wait(0, deps=[part])
+        part = product_with_keys(score_gradient_buffers.index(last), key_features, COLUMNS, PART)
         add_queries(
             part,
             place_of(total - 1, steps, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK),
