@@ -134,14 +134,6 @@ def multiply_keys(score_gradients, keys, COLUMNS: gl.constexpr, PART: gl.constex
 
 
 @gluon.jit
-def product_with_keys(score_gradients, keys, COLUMNS: gl.constexpr, PART: gl.constexpr):
-    """That product, when the sums before it have left shared memory."""
-    part = multiply_keys(score_gradients, keys, COLUMNS, PART)
-    tma.store_wait(0)
-    return warpgroup_mma_wait(0, deps=[part])
-
-
-@gluon.jit
 def add_queries(
     part, place, queries, query_sums, sums, batch, first_head, feature, FEATURES: gl.constexpr
 ):
@@ -328,9 +320,11 @@ def attend_back(
             mbarrier.arrive(shared_full.index(here))
             if i > 0:
                 mbarrier.wait(shared_full.index(1 - here), ((i - 1) >> 1) & 1)
-                part = product_with_keys(
+                part = multiply_keys(
                     score_gradient_buffers.index(1 - here), key_features, COLUMNS, PART
                 )
+                tma.store_wait(0)
+                part = warpgroup_mma_wait(0, deps=[part])
                 mbarrier.arrive(shared_empty.index(1 - here))
                 add_queries(
                     part,
@@ -353,7 +347,9 @@ def attend_back(
     if total > 0:
         last = (total - 1) & 1
         mbarrier.wait(shared_full.index(last), ((total - 1) >> 1) & 1)
-        part = product_with_keys(score_gradient_buffers.index(last), key_features, COLUMNS, PART)
+        part = multiply_keys(score_gradient_buffers.index(last), key_features, COLUMNS, PART)
+        tma.store_wait(0)
+        part = warpgroup_mma_wait(0, deps=[part])
         add_queries(
             part,
             place_of(total - 1, steps, kv_head, box, QUERY_TILE, HEADS_PER_KV, RANK),
