@@ -55,7 +55,8 @@ class _Costs(NamedTuple):
 _FORWARD_COSTS = _Costs(0.578, 0.5, 5.3, 40e-9, 0.70e-6, 5e-6)
 # The forward kernel whose groups of warps run apart, see `natten.functional.backends.triton`.
 _APART_COSTS = _Costs(0.977, 0.301, 0.949, 5.05e-07, 2.91e-06, 5e-06)
-# The backward kernel that computes all gradients in one pass.
+# The backward kernel that computes all gradients in one pass. From the times of a step and of a
+# program: as all its tiles need the same products, no fit tells these from what a visit takes.
 _TOGETHER_COSTS = _Costs(0.55, 0.03, 1.0, 1e-07, 1.6e-05, 2e-05)
 # Twice the masks; the products hide most of the exponentials.
 _BACKWARD_COSTS = _Costs(0.62, 0.027, 9.9, 55e-9, 0.82e-6, 3.6e-6)
@@ -648,7 +649,9 @@ def _simulate_context(problem: Problem, device: Device) -> Pass:
         num_additional=0,
     )  # fmt: skip
     try:
-        tiling = _tilings(context, device, DEFAULT_CONFIG, True)[-1]
+        # Splits, one or more, are what the kernel has that computes only these.
+        config = replace(DEFAULT_CONFIG, backward_kv_splits=(1,))
+        tiling = _tilings(context, device, config, True)[1]
     except RuntimeError:
         tiling = _Tiling((64,), (64,))
     return _simulate_pass(context, _CONTEXT, device, tiling, False)
