@@ -269,13 +269,27 @@ def attended(
     return list(product(*per_axis))
 
 
+def absent(lengths: Tensor, size: int) -> Tensor:
+    """Which of ``size`` additional keys each batch entry lacks: bool ``[batch, size]``, True from
+    its length on."""
+    return torch.arange(size, device=lengths.device) >= lengths[:, None]
+
+
+def cleared(tensor: Tensor, hidden: Tensor) -> Tensor:
+    """Additional keys or values ``[batch, size, heads, features]`` with zeros where ``hidden``, of
+    ``[batch, size]``: a weight of zero times what is not finite would not be zero."""
+    return tensor.masked_fill(hidden[:, :, None, None], 0.0)
+
+
 __all__ = [
     "Axis",
+    "absent",
     "attended",
     "axis_mask",
     "bounds",
     "bounds_table",
     "box_bounds",
+    "cleared",
     "grid_mask",
     "group_length",
     "intersection_bounds",

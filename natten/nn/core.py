@@ -155,9 +155,8 @@ def attend_packed(
     return out
 
 
-# In an fx graph these are one call each.
+# In an fx graph this is one call.
 torch.fx.wrap("attend")
-torch.fx.wrap("attend_to_all")
 
 
 def check_grid(x: Tensor, rank: int, channels: int, name: str) -> None:

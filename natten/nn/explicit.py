@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natten.window import Axis, axis_mask, bounds
+from natten.window import Axis, absent, axis_mask, bounds
 
 
 class AttentionMap(NamedTuple):
@@ -97,7 +97,7 @@ def window_attention(
     if additional_keys is not None:
         more = torch.einsum("bnhgd,bshd->bnhgs", q * scale, additional_keys)
         if additional_lengths is not None:
-            hidden = beyond(additional_lengths, additional_keys.shape[1])
+            hidden = absent(additional_lengths, additional_keys.shape[1])
             more = more.masked_fill(hidden[:, None, None, None, :], -torch.inf)
         scores = torch.cat([scores, more], dim=-1)
     weights = F.dropout(softmax(scores).to(v.dtype), dropout)
@@ -134,7 +134,7 @@ def attention_map(
     if additional_keys is not None:
         more = torch.einsum("bphgd,bshd->bphgs", q, additional_keys.to(dtype)).flatten(2, 3)
         if additional_lengths is not None:
-            hidden = beyond(additional_lengths, additional_keys.shape[1])
+            hidden = absent(additional_lengths, additional_keys.shape[1])
             more = more.masked_fill(hidden[:, None, None, :], -torch.inf)
         scores = torch.cat([scores, more], dim=-1)
     weights = softmax(scores)
@@ -169,11 +169,6 @@ def window_rows(
             wanted[i + 2] = length
             bias = bias.gather(i + 2, relative.view([1, count] + along).expand(wanted))
     return mask, bias
-
-
-def beyond(lengths: Tensor, size: int) -> Tensor:
-    """[B, size], True from each sequence's length on."""
-    return torch.arange(size, device=lengths.device) >= lengths[:, None]
 
 
 def softmax(scores: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from natten.context import is_flex_compile_allowed, is_flex_compile_backprop_allowed
 from natten.functional.problem import Config, Problem, Unavailable
-from natten.window import mask
+from natten.window import absent, cleared, mask
 
 _BLOCK = 128
 # (query, key) block sizes for one axis of tokens; with more axes, blocks of flattened tokens
@@ -216,11 +216,9 @@ def _run(
         if additional_lengths is not None:
             # Below zero they would take away keys of the grid.
             additional_lengths = additional_lengths.long().clamp(min=0)
-            token = torch.arange(problem.num_additional, device=problem.device)
-            # A weight of zero times what is not finite would not be zero.
-            absent = (token >= additional_lengths[:, None])[:, :, None, None]
-            additional_keys = additional_keys.masked_fill(absent, 0.0)
-            additional_values = additional_values.masked_fill(absent, 0.0)
+            hidden = absent(additional_lengths, problem.num_additional)
+            additional_keys = cleared(additional_keys, hidden)
+            additional_values = cleared(additional_values, hidden)
         k, v = torch.cat([k, additional_keys], dim=1), torch.cat([v, additional_values], dim=1)
     q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
     blocks = (_BLOCK, _BLOCK)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from natten.functional.problem import Config, Problem
-from natten.window import Axis, bounds_table
+from natten.window import Axis, absent, bounds_table, cleared
 
 # Scores that exist at once: 8 MB in float64, which stays in a CPU's cache.
 _SCORES = 1 << 20
@@ -196,19 +196,14 @@ def _tiles(problem: Problem, *tensors: Tensor | None) -> Iterator[_Tile]:
         yield _Tile.of(segments, problem)
 
 
-def _absent(problem: Problem, lengths: Tensor | None) -> Tensor | None:
-    """Which additional keys a batch entry does not have: bool ``[B, additional]``."""
-    if lengths is None:
-        return None
-    return torch.arange(problem.num_additional, device=lengths.device) >= lengths[:, None]
-
-
-def _cleared(tensor: Tensor | None, absent: Tensor | None) -> Tensor | None:
-    """Additional keys or values ``[B, additional, Hkv, D]`` with zeros for those that are absent:
-    zero times what is not finite would not be zero."""
-    if tensor is None or absent is None:
-        return tensor
-    return tensor.masked_fill(absent[:, :, None, None], 0.0)
+def _context(
+    problem: Problem, keys: Tensor | None, values: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Which additional keys each batch entry lacks, if any, and keys and values without those."""
+    if keys is None or values is None or lengths is None:
+        return None, keys, values
+    hidden = absent(lengths, problem.num_additional)
+    return hidden, cleared(keys, hidden), cleared(values, hidden)
 
 
 def _scores(
@@ -217,7 +212,7 @@ def _scores(
     q: Tensor,
     k: Tensor,
     rpb: Tensor | None,
-    absent: Tensor | None,
+    hidden: Tensor | None,
 ) -> Tensor:
     """``[B, Hkv, G, queries, keys + additional]``, -inf where a key is not visible.
 
@@ -232,8 +227,8 @@ def _scores(
         scores[..., :own] += bias
     if tile.visible is not None:
         scores[..., :own].masked_fill_(~tile.visible, -torch.inf)
-    if absent is not None:
-        scores[..., own:].masked_fill_(absent[:, None, None, None, :], -torch.inf)
+    if hidden is not None:
+        scores[..., own:].masked_fill_(hidden[:, None, None, None, :], -torch.inf)
     return scores
 
 
@@ -251,9 +246,9 @@ def _forward(
 ) -> None:
     dtype = problem.accumulation_dtype
     groups = problem.heads_kv
-    absent = _absent(problem, lengths)
-    additional_keys = _cleared(additional_keys, absent)
-    additional_values = _cleared(additional_values, absent)
+    hidden, additional_keys, additional_values = _context(
+        problem, additional_keys, additional_values, lengths
+    )
     rpb = None if rpb is None else rpb.to(dtype)
     for tile in _tiles(problem, query, key, value, rpb, additional_keys, additional_values):
         q = tile.rows(query, groups, dtype) * problem.scale
@@ -263,7 +258,7 @@ def _forward(
             tile.put_rows(out, out.new_zeros(()).expand(*q.shape[:-1], problem.head_dim_v))
             tile.put_rows(lse[..., None], lse.new_full((), -torch.inf).expand(*q.shape[:-1], 1))
             continue
-        weights = _scores(problem, tile, q, k, rpb, absent)
+        weights = _scores(problem, tile, q, k, rpb, hidden)
         top = weights.amax(-1, keepdim=True)
         # A row with nothing to attend to has no maximum to subtract.
         top = top.masked_fill(top == -torch.inf, 0.0)
@@ -292,9 +287,9 @@ def _backward(
     """Add to ``gradients``, zeros in the accumulation dtype; None is not wanted."""
     dtype = problem.accumulation_dtype
     groups = problem.heads_kv
-    absent = _absent(problem, lengths)
-    additional_keys = _cleared(additional_keys, absent)
-    additional_values = _cleared(additional_values, absent)
+    hidden, additional_keys, additional_values = _context(
+        problem, additional_keys, additional_values, lengths
+    )
     dq, dk, dv, drpb, dk_extra, dv_extra = gradients
     rpb = None if rpb is None else rpb.to(dtype)
     inputs = (query, key, value, rpb, additional_keys, additional_values, grad_out, grad_lse)
@@ -304,7 +299,7 @@ def _backward(
         v = tile.columns(value, additional_values, dtype)
         if k.shape[-2] == 0:
             continue
-        weights = _scores(problem, tile, q, k, rpb, absent)
+        weights = _scores(problem, tile, q, k, rpb, hidden)
         row_lse = tile.rows(lse[..., None], groups, dtype)
         empty = row_lse == -torch.inf
         weights = weights.sub_(row_lse.masked_fill(empty, 0.0)).exp_().masked_fill_(empty, 0.0)
@@ -328,10 +323,10 @@ def _backward(
                 own.reshape(problem.heads, -1),
                 accumulate=True,
             )
-    if absent is not None:
+    if hidden is not None:
         for extra in (dk_extra, dv_extra):
             if extra is not None:
-                extra.masked_fill_(absent[:, :, None, None], 0.0)
+                extra.masked_fill_(hidden[:, :, None, None], 0.0)
 
 
 def _flat(index: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
+from importlib import import_module
 from math import gcd, prod
 from typing import Any
 
@@ -38,26 +39,25 @@ _NO_PADDINGS = (0,) * 3
 
 
 @cache
-def specialized() -> Any:
-    """The module of the forward kernel in Gluon; None where this Triton has another dialect."""
+def _in_gluon(name: str) -> Any:
+    """A module of kernels in Gluon; None where this Triton has another dialect."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < (3, 6):
         return None
     try:
-        from natten.functional.backends.triton import specialized
+        return import_module(f"natten.functional.backends.triton.{name}")
     except (ImportError, AttributeError):
         return None
-    return specialized
 
 
-@cache
+def specialized() -> Any:
+    """The module of the forward kernel in Gluon, or None."""
+    return _in_gluon("specialized")
+
+
 def specialized_backward() -> Any:
-    """The module of the backward kernel in Gluon, or None likewise."""
-    try:
-        from natten.functional.backends.triton import specialized_backward
-    except (ImportError, AttributeError):
-        return None
-    return specialized_backward
+    """The module of the backward kernel in Gluon, or None."""
+    return _in_gluon("specialized_backward")
 
 
 def _pad(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
@@ -746,13 +746,18 @@ class _Backward:
             self.bias_paddings,
         )  # fmt: skip
 
+    def _destination(self, number: int, tensor: Tensor) -> Tensor:
+        """Memory for the gradient of query, key or value, which is the ``number``-th."""
+        if self.destinations is not None:
+            return self.destinations[number]
+        return _allocate(self.problem, tensor.shape, self.dtype, tensor.device)
+
     def _all(self, tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of query, key and value, in one pass."""
         problem, inputs = self.problem, (self.query, self.key, self.value)
-        gradients = self.destinations
-        if gradients is None:
-            gradients = tuple([_allocate(problem, t.shape, self.dtype, t.device) for t in inputs])
-        query_gradient, key_gradient, value_gradient = gradients
+        query_gradient, key_gradient, value_gradient = (
+            self._destination(number, tensor) for number, tensor in enumerate(inputs)
+        )
         kernel = specialized_backward().specialized_gradients_kernel
         plan = self._plan(
             kernel, problem, tiling, (*inputs, self.grad_out), inverse=True,
@@ -789,10 +794,7 @@ class _Backward:
     def _query(self, with_statistics: bool) -> tuple[Tensor, Tensor | None]:
         """The gradients of query and bias; fills in the statistics in passing."""
         tiling = self.tilings.query
-        if self.destinations is None:
-            gradient = _allocate(self.problem, self.query.shape, self.dtype, self.query.device)
-        else:
-            gradient = self.destinations[0]
+        gradient = self._destination(0, self.query)
         plan = self._plan(
             query_gradient_kernel, self.problem, tiling,
             (self.query, self.key, self.value, self.grad_out), self.additional,

@@ -212,11 +212,15 @@ def half(tile: Shape) -> Shape:
     return (*tile[:axis], tile[axis] // 2, *tile[axis + 1 :])
 
 
+def _cover(shape: Shape, tile: Shape) -> int:
+    """Tokens of the tiles that cover a box."""
+    return prod(-(-n // t) * t for n, t in zip(shape, tile, strict=True))
+
+
 def _apart_cost(problem: Problem, query_tile: Shape, key_tile: Shape) -> float:
     """Pairs that the halves of query tiles compute, which skip key tiles they do not see."""
     covered, inside = work(problem, half(query_tile), key_tile)
-    programs = prod(-(-n // t) for n, t in zip(problem.query_shape, query_tile, strict=True))
-    start = _APART_START * programs * prod(query_tile) * prod(key_tile)
+    start = _APART_START * _cover(problem.query_shape, query_tile) * prod(key_tile)
     return covered + _APART_MASK * (covered - inside) + start
 
 
@@ -286,9 +290,8 @@ def suits_together(problem: Problem) -> bool:
 def _together_cost(problem: Problem, query_tile: Shape, key_tile: Shape) -> float:
     """Pairs times products. Halves of key tiles wait for each other: skipping gains nothing."""
     covered, inside = work(problem, query_tile, key_tile, inverse=True)
-    programs = prod(-(-n // t) for n, t in zip(problem.key_shape, key_tile, strict=True))
-    programs *= problem.heads_kv / problem.heads
-    start = _TOGETHER_START * programs * prod(query_tile) * prod(key_tile)
+    start = _TOGETHER_START * _cover(problem.key_shape, key_tile) * prod(query_tile)
+    start *= problem.heads_kv / problem.heads
     return 5 * (covered + _TOGETHER_MASK * (covered - inside) + start)
 
 
