@@ -8,8 +8,6 @@ torch.Size([1, 32, 32, 4, 64])
 
 from __future__ import annotations
 
-import logging
-import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +55,8 @@ from natten.functional.configs import (
     get_configs_for_flex_fmha,
     get_configs_for_flex_fna,
 )
+from natten.utils import log
+from natten.version import __version__
 
 if TYPE_CHECKING:
     from natten.nn import (
@@ -67,16 +67,12 @@ if TYPE_CHECKING:
     from natten.profile_file import load_profile
     from natten.simulator import simulate
 
-__version__ = "1.0.0.dev0"
-
 # Clients ask this before they rely on fused kernels. Here those are Triton and numba programs
 # without a compiled library: they are always part of the installation, and whether one runs a
 # given call is natten.explain's to say.
 HAS_LIBNATTEN = True
 
-_level = os.environ.get("NATTEN_LOG_LEVEL", "").upper()
-if _level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
-    logging.getLogger("natten").setLevel(_level)
+log.configure()
 
 # In a bare checkout, natten.models lies next to this package and not in it.
 _here = Path(__file__).resolve().parent
@@ -98,7 +94,17 @@ _LAZY = {
     "load_profile": "natten.profile_file",
     "simulate": "natten.simulator",
 }
-_LAZY_MODULES = ("experimental", "flops", "legacy", "models", "nn", "viz")
+_LAZY_MODULES = (
+    "attn_merge",
+    "backends",
+    "experimental",
+    "flops",
+    "legacy",
+    "models",
+    "modules",
+    "nn",
+    "viz",
+)
 
 
 def __getattr__(name: str) -> Any:

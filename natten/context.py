@@ -13,15 +13,16 @@ Backends read the preferences when they run, in the backward pass too, whichever
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from threading import RLock
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from natten._older import find_older
-from natten.types import MemoryPreference
+from natten.types import MemoryPreference, MemoryUsagePreference
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Preferences:
 
     deterministic: bool = False
     kv_parallelism: bool = True
-    memory: MemoryPreference = "default"
+    memory: MemoryUsagePreference = MemoryUsagePreference.Default
     flex_compile: bool = False
     flex_compile_backprop: bool = False
 
@@ -106,18 +107,28 @@ def use_kv_parallelism_in_fused_na(mode: bool = True) -> _Change:
     Faster, needs more memory, and sums in no fixed order.
 
     Args:
-        mode: Whether to allow it. The initial state is True.
+        mode: Whether to allow it. The initial state is True. While
+            ``torch.use_deterministic_algorithms`` is in effect, True warns and changes nothing:
+            programs say so at import, whatever torch was told.
 
     Raises:
         ValueError: ``mode`` is not a bool.
-        RuntimeError: ``mode`` is True while deterministic algorithms are enabled.
+        RuntimeError: ``mode`` is True after ``natten.use_deterministic_algorithms``.
     """
-    if _flag("mode", mode) and are_deterministic_algorithms_enabled():
-        raise RuntimeError(
-            "KV parallelism is not deterministic and cannot be enabled while deterministic "
-            "algorithms are; disable them first: natten.use_deterministic_algorithms(False), "
-            "torch.use_deterministic_algorithms(False)"
-        )
+    if _flag("mode", mode):
+        if torch.are_deterministic_algorithms_enabled():
+            warnings.warn(
+                "KV parallelism is not deterministic, and torch.use_deterministic_algorithms(True) "
+                "is in effect: use_kv_parallelism_in_fused_na(True) changes nothing",
+                UserWarning,
+                stacklevel=2,
+            )
+            return _Change()
+        if _preferences.deterministic:
+            raise RuntimeError(
+                "KV parallelism is not deterministic and cannot be enabled while deterministic "
+                "algorithms are; disable them first: natten.use_deterministic_algorithms(False)"
+            )
     return _Change(kv_parallelism=mode)
 
 
@@ -127,7 +138,9 @@ def is_kv_parallelism_in_fused_na_enabled() -> bool:
     return now.kv_parallelism and not now.deterministic
 
 
-def set_memory_usage_preference(pref: MemoryPreference = "default") -> _Change:
+def set_memory_usage_preference(
+    pref: MemoryPreference | MemoryUsagePreference = "default",
+) -> _Change:
     """Say how much extra memory backward passes may use.
 
     KV parallelism needs float32 memory for partial sums, and so does the kernel for Hopper that
@@ -135,18 +148,20 @@ def set_memory_usage_preference(pref: MemoryPreference = "default") -> _Change:
     "unrestricted" twice that; with "strict" it is not used.
 
     Args:
-        pref: "default", "strict" (little) or "unrestricted" (what is fastest).
+        pref: "default", "strict" (little) or "unrestricted" (what is fastest), or the member of
+            :class:`natten.context.MemoryUsagePreference`.
 
     Raises:
         ValueError: ``pref`` is none of these.
     """
-    if not isinstance(pref, str) or pref not in get_args(MemoryPreference):
-        raise ValueError(f"pref must be one of {get_args(MemoryPreference)}, got {pref!r}")
-    return _Change(memory=pref)
+    choices = tuple(map(str, MemoryUsagePreference))
+    if not isinstance(pref, str) or pref not in choices:
+        raise ValueError(f"pref must be one of {choices}, got {pref!r}")
+    return _Change(memory=MemoryUsagePreference(pref))
 
 
-def get_memory_usage_preference() -> MemoryPreference:
-    """The memory preference: "default", "strict" or "unrestricted"."""
+def get_memory_usage_preference() -> MemoryUsagePreference:
+    """The memory preference, a string too: equal to "default", "strict" or "unrestricted"."""
     return _preferences.memory
 
 
@@ -165,14 +180,29 @@ def is_memory_usage_unrestricted() -> bool:
     return _preferences.memory == "unrestricted"
 
 
-def allow_flex_compile() -> _Change:
-    """Allow ``torch_compile=True``: FlexAttention's forward pass compiled by torch.compile."""
+def allow_flex_compile(mode: bool = True, backprop: bool = False) -> _Change:
+    """Allow ``torch_compile=True``: FlexAttention's forward pass compiled by torch.compile.
+
+    Args:
+        mode: False withdraws it, and compiled backward passes with it.
+        backprop: Also :func:`allow_flex_compile_backprop`; False leaves that as it is.
+
+    Raises:
+        ValueError: An argument is not a bool, or ``backprop`` is asked for without ``mode``.
+    """
+    backprop = _flag("backprop", backprop)
+    if not _flag("mode", mode):
+        if backprop:
+            raise ValueError("backprop=True needs mode=True: backward passes follow forward ones")
+        return _Change(flex_compile=False, flex_compile_backprop=False)
+    if backprop:
+        return _Change(flex_compile=True, flex_compile_backprop=True)
     return _Change(flex_compile=True)
 
 
 def disable_flex_compile() -> _Change:
     """Withdraw :func:`allow_flex_compile`; compiled backward passes go with it."""
-    return _Change(flex_compile=False, flex_compile_backprop=False)
+    return allow_flex_compile(False)
 
 
 def is_flex_compile_allowed() -> bool:
@@ -180,17 +210,23 @@ def is_flex_compile_allowed() -> bool:
     return _preferences.flex_compile
 
 
-def allow_flex_compile_backprop() -> _Change:
+def allow_flex_compile_backprop(mode: bool = True) -> _Change:
     """Allow compiled FlexAttention to run where gradients are needed.
 
     Takes effect together with :func:`allow_flex_compile`, which it does not imply.
+
+    Args:
+        mode: False withdraws it.
+
+    Raises:
+        ValueError: ``mode`` is not a bool.
     """
-    return _Change(flex_compile_backprop=True)
+    return _Change(flex_compile_backprop=_flag("mode", mode))
 
 
 def disable_flex_compile_backprop() -> _Change:
     """Withdraw :func:`allow_flex_compile_backprop`."""
-    return _Change(flex_compile_backprop=False)
+    return allow_flex_compile_backprop(False)
 
 
 def is_flex_compile_backprop_allowed() -> bool:
@@ -218,6 +254,7 @@ __getattr__ = find_older(__name__)
 
 
 __all__ = [
+    "MemoryUsagePreference",
     "NattenContext",
     "Preferences",
     "allow_flex_compile",

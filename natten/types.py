@@ -31,12 +31,45 @@ CausalArg3DTypeOrDed = bool | CausalArg3DType
 CausalArgTypeOrDed = bool | CausalArgType
 
 
-class KernelSchedule(str, Enum):
-    """Schedules of the Hopper kernels; the values are the names that ``kernel_schedule`` takes."""
+class _Choice(str, Enum):
+    """Members that are strings and have numbers as values: clients compare with either."""
 
-    NonPersistent = "non"
-    WarpSpecializedCooperative = "coop"
-    WarpSpecializedPingpong = "pp"
+    # The number has a default for calls with a string alone, which find a member.
+    def __new__(cls, text: str, number: int = 0) -> _Choice:
+        member = str.__new__(cls, text)
+        member._value_ = number
+        return member
+
+    @classmethod
+    def _missing_(cls, value: object) -> _Choice | None:
+        return next((member for member in cls if str.__eq__(member, value) is True), None)
+
+    __str__ = str.__str__
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"
+
+
+class KernelSchedule(_Choice):
+    """Schedules of the Hopper kernels.
+
+    ``kernel_schedule`` takes a member or the string that it is equal to; ``.value`` is its number.
+    """
+
+    NonPersistent = "non", 0
+    WarpSpecializedCooperative = "coop", 1
+    WarpSpecializedPingpong = "pp", 2
+
+
+class MemoryUsagePreference(_Choice):
+    """How much memory backward passes may use: see ``natten.set_memory_usage_preference``.
+
+    A member is equal to the string that the setter takes; ``.value`` is its number.
+    """
+
+    Default = "default", 0
+    Strict = "strict", 1
+    Unrestricted = "unrestricted", 2
 
 
 __all__ = [
@@ -61,5 +94,6 @@ __all__ = [
     "IntOrSequence",
     "KernelSchedule",
     "MemoryPreference",
+    "MemoryUsagePreference",
     "NoneType",
 ]

@@ -300,13 +300,10 @@ def check_schedule(kernel_schedule: Any) -> str | None:
     """The kernel schedule as a string or None."""
     if kernel_schedule is None:
         return None
-    try:
-        return KernelSchedule(kernel_schedule).value
-    except ValueError:
-        names = [schedule.value for schedule in KernelSchedule]
-        raise ValueError(
-            f"kernel_schedule must be None or one of {names}, got {kernel_schedule!r}"
-        ) from None
+    names = list(map(str, KernelSchedule))
+    if not isinstance(kernel_schedule, str) or kernel_schedule not in names:
+        raise ValueError(f"kernel_schedule must be None or one of {names}, got {kernel_schedule!r}")
+    return str(kernel_schedule)
 
 
 def check_knobs(rank: int, values: Sequence[Any], suffix: str = "shape") -> tuple[Any, ...]:

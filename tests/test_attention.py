@@ -104,7 +104,7 @@ def int32(*values):
     ("arguments", "message"),
     [
         ({"seqlens_Q": int32(10)}, "seqlens_Q and seqlens_KV must both"),
-        ({"seqlens_Q": int32(9), "seqlens_KV": int32(10)}, "seqlens_Q must sum to"),
+        ({"seqlens_Q": int32(11), "seqlens_KV": int32(10)}, "seqlens_Q must sum to at most"),
         ({"seqlens_Q": int32(12, -2), "seqlens_KV": int32(4, 6)}, "lengths of at least 0"),
         ({"seqlens_Q": int32(5, 5), "seqlens_KV": int32(10)}, "one length for each sequence"),
         ({"seqlens_Q": [10], "seqlens_KV": [10]}, "seqlens_Q must be a torch.Tensor"),
@@ -185,6 +185,39 @@ def test_tokens_behind_the_last_sequence(backend):
     assert bool((lse[:, 6:] == -torch.inf).all())
     out.sum().backward()
     assert not bool(query.grad[:, 6:].any())
+
+
+def test_varlen_with_padding():
+    """Lengths that sum to less than the packed tokens, forward and backward."""
+    query, key, value = (t.requires_grad_() for t in qkv(10, 9, batch=1))
+    seqlens = int32(4, 2), int32(5, 3)
+    out, lse = natten.attention(
+        query, key, value, seqlens_Q=seqlens[0], seqlens_KV=seqlens[1], return_lse=True
+    )
+    wanted = [
+        natten.attention(query[:, a:b], key[:, c:d], value[:, c:d], return_lse=True)
+        for a, b, c, d in ((0, 4, 0, 5), (4, 6, 5, 8))
+    ]
+    torch.testing.assert_close(out[:, :6], torch.cat([o for o, _ in wanted], 1))
+    torch.testing.assert_close(lse[:, :6], torch.cat([l for _, l in wanted], 1))
+    assert not bool(out[:, 6:].any())
+    assert bool((lse[:, 6:] == -torch.inf).all())
+    out.sum().backward()
+    assert not bool(query.grad[:, 6:].any())
+    assert not bool(key.grad[:, 8:].any())
+    assert not bool(value.grad[:, 8:].any())
+
+
+def test_varlen_parameters_have_defaults():
+    query, key, value = qkv(10, 9, batch=3)
+    assert generate_varlen_parameters(query, key, value) == (None, None, 0, 0)
+    query, key, value = qkv(10, 9, batch=1)
+    ends_q, ends_kv, *longest = generate_varlen_parameters(
+        query, key, value, seqlens_KV=int32(5, 3), seqlens_Q=int32(4, 2)
+    )
+    assert (ends_q.tolist(), ends_kv.tolist(), longest) == ([0, 4, 6], [0, 5, 8], [4, 5])
+    with pytest.raises(ValueError, match=r"key must be a torch\.Tensor, got list"):
+        generate_varlen_parameters(query, [1], value, int32(4), int32(4))
 
 
 def test_varlen_needs_batch_1():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
+import warnings
 
 import pytest
 import torch
 
 import natten
-from natten.context import NattenContext, Preferences
+from natten.context import MemoryUsagePreference, NattenContext, Preferences
 
 
 def test_initial_state():
@@ -67,10 +69,74 @@ def test_torch_determinism_counts():
     torch.use_deterministic_algorithms(True)
     assert natten.are_deterministic_algorithms_enabled()
     assert not natten.is_kv_parallelism_in_fused_na_enabled()
-    with pytest.raises(RuntimeError, match="not deterministic"):
-        natten.use_kv_parallelism_in_fused_na(True)
     torch.use_deterministic_algorithms(False)
     assert natten.is_kv_parallelism_in_fused_na_enabled()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_kv_parallelism_changes_nothing_under_torch_determinism(before):
+    """Programs ask for it at import; natten's own determinism, which is asked for too, wins."""
+    natten.use_kv_parallelism_in_fused_na(before)
+    torch.use_deterministic_algorithms(True)
+    with pytest.warns(UserWarning, match="changes nothing") as record:
+        change = natten.use_kv_parallelism_in_fused_na(True)
+    with change:
+        assert not natten.is_kv_parallelism_in_fused_na_enabled()
+    assert record[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with natten.use_kv_parallelism_in_fused_na(False):
+            pass
+    torch.use_deterministic_algorithms(False)
+    assert natten.is_kv_parallelism_in_fused_na_enabled() is before
+
+
+def test_flex_flags_take_arguments():
+    def flags():
+        return natten.is_flex_compile_allowed(), natten.is_flex_compile_backprop_allowed()
+
+    for call, expected in (
+        (lambda: natten.allow_flex_compile(True), (True, False)),
+        (lambda: natten.allow_flex_compile(mode=True, backprop=True), (True, True)),
+        # What is not said stays.
+        (lambda: natten.allow_flex_compile(backprop=False), (True, True)),
+        (lambda: natten.allow_flex_compile_backprop(mode=False), (True, False)),
+        (lambda: natten.allow_flex_compile_backprop(True), (True, True)),
+        (lambda: natten.allow_flex_compile(False), (False, False)),
+    ):
+        call()
+        assert flags() == expected
+    with natten.allow_flex_compile(True, True):
+        assert flags() == (True, True)
+    assert flags() == (False, False)
+    with pytest.raises(ValueError, match="backprop=True needs mode=True"):
+        natten.allow_flex_compile(False, True)
+    for function, name in (
+        (natten.allow_flex_compile, "mode"),
+        (natten.allow_flex_compile, "backprop"),
+        (natten.allow_flex_compile_backprop, "mode"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be a bool, got 1"):
+            function(**{name: 1})
+
+
+def test_memory_preference_is_a_string_and_a_member():
+    for number, (name, text) in enumerate(
+        {"Default": "default", "Strict": "strict", "Unrestricted": "unrestricted"}.items()
+    ):
+        member = MemoryUsagePreference[name]
+        for preference in (text, member):
+            natten.set_memory_usage_preference(preference)
+            got = natten.get_memory_usage_preference()
+            assert got is member
+            assert got == text != "other"
+            assert hash(got) == hash(text)
+            assert f"{got}" == str(got) == text
+            assert got.value == number
+            assert MemoryUsagePreference(number) is got
+            assert pickle.loads(pickle.dumps(got)) is got
+    with pytest.raises(ValueError, match="pref must be one of"):
+        natten.set_memory_usage_preference(0)
 
 
 @pytest.mark.parametrize("bad", [1, None, "yes"])

@@ -143,6 +143,48 @@ def test_bad_arguments(change, message):
         natten.merge_attentions(*change(outputs, lses))
 
 
+@pytest.mark.parametrize("flag", ["torch_compile", "return_lse", "use_autograd_fix"])
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_flags_are_bools(flag, value):
+    with pytest.raises(ValueError, match=f"{flag} must be a bool"):
+        natten.merge_attentions(*branches(2, requires_grad=False), **{flag: value})
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_one_tensor_is_not_taken_for_two(batch):
+    """Programs for versions that return a pair do not go on with the entries of the batch."""
+    outputs, lses = branches(2, shape=(batch, 5, 3, 4))
+    with pytest.raises(ValueError, match="return_lse=True for output and logsumexp"):
+        out, lse = natten.merge_attentions(outputs, lses)
+    with pytest.raises(ValueError, match="return_lse=True"):
+        out, _ = natten.merge_attentions(
+            outputs=outputs, lse_tensors=lses, torch_compile=False, use_autograd_fix=True
+        )
+    options = {"torch_compile": True}
+    with pytest.raises(ValueError, match="return_lse=True"):
+        out, _ = natten.functional.merge_attentions(*(outputs, lses), **options)
+    out, lse = natten.merge_attentions(outputs, lses, return_lse=True)
+    # What is not unpacked at once is a tensor like any other.
+    entries = list(natten.merge_attentions(outputs, lses))
+    assert len(entries) == batch
+    assert entries[0].equal(out[0])
+    first, shape = natten.merge_attentions(outputs, lses)[0], lse.shape
+    assert first.equal(out[0])
+    assert shape == (batch, 5, 3)
+
+
+def test_autograd_fix_changes_nothing():
+    """Neither gradients nor, as versions did that had to, the outputs of the branches."""
+    outputs, lses = branches(2)
+    before = [t.detach().clone() for t in (*outputs, *lses)]
+    grads = []
+    for fix in (True, False):
+        out, lse = natten.merge_attentions(outputs, lses, use_autograd_fix=fix, return_lse=True)
+        grads.append(torch.autograd.grad(out.sin().sum() + lse.cos().sum(), [*outputs, *lses]))
+    assert all(a.equal(b) for a, b in zip(*grads))
+    assert all(a.equal(b) for a, b in zip(before, (*outputs, *lses)))
+
+
 @pytest.mark.gpu
 def test_fused_on_a_gpu():
     shape = (1, 4096, 8, 64)

@@ -10,7 +10,7 @@ from torch import Tensor
 from natten import validation
 from natten.functional.dispatch import FMHA, FNA, can_run, load
 from natten.functional.ops import make_problem
-from natten.functional.problem import DEFAULT_CONFIG
+from natten.functional.problem import DEFAULT_CONFIG, Problem
 from natten.types import KernelSchedule
 
 _FORWARD = """Tile shapes of the forward pass that backend="{public}" accepts.
@@ -26,16 +26,38 @@ Returns:
 _BACKWARD = _FORWARD.replace("forward", "backward")
 
 
-def _list(
-    backend_name: str, kind: str, backward: bool, query: Tensor, key: Tensor, value: Tensor
-) -> list[Any]:
+def problem_of_tensors(
+    kind: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    requires_grad: bool,
+    is_causal: bool = False,
+    is_varlen: bool = False,
+) -> Problem:
+    """A problem of such tensors, where the window does not matter.
+
+    Raises:
+        ValueError: The tensors do not fit each other.
+    """
     rank = validation.check_qkv(query, key, value, 1 if kind == FMHA else None)
     # The window does not decide which tiles there are; the largest fits every grid.
     grid = tuple(max(n, 1) for n in map(max, query.shape[1:-2], key.shape[1:-2]))
     ones, zeros = (1,) * rank, (0,) * rank
     scale = validation.check_scale(None, query.shape[-1])
-    parameters = (grid, ones, ones, (False,) * rank, scale, grid, zeros, zeros, 0, 0)
-    problem = make_problem(query, key, value, None, None, None, None, parameters, backward)
+    longest = grid[0] if is_varlen else 0
+    parameters = (grid, ones, ones, (is_causal,) * rank, scale, grid, zeros, zeros)
+    cumulative = query if is_varlen else None  # which tensor does not matter
+    return make_problem(
+        query, key, value, None, None, cumulative, None, (*parameters, longest, longest),
+        requires_grad,
+    )  # fmt: skip
+
+
+def _list(
+    backend_name: str, kind: str, backward: bool, query: Tensor, key: Tensor, value: Tensor
+) -> list[Any]:
+    problem = problem_of_tensors(kind, query, key, value, backward)
     if not can_run(backend_name, problem, DEFAULT_CONFIG):
         return []
     backend = load(backend_name)

@@ -164,9 +164,7 @@ def _check_pair(
         p == pair and (schedule is None or s in (None, schedule)) for p, s in listed
     ):
         return
-    valid = ", ".join(
-        f"{q}/{kv}" + (f" ({getattr(s, 'value', s)})" if s else "") for (q, kv), s in listed
-    )
+    valid = ", ".join(f"{q}/{kv}" + (f" ({s})" if s else "") for (q, kv), s in listed)
     raise ValueError(
         f"{knobs[0]} and {knobs[1]} must be a pair that backend {name!r} lists, got "
         f"{pair[0]}/{pair[1]}"
@@ -227,6 +225,15 @@ def forget() -> None:
 # Refusals may depend on the preferences, which are part of the key for that reason.
 @lru_cache(maxsize=4096)
 def _resolve(problem: Problem, config: Config, name: str, _: Preferences) -> Any:
+    backend = _decide(problem, config, name)
+    if logger.isEnabledFor(logging.DEBUG):
+        from natten.functional import messages
+
+        messages.report(explain(problem, config), backend, problem, config)
+    return backend
+
+
+def _decide(problem: Problem, config: Config, name: str) -> Any:
     if name:
         reason = refusal(name, problem, config)
         if reason is not None:

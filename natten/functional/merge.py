@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dis
 import logging
+import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -103,12 +107,34 @@ def _check(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
             )
 
 
+@lru_cache(maxsize=256)
+def _unpacks(code: CodeType, call: int) -> bool:
+    """Whether the instruction after the one at ``call`` unpacks two values."""
+    following = (i for i in dis.get_instructions(code) if i.offset > call)
+    return next(((i.opname, i.arg) for i in following), None) == ("UNPACK_SEQUENCE", 2)
+
+
+def _refuse_unpacking() -> None:
+    """Raise if whoever called merge_attentions unpacks what is one tensor.
+
+    A tensor unpacks along its first dimension: with a batch of 2, ``out, lse = ...`` would go on
+    with the two entries of the batch.
+    """
+    caller = sys._getframe(2)
+    if _unpacks(caller.f_code, caller.f_lasti):
+        raise ValueError(
+            "merge_attentions returns the output alone, and the caller unpacks two values: call it "
+            "with return_lse=True for output and logsumexp"
+        )
+
+
 def merge_attentions(
     outputs: Sequence[Tensor],
     lse_tensors: Sequence[Tensor],
     torch_compile: bool = True,
     *,
     return_lse: bool = False,
+    use_autograd_fix: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Merge attention outputs of the same queries over different keys, as if over all of them.
 
@@ -124,22 +150,25 @@ def merge_attentions(
         torch_compile: Fuse the elementwise operations with torch.compile where it pays (large
             tensors on a GPU). Without a working compiler the merge runs unfused.
         return_lse: Also return the merged logsumexp.
+        use_autograd_fix: For programs that pass it. Gradients are right with either value: those
+            that reach the branches are the exact ones, and nothing is written into their outputs.
 
     Returns:
         The merged output in the outputs' dtype; with ``return_lse`` also the logsumexp. A query
         that saw no key in any branch gets 0 and -inf.
 
     Raises:
-        ValueError: Lists of different length or of fewer than two tensors, or tensors that do not
-            match.
+        ValueError: Lists of different length or of fewer than two tensors, tensors that do not
+            match, flags that are not bool; and ``out, lse = merge_attentions(...)`` without
+            ``return_lse``.
     """
     _check(outputs, lse_tensors)
-    pays = (
-        validation.optional_bool("torch_compile", torch_compile)
-        and not torch.compiler.is_compiling()
-        and outputs[0].is_cuda
-        and outputs[0].numel() >= _FUSION_PAYS
-    )
+    fuse = validation.optional_bool("torch_compile", torch_compile)
+    validation.optional_bool("use_autograd_fix", use_autograd_fix)
+    eager = not torch.compiler.is_compiling()
+    if not validation.optional_bool("return_lse", return_lse) and eager:
+        _refuse_unpacking()
+    pays = fuse and eager and outputs[0].is_cuda and outputs[0].numel() >= _FUSION_PAYS
     out, lse = (_fused if pays else _merge)(list(outputs), list(lse_tensors))
     return (out, lse) if return_lse else out
 

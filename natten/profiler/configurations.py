@@ -55,8 +55,7 @@ class Listing:
 
 def _pairs(listed: list[Any]) -> list[tuple[Shape, Shape, str | None]]:
     return [
-        (q, kv, getattr(schedule, "value", schedule))
-        for (q, kv), schedule in dispatch.tile_pairs(listed)
+        (q, kv, schedule and str(schedule)) for (q, kv), schedule in dispatch.tile_pairs(listed)
     ]
 
 

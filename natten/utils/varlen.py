@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natten.validation import check_is_tensor
+
 
 def _check_lengths(name: str, seqlens: Any, tensor: Tensor) -> list[int]:
     if not isinstance(seqlens, Tensor):
@@ -23,9 +25,10 @@ def _check_lengths(name: str, seqlens: Any, tensor: Tensor) -> list[int]:
         raise ValueError(f"{name} must hold at least one length, got none")
     if min(lengths) < 0:
         raise ValueError(f"{name} must hold lengths of at least 0, got {lengths}")
-    if sum(lengths) != tensor.shape[1]:
+    if sum(lengths) > tensor.shape[1]:
         raise ValueError(
-            f"{name} must sum to the number of packed tokens {tensor.shape[1]}, got {sum(lengths)}"
+            f"{name} must sum to at most the number of packed tokens {tensor.shape[1]}, got "
+            f"{sum(lengths)}"
         )
     return lengths
 
@@ -34,8 +37,8 @@ def generate_varlen_parameters(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    seqlens_Q: Tensor | None,
-    seqlens_KV: Tensor | None,
+    seqlens_Q: Tensor | None = None,
+    seqlens_KV: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, int, int]:
     """What :func:`natten.attention` needs about packed sequences, from their lengths.
 
@@ -47,6 +50,8 @@ def generate_varlen_parameters(
         key: ``[1, total tokens, heads_kv, head_dim]``.
         value: ``[1, total tokens, heads_kv, head_dim_v]``.
         seqlens_Q: int32 ``[sequences]`` on query's device, or None together with seqlens_KV.
+            Tokens behind the last sequence are padding: they attend to nothing, and nothing to
+            them.
         seqlens_KV: Likewise, of the keys.
 
     Returns:
@@ -54,7 +59,7 @@ def generate_varlen_parameters(
         max_seqlen_KV; (None, None, 0, 0) without lengths.
 
     Raises:
-        ValueError: Lengths of the wrong kind, or that do not sum to the packed tokens.
+        ValueError: Lengths of the wrong kind, or that sum to more than the packed tokens.
         RuntimeError: Under torch.compile, which cannot read lengths.
     """
     if seqlens_Q is None and seqlens_KV is None:
@@ -66,6 +71,8 @@ def generate_varlen_parameters(
         )
     if seqlens_Q is None or seqlens_KV is None:
         raise ValueError("seqlens_Q and seqlens_KV must both be tensors or both None")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_is_tensor(name, tensor)
     if query.shape[0] != 1 or key.shape[0] != 1 or value.shape[0] != 1:
         raise ValueError(
             "query, key and value must have batch size 1 (sequences are packed along the tokens), "
