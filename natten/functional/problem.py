@@ -121,6 +121,13 @@ class Problem:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
+    def gradient_scale(self) -> float:
+        """What gradients are multiplied by: the scale, in the range of the accumulation dtype, for
+        where it is beyond, zero has to stay zero."""
+        largest = torch.finfo(self.accumulation_dtype).max
+        return min(max(self.scale, -largest), largest)
+
+    @property
     def output_shape(self) -> tuple[int, ...]:
         """``[batch, *query_shape, heads, head_dim_v]``."""
         return (self.batch, *self.query_shape, self.heads, self.head_dim_v)

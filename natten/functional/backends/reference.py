@@ -1,9 +1,14 @@
-"""Eager neighborhood attention: any floating dtype, any device, every feature; the oracle.
+"""Eager neighborhood attention: any dtype that torch computes with, any device, every feature.
+
+It is the oracle of all others.
 
 Queries are worked on in tiles of one dilation group, against the box of all keys that some query
 of the tile attends to, so that memory is linear in the number of tokens. Sums are done in float64
 for float64 inputs and in float32 for all others, whatever their precision; results are rounded
 once, at the end. Gradients come from the given output and logsumexp, as in fused kernels.
+
+Batch entries are worked on one after the other: nothing that one holds, nor how many there are,
+can change a bit of another's results.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from natten.window import Axis, absent, bounds_table, cleared
 
 # Scores that exist at once: 8 MB in float64, which stays in a CPU's cache.
 _SCORES = 1 << 20
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Gradients = tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
@@ -49,6 +55,7 @@ def _segments(
     """Cut one axis: each dilation group into tiles of up to ``tile`` queries."""
     d = axis.dilation
     start, end = bounds_table(axis, query_origin, query_extent, key_origin, key_extent)
+    position = torch.arange(query_origin, query_origin + query_extent, device="cpu") // d
     segments = []
     for offset in range(min(d, query_extent)):
         token = query_origin + offset
@@ -64,15 +71,14 @@ def _segments(
             else:
                 keys_low = keys_high = 0
                 keys = slice(0, 0)
-            key_position = torch.arange(keys_low, keys_high)
+            key_position = torch.arange(keys_low, keys_high, device="cpu")
             visible = (key_position >= low[:, None]) & (key_position < high[:, None])
-            query_position = (torch.arange(query_origin, query_origin + query_extent) // d)[queries]
             segments.append(
                 _Segment(
                     queries,
                     keys,
                     None if bool(visible.all()) else visible.to(device),
-                    (key_position - query_position[:, None]).to(device),
+                    (key_position - position[queries, None]).to(device),
                 )
             )
     return segments
@@ -96,7 +102,7 @@ def _tile_shape(problem: Problem, shared_window_only: bool) -> list[int]:
             min(axis.kernel_size + axis.stride + n - 2, -(-axis.length // axis.dilation))
             for n, axis in zip(tile, axes, strict=True)
         ]
-        rows = problem.batch * problem.heads * prod(tile)
+        rows = problem.heads * prod(tile)
         return rows * (prod(keys) + problem.num_additional)
 
     while scores() > _SCORES and prod(tile) > 1:
@@ -176,10 +182,7 @@ class _Tile:
             extra += columns[:, count:]
 
 
-def _tiles(problem: Problem, *tensors: Tensor | None) -> Iterator[_Tile]:
-    # A masked entry has weight zero, and zero times NaN is NaN: where an input is not finite, a
-    # tile may hold only queries of one window, so that nothing reaches a query from outside of it.
-    finite = all(bool(t.isfinite().all()) for t in tensors if t is not None)
+def _tiles(problem: Problem, shared_window_only: bool) -> Iterator[_Tile]:
     per_axis = [
         _segments(axis, *boxes, problem.device)
         for axis, *boxes in zip(
@@ -188,12 +191,37 @@ def _tiles(problem: Problem, *tensors: Tensor | None) -> Iterator[_Tile]:
             problem.query_shape,
             problem.key_origin,
             problem.key_shape,
-            _tile_shape(problem, shared_window_only=not finite),
+            _tile_shape(problem, shared_window_only),
             strict=True,
         )
     ]
     for segments in product(*per_axis):
         yield _Tile.of(segments, problem)
+
+
+def _passes(
+    problem: Problem, rpb: Tensor | None, *tensors: Tensor | None
+) -> Iterator[tuple[_Tile, slice]]:
+    """Every tile with every batch entry."""
+    # A masked entry has weight zero, and zero times NaN is NaN: where an input is not finite, a
+    # tile may hold only queries of one window, so that nothing reaches a query from outside of it.
+    finite = torch.ones(problem.batch, dtype=torch.bool, device=problem.device)
+    for tensor in tensors:
+        if tensor is not None:
+            finite &= tensor.isfinite().flatten(1).all(1)
+    if rpb is not None:
+        finite &= rpb.isfinite().all()
+    flags = finite.tolist()
+    for wanted in (True, False):
+        entries = [slice(b, b + 1) for b, flag in enumerate(flags) if flag == wanted]
+        if entries:
+            for tile in _tiles(problem, shared_window_only=not wanted):
+                for entry in entries:
+                    yield tile, entry
+
+
+def _entry(tensor: Tensor | None, entry: slice) -> Tensor | None:
+    return None if tensor is None else tensor[entry]
 
 
 def _context(
@@ -216,20 +244,29 @@ def _scores(
 ) -> Tensor:
     """``[B, Hkv, G, queries, keys + additional]``, -inf where a key is not visible.
 
-    ``q`` is already scaled.
+    The scale belongs to the product: where numbers are not finite, scaling a factor of it would not
+    be the same.
     """
-    scores = q @ k.transpose(-1, -2)
+    scores = (q @ k.transpose(-1, -2)).mul_(problem.scale)
     own = scores.shape[-1] - problem.num_additional
     if tile.bias_index is not None:
         bias = rpb[(slice(None), *tile.bias_index)]
         group = problem.heads // problem.heads_kv
         bias = bias.reshape(problem.heads_kv, group, scores.shape[-2], own)
         scores[..., :own] += bias
-    if tile.visible is not None:
-        scores[..., :own].masked_fill_(~tile.visible, -torch.inf)
-    if hidden is not None:
-        scores[..., own:].masked_fill_(hidden[:, None, None, None, :], -torch.inf)
+    _mask(problem, tile, scores, hidden, -torch.inf)
     return scores
+
+
+def _mask(
+    problem: Problem, tile: _Tile, pairs: Tensor, hidden: Tensor | None, number: float
+) -> None:
+    """Write a number where a query does not see a key, of ``[..., queries, keys + additional]``."""
+    own = pairs.shape[-1] - problem.num_additional
+    if tile.visible is not None:
+        pairs[..., :own].masked_fill_(~tile.visible, number)
+    if hidden is not None:
+        pairs[..., own:].masked_fill_(hidden[:, None, None, None, :], number)
 
 
 def _forward(
@@ -250,23 +287,26 @@ def _forward(
         problem, additional_keys, additional_values, lengths
     )
     rpb = None if rpb is None else rpb.to(dtype)
-    for tile in _tiles(problem, query, key, value, rpb, additional_keys, additional_values):
-        q = tile.rows(query, groups, dtype) * problem.scale
-        k = tile.columns(key, additional_keys, dtype)
-        v = tile.columns(value, additional_values, dtype)
+    for tile, entry in _passes(problem, rpb, query, key, value, additional_keys, additional_values):
+        q = tile.rows(query[entry], groups, dtype)
+        k = tile.columns(key[entry], _entry(additional_keys, entry), dtype)
+        v = tile.columns(value[entry], _entry(additional_values, entry), dtype)
+        row_out, row_lse = out[entry], lse[entry].unsqueeze(-1)
         if k.shape[-2] == 0:
-            tile.put_rows(out, out.new_zeros(()).expand(*q.shape[:-1], problem.head_dim_v))
-            tile.put_rows(lse[..., None], lse.new_full((), -torch.inf).expand(*q.shape[:-1], 1))
+            tile.put_rows(row_out, out.new_zeros(()).expand(*q.shape[:-1], problem.head_dim_v))
+            tile.put_rows(row_lse, lse.new_full((), -torch.inf).expand(*q.shape[:-1], 1))
             continue
-        weights = _scores(problem, tile, q, k, rpb, hidden)
+        weights = _scores(problem, tile, q, k, rpb, _entry(hidden, entry))
         top = weights.amax(-1, keepdim=True)
-        # A row with nothing to attend to has no maximum to subtract.
-        top = top.masked_fill(top == -torch.inf, 0.0)
+        # A row with nothing to attend to has no maximum to subtract, and takes nothing from a value
+        # that is not finite.
+        empty = top == -torch.inf
+        top = top.masked_fill(empty, 0.0)
         weights = weights.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
-        result = (weights @ v) / total.masked_fill(total == 0, 1.0)
-        tile.put_rows(out, result)
-        tile.put_rows(lse[..., None], top + total.log())
+        result = (weights @ v) / total
+        tile.put_rows(row_out, result.masked_fill_(empty, 0.0))
+        tile.put_rows(row_lse, top + total.log())
 
 
 def _backward(
@@ -292,37 +332,48 @@ def _backward(
     )
     dq, dk, dv, drpb, dk_extra, dv_extra = gradients
     rpb = None if rpb is None else rpb.to(dtype)
-    inputs = (query, key, value, rpb, additional_keys, additional_values, grad_out, grad_lse)
-    for tile in _tiles(problem, *inputs):
-        q = tile.rows(query, groups, dtype) * problem.scale
-        k = tile.columns(key, additional_keys, dtype)
-        v = tile.columns(value, additional_values, dtype)
+    scale = problem.gradient_scale
+    inputs = (query, key, value, additional_keys, additional_values, grad_out, grad_lse)
+    # A logsumexp of -inf is tame: such rows are left out.
+    known = lse.masked_fill(lse == -torch.inf, 0.0)
+    for tile, entry in _passes(problem, rpb, *inputs, known):
+        k = tile.columns(key[entry], _entry(additional_keys, entry), dtype)
         if k.shape[-2] == 0:
             continue
-        weights = _scores(problem, tile, q, k, rpb, hidden)
-        row_lse = tile.rows(lse[..., None], groups, dtype)
+        v = tile.columns(value[entry], _entry(additional_values, entry), dtype)
+        row_lse = tile.rows(lse[entry].unsqueeze(-1), groups, dtype)
+        # A row that attends to nothing gives nothing, whatever it and its gradient hold.
         empty = row_lse == -torch.inf
-        weights = weights.sub_(row_lse.masked_fill(empty, 0.0)).exp_().masked_fill_(empty, 0.0)
-        grad = tile.rows(grad_out, groups, dtype)
-        delta = (grad * tile.rows(out, groups, dtype)).sum(-1, keepdim=True)
+        q = tile.rows(query[entry], groups, dtype).masked_fill(empty, 0.0)
+        grad = tile.rows(grad_out[entry], groups, dtype).masked_fill(empty, 0.0)
+        scores = _scores(problem, tile, q, k, rpb, _entry(hidden, entry))
+        # No weight is above one, but the logsumexp of huge scores is not exact enough to say so.
+        weights = scores.sub_(row_lse).clamp_(max=0.0).exp_().masked_fill_(empty, 0.0)
+        delta = (grad * tile.rows(out[entry], groups, dtype)).sum(-1, keepdim=True)
         if grad_lse is not None:
-            delta = delta - tile.rows(grad_lse[..., None], groups, dtype)
+            delta = delta - tile.rows(grad_lse[entry].unsqueeze(-1), groups, dtype)
         if dv is not None or dv_extra is not None:
-            _add_columns(tile, dv, dv_extra, weights, grad, problem)
+            sums = (_entry(dv, entry), _entry(dv_extra, entry))
+            _add_columns(tile, *sums, weights, grad, problem)
         # From here on, the gradient of the scores.
         weights *= grad @ v.transpose(-1, -2) - delta
+        _mask(problem, tile, weights.masked_fill_(empty, 0.0), _entry(hidden, entry), 0.0)
         if dq is not None:
-            tile.put_rows(dq, (weights @ k) * problem.scale)
+            tile.put_rows(dq[entry], (weights @ k).mul_(scale).masked_fill_(empty, 0.0))
         if dk is not None or dk_extra is not None:
-            _add_columns(tile, dk, dk_extra, weights, q, problem)
+            sums = (_entry(dk, entry), _entry(dk_extra, entry))
+            _add_columns(tile, *sums, weights, q, problem)
         if drpb is not None and tile.bias_index is not None:
-            own = weights[..., : weights.shape[-1] - problem.num_additional].sum(0)
+            own = weights[..., : weights.shape[-1] - problem.num_additional].squeeze(0)
             spread = torch.broadcast_tensors(*tile.bias_index)
             drpb.index_put_(
                 (torch.arange(problem.heads, device=drpb.device)[:, None], *_flat(spread)),
                 own.reshape(problem.heads, -1),
                 accumulate=True,
             )
+    for keys in (dk, dk_extra):
+        if keys is not None:
+            keys *= scale
     if hidden is not None:
         for extra in (dk_extra, dv_extra):
             if extra is not None:
@@ -375,11 +426,13 @@ def _sequences(
 
 
 class Reference:
-    """The eager backend. Never declines."""
+    """The eager backend. Declines nothing but dtypes that torch itself does not compute with."""
 
     name = "reference"
 
     def refusal(self, problem: Problem, config: Config) -> str | None:
+        if problem.dtype not in _DTYPES:
+            return f"it computes float32, float64, bfloat16 and float16, not {problem.dtype}"
         return None
 
     def configs(self, problem: Problem) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

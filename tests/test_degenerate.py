@@ -1,0 +1,65 @@
+"""Degenerate numbers are in the same class everywhere: tables of placements, and random ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case
+from degenerate import (
+    CASES,
+    NUMBERS,
+    PLACES,
+    SCALES,
+    all_minus_infinity,
+    check,
+    mask_by_bias,
+    put,
+    put_many,
+)
+
+BACKENDS = ["reference"]
+
+
+def names(case: Case) -> str:
+    return case.name
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("case", CASES, ids=names)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_number(backend, case, place):
+    for number in NUMBERS.values():
+        for seed in (0, 1):
+            check(case, backend, spoil=put(number, place, seed))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("case", CASES, ids=names)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scales(backend, case, scale):
+    for dtype in (torch.float32, torch.float64):
+        check(replace(case, scale=scale), backend, dtype, values=abs(scale) < 1)
+        check(replace(case, scale=scale), backend, dtype, spoil=put_many(7), values=False)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.rpb], ids=names)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_a_bias_masks(backend, case):
+    for dtype in (torch.float32, torch.float16):
+        check(case, backend, dtype, spoil=mask_by_bias)
+
+
+@pytest.mark.parametrize("case", CASES, ids=names)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_whose_scores_are_all_minus_infinity(backend, case):
+    check(case, backend, spoil=all_minus_infinity)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_anywhere(backend, seed):
+    dtype = (torch.float32, torch.float64, torch.bfloat16, torch.float16)[seed % 4]
+    for case in CASES[seed % 3 :: 3]:
+        check(case, backend, dtype, spoil=put_many(seed))
