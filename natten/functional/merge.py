@@ -118,7 +118,7 @@ def _refuse_unpacking() -> None:
     """Raise if whoever called merge_attentions unpacks what is one tensor.
 
     A tensor unpacks along its first dimension: with a batch of 2, ``out, lse = ...`` would go on
-    with the two entries of the batch.
+    with the two entries of the batch. Compilers hide who calls.
     """
     caller = sys._getframe(2)
     if _unpacks(caller.f_code, caller.f_lasti):

@@ -13,9 +13,12 @@ from natten.nn.core import (
     NeighborhoodModule,
     attend_packed,
     attend_to_all,
+    check_flags,
     check_grid,
+    check_probability,
     check_sequence,
     crop,
+    left_out,
     place,
 )
 from natten.nn.explicit import AttentionMap, attention_map
@@ -74,9 +77,17 @@ class NeighborhoodAttention(NeighborhoodModule):
     Parameters: `qkv.*`, rows in the order query, key, value, each heads by head_dim; `proj.*`;
     and `rpb`, `q_norm.weight`, `k_norm.weight` where asked for.
 
+    `kernel_size`, `stride`, `dilation`, `is_causal`, `scale`, `pad`, `attn_drop` and `rotary` may
+    be set to what the constructor takes, and are then as if it had been given there.
+
+    A state dict that holds one of the parameters asked for, for a module without it, is warned of,
+    since `load_state_dict(strict=False)` drops it.
+
     Raises:
         ValueError: for arguments that do not fit each other.
     """
+
+    _optional = {**NeighborhoodModule._optional, "qkv.bias": "qkv_bias=True"}  # noqa: RUF012
 
     @accepts_older_arguments
     def __init__(
@@ -117,6 +128,8 @@ class NeighborhoodAttention(NeighborhoodModule):
             device,
             dtype,
         )
+        check_flags(qkv_bias=qkv_bias)
+        check_probability("proj_drop", proj_drop)
         channels = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv = nn.Linear(embed_dim, channels, bias=qkv_bias, device=device, dtype=dtype)
         self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
@@ -168,6 +181,8 @@ class NeighborhoodAttention(NeighborhoodModule):
             ValueError: for another rank or number of channels, axes shorter than
                 `kernel_size * dilation` without `pad`, registers where an axis is causal.
         """
+        if not torch.jit.is_scripting():
+            x, registers = left_out(x, "registers", registers)
         check_grid(x, len(self.kernel_size), self.embed_dim, "x")
         if registers is not None:
             if torch.jit.is_scripting():

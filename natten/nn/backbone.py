@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from natten.nn.block import NeighborhoodTransformerBlock
+from natten.nn.core import check_flags, left_out, warn_of_dropped
 from natten.nn.embed import ConvDownsampler, ConvTokenizer, PatchMerging, PatchTokenizer
+from natten.validation import check_positive_int
 
 
 class NeighborhoodStage(nn.Module):
@@ -45,6 +47,7 @@ class NeighborhoodStage(nn.Module):
         **block_args: Any,
     ) -> None:
         super().__init__()
+        check_positive_int("depth", depth)
         dilations = _for_each_block(dilation, depth, "dilation")
         drop_paths = _for_each_block(drop_path, depth, "drop_path")
         self.downsample = downsample
@@ -61,6 +64,8 @@ class NeighborhoodStage(nn.Module):
         self, x: Tensor, cond: Tensor | None = None, registers: Tensor | None = None
     ):
         """As `NeighborhoodTransformerBlock.forward`, after the downsampler."""
+        if not torch.jit.is_scripting():
+            x, registers = left_out(x, "registers", registers)
         if self.downsample is not None:
             x = self.downsample(x)
         if torch.jit.is_scripting():
@@ -141,6 +146,9 @@ class NeighborhoodBackbone(nn.Module):
                 f"dilation must be an int or have an entry for each of {levels} stages, got "
                 f"{dilation}"
             )
+        check_flags(overlapping=overlapping)
+        if num_registers != 0:
+            check_positive_int("num_registers", num_registers)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         widths = [embed_dim * 2**i for i in range(levels)]
         total = sum(depths)
@@ -173,6 +181,11 @@ class NeighborhoodBackbone(nn.Module):
             nn.init.trunc_normal_(self.registers, std=0.02)
             for i in range(levels - 1):
                 self.widen.append(nn.Linear(widths[i], widths[i + 1], **factory))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        optional = {"registers": "num_registers"}
+        warn_of_dropped(self, optional, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of storing what is inside them."""

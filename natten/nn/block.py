@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from natten.nn.attention import ATTENTION_OF_RANK
+from natten.nn.core import (
+    check_flags,
+    check_grid,
+    check_probability,
+    check_sequence,
+    left_out,
+    warn_of_dropped,
+)
 from natten.nn.rotary import RotaryEmbedding
+from natten.validation import check_is_tensor, check_positive_int
 
 
 class DropPath(nn.Module):
@@ -19,7 +29,8 @@ class DropPath(nn.Module):
 
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
-        if not 0.0 <= drop_prob < 1.0:
+        check_probability("drop_prob", drop_prob)
+        if drop_prob == 1.0:
             raise ValueError(f"drop_prob must be in [0, 1), got {drop_prob}")
         self.drop_prob = drop_prob
 
@@ -37,8 +48,20 @@ def _sample_mask(x: Tensor, keep: float) -> Tensor:
     return x.new_empty([x.shape[0]] + [1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
 
 
-# The rank is not known in symbolic traces: there this is one call.
+def _check_cond(cond: Tensor, channels: int) -> None:
+    if not torch.jit.is_scripting():
+        check_is_tensor("cond", cond)
+    if cond.dim() != 2 or cond.shape[1] != channels:
+        raise ValueError(
+            f"cond must have the shape [batch, cond_dim={channels}], got {list(cond.shape)}"
+        )
+
+
+# Neither rank nor values are known in symbolic traces: there each is one call.
+torch.fx.wrap("_check_cond")
 torch.fx.wrap("_sample_mask")
+torch.fx.wrap("check_grid")
+torch.fx.wrap("check_sequence")
 
 
 class Mlp(nn.Module):
@@ -118,6 +141,7 @@ class AdaptiveModulation(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, cond: Tensor) -> list[Tensor]:
+        _check_cond(cond, self.linear.in_features)
         return self.linear(nn.functional.silu(cond)).chunk(6, dim=-1)
 
 
@@ -149,6 +173,9 @@ class NeighborhoodTransformerBlock(nn.Module):
         qkv_bias, qk_scale, rel_pos_bias, num_kv_heads, qk_norm, rotary, pad: as for
             `NeighborhoodAttention2D`.
         device, dtype: of the parameters.
+
+    A state dict that holds `gamma1` or `modulation`, for a block without, is warned of, since
+    `load_state_dict(strict=False)` drops them.
     """
 
     def __init__(
@@ -184,6 +211,11 @@ class NeighborhoodTransformerBlock(nn.Module):
         if rank not in ATTENTION_OF_RANK:
             raise ValueError(f"rank must be 1, 2 or 3, got {rank}")
         self.rank = rank
+        check_flags(gated_mlp=gated_mlp)
+        check_positive_int("embed_dim", embed_dim)
+        for name, number in (("drop", drop), ("drop_path", drop_path)):
+            check_probability(name, number)
+        self.embed_dim = embed_dim
         if cond_dim is None:
             self.norm1 = norm_layer(embed_dim, device=device, dtype=dtype)
             self.norm2 = norm_layer(embed_dim, device=device, dtype=dtype)
@@ -231,6 +263,15 @@ class NeighborhoodTransformerBlock(nn.Module):
                 )
             self.register_parameter(name, gamma)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        optional = {
+            "gamma1": "layer_scale",
+            "gamma2": "layer_scale",
+            "modulation.linear.weight": "cond_dim",
+        }
+        warn_of_dropped(self, optional, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def extra_repr(self) -> str:
         return f"layer_scale={self.gamma1 is not None}"
 
@@ -248,6 +289,11 @@ class NeighborhoodTransformerBlock(nn.Module):
         Returns:
             The shape of x, and with registers a pair of it and of the shape of registers.
         """
+        if not torch.jit.is_scripting():
+            if self.modulation is None:
+                x, cond = left_out(x, "cond", cond)
+            x, registers = left_out(x, "registers", registers)
+        check_grid(x, self.rank, self.embed_dim, "x")
         modulation = self._modulation(cond)
         if registers is not None:
             if torch.jit.is_scripting():
@@ -262,6 +308,7 @@ class NeighborhoodTransformerBlock(nn.Module):
     def _forward_with_registers(
         self, x: Tensor, modulation: list[Tensor], registers: Tensor
     ) -> tuple[Tensor, Tensor]:
+        check_sequence(registers, x.shape[0], self.embed_dim, "registers")
         streams = [(x, self.rank), (registers, 1)]
         # Symbolic traces unpack a pair, and do not iterate over it.
         of_grid, of_registers = self.attn(

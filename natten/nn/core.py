@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,16 @@ from natten.functional import neighborhood_attention_generic
 from natten.functional.neighborhood import packed_attention
 from natten.nn.explicit import AttentionMap, attention_map, window_attention, window_rows
 from natten.nn.rotary import RotaryEmbedding
-from natten.validation import check_positive_int, check_scale, check_window
+from natten.validation import (
+    bool_tuple,
+    check_is_tensor,
+    check_positive_int,
+    check_rpb,
+    check_scale,
+    check_window,
+    int_tuple,
+    optional_bool,
+)
 from natten.window import Axis
 
 
@@ -155,11 +165,125 @@ def attend_packed(
     return out
 
 
-# In an fx graph this is one call.
+def window_axes(
+    extent: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+) -> list[Axis]:
+    """The window of a grid, checked: attributes of a module may have been set one by one."""
+    window = check_window(
+        tuple(extent), tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal)
+    )
+    return list(map(Axis, extent, *window))
+
+
+def attend_with_dropout(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    origin: list[int] | None,
+    grid: list[int] | None,
+    additional_lengths: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """As `attend`, with dropout of weights."""
+    # No fused kernel can drop weights it never stores, and dropping anything else would be
+    # another regularizer.
+    extent = query.shape[1:-2] if grid is None else grid
+    check_rpb(rpb, query, tuple(kernel_size), tuple(is_causal))
+    return window_attention(
+        query,
+        key,
+        value,
+        window_axes(extent, kernel_size, stride, dilation, is_causal),
+        [0] * len(extent) if origin is None or grid is None else origin,
+        scale,
+        rpb,
+        additional_keys,
+        additional_values,
+        additional_lengths,
+        dropout,
+    )
+
+
+def left_out(x: Tensor, name: str, argument: Any) -> tuple[Tensor, Any]:
+    """x and an optional argument; None for one that `torch.fx` leaves open where it traces the
+    module itself, and x is then refused together with another value.
+    """
+    is_open = (
+        isinstance(argument, torch.fx.Proxy)
+        and argument.node.op == "placeholder"
+        and argument.node.args == (None,)
+    )
+    return (without(x, name, argument), None) if is_open else (x, argument)
+
+
+def without(x: Tensor, name: str, argument: object) -> Tensor:
+    """x, in graphs of calls without an optional argument, which must not get it afterwards."""
+    if argument is not None:
+        raise ValueError(
+            f"{name} must be None: this graph is of a call without; trace a module that passes "
+            f"{name} instead"
+        )
+    return x
+
+
+# In an fx graph each is one call.
 torch.fx.wrap("attend")
+torch.fx.wrap("attend_with_dropout")
+torch.fx.wrap("without")
+
+
+def check_flags(**flags: object) -> None:
+    for name, flag in flags.items():
+        optional_bool(name, flag)
+
+
+def check_probability(name: str, value: Any) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a dropout probability from 0 to 1, got {value!r}")
+
+
+def warn_of_dropped(
+    module: nn.Module, arguments: dict[str, str], state_dict: dict[str, Any], prefix: str
+) -> None:
+    """Say which parameters of a state dict a module has no place for, though it could have.
+
+    Loaded non-strictly they are dropped, and without a word results would be others. (Modules
+    cannot know: they are always told to be strict, and what they collect is ignored later.)
+
+    Args:
+        module: That loads.
+        arguments: Of the constructor, by the parameter that is there for it.
+        state_dict, prefix: As `nn.Module._load_from_state_dict` has them.
+    """
+    for name, argument in arguments.items():
+        place: Any = module
+        for part in name.split("."):
+            place = getattr(place, part, None)
+        if place is None and prefix + name in state_dict:
+            warnings.warn(
+                f"{prefix}{name} of the state dict has no place in a {type(module).__name__} that "
+                f"was built without {argument}, and is dropped",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def check_grid(x: Tensor, rank: int, channels: int, name: str) -> None:
+    if not torch.jit.is_scripting():
+        check_is_tensor(name, x)
     if x.dim() != rank + 2:
         raise ValueError(
             f"{name} must have {rank + 2} dimensions, [batch, {rank} spatial, channels], "
@@ -173,6 +297,8 @@ def check_grid(x: Tensor, rank: int, channels: int, name: str) -> None:
 
 
 def check_sequence(x: Tensor, batch: int, channels: int, name: str) -> None:
+    if not torch.jit.is_scripting():
+        check_is_tensor(name, x)
     if x.dim() != 3 or x.shape[0] != batch or x.shape[2] != channels:
         raise ValueError(
             f"{name} must have the shape [batch={batch}, tokens, channels={channels}], "
@@ -197,7 +323,7 @@ def fit_window(x: Tensor, kernel_size: list[int], dilation: list[int], pad: bool
                     f"the input has {extent} tokens along axis {axis}, fewer than kernel_size * "
                     f"dilation = {kernel_size[axis]} * {dilation[axis]} = {needed}; use a smaller "
                     "kernel_size or dilation, a larger input, or pad=True to zero-pad the input "
-                    "to the window"
+                    "to the window, as modules did up to NATTEN 0.15"
                 )
         amounts = [0, 0] + [0, missing] + amounts[2:]
     return F.pad(x, amounts) if short else x
@@ -249,14 +375,30 @@ class HeadNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+# Attributes that are stored as the constructor stores them, however they are set.
+_SETTABLE = frozenset(
+    ("kernel_size", "stride", "dilation", "is_causal", "scale", "pad", "attn_drop", "rotary")
+)
+
+
 class NeighborhoodModule(nn.Module):
     """Base of the attention modules: heads, window, bias table, rotary embedding, and the attention
     itself.
 
     Subclasses add projections; their rank classes set `rank` and nothing else.
+
+    `kernel_size`, `stride`, `dilation`, `is_causal`, `scale`, `pad`, `attn_drop` and `rotary` may
+    be set to what the constructor takes, and are then as if it had been given there. What they
+    hold must fit each other when the module is called.
     """
 
     rank: int
+    # Parameters that there are for an argument of the constructor only.
+    _optional = {  # noqa: RUF012
+        "rpb": "rel_pos_bias=True",
+        "q_norm.weight": "qk_norm=True",
+        "k_norm.weight": "qk_norm=True",
+    }
 
     def __init__(
         self,
@@ -277,6 +419,7 @@ class NeighborhoodModule(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        check_flags(rel_pos_bias=rel_pos_bias, qk_norm=qk_norm)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, number in (
             ("embed_dim", embed_dim),
@@ -304,16 +447,15 @@ class NeighborhoodModule(nn.Module):
         self.scale = check_scale(qk_scale, self.head_dim, "qk_scale")
         self.pad = pad
         # Modules that are absent are None, so that TorchScript compiles no code for them.
-        self.attn_drop = nn.Dropout(attn_drop) if attn_drop != 0 else None
+        self.attn_drop: nn.Dropout | None = self._normalized("attn_drop", attn_drop)
+        self.rotary: RotaryEmbedding | None = None
         if rotary is True:
-            rotary = RotaryEmbedding(
+            self.rotary = RotaryEmbedding(
                 self.head_dim, self.rank, spacing=self.dilation, device=device, dtype=dtype
             )
-        if rotary and (rotary.head_dim != self.head_dim or rotary.rank != self.rank):
-            raise ValueError(
-                f"rotary must be of head_dim {self.head_dim} and rank {self.rank}, got {rotary}"
-            )
-        self.rotary = rotary or None
+            self._rotary_is_own = True
+        else:
+            self.rotary = self._normalized("rotary", rotary)
         norm = {"eps": 1e-6, "device": device, "dtype": dtype}
         self.q_norm = HeadNorm(self.head_dim, **norm) if qk_norm else None
         self.k_norm = HeadNorm(self.head_dim, **norm) if qk_norm else None
@@ -323,6 +465,46 @@ class NeighborhoodModule(nn.Module):
             nn.init.trunc_normal_(self.rpb, std=0.02)
         else:
             self.register_parameter("rpb", None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SETTABLE:
+            value = self._normalized(name, value)
+        super().__setattr__(name, value)
+        if name == "rotary":
+            super().__setattr__("_rotary_is_own", False)
+        elif name == "dilation" and getattr(self, "_rotary_is_own", False) and self.rotary:
+            self.rotary.spacing = value  # what rotary=True stands for
+
+    def _normalized(self, name: str, value: Any) -> Any:
+        """An attribute as the constructor stores it."""
+        if name == "kernel_size":
+            return int_tuple(name, value, self.rank)
+        if name in ("stride", "dilation"):
+            return int_tuple(name, 1 if value is None else value, self.rank)
+        if name == "is_causal":
+            return bool_tuple(name, False if value is None else value, self.rank)
+        if name == "scale":
+            return check_scale(value, self.head_dim)
+        if name == "pad":
+            return optional_bool(name, value)
+        if name == "attn_drop":
+            if value is None or isinstance(value, nn.Module):
+                return value
+            check_probability(name, value)
+            return nn.Dropout(value) if value else None
+        if value is None or value is False:
+            return None
+        if not isinstance(value, RotaryEmbedding):
+            raise ValueError(f"rotary must be a bool or a RotaryEmbedding, got {value!r}")
+        if value.head_dim != self.head_dim or value.rank != self.rank:
+            raise ValueError(
+                f"rotary must be of head_dim {self.head_dim} and rank {self.rank}, got {value}"
+            )
+        return value
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        warn_of_dropped(self, self._optional, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _attend(
         self,
@@ -339,15 +521,21 @@ class NeighborhoodModule(nn.Module):
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no dropout of attention weights")
             else:
-                return self._attend_with_dropout(
+                return attend_with_dropout(
                     query,
                     key,
                     value,
+                    self.kernel_size,
+                    self.stride,
+                    self.dilation,
+                    self.is_causal,
+                    self.scale,
+                    self.rpb,
                     additional_keys,
                     additional_values,
-                    additional_lengths,
                     origin,
                     grid,
+                    additional_lengths,
                     self.attn_drop.p,
                 )
         out, _ = attend(
@@ -368,37 +556,6 @@ class NeighborhoodModule(nn.Module):
         )
         return out
 
-    def _attend_with_dropout(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        additional_keys: Tensor | None,
-        additional_values: Tensor | None,
-        additional_lengths: Tensor | None,
-        origin: list[int] | None,
-        grid: list[int] | None,
-        dropout: float,
-    ) -> Tensor:
-        # No fused kernel can drop weights it never stores, and dropping anything else would be
-        # another regularizer.
-        return window_attention(
-            query,
-            key,
-            value,
-            self._axes(query.shape[1:-2] if grid is None else grid),
-            [0] * self.rank if origin is None or grid is None else origin,
-            self.scale,
-            self.rpb,
-            additional_keys,
-            additional_values,
-            additional_lengths,
-            dropout,
-        )
-
-    def _axes(self, extent: Sequence[int]) -> list[Axis]:
-        return list(map(Axis, extent, self.kernel_size, self.stride, self.dilation, self.is_causal))
-
     def _map(
         self,
         query: Tensor,
@@ -412,7 +569,8 @@ class NeighborhoodModule(nn.Module):
     ) -> AttentionMap:
         """`extent` is the grid without padding; query and key are grids with it."""
         positions = torch.as_tensor(positions, device=query.device)
-        if positions.dim() != 2 or positions.shape[1] != self.rank or positions.is_floating_point():
+        is_integer = positions.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
+        if positions.dim() != 2 or positions.shape[1] != self.rank or not is_integer:
             raise ValueError(
                 f"positions must be integers of the shape [queries, {self.rank}], got {positions}"
             )
@@ -421,10 +579,17 @@ class NeighborhoodModule(nn.Module):
             raise ValueError(f"positions must lie in the grid {tuple(extent)}, got {positions}")
         index: tuple[Any, ...] = (slice(None), *positions.unbind(1))
         chosen = query[index]  # [B, P, H, D]
+        check_rpb(self.rpb, query, self.kernel_size, self.is_causal)
         mask, bias = window_rows(
             positions,
             key.shape[1:-2],
-            self._axes(key.shape[1:-2] if grid is None else grid),
+            window_axes(
+                key.shape[1:-2] if grid is None else grid,
+                self.kernel_size,
+                self.stride,
+                self.dilation,
+                self.is_causal,
+            ),
             [0] * self.rank if origin is None or grid is None else origin,
             self.rpb,
         )

@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 from natten.nn.core import (
     NeighborhoodModule,
+    check_flags,
     check_grid,
+    check_probability,
     check_sequence,
     crop,
+    left_out,
     place,
 )
 from natten.nn.explicit import AttentionMap
 from natten.nn.rotary import RotaryEmbedding, rotate
-from natten.validation import check_length_values
+from natten.validation import check_length_values, check_positive_int
 
 
 def check_source(source: Tensor, x: Tensor) -> None:
@@ -29,6 +32,11 @@ def check_source(source: Tensor, x: Tensor) -> None:
 
 def lengths_of(lengths: Tensor, context: Tensor) -> Tensor:
     """context_lengths, checked, where the context is."""
+    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile what "and" joins
+        if not isinstance(lengths, Tensor):
+            raise ValueError(
+                f"context_lengths must be a torch.Tensor, got {type(lengths).__name__}"
+            )
     # TorchScript does not know the tuple that natten.validation has.
     is_integer = lengths.dtype in (
         torch.int64,
@@ -79,9 +87,19 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
     Parameters: `q`, `kv` (rows in the order key, value), `context_kv` (likewise), `proj`; and
     `rpb`, `q_norm.weight`, `k_norm.weight` where asked for.
 
+    Attributes may be set, and parameters without a place are told of, as there.
+
     Raises:
         ValueError: for arguments that do not fit each other.
     """
+
+    _optional = {  # noqa: RUF012
+        **NeighborhoodModule._optional,
+        "q.bias": "qkv_bias=True",
+        "kv.bias": "qkv_bias=True",
+        "context_kv.weight": "context_dim",
+        "context_kv.bias": "context_dim",
+    }
 
     def __init__(
         self,
@@ -123,6 +141,11 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             device,
             dtype,
         )
+        check_flags(qkv_bias=qkv_bias)
+        check_probability("proj_drop", proj_drop)
+        for name, number in (("context_dim", context_dim), ("source_dim", source_dim)):
+            if number is not None:
+                check_positive_int(name, number)
         self.source_dim = embed_dim if source_dim is None else source_dim
         self.context_dim = context_dim
         kv_channels = 2 * self.num_kv_heads * self.head_dim
@@ -164,6 +187,11 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
                 `kernel_size * dilation` without `pad`. What context_lengths hold is checked on the
                 CPU only; elsewhere what is out of range counts as 0 or S.
         """
+        if not torch.jit.is_scripting():
+            x, context = left_out(x, "context", context)
+            x, context_lengths = left_out(x, "context_lengths", context_lengths)
+            x, source = left_out(x, "source", source)
+        check_grid(x, len(self.kernel_size), self.embed_dim, "x")
         extent = x.shape[1:-1]
         query, key, value = self._project(x, source, origin, grid)
         if context is None:
@@ -186,11 +214,9 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         origin: list[int] | None,
         grid: list[int] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rank = len(self.kernel_size)
-        check_grid(x, rank, self.embed_dim, "x")
         if source is None:
             source = x
-        check_grid(source, rank, self.source_dim, "source")
+        check_grid(source, len(self.kernel_size), self.source_dim, "source")
         check_source(source, x)
         x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
         source = place(source, self.kernel_size, self.dilation, self.pad, origin, grid)
@@ -242,6 +268,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             `AttentionMap(grid [B, P, num_heads, *X], additional [B, P, num_heads, S] or None)`.
             Both sum to 1 together, less what falls on padding (`pad=True`), which is not shown.
         """
+        check_grid(x, len(self.kernel_size), self.embed_dim, "x")
         query, key, _ = self._project(x, source, origin, grid)
         key_c = lengths = None
         if context is not None:

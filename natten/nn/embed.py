@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from natten.validation import check_is_tensor, check_positive_int, optional_bool
+
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -61,9 +63,12 @@ class ConvTokenizer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive_int("in_channels", in_channels)
+        check_positive_int("embed_dim", embed_dim)
         if embed_dim % 2:
             raise ValueError(f"embed_dim must be even, got {embed_dim}")
         conv = _convolution(rank)
+        self.rank = rank
         steps = (in_channels, embed_dim // 2, embed_dim)
         self.proj = nn.Sequential(
             *(
@@ -82,6 +87,7 @@ class ConvTokenizer(nn.Module):
         self.norm = _norm(norm_layer, embed_dim, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_image(x, self.rank)
         return self.norm(self.proj(x).movedim(1, -1))
 
 
@@ -120,13 +126,17 @@ class PatchTokenizer(nn.Module):
             raise ValueError(
                 f"patch_size must be one positive integer, or {rank} of them, got {patch_size}"
             )
+        check_positive_int("in_channels", in_channels)
+        check_positive_int("embed_dim", embed_dim)
         self.patch_size = size
-        self.pad = pad
+        self.pad = optional_bool("pad", pad)
         conv = _convolution(rank)
+        self.rank = rank
         self.proj = conv(in_channels, embed_dim, size, stride=size, device=device, dtype=dtype)
         self.norm = _norm(norm_layer, embed_dim, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_image(x, self.rank)
         x = _pad_to_multiple(x, self.patch_size, 2, self.pad)
         return self.norm(self.proj(x).movedim(1, -1))
 
@@ -151,13 +161,16 @@ class ConvDownsampler(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive_int("embed_dim", embed_dim)
         out_dim = 2 * embed_dim if out_dim is None else out_dim
+        self.rank = rank
         self.reduction = _convolution(rank)(
             embed_dim, out_dim, 3, stride=2, padding=1, bias=False, device=device, dtype=dtype
         )
         self.norm = _norm(norm_layer, out_dim, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_image(x, self.rank)
         return self.norm(self.reduction(x.movedim(-1, 1)).movedim(1, -1))
 
 
@@ -186,6 +199,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank must be positive, got {rank}")
+        check_positive_int("embed_dim", embed_dim)
         out_dim = 2 * embed_dim if out_dim is None else out_dim
         merged = embed_dim * 2**rank
         self.two = (2,) * rank
@@ -195,6 +209,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(merged, out_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_image(x, len(self.two))
         x = _pad_to_multiple(x, self.two, 1, True)
         parts: list[Tensor] = []
         for corner in self.corners:
@@ -203,6 +218,16 @@ class PatchMerging(nn.Module):
                 part = _every_second(part, axis + 1, first)
             parts.append(part)
         return self.reduction(self.norm(torch.cat(parts, dim=-1)))
+
+
+def _check_image(x: Tensor, rank: int) -> None:
+    if not torch.jit.is_scripting():
+        check_is_tensor("x", x)
+    if x.dim() != rank + 2:
+        raise ValueError(
+            f"x must have {rank + 2} dimensions, batch, channels and {rank} spatial, got a tensor "
+            f"of shape {list(x.shape)}"
+        )
 
 
 def _every_second(x: Tensor, dim: int, first: int) -> Tensor:
@@ -228,5 +253,6 @@ def _pad_to_multiple(x: Tensor, size: list[int], first_dim: int, pad: bool) -> T
     return F.pad(x, [0, 0] * behind + amounts)
 
 
-# Control flow on shapes cannot be traced symbolically; in an fx graph this is one call.
+# Control flow on shapes cannot be traced symbolically; in an fx graph each is one call.
+torch.fx.wrap("_check_image")
 torch.fx.wrap("_pad_to_multiple")

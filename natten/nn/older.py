@@ -9,6 +9,10 @@ now                     embed_dim, num_heads, kernel_size, stride, dilation, is_
 
 By name there is no doubt. By position, what only an older version can mean is taken so, and what
 two versions read differently is an error.
+
+Up to 0.14.4 every module had a bias and padded small inputs, up to 0.15 every one padded: what only
+those can mean brings ``rel_pos_bias=True`` and ``pad=True``. What 0.17 could mean as well brings
+neither, and a bias in a state dict then has no place: that is told when it is loaded.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
+
+from natten.validation import optional_bool
 
 _BY_NAME = (
     "write them by name: embed_dim=, num_heads=, kernel_size=, dilation=, is_causal=, rel_pos_bias="
@@ -53,11 +59,13 @@ def translate(
     if has_bias:
         if "rel_pos_bias" in named:
             raise ValueError("bias is the older name of rel_pos_bias: give one of them")
-        named["rel_pos_bias"] = bool(named.pop("bias"))
+        named["rel_pos_bias"] = optional_bool("bias", named.pop("bias"))
         # Modules that had it padded small inputs.
         named.setdefault("pad", True)
     if len(arguments) > 2:
-        arguments = _in_order(arguments, has_bias)
+        ordered = _in_order(arguments, has_bias)
+        if ordered is not arguments:
+            return _of_0_14(ordered, named)
     if len(arguments) > 3 and (has_bias or _is_flag(arguments[4:5])):
         arguments, named = _without_stride(arguments, named)
     return arguments, named
@@ -76,7 +84,7 @@ def _is_old_window(size: Any) -> bool:
 
 
 def _in_order(arguments: tuple[Any, ...], has_bias: bool) -> tuple[Any, ...]:
-    """With num_heads before kernel_size."""
+    """With num_heads before kernel_size; the same object if they are."""
     embed_dim, second, third, *rest = arguments
 
     def may_be_heads(number: Any) -> bool:
@@ -99,12 +107,29 @@ def _in_order(arguments: tuple[Any, ...], has_bias: bool) -> tuple[Any, ...]:
     if heads_first or not window_first:
         return arguments
     warnings.warn(
-        f"kernel_size={second!r} comes before num_heads={third!r}, as up to NATTEN 0.14.4; "
+        f"kernel_size={second!r} comes before num_heads={third!r}, as up to NATTEN 0.14.4: taken "
+        f"with rel_pos_bias=True and pad=True unless told otherwise, which all modules had then; "
         f"{_BY_NAME}",
         UserWarning,
         stacklevel=4,
     )
     return (embed_dim, third, second, *rest)
+
+
+def _of_0_14(
+    arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The order up to 0.14.4, and what every module had then."""
+    order = ("qkv_bias", "qk_scale", "attn_drop", "proj_drop", "dilation")
+    values = dict(zip(order, arguments[3:]))
+    repeated = set(values) & set(named)
+    if repeated or len(arguments) > 3 + len(order):
+        raise ValueError(
+            f"after kernel_size and num_heads, versions up to 0.14.4 took {', '.join(order)} by "
+            f"position, got {arguments[3:]} and by name {', '.join(sorted(named)) or 'nothing'}; "
+            f"{_BY_NAME}"
+        )
+    return arguments[:3], {"rel_pos_bias": True, "pad": True} | named | values
 
 
 def _without_stride(

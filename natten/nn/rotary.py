@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from natten.validation import check_is_tensor, check_positive_int
 
 
 class RotaryEmbedding(nn.Module):
@@ -26,6 +30,8 @@ class RotaryEmbedding(nn.Module):
         rank: number of axes of the grid.
         theta: base of the frequencies, one number or one for each axis.
         spacing: coordinates are divided by it, one number or one for each axis.
+
+    `theta` and `spacing` may be set; angles follow.
 
     There are no parameters and nothing in the state_dict. Angles are computed in float32 whatever
     the dtype of the module (in float64 for a float64 module), and the result is rounded once to the
@@ -48,6 +54,8 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         device = torch.get_default_device() if device is None else torch.device(device)
         dtype = torch.get_default_dtype() if dtype is None else dtype
+        check_positive_int("head_dim", head_dim)
+        check_positive_int("rank", rank)
         if head_dim % 2 or head_dim // 2 < rank:
             raise ValueError(
                 f"head_dim must be even and at least {2 * rank} to rotate with {rank} axes, got "
@@ -55,11 +63,22 @@ class RotaryEmbedding(nn.Module):
             )
         self.head_dim = head_dim
         self.rank = rank
-        self.theta = _for_each_axis(theta, rank, "theta")
-        self.spacing = _for_each_axis(spacing, rank, "spacing")
+        self.theta: Any = theta
+        self.spacing: Any = spacing
         # Annotated here, since TorchScript reads the annotations of the class.
         self.frequencies: Tensor
         self.register_buffer("frequencies", self._frequencies(device, dtype), persistent=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("theta", "spacing"):
+            super().__setattr__(name, value)
+            return
+        super().__setattr__(name, _for_each_axis(value, self.rank, name))
+        if "frequencies" in self._buffers:
+            self._recompute()
+
+    def _recompute(self) -> None:
+        self.frequencies = self._frequencies(self.frequencies.device, self.frequencies.dtype)
 
     def _frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[rank, head_dim // 2]: every pair turns with the coordinate of one axis, so that the rest
@@ -78,7 +97,7 @@ class RotaryEmbedding(nn.Module):
         # The new device and dtype are kept, the values are not: they may have been rounded, or left
         # on the meta device.
         super()._apply(fn, recurse)
-        self.frequencies = self._frequencies(self.frequencies.device, self.frequencies.dtype)
+        self._recompute()
         return self
 
     def rotation(self, extent: list[int], origin: list[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -91,6 +110,7 @@ class RotaryEmbedding(nn.Module):
         """Rotates `x`, `[B, *X, heads, head_dim]`, whose first token has the coordinates `origin`
         (default 0).
         """
+        check_heads(x, self.rank, self.head_dim)
         cos, sin = self.rotation(x.shape[1:-2], origin)
         return rotate(x, cos, sin)
 
@@ -118,7 +138,18 @@ def rotation_of_grid(
     return angles.cos(), angles.sin()
 
 
-# In an fx graph this is one call.
+def check_heads(x: Tensor, rank: int, head_dim: int) -> None:
+    if not torch.jit.is_scripting():
+        check_is_tensor("x", x)
+    if x.dim() != rank + 3 or x.shape[-1] != head_dim:
+        raise ValueError(
+            f"x must have {rank + 3} dimensions, [batch, {rank} spatial, heads, "
+            f"head_dim={head_dim}], got a tensor of shape {list(x.shape)}"
+        )
+
+
+# In an fx graph each is one call.
+torch.fx.wrap("check_heads")
 torch.fx.wrap("rotation_of_grid")
 
 
@@ -130,7 +161,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _for_each_axis(value: float | tuple[float, ...], rank: int, name: str) -> tuple[float, ...]:
-    values = (value,) * rank if isinstance(value, (int, float)) else tuple(value)
-    if len(values) != rank or any(v <= 0 for v in values):
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
+    are_numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+    if len(values) != rank or not are_numbers or any(not 0 < v < math.inf for v in values):
         raise ValueError(f"{name} must be one positive number, or {rank} of them, got {value}")
     return tuple(float(v) for v in values)
