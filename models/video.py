@@ -34,7 +34,7 @@ from natten.nn import (
     PatchMerging,
     PatchTokenizer,
 )
-from natten.nn.core import crop, fit_window
+from natten.nn.core import crop, fit_window, refuse_sharded
 
 from ._checkpoint import build_model
 from .nat import Hierarchy, LayerNorm, NATLevel, cfg, init_weights
@@ -84,12 +84,14 @@ class VideoHead(nn.Module):
         if pool_type not in ("avg", ""):
             raise ValueError(f"global_pool must be 'avg' or '', got {pool_type!r}.")
         self.pool_type = pool_type
+        # Set by natten.distributed, where tokens are sharded over ranks.
+        self.plan: Any = None
         self.drop = nn.Dropout(drop_rate)
         self.fc = nn.Linear(dim, num_classes, **place) if num_classes > 0 else nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.pool_type == "avg":
-            x = x.flatten(1, -2).mean(1)
+            x = x.flatten(1, -2).mean(1) if self.plan is None else self.plan.mean(x)
         x = self.drop(x)
         return x if pre_logits else self.fc(x)
 
@@ -304,6 +306,7 @@ class VideoNAT(Hierarchy):
                 "streams need a model with is_causal=True and patches of 1 frame, got "
                 f"is_causal={self.is_causal} and patch_size={self.patch_embed.patch_size}."
             )
+        refuse_sharded(self.head.plan, "stream")
         state = state or StreamState()
         new = StreamState(frames=state.frames)
         x = self.patch_embed(as_clip(frames))

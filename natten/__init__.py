@@ -97,6 +97,7 @@ _LAZY = {
 _LAZY_MODULES = (
     "attn_merge",
     "backends",
+    "distributed",
     "experimental",
     "flops",
     "legacy",

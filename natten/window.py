@@ -61,8 +61,7 @@ class Axis(NamedTuple):
 
 
 def _tensor(index: Index) -> Tensor:
-    # A number on the CPU goes with tensors of every device.
-    return index if isinstance(index, Tensor) else torch.tensor(index, device="cpu")
+    return index if isinstance(index, Tensor) else torch.tensor(index)
 
 
 def _ceil_div(numerator: Index, denominator: int) -> Index:
@@ -207,7 +206,7 @@ def grid_mask(
     key_shape: Sequence[int] | None = None,
     query_origin: Sequence[int] | None = None,
     key_origin: Sequence[int] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """The full bool mask ``[num_queries, num_keys]``, row-major, of a small problem.
 
@@ -233,7 +232,7 @@ def bounds_table(
     query_extent: int | None = None,
     key_origin: int = 0,
     key_extent: int | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The windows of all queries of a range, cut to a range of keys: for kernels that look up.
 

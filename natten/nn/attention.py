@@ -15,11 +15,14 @@ from natten.nn.core import (
     attend_to_all,
     check_flags,
     check_grid,
+    check_heads_whole,
     check_probability,
     check_sequence,
     crop,
     left_out,
     place,
+    plan_of,
+    refuse_sharded,
 )
 from natten.nn.explicit import AttentionMap, attention_map
 from natten.nn.older import accepts_older_arguments
@@ -184,6 +187,10 @@ class NeighborhoodAttention(NeighborhoodModule):
         if not torch.jit.is_scripting():
             x, registers = left_out(x, "registers", registers)
         check_grid(x, len(self.kernel_size), self.embed_dim, "x")
+        if not torch.jit.is_scripting():
+            plan = plan_of(self.plan)
+            if plan is not None:
+                return plan.self_attention(self, x, registers, origin, grid)
         if registers is not None:
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no attention with registers")
@@ -200,7 +207,7 @@ class NeighborhoodAttention(NeighborhoodModule):
                 self.dilation,
                 self.is_causal,
                 self.scale,
-                self.rpb,
+                self._bias(),
                 origin,
                 grid,
             )
@@ -255,6 +262,8 @@ class NeighborhoodAttention(NeighborhoodModule):
 
     def _heads(self, x: Tensor) -> Tensor:
         """The heads of query, key and value, `[B, *X, heads, head_dim]`."""
+        if not torch.jit.is_scripting():
+            check_heads_whole("qkv", self.qkv, self.heads_mesh)
         return self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
 
     def _project(
@@ -314,6 +323,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         """The attention weights of the registers: `grid [B, R, num_heads, *X]` and
         `additional [B, R, num_heads, R]`. Arguments are as for `forward`.
         """
+        refuse_sharded(self.plan, "register_map")
         check_grid(x, self.rank, self.embed_dim, "x")
         self._check_registers(x, registers)
         _, key, _ = self._project(x, origin, True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natten.functional import neighborhood_attention_generic
+from natten.functional import neighborhood_attention_generic, sharded
 from natten.functional.neighborhood import packed_attention
 from natten.nn.explicit import AttentionMap, attention_map, window_attention, window_rows
 from natten.nn.rotary import RotaryEmbedding
@@ -368,6 +368,31 @@ def crop(x: Tensor, extent: list[int]) -> Tensor:
     return x
 
 
+def plan_of(plan: Any) -> Any:
+    """A module's plan of a sharded grid, or that of the context; None where it attends alone."""
+    return sharded.current if plan is None else plan
+
+
+def refuse_sharded(plan: Any, name: str) -> None:
+    """For what takes the tokens of one rank for those of the grid."""
+    if plan_of(plan) is not None:
+        raise NotImplementedError(
+            f"{name} of a grid that is sharded over ranks is not implemented: use an unsharded copy"
+        )
+
+
+def check_heads_whole(name: str, projection: nn.Module, heads_mesh: Any) -> None:
+    """Refuse rows of a packed projection that were cut regardless of heads."""
+    weight = getattr(projection, "weight", None)
+    if heads_mesh is not None or type(weight) is nn.Parameter or not isinstance(weight, Tensor):
+        return
+    if any(placement.is_shard() for placement in getattr(weight, "placements", ())):
+        raise ValueError(
+            f"{name} holds the rows of several kinds of heads, and a plan as ColwiseParallel gives "
+            "ranks the wrong ones; use natten.distributed.NeighborhoodHeadParallel"
+        )
+
+
 class HeadNorm(nn.RMSNorm):
     """RMSNorm whose weight follows the dtype of the input, as it is under autocast."""
 
@@ -456,6 +481,9 @@ class NeighborhoodModule(nn.Module):
             self._rotary_is_own = True
         else:
             self.rotary = self._normalized("rotary", rotary)
+        # Set by natten.distributed, where tokens are sharded over ranks, and where heads are.
+        self.plan: Any = None
+        self.heads_mesh: Any = None
         norm = {"eps": 1e-6, "device": device, "dtype": dtype}
         self.q_norm = HeadNorm(self.head_dim, **norm) if qk_norm else None
         self.k_norm = HeadNorm(self.head_dim, **norm) if qk_norm else None
@@ -506,6 +534,14 @@ class NeighborhoodModule(nn.Module):
         warn_of_dropped(self, self._optional, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
+    def _bias(self) -> Tensor | None:
+        """The bias table of the heads of this rank."""
+        if torch.jit.is_scripting():
+            return self.rpb
+        else:
+            rpb: Any = self.rpb
+            return rpb if rpb is None or self.heads_mesh is None else rpb.to_local()
+
     def _attend(
         self,
         query: Tensor,
@@ -530,7 +566,7 @@ class NeighborhoodModule(nn.Module):
                     self.dilation,
                     self.is_causal,
                     self.scale,
-                    self.rpb,
+                    self._bias(),
                     additional_keys,
                     additional_values,
                     origin,
@@ -547,7 +583,7 @@ class NeighborhoodModule(nn.Module):
             self.dilation,
             self.is_causal,
             self.scale,
-            self.rpb,
+            self._bias(),
             additional_keys,
             additional_values,
             origin,
@@ -568,6 +604,7 @@ class NeighborhoodModule(nn.Module):
         grid: list[int] | None,
     ) -> AttentionMap:
         """`extent` is the grid without padding; query and key are grids with it."""
+        refuse_sharded(self.plan, "attention_map")
         positions = torch.as_tensor(positions, device=query.device)
         is_integer = positions.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
         if positions.dim() != 2 or positions.shape[1] != self.rank or not is_integer:
@@ -579,7 +616,7 @@ class NeighborhoodModule(nn.Module):
             raise ValueError(f"positions must lie in the grid {tuple(extent)}, got {positions}")
         index: tuple[Any, ...] = (slice(None), *positions.unbind(1))
         chosen = query[index]  # [B, P, H, D]
-        check_rpb(self.rpb, query, self.kernel_size, self.is_causal)
+        check_rpb(self._bias(), query, self.kernel_size, self.is_causal)
         mask, bias = window_rows(
             positions,
             key.shape[1:-2],
@@ -591,7 +628,7 @@ class NeighborhoodModule(nn.Module):
                 self.is_causal,
             ),
             [0] * self.rank if origin is None or grid is None else origin,
-            self.rpb,
+            self._bias(),
         )
         weights, additional = attention_map(
             chosen, key, mask, bias, self.scale, additional_keys, additional_lengths

@@ -11,11 +11,13 @@ from natten.nn.core import (
     NeighborhoodModule,
     check_flags,
     check_grid,
+    check_heads_whole,
     check_probability,
     check_sequence,
     crop,
     left_out,
     place,
+    plan_of,
 )
 from natten.nn.explicit import AttentionMap
 from natten.nn.rotary import RotaryEmbedding, rotate
@@ -192,20 +194,33 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             x, context_lengths = left_out(x, "context_lengths", context_lengths)
             x, source = left_out(x, "source", source)
         check_grid(x, len(self.kernel_size), self.embed_dim, "x")
+        if not torch.jit.is_scripting():
+            plan = plan_of(self.plan)
+            if plan is not None:
+                return plan.cross_attention(self, x, context, context_lengths, source, origin, grid)
         extent = x.shape[1:-1]
         query, key, value = self._project(x, source, origin, grid)
+        key_c, value_c, lengths = self._contexts(x, context, context_lengths)
+        out = self._attend(query, key, value, key_c, value_c, origin, grid, lengths)
+        if self.pad:
+            out = crop(out, extent)
+        return self._output(out)
+
+    def _output(self, out: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def _contexts(
+        self, x: Tensor, context: Tensor | None, context_lengths: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Keys, values and lengths of the context."""
         if context is None:
             if context_lengths is not None:
                 raise ValueError("context_lengths was given without a context")
-            out = self._attend(query, key, value, None, None, origin, grid)
-        else:
-            key_c, value_c = self._project_context(x, context)
-            if context_lengths is not None:
-                context_lengths = lengths_of(context_lengths, key_c)
-            out = self._attend(query, key, value, key_c, value_c, origin, grid, context_lengths)
-        if self.pad:
-            out = crop(out, extent)
-        return self.proj_drop(self.proj(out.flatten(-2)))
+            return None, None, None
+        key, value = self._project_context(x, context)
+        if context_lengths is None:
+            return key, value, None
+        return key, value, lengths_of(context_lengths, key)
 
     def _project(
         self,
@@ -221,6 +236,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
         source = place(source, self.kernel_size, self.dilation, self.pad, origin, grid)
         query = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
+        if not torch.jit.is_scripting():
+            check_heads_whole("kv", self.kv, self.heads_mesh)
         key, value = self._split(self.kv(source))
         if self.q_norm is not None:
             query = self.q_norm(query)

@@ -1,0 +1,477 @@
+"""Neighborhood attention of a grid that is sharded over ranks: the public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten import validation
+from natten.distributed import dtensors
+from natten.distributed.boxes import needed
+from natten.distributed.call import Inputs
+from natten.distributed.exchange import agree, heads_to_tokens, tokens_to_heads
+from natten.distributed.operator import sharded_agreement, sharded_attention
+from natten.distributed.sharding import GridSharding, check_own, layout
+from natten.functional import sharded
+from natten.functional.dispatch import FNA, parse_name
+from natten.functional.neighborhood import neighborhood_attention_generic
+from natten.functional.ops import autocast, autocast_dtype, call
+from natten.types import BoolOrSequence, IntOrSequence
+from natten.window import Axis
+
+METHODS = ("auto", "halo", "merge", "ring")
+TRANSPORTS = ("all_to_all", "p2p")
+
+# Enough to hide three quarters of an exchange behind products, and few enough to fill a GPU.
+_HEAD_CHUNKS = 4
+# Of all keys of other ranks: where a rank needs more, it does not pay to fetch them all at once.
+_RING_SHARE = 0.75
+
+
+@lru_cache(maxsize=4096)
+def automatic_method(sharding: str, axes: tuple[Axis, ...]) -> str:
+    """ "ring" where some rank needs about the whole grid, else "halo"."""
+    placed = layout(sharding)
+    total = sum([box.tokens for box in placed.boxes])
+    missing = [needed(axes, box).tokens - box.tokens for box in placed.boxes if box.tokens]
+    most = max(missing, default=0)
+    is_about_all = most > _RING_SHARE * total * (len(placed.boxes) - 1) / len(placed.boxes)
+    return "ring" if is_about_all and len(placed.boxes) > 2 else "halo"
+
+
+def _one_of(name: str, value: Any, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _checked(
+    rank: int | None,
+    inputs: Inputs,
+    window: tuple[Any, ...],
+    scale: Any,
+    sharding: GridSharding,
+    backend: Any,
+    method: Any,
+    transport: Any,
+    head_chunks: Any,
+    save_halo: Any,
+) -> tuple[Any, ...]:
+    """The operator's parameters."""
+    query, key, value, rpb, additional_keys, additional_values, lengths = inputs
+    rank = validation.check_qkv(query, key, value, rank)
+    if len(sharding.grid) != rank:
+        raise ValueError(f"query has {rank} axes of tokens, the sharded grid is {sharding.grid}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_own(tensor, name, sharding.own)
+    # A shard may be smaller than the window.
+    checked = validation.check_window(sharding.grid, *window)
+    validation.check_additional(query, key, value, additional_keys, additional_values)
+    validation.check_lengths(lengths, query, additional_keys)
+    if lengths is not None and additional_keys is not None:
+        validation.check_length_values("additional_lengths", lengths, additional_keys.shape[1])
+    validation.check_rpb(rpb, query, checked[0], checked[3])
+    if head_chunks is None:
+        head_chunks = _HEAD_CHUNKS
+    validation.check_positive_int("head_chunks", head_chunks)
+    if _one_of("method", method, METHODS) == "auto":
+        axes = tuple([Axis(*along) for along in zip(sharding.grid, *checked)])
+        method = automatic_method(sharding.key, axes)
+    requires_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in inputs[:6]
+    )
+    return (
+        sharding.key,
+        *checked,
+        validation.check_scale(scale, query.shape[-1]),
+        parse_name(backend, FNA),
+        method,
+        _one_of("transport", transport, TRANSPORTS),
+        head_chunks,
+        validation.optional_bool("save_halo", save_halo),
+        requires_grad,
+    )
+
+
+def _attend(
+    rank: int | None,
+    inputs: Inputs,
+    window: tuple[Any, ...],
+    scale: Any,
+    sharding: GridSharding,
+    heads_dim: int | str | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp of plain tensors, this rank's boxes."""
+    try:
+        parameters = _checked(rank, inputs, window, scale, sharding, **options)
+        index = None if heads_dim is None else _heads_index(heads_dim, sharding, inputs)
+    except (ValueError, NotImplementedError) as error:
+        if not torch.compiler.is_compiling():
+            # The other ranks are about to wait for this one.
+            agree(sharding.group, (), error)
+        raise
+    with torch.autocast(inputs.query.device.type, enabled=False):
+        if index is not None:
+            return _over_heads(inputs, window, scale, sharding, index, parameters, options)
+        out, lse, _ = sharded_attention(*inputs, *parameters)
+    return out, lse
+
+
+def _alone(
+    rank: int | None, inputs: Inputs, window: tuple[Any, ...], scale: Any, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Where no tokens are sharded."""
+    validation.check_qkv(*inputs[:3], rank)
+    query, key, value, rpb, keys, values, lengths = inputs
+    kernel_size, stride, dilation, is_causal = window
+    out, lse = neighborhood_attention_generic(
+        query, key, value, kernel_size, stride, dilation, is_causal, scale, keys, values,
+        rpb=rpb, additional_lengths=lengths, backend=backend, return_lse=True,
+    )  # fmt: skip
+    return out, lse
+
+
+def _heads_index(heads_dim: int | str, sharding: GridSharding, inputs: Inputs) -> int:
+    """Which of the sharding's dims shards heads instead of tokens while attention runs."""
+    names = sharding.mesh.mesh_dim_names or ()
+    dim = names.index(heads_dim) if heads_dim in names else heads_dim
+    if dim not in sharding.dims:
+        raise ValueError(
+            f"heads_dim must be a dimension of the mesh that shards tokens, one of {sharding.dims} "
+            f"or its name, got {heads_dim!r}"
+        )
+    index = sharding.dims.index(dim)
+    size, heads_kv = len(sharding.splits[index]), inputs.key.shape[-2]
+    if heads_kv % size:
+        raise ValueError(
+            f"heads_dim={heads_dim!r} shares out key heads among {size} ranks, got {heads_kv} heads"
+        )
+    return index
+
+
+def _over_heads(
+    inputs: Inputs,
+    window: tuple[Any, ...],
+    scale: Any,
+    sharding: GridSharding,
+    index: int,
+    parameters: tuple[Any, ...],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Tokens of one axis are exchanged for heads, and back after attention."""
+    zero = sharded_agreement(*[t if t is None else t.detach() for t in inputs], *parameters)
+    if torch.compiler.is_compiling():
+        inputs = inputs._replace(query=inputs.query + zero)
+    line, dim = sharding.lines[index], sharding.axes[index] + 1
+    *tensors, rpb, additional_keys, additional_values, lengths = inputs
+    query, key, value = [tokens_to_heads(t, dim, line) for t in tensors]
+
+    def share(tensor: Tensor | None, heads: int) -> Tensor | None:
+        return None if tensor is None else tensor.chunk(len(line.lengths), heads)[line.own]
+
+    context = (share(additional_keys, -2), share(additional_values, -2), lengths)
+    moved = Inputs(query, key, value, share(rpb, 0), *context)
+    inner = sharding.without[index]
+    if inner is not None:
+        out, lse = _attend(None, moved, window, scale, inner, None, **options)
+    else:
+        _, *window_and_scale, name = parameters[:7]
+        nowhere = (0,) * len(sharding.grid)
+        out, lse = call(
+            query, key, value, moved.rpb, *context[:2], None, None, lengths, *window_and_scale,
+            sharding.grid, nowhere, nowhere, 0, 0, name, "", parameters[-1],
+        )  # fmt: skip
+    return heads_to_tokens(out, dim, line), heads_to_tokens(lse.unsqueeze(-1), dim, line).squeeze(
+        -1
+    )
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: IntOrSequence,
+    stride: IntOrSequence = 1,
+    dilation: IntOrSequence = 1,
+    is_causal: BoolOrSequence = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    *,
+    sharding: GridSharding | None = None,
+    return_lse: bool = False,
+    rpb: Tensor | None = None,
+    additional_lengths: Tensor | None = None,
+    backend: str | None = None,
+    method: str = "auto",
+    transport: str = "all_to_all",
+    heads_dim: int | str | None = None,
+    head_chunks: int | None = None,
+    save_halo: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Neighborhood attention of a grid of tokens that is sharded over the ranks of a device mesh.
+
+    What :func:`natten.functional.neighborhood_attention_generic` computes of the whole grid, where
+    every rank has one box of it. All ranks of the sharding call it, with the same arguments but
+    for their tensors. Tensors are either all DTensors, in true global shapes, or all plain ones:
+
+    ==================  ==============================  ==========================================
+    \                   plain tensors                   DTensors
+    ==================  ==============================  ==========================================
+    query, key, value   this rank's box                 the grid, sharded along tokens, batch or
+                                                        heads, all three alike
+    additional_*, rpb   the same on all ranks           any placements
+    out, logsumexp      this rank's box                 placed as query
+    their gradients     of additional_*, rpb: this      of what is replicated over ranks with
+                        rank's contribution; add them   different tokens: Partial
+                        up, as DDP and FSDP do
+    ==================  ==============================  ==========================================
+
+    Args:
+        query: ``[batch, *tokens, heads, head_dim]``.
+        key: ``[batch, *tokens, heads_kv, head_dim]``.
+        value: ``[batch, *tokens, heads_kv, head_dim_v]``.
+        kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, rpb,
+            additional_lengths, backend: As there. A window may be larger than a shard, up to the
+            whole grid.
+        sharding: Which box is whose. Default: of DTensors their placements, of plain tensors what
+            :func:`context_parallel` says. It is never derived from the shapes of shards.
+        return_lse: Also return the logsumexp.
+        method: "halo" fetches all keys that the rank's queries see, and computes as one process
+            does, row by row. "merge" and "ring" compute with the keys of one rank after the other
+            and join by logsumexp; "ring" holds the keys of two ranks at a time. "auto" is "ring"
+            where some rank needs about the whole grid, and else "halo".
+        transport: "all_to_all", one ``all_to_all_single``, or "p2p", one ``batch_isend_irecv``.
+        heads_dim: A dimension of the mesh, by number or name, that exchanges its tokens for heads
+            before attention and back after it: for the ranks of one node, whose number divides
+            heads_kv, with halos between nodes.
+        head_chunks: Parts of the heads, of which one travels while another is computed ("halo");
+            default 4, and 1 where nothing travels.
+        save_halo: Keep the keys of other ranks for the backward pass, instead of fetching them
+            again.
+
+    Returns:
+        This rank's box of the output, ``[batch, *tokens, heads, head_dim_v]``, and with
+        ``return_lse`` the logsumexp ``[batch, *tokens, heads]``. Both are differentiable; every
+        rank has to run the backward pass, since gradients of keys go back to their owners.
+
+    Raises:
+        ValueError: An argument is wrong, or does not fit the others; on all ranks, whichever has
+            it. Ranks that differ in anything but their tensors' values, likewise.
+        NotImplementedError: As for one process; and DTensors that shard head_dim.
+    """
+    return _neighborhood_attention(
+        None,
+        Inputs(query, key, value, rpb, additional_keys, additional_values, additional_lengths),
+        (kernel_size, stride, dilation, is_causal),
+        scale,
+        sharding,
+        heads_dim,
+        return_lse,
+        backend=backend,
+        method=method,
+        transport=transport,
+        head_chunks=head_chunks,
+        save_halo=save_halo,
+    )
+
+
+def _neighborhood_attention(
+    rank: int | None,
+    inputs: Inputs,
+    window: tuple[Any, ...],
+    scale: float | None,
+    sharding: GridSharding | None,
+    heads_dim: int | str | None,
+    return_lse: bool,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    dtype = autocast_dtype(inputs.query)
+    if dtype is not None:
+        # Before the exchange: half of its bytes. The bias keeps its own.
+        *others, lengths = autocast(dtype, *inputs)
+        inputs = Inputs._make([*others[:3], inputs.rpb, *others[4:], lengths])
+    if dtensors.is_dtensor(inputs.query):
+        out, lse = dtensors.attend(
+            lambda local, placed: _attend(rank, local, window, scale, placed, heads_dim, **options),
+            lambda local: _alone(rank, local, window, scale, options["backend"]),
+            inputs,
+            sharding,
+        )
+    else:
+        if sharding is None:
+            if sharded.current is None:
+                raise ValueError(
+                    "sharding must say which box of the grid is whose: give a GridSharding, or "
+                    "DTensors, or call this inside of context_parallel"
+                )
+            sharding = sharded.current.sharding
+        out, lse = _attend(rank, inputs, window, scale, sharding, heads_dim, **options)
+    return (out, lse) if return_lse else out
+
+
+def na1d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: IntOrSequence,
+    stride: IntOrSequence = 1,
+    dilation: IntOrSequence = 1,
+    is_causal: BoolOrSequence = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    *,
+    sharding: GridSharding | None = None,
+    return_lse: bool = False,
+    rpb: Tensor | None = None,
+    additional_lengths: Tensor | None = None,
+    backend: str | None = None,
+    method: str = "auto",
+    transport: str = "all_to_all",
+    heads_dim: int | str | None = None,
+    head_chunks: int | None = None,
+    save_halo: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`neighborhood_attention` of a sequence, ``[batch, X, heads, head_dim]``."""
+    return _neighborhood_attention(
+        1,
+        Inputs(query, key, value, rpb, additional_keys, additional_values, additional_lengths),
+        (kernel_size, stride, dilation, is_causal),
+        scale,
+        sharding,
+        heads_dim,
+        return_lse,
+        backend=backend,
+        method=method,
+        transport=transport,
+        head_chunks=head_chunks,
+        save_halo=save_halo,
+    )
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: IntOrSequence,
+    stride: IntOrSequence = 1,
+    dilation: IntOrSequence = 1,
+    is_causal: BoolOrSequence = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    *,
+    sharding: GridSharding | None = None,
+    return_lse: bool = False,
+    rpb: Tensor | None = None,
+    additional_lengths: Tensor | None = None,
+    backend: str | None = None,
+    method: str = "auto",
+    transport: str = "all_to_all",
+    heads_dim: int | str | None = None,
+    head_chunks: int | None = None,
+    save_halo: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`neighborhood_attention` of a plane, ``[batch, X, Y, heads, head_dim]``."""
+    return _neighborhood_attention(
+        2,
+        Inputs(query, key, value, rpb, additional_keys, additional_values, additional_lengths),
+        (kernel_size, stride, dilation, is_causal),
+        scale,
+        sharding,
+        heads_dim,
+        return_lse,
+        backend=backend,
+        method=method,
+        transport=transport,
+        head_chunks=head_chunks,
+        save_halo=save_halo,
+    )
+
+
+def na3d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: IntOrSequence,
+    stride: IntOrSequence = 1,
+    dilation: IntOrSequence = 1,
+    is_causal: BoolOrSequence = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    *,
+    sharding: GridSharding | None = None,
+    return_lse: bool = False,
+    rpb: Tensor | None = None,
+    additional_lengths: Tensor | None = None,
+    backend: str | None = None,
+    method: str = "auto",
+    transport: str = "all_to_all",
+    heads_dim: int | str | None = None,
+    head_chunks: int | None = None,
+    save_halo: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`neighborhood_attention` of a volume, ``[batch, X, Y, Z, heads, head_dim]``."""
+    return _neighborhood_attention(
+        3,
+        Inputs(query, key, value, rpb, additional_keys, additional_values, additional_lengths),
+        (kernel_size, stride, dilation, is_causal),
+        scale,
+        sharding,
+        heads_dim,
+        return_lse,
+        backend=backend,
+        method=method,
+        transport=transport,
+        head_chunks=head_chunks,
+        save_halo=save_halo,
+    )
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None = None,
+    *,
+    is_causal: bool = False,
+    sharding: GridSharding | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    method: str = "auto",
+    transport: str = "all_to_all",
+    heads_dim: int | str | None = None,
+    head_chunks: int | None = None,
+    save_halo: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Dot product attention of a sequence that is sharded over ranks: a window of everything.
+
+    ``[batch, tokens, heads, head_dim]``; arguments, results and errors as of
+    :func:`neighborhood_attention`. By default a ring, on three ranks or more.
+    """
+    placed = sharding or (sharded.current and sharded.current.sharding)
+    length = query.shape[1] if dtensors.is_dtensor(query) or placed is None else placed.grid[0]
+    return _neighborhood_attention(
+        1,
+        Inputs(query, key, value, None, None, None, None),
+        (length, 1, 1, is_causal),
+        scale,
+        sharding,
+        heads_dim,
+        return_lse,
+        backend=backend,
+        method=method,
+        transport=transport,
+        head_chunks=head_chunks,
+        save_halo=save_halo,
+    )
+
+
+__all__ = ["attention", "automatic_method", "na1d", "na2d", "na3d", "neighborhood_attention"]

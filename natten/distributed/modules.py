@@ -1,0 +1,161 @@
+"""Attention modules whose grid of tokens is sharded over ranks.
+
+A module with a :class:`Plan` in its attribute ``plan`` calls it instead of attending alone; inside
+of :func:`natten.distributed.context_parallel` the context's plan stands in for those of modules
+without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from natten.distributed.attention import neighborhood_attention
+from natten.distributed.boxes import Box
+from natten.distributed.exchange import gathered
+from natten.distributed.sharding import GridSharding, check_own
+from natten.functional import attention, merge_attentions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How attention is shared out.
+
+    Attributes:
+        sharding: Which box of tokens is whose.
+        options: Arguments for `neighborhood_attention`.
+    """
+
+    sharding: GridSharding
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def self_attention(
+        self, module: Any, x: Tensor, registers: Tensor | None, origin: Any, grid: Any
+    ) -> Any:
+        """What ``NeighborhoodAttention.forward`` returns, of this rank's box."""
+        own, padded = self._boxes(module, origin, grid)
+        query, key, value = module._project(
+            _padded(x, "x", own, padded.own), list(padded.own.origin), True
+        )
+        if registers is None:
+            return module._output(self._attend(module, padded, query, key, value))
+        module._check_registers(x, registers)
+        query_r, key_r, value_r = module._project(registers, None, False)
+        out = self._attend(module, padded, query, key, value, key_r, value_r)
+        # Registers do not attend to the padding.
+        key, value = _cropped(key, own), _cropped(value, own)
+        out_r = self._attend_registers(query_r, key, value, key_r, value_r, module.scale)
+        return module._output(out), module._output(out_r)
+
+    def cross_attention(
+        self,
+        module: Any,
+        x: Tensor,
+        context: Tensor | None,
+        context_lengths: Tensor | None,
+        source: Tensor | None,
+        origin: Any,
+        grid: Any,
+    ) -> Tensor:
+        """What ``NeighborhoodCrossAttention.forward`` returns, of this rank's box."""
+        own, padded = self._boxes(module, origin, grid)
+        x = _padded(x, "x", own, padded.own)
+        source = None if source is None else _padded(source, "source", own, padded.own)
+        query, key, value = module._project(x, source, list(padded.own.origin), list(padded.grid))
+        keys, values, lengths = module._contexts(x, context, context_lengths)
+        out = self._attend(module, padded, query, key, value, keys, values, lengths)
+        return module._output(out)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Of all tokens of the grid, ``[batch, *tokens, channels]`` to ``[batch, channels]``."""
+        check_own(x, "x", self.sharding.own)
+        total = x.flatten(1, -2).sum(1) / prod(self.sharding.grid)
+        return gathered(total, self.sharding.group).sum(0)
+
+    def _boxes(self, module: Any, origin: Any, grid: Any) -> tuple[Box, GridSharding]:
+        """This rank's box, and the sharding with the padding that the module's window needs."""
+        if origin is not None or grid is not None:
+            raise ValueError("origin and grid must be None: the sharding says where x is in which")
+        if module.attn_drop is not None and module.training:
+            raise NotImplementedError(
+                "dropout of attention weights is not implemented for a sharded grid"
+            )
+        padded = self.sharding
+        if module.pad:
+            padded = padded.padded([k * d for k, d in zip(module.kernel_size, module.dilation)])
+        return self.sharding.own, padded
+
+    def _attend(
+        self,
+        module: Any,
+        padded: GridSharding,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        additional_lengths: Tensor | None = None,
+    ) -> Tensor:
+        out = neighborhood_attention(
+            query,
+            key,
+            value,
+            module.kernel_size,
+            module.stride,
+            module.dilation,
+            module.is_causal,
+            module.scale,
+            additional_keys,
+            additional_values,
+            additional_lengths=additional_lengths,
+            rpb=module._bias(),
+            sharding=padded,
+            **self.options,
+        )
+        return _cropped(out, self.sharding.own)  # type: ignore[arg-type]
+
+    def _attend_registers(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_r: Tensor,
+        value_r: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Attention of registers to the tokens of all ranks and to each other: every rank has the
+        part of its tokens, and all join all parts."""
+        pairs = [(key.flatten(1, -3), value.flatten(1, -3)), (key_r, value_r)]
+        (out, lse), own = [attention(query, *pair, scale, return_lse=True) for pair in pairs]
+        outs, lses = [
+            [*gathered(part, self.sharding.group).unbind(), of_registers]
+            for part, of_registers in zip((out, lse), own)
+        ]
+        merged = merge_attentions(outs, lses)
+        return merged  # type: ignore[return-value]
+
+
+def _padded(x: Tensor, name: str, own: Box, padded: Box) -> Tensor:
+    """Zeros behind the tokens of a box, up to those of a larger one."""
+    check_own(x, name, own)
+    if own == padded:
+        return x
+    amounts = [0, 0]  # channels
+    for extent, larger in zip(reversed(own.extent), reversed(padded.extent)):
+        amounts += [0, larger - extent]
+    return F.pad(x, amounts)
+
+
+def _cropped(x: Tensor, own: Box) -> Tensor:
+    """The first tokens along each axis of ``[batch, *tokens, ...]``."""
+    for axis, extent in enumerate(own.extent, 1):
+        if x.shape[axis] != extent:
+            x = x.narrow(axis, 0, extent)
+    return x
+
+
+__all__ = ["Plan"]

@@ -1,0 +1,209 @@
+"""The operators of attention over a sharded grid.
+
+    natten::sharded_attention           -> out, logsumexp, halo
+    natten::sharded_attention_backward  -> gradients of the six inputs, empty if not asked for
+
+Exchange and products are one operator, so that each pass orders them as it likes, and compiled
+programs have one node where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten.distributed import blocks, halo
+from natten.distributed.call import Call, Inputs, Results, accumulation_dtype
+from natten.distributed.exchange import Statement, agree
+from natten.distributed.sharding import layout
+from natten.window import Axis
+
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? additional_keys, "
+    "Tensor? additional_values, Tensor? additional_lengths"
+)
+_PARAMETERS = (
+    "str sharding, int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, "
+    "float scale, str backend, str method, str transport, int head_chunks, bool save_halo, "
+    "bool requires_grad"
+)
+_NUM_TENSORS = 7
+_METHODS: dict[str, Any] = {"halo": halo, "merge": blocks, "ring": blocks}
+
+_library = torch.library.Library("natten", "FRAGMENT")
+_library.define(
+    f"sharded_attention({_TENSORS}, {_PARAMETERS}) -> (Tensor out, Tensor logsumexp, Tensor halo)"
+)
+_library.define(
+    f"sharded_attention_backward(Tensor? grad_out, Tensor? grad_logsumexp, {_TENSORS}, "
+    f"Tensor out, Tensor logsumexp, Tensor halo, {_PARAMETERS}, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@lru_cache(maxsize=4096)
+def _call(
+    sharding: str,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    is_causal: tuple[bool, ...],
+    *options: Any,
+) -> Call:
+    placed = layout(sharding)
+    axes = tuple(map(Axis, placed.grid, kernel_size, stride, dilation, is_causal))
+    return Call(placed, axes, *options)
+
+
+def _call_of(parameters: Sequence[Any]) -> Call:
+    sharding, kernel_size, stride, dilation, is_causal, *options, _ = parameters
+    window = map(tuple, (kernel_size, stride, dilation, is_causal))
+    return _call(sharding, *window, *options)
+
+
+def _statement(inputs: Inputs, call: Call, requires_grad: bool) -> Statement:
+    """What all ranks must have in common."""
+    query, key, value, rpb, additional_keys, _, lengths = inputs
+    _, kernel_size, stride, dilation, is_causal = zip(*call.axes)
+    return (
+        ("grid", call.layout.grid),
+        ("the boxes of the ranks", call.layout.boxes),
+        ("kernel_size", kernel_size),
+        ("stride", stride),
+        ("dilation", dilation),
+        ("is_causal", is_causal),
+        ("scale", call.scale),
+        ("dtype", query.dtype),
+        ("the batch size", query.shape[0]),
+        ("query's [heads, head_dim]", tuple(query.shape[-2:])),
+        ("key's [heads, head_dim]", tuple(key.shape[-2:])),
+        ("value's [heads, head_dim]", tuple(value.shape[-2:])),
+        ("the number of additional keys", additional_keys is not None and additional_keys.shape[1]),
+        ("whether there are additional_lengths", lengths is not None),
+        ("whether there is an rpb", rpb is not None),
+        ("method", call.method),
+        ("transport", call.transport),
+        ("head_chunks", call.head_chunks),
+        ("save_halo", call.save_halo),
+        # A rank that skips its backward pass leaves the others waiting in theirs.
+        ("whether gradients are needed", requires_grad),
+    )
+
+
+def _agree_on(inputs: Inputs, parameters: Sequence[Any]) -> None:
+    call = _call_of(parameters)
+    agree(call.layout.group, _statement(inputs, call, parameters[-1]))
+
+
+def _agreement(*arguments: Any) -> Tensor:
+    inputs = Inputs(*arguments[:_NUM_TENSORS])
+    _agree_on(inputs, arguments[_NUM_TENSORS:])
+    return inputs.query.new_zeros(())
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, parameters = Inputs(*arguments[:_NUM_TENSORS]), arguments[_NUM_TENSORS:]
+    _agree_on(inputs, parameters)
+    call = _call_of(parameters)
+    out, lse, received = _METHODS[call.method].forward(call, inputs)
+    return out, lse, received if call.saves_halo else received.new_empty(0)
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, parameters = Inputs(*arguments[:_NUM_TENSORS]), arguments[_NUM_TENSORS:]
+    call, rows = _call_of(parameters), inputs.query.shape[:-1]
+    return (
+        inputs.query.new_empty((*rows, inputs.value.shape[-1])),
+        inputs.query.new_empty(rows, dtype=accumulation_dtype(inputs.query.dtype)),
+        inputs.key.new_empty(sum(call.elements(inputs, call.incoming)) if call.saves_halo else 0),
+    )
+
+
+def _backward(grad_out: Tensor | None, grad_lse: Tensor | None, *arguments: Any) -> Any:
+    inputs = Inputs(*arguments[:_NUM_TENSORS])
+    out, lse, received, *parameters, needs = arguments[_NUM_TENSORS:]
+    call = _call_of(parameters)
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    gradients = _METHODS[call.method].backward(
+        call,
+        inputs,
+        Results(grad_out, grad_lse, out, lse),
+        received if call.saves_halo else None,
+        # Others need the gradients of their keys even where this rank needs none of its own.
+        [True, True, True, *needs[3:]],
+    )
+    return tuple(
+        [
+            inputs.query.new_empty(0) if gradient is None or tensor is None or not need
+            else gradient.to(tensor.dtype)
+            for gradient, tensor, need in zip(gradients, inputs, needs)
+        ]
+    )  # fmt: skip
+
+
+def _backward_fake(grad_out: Tensor | None, grad_lse: Tensor | None, *arguments: Any) -> Any:
+    inputs, needs = arguments[:6], arguments[-1]
+    return tuple(
+        [
+            inputs[0].new_empty(0) if tensor is None or not need
+            else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            for tensor, need in zip(inputs, needs)
+        ]
+    )  # fmt: skip
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
+    ctx.parameters = inputs[_NUM_TENSORS:]
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None
+) -> tuple[Any, ...]:
+    needs = list(ctx.needs_input_grad[:6])
+    # Once: checkpointing computes them again at every look.
+    saved = ctx.saved_tensors
+    gradients = sharded_attention_backward(grad_out, grad_lse, *saved, *ctx.parameters, needs)
+    kept = [g if need else None for g, need in zip(gradients, needs)]
+    return (*kept, *[None] * (1 + len(ctx.parameters)))
+
+
+def _refuse(ctx: Any, *gradients: Any) -> Any:
+    raise NotImplementedError(
+        "neighborhood attention cannot be differentiated twice: its backward pass has no derivative"
+    )
+
+
+# What follows an agreement in a compiled program has to depend on it: it gives a 0 to add.
+_library.define(f"sharded_agreement({_TENSORS}, {_PARAMETERS}) -> Tensor")
+_library.impl("sharded_agreement", _agreement, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "natten::sharded_agreement", lambda query, *_: query.new_empty(()), lib=_library
+)
+sharded_agreement = torch.ops.natten.sharded_agreement.default
+sharded_attention = torch.ops.natten.sharded_attention.default
+sharded_attention_backward = torch.ops.natten.sharded_attention_backward.default
+
+for _name, _implementation, _fake, _derivative, _context in (
+    ("sharded_attention", _forward, _forward_fake, _differentiate, _setup),
+    (
+        "sharded_attention_backward",
+        _backward,
+        _backward_fake,
+        _refuse,
+        lambda ctx, inputs, output: None,
+    ),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"natten::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(
+        f"natten::{_name}", _derivative, setup_context=_context, lib=_library
+    )
+
+__all__ = ["sharded_agreement", "sharded_attention", "sharded_attention_backward"]
