@@ -165,6 +165,11 @@ def pretending(device: Device) -> Iterator[None]:
         _pretended.reset(token)
 
 
+def pretended() -> Device | None:
+    """The device that all are pretended to be; what is remembered of one is not true of another."""
+    return _pretended.get()
+
+
 def capability(index: int | None) -> tuple[int, int]:
     """The compute capability of a CUDA device."""
     device = _pretended.get()
@@ -200,6 +205,7 @@ __all__ = [
     "driver_name",
     "find",
     "multiprocessors",
+    "pretended",
     "pretending",
     "shared_memory",
 ]

@@ -61,7 +61,8 @@ class Axis(NamedTuple):
 
 
 def _tensor(index: Index) -> Tensor:
-    return index if isinstance(index, Tensor) else torch.tensor(index)
+    # A number on the CPU goes with tensors of every device.
+    return index if isinstance(index, Tensor) else torch.tensor(index, device="cpu")
 
 
 def _ceil_div(numerator: Index, denominator: int) -> Index:
@@ -206,7 +207,7 @@ def grid_mask(
     key_shape: Sequence[int] | None = None,
     query_origin: Sequence[int] | None = None,
     key_origin: Sequence[int] | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """The full bool mask ``[num_queries, num_keys]``, row-major, of a small problem.
 
@@ -232,7 +233,7 @@ def bounds_table(
     query_extent: int | None = None,
     key_origin: int = 0,
     key_extent: int | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """The windows of all queries of a range, cut to a range of keys: for kernels that look up.
 

@@ -19,7 +19,10 @@ from degenerate import (
     put_many,
 )
 
-BACKENDS = ["reference"]
+BACKENDS = ["cpu", "reference"]
+# FlexAttention takes a second for every mask, and has no backward pass on the CPU.
+FLEX = [c for c in CASES if c.name in ("grid_gqa_rpb", "context_lengths", "full_window_causal")]
+FLEX_ATTENTION = [c for c in CASES if c.name in ("dense_causal", "packed")]
 
 
 def names(case: Case) -> str:
@@ -63,3 +66,24 @@ def test_anywhere(backend, seed):
     dtype = (torch.float32, torch.float64, torch.bfloat16, torch.float16)[seed % 4]
     for case in CASES[seed % 3 :: 3]:
         check(case, backend, dtype, spoil=put_many(seed))
+
+
+@pytest.mark.parametrize("place", PLACES[:6])
+@pytest.mark.parametrize("case", FLEX, ids=names)
+def test_flex(case, place):
+    for number in NUMBERS.values():
+        check(case, "flex-fna", spoil=put(number, place), backward=False)
+
+
+@pytest.mark.parametrize("case", FLEX_ATTENTION, ids=names)
+def test_flex_attention(case):
+    for place in ("query", "key", "value"):
+        check(case, "flex-fmha", spoil=put(torch.nan, place), backward=False)
+
+
+@pytest.mark.parametrize("case", FLEX[:1], ids=names)
+def test_flex_masked_rows_and_scales(case):
+    check(case, "flex-fna", spoil=mask_by_bias, backward=False)
+    check(case, "flex-fna", spoil=all_minus_infinity, backward=False)
+    for scale in SCALES:
+        check(replace(case, scale=scale), "flex-fna", backward=False, values=abs(scale) < 1)

@@ -71,6 +71,26 @@ def test_block_mask_covers_the_mask(blocks):
                 assert bool(part.all())
 
 
+@pytest.mark.parametrize("keys", [0, 1])
+@pytest.mark.parametrize("additional", [0, 3])
+def test_empty_boxes_of_keys(keys, additional):
+    """What the reference gives, where queries see additional keys alone, or nothing."""
+    query, key, more = torch.randn(1, 4, 1, 8), torch.randn(1, keys, 1, 8), None
+    if additional:
+        more = torch.randn(1, additional, 1, 8)
+    rpb = torch.randn(1, 3)
+    for bias in (None, rpb):
+        results = [
+            natten.functional.neighborhood_attention_generic(
+                query, key, key, 2, grid=4, query_origin=0, key_origin=1, additional_keys=more,
+                additional_values=more, rpb=bias, backend=backend, return_lse=True,
+            )
+            for backend in ("flex-fna", "reference")
+        ]  # fmt: skip
+        for got, expected in zip(*results):
+            torch.testing.assert_close(got, expected)
+
+
 def test_compiling_needs_permission():
     query = torch.randn(1, 9, 2, 16)
     call = {"kernel_size": 3, "backend": "flex-fna", "torch_compile": True}

@@ -14,25 +14,18 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
-from natten import devices
 from natten.functional.problem import Config, Problem
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+from compiling import compiling, without_memory  # noqa: E402
 
 from natten.functional.backends.triton import BLACKWELL, CUTLASS, HOPPER, interpreted  # noqa: E402
 from natten.functional.backends.triton.launch import specialized  # noqa: E402
@@ -40,7 +33,6 @@ from natten.functional.backends.triton.launch import specialized  # noqa: E402
 RECORDED = Path(__file__).with_name("triton_resources.json")
 # Another patch of the same compiler may schedule a little differently.
 SLACK_REGISTERS = 8
-DEVICE = {80: "a100", 90: "h100", 100: "b200"}
 BACKEND = {80: CUTLASS, 90: HOPPER, 100: BLACKWELL}
 
 
@@ -113,63 +105,16 @@ MORE_SETTINGS = [
 ]  # fmt: skip
 
 
-@contextmanager
-def _compiling(arch: int) -> Iterator[dict[str, Any]]:
-    """Inside, launches compile for an architecture and do not run. Yields kernels by name."""
-    kernels: dict[str, Any] = {}
-    target = GPUTarget("cuda", arch, 32)
-    active = SimpleNamespace(
-        get_current_device=lambda: f"sm_{arch}",
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: target,
-    )
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        compiled = run(self, *args, grid=grid, warmup=True, **options)
-        name, number = self.__name__, 1
-        # A second launch of the same kernel: that of the additional tokens.
-        while name in kernels and kernels[name] is not compiled:
-            number += 1
-            name = f"{self.__name__}_{number}"
-        kernels[name] = compiled
-
-    with (
-        mock.patch.object(type(driver), "active", active),
-        mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(torch.cuda, "current_device", return_value=0),
-        devices.pretending(devices.find(DEVICE[arch])),
-    ):
-        yield kernels
-
-
 def compile_setting(setting: Setting) -> dict[str, Any]:
     """All kernels of a forward and backward pass."""
     problem, config = setting.problem(), Config(**setting.knobs)
     backend = BACKEND[setting.arch]
-
-    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    batch, heads, head_dim = setting.batch, setting.heads, setting.head_dim
-    query, key, value, out, grad_out = (
-        tensor(batch, *setting.tokens, heads, head_dim) for _ in range(5)
-    )
-    bias = None
-    if setting.rpb:
-        bias = tensor(heads, *(2 * k - 1 for k in setting.kernel_size))
-    context: tuple[Any, Any] = (None, None)
-    if setting.additional:
-        context = tuple(tensor(batch, setting.additional, heads, head_dim) for _ in range(2))  # type: ignore[assignment]
-    lengths = tensor(batch, dtype=torch.int64) if setting.lengths else None
-    inputs = (query, key, value, bias, *context, None, None, lengths)
-    lse = tensor(batch, *setting.tokens, heads, dtype=torch.float32)
-    needs = (True, True, True, setting.rpb, bool(setting.additional), bool(setting.additional))
-    with _compiling(setting.arch) as kernels:
+    inputs, out, lse, needs = without_memory(problem)
+    with compiling(setting.arch) as kernels:
         assert backend.refusal(problem, config) is None
         backend.forward(problem, config, *inputs)
         if setting.backward:
-            backend.backward(problem, config, grad_out, None, *inputs, out, lse, needs)
+            backend.backward(problem, config, out, None, *inputs, out, lse, needs)
     return kernels
 
 

@@ -85,6 +85,8 @@ GROUPS: dict[str, list[tuple[str, torch.dtype, list[Case]]]] = {
                 _thin("2d_head_dim_8"),
                 _thin("2d_head_dim_40"),
                 NAMED["2d_head_dim_256"],
+                Case("2d_head_dim_264", (5, 4), (3, 3), head_dim=264, batch=1, heads=1),
+                Case("1d_head_dim_1024", (20,), (5,), head_dim=1024, batch=1, heads=1),
                 _thin("2d_non_contiguous_gqa"),
                 _thin("2d_scale_0"),
                 _thin("2d_scale_negative"),

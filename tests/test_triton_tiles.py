@@ -43,20 +43,23 @@ def test_some_problems_need_no_masks() -> None:
     dense = make_problem((4096,), (4096,), heads=1, head_dim=64)
     for problem in (blocked, dense):
         for kind in (tiles.FORWARD, tiles.QUERY_GRADIENT, tiles.KEY_VALUE_GRADIENT):
-            assert tiles.choose(problem, kind, True, 227 * 1024).whole
+            assert tiles.choose(problem, kind, True, tiles.Chip(227 * 1024)).whole
     ragged = make_problem((4097,), (4097,), heads=1, head_dim=64)
     causal = make_problem((4096,), (4096,), is_causal=True, heads=1, head_dim=64)
     for problem in (ragged, causal):
-        assert not tiles.choose(problem, tiles.FORWARD, True, 227 * 1024).whole
+        assert not tiles.choose(problem, tiles.FORWARD, True, tiles.Chip(227 * 1024)).whole
 
 
 @pytest.mark.parametrize("device", ["t4", "rtx3090", "rtx4090"])
 @pytest.mark.parametrize("kind", [tiles.FORWARD, tiles.QUERY_GRADIENT, tiles.KEY_VALUE_GRADIENT])
 def test_two_programs_fit_where_shared_memory_is_small(device: str, kind: str) -> None:
     problem = make_problem((64, 64), (13, 13), heads=4, head_dim=64, dtype=torch.float16)
-    limit = devices.find(device).shared_memory
-    tiling = tiles.choose(problem, kind, False, limit)
-    taken = tiles._shared_memory(tiling, problem, kind)
+    facts = devices.find(device)
+    assert facts.capability is not None
+    limit, products = facts.shared_memory, tiles.products(facts.capability)
+    tiling = tiles.choose(problem, kind, False, tiles.Chip(limit, products))
+    assert tiling is not None
+    taken = tiles._shared_memory(tiling, problem, kind, products)
     assert taken <= limit
     assert 2 * taken <= limit or tiling.stages <= 2
     assert prod(tiling.query) * prod(tiling.key) >= 32 * 64

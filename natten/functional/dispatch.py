@@ -150,6 +150,10 @@ def tile_pairs(configs: list[Any]) -> list[tuple[Any, str | None]]:
     ]
 
 
+# Pairs that an error names; there may be thousands.
+_SHOWN = 24
+
+
 def _check_pair(
     knobs: tuple[str, str],
     pair: tuple[Any, Any],
@@ -164,7 +168,9 @@ def _check_pair(
         p == pair and (schedule is None or s in (None, schedule)) for p, s in listed
     ):
         return
-    valid = ", ".join(f"{q}/{kv}" + (f" ({s})" if s else "") for (q, kv), s in listed)
+    valid = ", ".join(f"{q}/{kv}" + (f" ({s})" if s else "") for (q, kv), s in listed[:_SHOWN])
+    if len(listed) > _SHOWN:
+        valid += f" and {len(listed) - _SHOWN} more"
     raise ValueError(
         f"{knobs[0]} and {knobs[1]} must be a pair that backend {name!r} lists, got "
         f"{pair[0]}/{pair[1]}"

@@ -56,6 +56,8 @@ def _visible(
             if problem.is_causal[0]:
                 seen = seen & (kv - kv_start[kv] <= q - q_start[q])
             return seen
+        if not own:
+            return (q >= 0) & (kv >= 0)
         inside = kv.clamp(max=own - 1) if problem.num_additional else kv
         queries = _coordinates(q, problem.query_shape, problem.query_origin)
         keys = _coordinates(inside, problem.key_shape, problem.key_origin)
@@ -146,8 +148,14 @@ def _geometry(problem: Problem) -> Problem:
     )
 
 
-def _score_mod(problem: Problem, rpb: Tensor) -> Callable[..., Tensor]:
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _score_mod(problem: Problem, rpb: Tensor | None) -> ScoreMod | None:
+    """What adds the bias, None if there is none to add."""
     own = problem.num_keys
+    if rpb is None or not own:
+        return None
 
     def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         inside = kv.clamp(max=own - 1)
@@ -207,8 +215,12 @@ def _run(
     cumulative_seqlen_q: Tensor | None,
     cumulative_seqlen_kv: Tensor | None,
     additional_lengths: Tensor | None,
+    weigh: Callable[[ScoreMod | None], ScoreMod] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp, in the layouts of the operator."""
+    """Output and logsumexp, in the layouts of the operator.
+
+    ``weigh`` makes other scores of those that there would be.
+    """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     q, k, v = (t.flatten(1, -3) for t in (query, key, value))
@@ -238,11 +250,12 @@ def _run(
                 _visible(problem, None), additional_lengths, problem.num_keys
             )
     attend = _compiled() if config.torch_compile else flex_attention
+    score_mod = _score_mod(problem, rpb)
     out, aux = attend(
         q,
         k,
         v,
-        score_mod=None if rpb is None else _score_mod(problem, rpb),
+        score_mod=score_mod if weigh is None else weigh(score_mod),
         block_mask=block_mask,
         scale=problem.scale,
         enable_gqa=problem.heads != problem.heads_kv,
@@ -251,6 +264,55 @@ def _run(
     tokens = problem.query_shape
     lse = aux.lse.to(problem.accumulation_dtype)
     return out.transpose(1, 2).unflatten(1, tokens), lse.transpose(1, 2).unflatten(1, tokens)
+
+
+def _finite(*tensors: Tensor | None) -> bool:
+    """Whether all numbers are. On a GPU this waits for it; while a graph is captured nobody may."""
+    given = [t for t in tensors if t is not None and t.numel()]
+    if given and given[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    return all(bool(t.isfinite().all()) for t in given)
+
+
+def _with_infinite_values(
+    problem: Problem, config: Config, *tensors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `_run` returns, where only those see a value that is not finite whose window holds it.
+
+    FlexAttention multiplies masked values by zero, and zero times NaN is NaN: it gets finite values
+    here, and is asked apart who sees the others, with a weight above zero or of zero.
+    """
+    query, key, value, rpb, more_keys, more_values, *rest = tensors
+
+    def run(change: Callable[[Tensor], Tensor], weigh: Any = None) -> tuple[Tensor, Tensor]:
+        values = (None if v is None else change(v).to(query.dtype) for v in (value, more_values))
+        own, more = values
+        return _run(problem, config, query, key, own, rpb, more_keys, more, *rest, weigh=weigh)
+
+    out, lse = run(lambda v: v.masked_fill(~v.isfinite(), 0.0))
+    kept = lse.flatten(1, -2).transpose(1, 2).contiguous()
+
+    def equal_weights(above_zero: bool) -> Callable[[ScoreMod | None], ScoreMod]:
+        def weigh(score_mod: ScoreMod | None) -> ScoreMod:
+            def only(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+                full = score if score_mod is None else score_mod(score, b, h, q, kv)
+                weight = (full - kept[b, h, q]).exp()
+                return torch.where((weight > 0) if above_zero else (weight == 0), 0.0, -torch.inf)
+
+            return only
+
+        return weigh
+
+    def sees(number: float, above_zero: bool) -> Tensor:
+        is_it = torch.isnan if number != number else (lambda v: v == number)
+        return run(is_it, equal_weights(above_zero))[0] > 0
+
+    numbers = (torch.nan, torch.inf, -torch.inf)
+    is_nan, is_inf, is_minus_inf = (sees(number, True) for number in numbers)
+    for number in numbers:
+        is_nan |= sees(number, False)
+    out = out.masked_fill(is_inf, torch.inf).masked_fill(is_minus_inf, -torch.inf)
+    return out.masked_fill(is_nan | (is_inf & is_minus_inf), torch.nan), lse
 
 
 class Flex:
@@ -303,7 +365,10 @@ class Flex:
     ) -> tuple[Tensor, Tensor]:
         with _autograd_allowed(), torch.no_grad():
             plain = [None if t is None else t.detach() for t in tensors]
-            return _run(problem, config, *plain)  # type: ignore[arg-type]
+            attend = _run if _finite(plain[2], plain[5]) else _with_infinite_values
+            out, lse = attend(problem, config, *plain)  # type: ignore[arg-type]
+            # Uncompiled, it says inf where the output is NaN.
+            return out, lse.masked_fill(lse == torch.inf, torch.nan)
 
     def backward(
         self,

@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from torch import Tensor
 from natten.functional.backends.cpu import dense, parallel
 from natten.functional.backends.cpu.plan import (
     Sweep,
+    array_of,
     bias_extents,
     element_strides,
     key_sweep,
@@ -86,10 +87,11 @@ def _table(*tensors: Tensor | None) -> np.ndarray:
     return np.array(rows, np.int64)
 
 
-def _flat(rpb: Tensor | None, dtype: torch.dtype) -> np.ndarray:
+def _precise_bias(problem: Problem, rpb: Tensor | None) -> Tensor:
+    """The bias in the compute type and row-major order, empty if there is none."""
     if rpb is None:
-        return np.empty(0, _numpy_type(dtype))
-    return rpb.detach().to(dtype).contiguous().flatten().numpy()
+        return torch.empty(0, dtype=problem.accumulation_dtype, device="cpu")
+    return rpb.to(problem.accumulation_dtype).contiguous().view(-1)
 
 
 def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
@@ -106,7 +108,16 @@ def _extras(problem: Problem, lengths: Tensor | None) -> np.ndarray:
             f"additional_lengths must have shape {(problem.batch,)} for this problem, got "
             f"{tuple(lengths.shape)}"
         )
-    return lengths.to(torch.int64).clamp(0, most).contiguous().numpy()
+    return np.array(lengths.tolist(), np.int64).clip(0, most)
+
+
+def _entries(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The tensors of each batch entry.
+
+    One entry must not decide by what, and so with which bits, another is computed.
+    """
+    parts = [repeat(None) if t is None else t.split(1) for t in tensors]
+    return zip(*parts)
 
 
 def _with_axis(tensor: Tensor | None) -> Tensor | None:
@@ -229,8 +240,16 @@ class CpuBackend:
             problem, query=query, key=key, value=value, rpb=rpb,
             additional_keys=additional_keys, additional_values=additional_values,
         )  # fmt: skip
-        if dense.suits(problem, query, key, value):
-            return dense.forward(problem, query, key, value)
+        if dense.covers(problem):
+            tame = dense.tame(problem, query, key, value)
+            if all(tame):
+                return dense.forward(problem, query, key, value)
+            if any(tame):
+                alone = replace(problem, batch=1)
+                tensors = _entries(query, key, value)
+                results = [self.forward(alone, config, *t, *[None] * 6) for t in tensors]
+                out, lse = map(torch.cat, zip(*results, strict=True))
+                return out, lse
         # numba takes half a second to import.
         from natten.functional.backends.cpu import kernels
 
@@ -240,6 +259,7 @@ class CpuBackend:
         sweep = query_sweep(problem, torch.get_num_threads())
         width, width_v = padded(problem.head_dim), padded(problem.head_dim_v)
         longest, extra = padded(sweep.longest), problem.num_additional
+        bias = _precise_bias(problem, rpb)
         arguments = (
             _table(query, key, value, additional_keys, additional_values, out, _with_axis(lse)),
             KINDS[problem.dtype],
@@ -250,7 +270,7 @@ class CpuBackend:
             problem.head_dim_v,
             extra,
             _extras(problem, additional_lengths),
-            _flat(rpb, precise),
+            array_of(bias),
             bias_extents(problem),
             sweep.capacity,
             sweep.longest,
@@ -281,7 +301,7 @@ class CpuBackend:
     ) -> Gradients:
         """The gradients of the six differentiable inputs, those not needed may be None or zero."""
         if problem.varlen:
-            gradients = tuple(torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))
+            gradients = tuple(t.new_zeros(t.shape) for t in (query, key, value))
             for part, q, kv in _sequences(problem, cumulative_seqlen_q, cumulative_seqlen_kv):
                 parts = self.backward(
                     part, config, grad_out[:, q], None if grad_lse is None else grad_lse[:, q],
@@ -296,9 +316,18 @@ class CpuBackend:
             additional_keys=additional_keys, additional_values=additional_values,
             grad_out=grad_out, out=out,
         )  # fmt: skip
-        if dense.suits(problem, query, key, value, grad_out):
-            gradients = dense.backward(problem, grad_out, grad_lse, query, key, value, out, lse)
-            return (*gradients, None, None, None)
+        if dense.covers(problem):
+            tame = dense.tame(problem, query, key, value, grad_out, grad_lse)
+            if all(tame):
+                gradients = dense.backward(problem, grad_out, grad_lse, query, key, value, out, lse)
+                return (*gradients, None, None, None)
+            if any(tame):
+                alone = replace(problem, batch=1)
+                results = [
+                    self.backward(alone, config, *t[:5], *[None] * 6, *t[5:], needs)[:3]
+                    for t in _entries(grad_out, grad_lse, query, key, value, out, lse)
+                ]
+                return (*map(torch.cat, zip(*results, strict=True)), None, None, None)
         # numba takes half a second to import.
         from natten.functional.backends.cpu import kernels
 
@@ -309,24 +338,24 @@ class CpuBackend:
         extra = problem.num_additional
         needs_extra = extra > 0 and (needs[4] or needs[5])
         needs_queries = needs[0] or needs[3] or needs_extra
-        bias, extents = _flat(rpb, precise), bias_extents(problem)
+        bias, extents = _precise_bias(problem, rpb), bias_extents(problem)
         if grad_lse is not None:
             grad_lse = grad_lse.to(precise)
         lse = lse.to(precise)
-        delta = torch.empty(problem.lse_shape, dtype=precise)
-        grad_query = torch.empty(query.shape, dtype=query.dtype)
-        grad_key = torch.empty(key.shape, dtype=key.dtype)
-        grad_value = torch.empty(value.shape, dtype=value.dtype)
+        delta = query.new_empty(problem.lse_shape, dtype=precise)
+        grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
         shared = (
             KINDS[problem.dtype],
             problem.scale,
+            problem.gradient_scale,
             problem.heads_kv,
             problem.heads // problem.heads_kv,
             problem.head_dim,
             problem.head_dim_v,
         )
 
-        sweep = query_sweep(problem, threads)
+        # The gradients of additional keys are sums over the boxes of their batch entry.
+        sweep = query_sweep(problem, threads, fixed=needs_extra)
         longest, boxes = padded(sweep.longest), sweep.boxes
         biases = problem.heads // problem.heads_kv * int(extents.prod())
         bias_grads = np.zeros(
@@ -340,7 +369,7 @@ class CpuBackend:
                 query, key, value, additional_keys, additional_values, out, _with_axis(lse),
                 grad_out, _with_axis(grad_lse), _with_axis(delta), grad_query,
             ),
-            *shared, extra, _extras(problem, additional_lengths), bias, extents,
+            *shared, extra, _extras(problem, additional_lengths), array_of(bias), extents,
             sweep.capacity, sweep.longest, not needs_queries,
             bias_grads.reshape(-1), extra_grads.reshape(-1),
         )  # fmt: skip
@@ -356,7 +385,7 @@ class CpuBackend:
                     query, key, value, _with_axis(lse), grad_out, _with_axis(delta),
                     grad_key, grad_value,
                 ),
-                *shared, bias, extents, sweep.capacity, sweep.longest, sweep.rows,
+                *shared, array_of(bias), extents, sweep.capacity, sweep.longest, sweep.rows,
             )  # fmt: skip
             scratch = (sweep.capacity + sweep.rows + 1) * (width + width_v)
             scratch += 2 * sweep.capacity + 2 * longest
@@ -379,6 +408,7 @@ class CpuBackend:
                 part = part.view(problem.batch, problem.heads_kv, extra, -1)[..., :size]
                 return part.transpose(1, 2).to(problem.dtype).contiguous()
 
+            keys = keys * problem.gradient_scale
             grad_extra_keys = features(keys, problem.head_dim)
             grad_extra_values = features(values, problem.head_dim_v)
         return grad_query, grad_key, grad_value, grad_rpb, grad_extra_keys, grad_extra_values

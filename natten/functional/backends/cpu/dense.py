@@ -1,26 +1,28 @@
 """Dense attention on torch's own CPU flash-attention operator, which returns the logsumexp.
 
 The operator wants one head_dim and one number of heads, and its backward pass takes no gradient of
-the logsumexp: views, zero columns and one telling column make up for that.
+the logsumexp: views, zero columns and one telling column make up for that. It looks at few of the
+properties that it rests on; `covers`, `tame` and `_heads_first` do.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from natten.functional.problem import Problem
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+# Beyond it, a logsumexp in float32 does not tell the weights any more.
+_LARGEST_SCORE = 2.0**20
 
-def suits(problem: Problem, *tensors: Tensor) -> bool:
-    """Whether the operator computes exactly this problem on these tensors.
 
-    It aborts on empty tensors, returns 0 for rows of NaN, and multiplies masked tokens by zero.
-    """
+def covers(problem: Problem) -> bool:
+    """Whether the operator computes this problem on tame numbers. It aborts on empty tensors."""
     if problem.has_rpb or problem.num_additional or 0 in (*problem.output_shape, problem.num_keys):
         return False
     causal = (
@@ -30,16 +32,79 @@ def suits(problem: Problem, *tensors: Tensor) -> bool:
     )
     if problem.head_dim == 0 or not (problem.is_dense or causal):
         return False
-    precise = problem.accumulation_dtype
-    return all(bool(tensor.sum(dtype=precise).isfinite()) for tensor in tensors)
+    # It scales the -inf of its causal mask.
+    numbers, scale = torch.finfo(problem.accumulation_dtype), problem.scale
+    return numbers.tiny <= scale <= numbers.max or (
+        problem.is_dense and (scale == 0 or numbers.tiny <= -scale <= numbers.max)
+    )
+
+
+def _largest(tensor: Tensor | None, batch: int) -> list[float]:
+    """The largest magnitude of each batch entry, NaN if there is one."""
+    if tensor is None:
+        return [0.0] * batch
+    return torch.linalg.vector_norm(tensor, math.inf, tuple(range(1, tensor.dim()))).tolist()
+
+
+def tame(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor | None = None,
+    grad_lse: Tensor | None = None,
+) -> list[bool]:
+    """Of each batch entry, whether all that the operator computes for it is finite.
+
+    It returns 0 for rows of NaN, multiplies masked tokens by zero, and rounds the gradients of
+    scores to the dtype of the tensors.
+    """
+    largest = [_largest(t, problem.batch) for t in (query, key, value, grad_out, grad_lse)]
+    scale, tokens = abs(problem.scale), problem.num_queries + problem.num_keys
+    numbers = torch.finfo(problem.accumulation_dtype)
+    limit, narrow = math.sqrt(numbers.max), torch.finfo(problem.dtype).max / 2
+    entries = []
+    for q, k, v, grad, shift in zip(*largest, strict=True):
+        scores = problem.head_dim * q * k
+        # Of a score: dO V^T less a mean of such.
+        gradient = 2 * problem.head_dim_v * grad * v + shift
+        entries.append(
+            scores * max(scale, 1.0) < _LARGEST_SCORE
+            and gradient < narrow
+            and gradient * tokens * max(q, k, 1.0) * max(scale, 1.0) < limit
+            and grad * tokens < limit
+            and v < limit
+        )
+    return entries
 
 
 def _heads_first(tensor: Tensor, part: int, group: int, features: int) -> Tensor:
-    """`[B, *X, H, D]` as `[B, H, N, features]`: every `group`-th head from `part` on."""
+    """`[B, *X, H, D]` as `[B, H, N, features]`: every `group`-th head from `part` on.
+
+    The operator takes the features of a row to be neighbors in memory, whatever the strides say,
+    and leaves rows that overlap to slow loops.
+    """
     tensor = tensor.flatten(1, -3)[:, :, part::group].transpose(1, 2)
-    if tensor.shape[-1] < features:
-        return pad(tensor, (0, features - tensor.shape[-1]))
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    size = tensor.shape[-1]
+    if size < features:
+        wide = tensor.new_empty((*tensor.shape[:-1], features))
+        wide[..., :size] = tensor
+        wide[..., size:] = 0
+        return wide
+    is_plain = tensor.stride(-1) == 1 and tensor.stride(-2) >= features
+    return tensor if is_plain else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _paired(problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, or each twice where the batch has one head in all.
+
+    The products of one head alone would be left to all threads of oneDNN, which then sums in
+    another order than for the same head in a larger batch.
+    """
+    alone = problem.batch * problem.heads_kv == 1 and problem.dtype.itemsize == 2
+    if not alone or torch.get_num_threads() == 1:
+        return tensors
+    return tuple(t.expand(2, *t.shape[1:]) for t in tensors)
 
 
 def forward(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,12 +114,10 @@ def forward(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> tupl
     key, value = (_heads_first(t, 0, 1, features) for t in (key, value))
     outs, lses = [], []
     for part in range(group):
-        out, lse = _attention(
-            _heads_first(query, part, group, features),
-            key, value, 0.0, any(problem.is_causal), scale=problem.scale,
-        )  # fmt: skip
-        outs.append(out.transpose(1, 2)[..., : problem.head_dim_v])
-        lses.append(lse.transpose(1, 2))
+        tensors = _paired(problem, _heads_first(query, part, group, features), key, value)
+        out, lse = _attention(*tensors, 0.0, any(problem.is_causal), scale=problem.scale)
+        outs.append(out[: problem.batch].transpose(1, 2)[..., : problem.head_dim_v])
+        lses.append(lse[: problem.batch].transpose(1, 2))
     out, lse = _interleave(outs, 2), _interleave(lses, 2)
     return out.reshape(problem.output_shape), lse.reshape(problem.lse_shape)
 
@@ -64,6 +127,23 @@ def _interleave(parts: list[Tensor], axis: int) -> Tensor:
     if len(parts) == 1:
         return parts[0].contiguous()
     return torch.stack(parts, axis + 1).flatten(axis, axis + 1)
+
+
+def _shifts(problem: Problem, grad_lse: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Columns of out and of grad_out whose products sum to -grad_logsumexp.
+
+    16-bit types take two to be exact enough, of mantissas alone: their exponents go to the other
+    side, so that small gradients do not vanish in float16.
+    """
+    rest = -grad_lse.flatten(1, -2).unsqueeze(-1).to(problem.accumulation_dtype)
+    if problem.dtype == problem.accumulation_dtype:
+        return [rest], [torch.ones_like(rest)]
+    exponent = torch.frexp(rest).exponent.clamp(-14, 14)
+    rest = torch.ldexp(rest, -exponent)
+    first = rest.to(problem.dtype)
+    second = (rest - first).to(problem.dtype)
+    power = torch.ldexp(torch.ones_like(rest), exponent).to(problem.dtype)
+    return [first, second], [power, power]
 
 
 def backward(
@@ -78,38 +158,32 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
     group = problem.heads // problem.heads_kv
-    # The operator subtracts rowsum(grad_out * out) from the gradients of the weights, where
-    # grad_logsumexp has to be added: columns of out that hold -grad_logsumexp, of grad_out that
-    # hold one and of value that hold zero do it. 16-bit types take two columns to be exact enough.
-    shifts: list[Tensor] = []
-    if grad_lse is not None:
-        rest = -grad_lse.flatten(1, -2).unsqueeze(-1).to(problem.accumulation_dtype)
-        for _ in range(1 if problem.dtype == problem.accumulation_dtype else 2):
-            shifts.append(rest.to(problem.dtype))
-            rest = rest - shifts[-1]
     size_v = problem.head_dim_v
-    features = max(problem.head_dim, size_v + len(shifts))
     out, grad_out = out.flatten(1, -3), grad_out.flatten(1, -3)
-    lse = lse.flatten(1, -2)
-    if shifts:
-        ones = torch.ones_like(shifts[0])
-        out = torch.cat([out, *shifts], -1)
-        grad_out = torch.cat([grad_out, *[ones] * len(shifts)], -1)
+    lse = lse.flatten(1, -2).to(problem.accumulation_dtype)
+    features = max(problem.head_dim, size_v)
+    if grad_lse is not None:
+        # The operator subtracts rowsum(grad_out * out) from the gradients of the weights, where
+        # grad_logsumexp has to be added: more columns of both, whose values are zero, do it.
+        columns, factors = _shifts(problem, grad_lse)
+        features = max(features, size_v + len(columns))
+        out, grad_out = torch.cat([out, *columns], -1), torch.cat([grad_out, *factors], -1)
     keys, values = (_heads_first(t, 0, 1, features) for t in (key, value))
     grads_query = []
     grad_key = grad_value = None
     for part in range(group):
-        grad_query, grad_k, grad_v = _attention_backward(
+        tensors = _paired(
+            problem,
             _heads_first(grad_out, part, group, features),
             _heads_first(query, part, group, features),
             keys,
             values,
             _heads_first(out, part, group, features),
             lse[:, :, part::group].transpose(1, 2),
-            0.0,
-            any(problem.is_causal),
-            scale=problem.scale,
         )
+        causal = any(problem.is_causal)
+        grads = _attention_backward(*tensors, 0.0, causal, scale=problem.scale)
+        grad_query, grad_k, grad_v = (grad[: problem.batch] for grad in grads)
         grads_query.append(grad_query.transpose(1, 2)[..., : problem.head_dim])
         if group > 1:
             # Sums over a group's heads are rounded once.

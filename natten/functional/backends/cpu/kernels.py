@@ -12,6 +12,7 @@ relative to the window's first row; the list changes only where the window's ext
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
+
+from natten.functional.backends.cpu.cache import Cache
 
 Ints = Floats = np.ndarray
 LANES = 8
@@ -34,10 +37,11 @@ inner = njit(**OPTIONS)
 
 def entry(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a loop that Python calls; keep the result on disk if there is a writable folder."""
-    try:
-        return njit(cache=True, **OPTIONS)(function)
-    except RuntimeError:
-        return njit(**OPTIONS)(function)
+    compiled = njit(**OPTIONS)(function)
+    # Without any such folder, numba has no cache to offer.
+    with contextlib.suppress(RuntimeError):
+        compiled._cache = Cache(function)
+    return compiled
 
 
 class Vector(types.Type):
@@ -128,6 +132,10 @@ def _elementwise(emit: Callable[..., Any], doc: str) -> Any:
 add = _elementwise(lambda builder, a, b: builder.fadd(a, b), "a + b")
 subtract = _elementwise(lambda builder, a, b: builder.fsub(a, b), "a - b")
 multiply = _elementwise(lambda builder, a, b: builder.fmul(a, b), "a * b")
+capped = _elementwise(
+    lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), b, a),
+    "b where a > b, else a; NaN where a is",
+)
 larger = _elementwise(
     lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b),
     "a where a > b, else b",
@@ -435,8 +443,11 @@ def write_row(
 
 
 @inner
-def dots(row: Floats, rows: Floats, width: int, picks: Ints, count: int, out: Floats) -> None:
-    """out[j] = row . rows[picks[j]], for `count` rounded up to LANES picks."""
+def dots(
+    row: Floats, rows: Floats, width: int, picks: Ints, count: int, factor: float, out: Floats
+) -> None:
+    """out[j] = factor * (row . rows[picks[j]]), for `count` rounded up to LANES picks."""
+    factors = splat(out, factor)
     for j in range(0, count, LANES):
         r0 = picks[j] * width
         r1 = picks[j + 1] * width
@@ -457,7 +468,7 @@ def dots(row: Floats, rows: Floats, width: int, picks: Ints, count: int, out: Fl
             s5 = fma(x, load(rows, r5 + i), s5)
             s6 = fma(x, load(rows, r6 + i), s6)
             s7 = fma(x, load(rows, r7 + i), s7)
-        store(out, j, sum_lanes(s0, s1, s2, s3, s4, s5, s6, s7))
+        store(out, j, multiply(sum_lanes(s0, s1, s2, s3, s4, s5, s6, s7), factors))
 
 
 @inner
@@ -530,11 +541,21 @@ def scatter(weights: Floats, count: int, row: Floats, width: int, out: Floats) -
 
 @inner
 def softmax(scores: Floats, count: int) -> float:
-    """Replace a multiple of LANES scores by attention weights; returns the logsumexp."""
+    """Replace a multiple of LANES scores by attention weights; returns the logsumexp.
+
+    Scores of -inf alone give -inf, and the weights are not to be used.
+    """
     best = splat(scores, -np.inf)
     for j in range(0, count, LANES):
         best = larger(best, load(scores, j))
     largest = reduce_max(best)
+    if largest == -np.inf:
+        # A NaN may have been passed over on the way: it is larger than nothing.
+        others = 0
+        for j in range(count):
+            others += scores[j] != -np.inf
+        if others == 0:
+            return largest
     best = splat(scores, largest)
     totals = splat(scores, 0)
     for j in range(0, count, LANES):
@@ -557,8 +578,10 @@ def score_gradients(scores: Floats, grads: Floats, count: int, lse: float, delta
     """
     lses = splat(scores, lse)
     deltas = splat(scores, delta)
+    most = splat(scores, 0)
     for j in range(0, count, LANES):
-        weight = exp(subtract(load(scores, j), lses))
+        # No weight is above one, but the logsumexp of huge scores is not exact enough to say so.
+        weight = exp(capped(subtract(load(scores, j), lses), most))
         store(scores, j, weight)
         store(grads, j, multiply(weight, subtract(load(grads, j), deltas)))
 
@@ -746,18 +769,22 @@ def pack_list(
 @inner
 def score(
     query: Floats, keys: Floats, width: int, picks: Ints, count: int, extra_keys: Floats,
-    extra_picks: Ints, extra: int, biased: bool, rpb: Floats, bias_picks: Ints, infinity: float,
-    out: Floats,
+    extra_picks: Ints, extra: int, scale: float, biased: bool, rpb: Floats, bias_picks: Ints,
+    infinity: float, out: Floats,
 ) -> None:  # fmt: skip
-    """The scores of one query: its window's, then the additional keys', each padded with -inf."""
-    dots(query, keys, width, picks, count, out)
+    """The scores of one query: its window's, then the additional keys', each padded with -inf.
+
+    The scale belongs to the product: where numbers are not finite, scaling a factor of it would not
+    be the same.
+    """
+    dots(query, keys, width, picks, count, scale, out)
     if biased:
         for j in range(count):
             out[j] += rpb[bias_picks[j]]
     fill(after(out, count), padded(count) - count, -infinity)
     if extra:
         more = after(out, padded(count))
-        dots(query, extra_keys, width, extra_picks, extra, more)
+        dots(query, extra_keys, width, extra_picks, extra, scale, more)
         fill(after(more, extra), padded(extra) - extra, -infinity)
 
 
@@ -822,13 +849,14 @@ def forward(
                 fill(result, width_v, zero)
                 logsumexp = -infinity
                 if count + extra:
-                    get_row(query_at, batch, head, row, ahead, kind, dim, width, scale, query)
+                    get_row(query_at, batch, head, row, ahead, kind, dim, width, one, query)
                     score(
                         query, after(keys, first * width), width, picks, count, extra_keys,
-                        extra_picks, extra, biased, after(rpb, bias_index(head, row, extents)),
-                        bias_picks, infinity, scores,
+                        extra_picks, extra, scale, biased,
+                        after(rpb, bias_index(head, row, extents)), bias_picks, infinity, scores,
                     )  # fmt: skip
                     logsumexp = softmax(scores, padded(count) + padded(extra))
+                if logsumexp != -infinity:
                     accumulate(
                         scores, after(values, first * width_v), width_v, picks, count, result
                     )
@@ -841,9 +869,9 @@ def forward(
 @entry
 def backward_queries(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
-    scale: float, heads: int, group: int, dim: int, dim_v: int, most: int, extras: Ints,
-    rpb: Floats, extents: Ints, capacity: int, longest: int, only_delta: bool, bias_grads: Floats,
-    extra_grads: Floats, work: Floats, lists: Ints,
+    scale: float, grad_scale: float, heads: int, group: int, dim: int, dim_v: int, most: int,
+    extras: Ints, rpb: Floats, extents: Ints, capacity: int, longest: int, only_delta: bool,
+    bias_grads: Floats, extra_grads: Floats, work: Floats, lists: Ints,
 ) -> None:  # fmt: skip
     """The gradients that a query owns, and each row's `delta` for backward_keys.
 
@@ -852,11 +880,13 @@ def backward_queries(
 
     tensors: query, key, value, additional keys, additional values, out, logsumexp, grad_out,
     grad_logsumexp (address 0 for none), delta, grad_query. bias_grads: of every unit, or empty.
-    extra_grads: of every unit `most` keys, then as many values, or empty. work: as in `forward`,
-    then a gradient of the output and gradients of scores. lists, extras: as in `forward`.
+    extra_grads: of every unit `most` keys, which are still to be scaled, then as many values, or
+    empty. grad_scale: the factor of the gradients of queries and keys. work: as in `forward`, then
+    a gradient of the output and gradients of scores. lists, extras: as in `forward`.
     """
     width, width_v, longest = padded(dim), padded(dim_v), padded(longest)
     one, scale, infinity = work.dtype.type(1), work.dtype.type(scale), work.dtype.type(np.inf)
+    grad_scale = work.dtype.type(grad_scale)
     zero, forth, biased = work.dtype.type(0), np.int64(1), rpb.size > 0
     axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
     rpb, extents = start_of(rpb), start_of(extents)
@@ -921,17 +951,18 @@ def backward_queries(
                 if only_delta:
                     continue
                 fill(result, width, zero)
-                if count + extra:
-                    get_row(query_at, batch, head, row, ahead, kind, dim, width, scale, query)
+                lse = numbers_at(locate_row(lse_at, batch, head, row), keys)[0]
+                if lse != -infinity:
+                    get_row(query_at, batch, head, row, ahead, kind, dim, width, one, query)
                     score(
                         query, after(keys, first * width), width, picks, count, extra_keys,
-                        extra_picks, extra, biased, after(rpb, bias_index(head, row, extents)),
-                        bias_picks, infinity, scores,
+                        extra_picks, extra, scale, biased,
+                        after(rpb, bias_index(head, row, extents)), bias_picks, infinity, scores,
                     )  # fmt: skip
-                    dots(grad_row, after(values, first * width_v), width_v, picks, count, grads)
+                    value_rows = after(values, first * width_v)
+                    dots(grad_row, value_rows, width_v, picks, count, one, grads)
                     more, more_grads = after(scores, padded(count)), after(grads, padded(count))
-                    dots(grad_row, extra_values, width_v, extra_picks, extra, more_grads)
-                    lse = numbers_at(locate_row(lse_at, batch, head, row), keys)[0]
+                    dots(grad_row, extra_values, width_v, extra_picks, extra, one, more_grads)
                     score_gradients(scores, grads, padded(count) + padded(extra), lse, delta)
                     accumulate(grads, after(keys, first * width), width, picks, count, result)
                     accumulate(more_grads, extra_keys, width, extra_picks, extra, result)
@@ -944,14 +975,14 @@ def backward_queries(
                         out = after(extra_grads, unit * most * (width + width_v))
                         scatter(more_grads, extra, query, width, out)
                         scatter(more, extra, grad_row, width_v, after(out, most * width))
-                put_row(grad_query_at, batch, head, row, kind, dim, scale, result)
+                put_row(grad_query_at, batch, head, row, kind, dim, grad_scale, result)
 
 
 @entry
 def backward_keys(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
-    scale: float, heads: int, group: int, dim: int, dim_v: int, rpb: Floats, extents: Ints,
-    capacity: int, longest: int, rows: int, work: Floats, lists: Ints,
+    scale: float, grad_scale: float, heads: int, group: int, dim: int, dim_v: int, rpb: Floats,
+    extents: Ints, capacity: int, longest: int, rows: int, work: Floats, lists: Ints,
 ) -> None:  # fmt: skip
     """The gradients of keys and values, summed over the queries that see them.
 
@@ -962,6 +993,7 @@ def backward_keys(
     """
     width, width_v, longest = padded(dim), padded(dim_v), padded(longest)
     one, scale, zero = work.dtype.type(1), work.dtype.type(scale), work.dtype.type(0)
+    infinity, grad_scale = work.dtype.type(np.inf), work.dtype.type(grad_scale)
     single, back, floating, biased = np.int64(1), np.int64(-1), np.int64(FLOATING), rpb.size > 0
     axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
     rpb, extents = start_of(rpb), start_of(extents)
@@ -1001,10 +1033,15 @@ def backward_keys(
         fill(grad_values, members * width_v, zero)
         ahead = 2 * axes[2 * AXIS_SIZE + DILATION]
         for head in range(head_kv * group, (head_kv + 1) * group):
-            pack(query_at, batch, head, axes, box, kind, dim, width, scale, queries)
+            pack(query_at, batch, head, axes, box, kind, dim, width, one, queries)
             pack(grad_out_at, batch, head, axes, box, kind, dim_v, width_v, one, grad_rows)
             pack(lse_at, batch, head, axes, box, floating, single, single, one, lse)
             pack(delta_at, batch, head, axes, box, floating, single, single, one, delta)
+            # A query that attends to nothing gives nothing, whatever it and its gradient hold.
+            for j in range(seen(box, 0) * seen(box, 1) * seen(box, 2)):
+                if lse[j] == -infinity:
+                    fill(after(queries, j * width), width, zero)
+                    fill(after(grad_rows, j * width_v), width_v, zero)
             row[LISTED] = -1
             for index in range(members):
                 count, first = open_row(
@@ -1014,16 +1051,18 @@ def backward_keys(
                 get_row(value_at, batch, head_kv, row, ahead, kind, dim_v, width_v, one, value)
                 window = after(queries, first * width)
                 window_grads = after(grad_rows, first * width_v)
-                dots(key, window, width, picks, count, scores)
-                dots(value, window_grads, width_v, picks, count, grads)
+                dots(key, window, width, picks, count, scale, scores)
+                dots(value, window_grads, width_v, picks, count, one, grads)
                 if biased:
                     bias = after(rpb, bias_index(head, row, extents))
                     for j in range(count):
                         scores[j] += bias[bias_picks[j]]
                 window_lse, window_delta = after(lse, first), after(delta, first)
                 for j in range(count):
-                    scores[j] -= window_lse[picks[j]]
-                    grads[j] -= window_delta[picks[j]]
+                    logsumexp = window_lse[picks[j]]
+                    empty = logsumexp == -infinity
+                    scores[j] = -infinity if empty else scores[j] - logsumexp
+                    grads[j] = zero if empty else grads[j] - window_delta[picks[j]]
                 score_gradients(scores, grads, padded(count), zero, zero)
                 accumulate(grads, window, width, picks, count, after(grad_keys, index * width))
                 accumulate(
@@ -1032,8 +1071,9 @@ def backward_keys(
         for index in range(members):
             open_row(index, axes, items, box, back, extents, picks, bias_picks, row)
             put_row(
-                grad_key_at, batch, head_kv, row, kind, dim, one, after(grad_keys, index * width)
-            )
+                grad_key_at, batch, head_kv, row, kind, dim, grad_scale,
+                after(grad_keys, index * width),
+            )  # fmt: skip
             put_row(
                 grad_value_at, batch, head_kv, row, kind, dim_v, one,
                 after(grad_values, index * width_v),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
@@ -15,6 +16,8 @@ from natten.window import Axis, bounds_table
 # Keys and values of a box this large stay in a core's own cache; copying the halo is still cheap.
 MAX_BOX_BYTES = 1 << 20
 MIN_BOX_BYTES = 1 << 18
+# Units of a batch entry where their number may depend on nothing else.
+FIXED_UNITS = 16
 # Multiply-adds that are worth a thread of their own: about a fifth of a millisecond.
 WORK_PER_THREAD = 2_000_000
 
@@ -125,7 +128,13 @@ class Sweep:
 
 
 def make_sweep(
-    sides: tuple[Side, ...], outer: int, row_work: int, token_bytes: int, budget: int, threads: int
+    sides: tuple[Side, ...],
+    outer: int,
+    row_work: int,
+    token_bytes: int,
+    budget: int,
+    threads: int,
+    least: int | None = None,
 ) -> Sweep:
     """Cut the rows into boxes.
 
@@ -136,18 +145,20 @@ def make_sweep(
         token_bytes: Scratch memory for each token that a box sees.
         budget: Scratch memory that a box should not exceed.
         threads: Available threads.
+        least: Units to make if possible; by default, what keeps the threads busy.
     """
     sizes = [side.items[:, 1] - side.items[:, 0] for side in sides]
     longest = prod(int(size.max(initial=0)) for size in sizes)
     pairs = outer * prod(int(size.sum()) for size in sizes)
     threads = max(1, min(threads, pairs * row_work // WORK_PER_THREAD))
-    wanted = 4 * threads if threads > 1 else 1
+    if least is None:
+        least = 4 * threads if threads > 1 else 1
     tiles = [max((r.count for r in side.residues), default=1) for side in sides]
     while True:
         blocks = [side.blocks(tile) for side, tile in zip(sides, tiles, strict=True)]
         capacity = prod(max((b[4] - b[3] for b in part), default=0) for part in blocks)
         units = outer * prod(map(len, blocks))
-        small = capacity * token_bytes <= budget and units >= wanted
+        small = capacity * token_bytes <= budget and units >= least
         if small or max(tiles) <= 1 or units == 0:
             break
         widest = tiles.index(max(tiles))
@@ -218,16 +229,22 @@ def scratch_bytes(problem: Problem) -> int:
 
 
 @lru_cache(maxsize=256)
-def query_sweep(problem: Problem, threads: int) -> Sweep:
-    """The sweep over queries. Scratch memory stays under the size of the output where it can."""
-    output = prod(problem.output_shape) * problem.dtype.itemsize
+def query_sweep(problem: Problem, threads: int, fixed: bool = False) -> Sweep:
+    """The sweep over queries. Scratch memory stays under the size of the output where it can.
+
+    With ``fixed``, neither the batch nor the threads change the boxes, for sums over boxes.
+    """
+    output = prod(problem.output_shape) * problem.dtype.itemsize // (2 * threads)
+    if fixed:
+        output = MAX_BOX_BYTES
     return make_sweep(
         sides_of(problem).queries,
         problem.batch * problem.heads_kv,
         (problem.head_dim + problem.head_dim_v) * problem.heads // problem.heads_kv,
         scratch_bytes(problem),
-        min(max(output // (2 * threads), MIN_BOX_BYTES), MAX_BOX_BYTES),
+        min(max(output, MIN_BOX_BYTES), MAX_BOX_BYTES),
         threads,
+        FIXED_UNITS * problem.batch if fixed else None,
     )
 
 
@@ -248,6 +265,19 @@ def bias_extents(problem: Problem) -> np.ndarray:
     """Extents of the relative position bias of a head, padded to three axes."""
     kernel = (1,) * (3 - problem.rank) + problem.kernel_size
     return np.array([2 * k - 1 for k in kernel], np.int64)
+
+
+def array_of(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor as an array, which is valid for as long as the tensor is.
+
+    ``Tensor.numpy()`` forbids for ever that the storage is resized, which sharded training does
+    with parameters.
+    """
+    dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+    if not tensor.numel():
+        return np.empty(tensor.shape, dtype)
+    memory = (ctypes.c_byte * tensor.nbytes).from_address(tensor.data_ptr())
+    return np.ndarray(tensor.shape, dtype, memory)
 
 
 def element_strides(tensor: torch.Tensor) -> tuple[int, ...]:

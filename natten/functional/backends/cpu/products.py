@@ -19,6 +19,7 @@ from torch import Tensor
 
 from natten.functional.backends.cpu import parallel
 from natten.functional.backends.cpu.kernels import entry
+from natten.functional.backends.cpu.plan import array_of
 from natten.functional.backends.gather import keys_of_queries, queries_of_keys
 from natten.window import Axis
 
@@ -92,7 +93,7 @@ def _tables(axes: tuple[Axis, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         for v in zip(*((axis.length, axis.dilation, axis.kernel_size) for axis in axes))
     ]
     windows, inverses = (
-        [torch.stack(neighbors(axis), dim=1).numpy() for axis in axes]
+        [torch.stack(neighbors(axis, "cpu"), dim=1).numpy() for axis in axes]
         for neighbors in (keys_of_queries, queries_of_keys)
     )
     return (*numbers, *windows), tuple(inverses)
@@ -108,8 +109,8 @@ def _run(
     """Run a loop over all rows of ``out`` ``[units, tokens, ...]``, which holds zeros."""
     rows = out.shape[0] * out.shape[1]
     piece = max(1, PIECE // max(row_work, 1))
-    arrays = [t.detach().contiguous().numpy() for t in tensors]
-    arrays.append(out.numpy())
+    tensors = tuple(t.contiguous() for t in tensors)
+    arrays = [array_of(t) for t in (*tensors, out)]
     pieces = count()
 
     def task() -> None:

@@ -8,7 +8,9 @@ they take; there is no C++ here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -17,18 +19,21 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from natten import devices
 from natten.context import Preferences, preferences
+from natten.devices import Device
 from natten.devices import capability as _capability
 from natten.devices import multiprocessors as _multiprocessors
 from natten.devices import shared_memory as _device_memory
 from natten.functional.backends.triton import launch, tiles, wide
 from natten.functional.backends.triton.launch import BackwardTilings
-from natten.functional.backends.triton.tiles import Tiling
+from natten.functional.backends.triton.tiles import Chip, Tiling
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem, Unavailable
 
-MAX_HEAD_DIM = 256
-# Shared memory of a program on the smallest GPU that can run a backend, in bytes.
-_DEFAULT_SHARED_MEMORY = 64 * 1024
+# In float32, operands of wider heads would not stay in registers.
+MAX_HEAD_DIM, MAX_FLOAT32_HEAD_DIM = 1024, 256
+# The GPU that is planned for where the interpreter runs kernels.
+_INTERPRETED = Chip(227 * 1024)
 # Bytes of float32 sums of a backward pass that are not worth a second launch.
 _SMALL_SUMS = 2**26
 
@@ -43,6 +48,14 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def _chip(problem: Problem) -> Chip:
+    """What the problem's GPU offers to a program."""
+    if problem.device.type != "cuda":
+        return _INTERPRETED
+    index = problem.device.index
+    return Chip(_device_memory(index), tiles.products(_capability(index)))
 
 
 class _Backend:
@@ -73,41 +86,99 @@ class _Backend:
         if problem.dtype not in self.dtypes:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             return f"it takes {names}, not {str(problem.dtype).removeprefix('torch.')}"
-        if problem.head_dim > MAX_HEAD_DIM:
-            return f"head_dim must be at most {MAX_HEAD_DIM}, got {problem.head_dim}"
-        return self._problem_refusal(problem)
+        most = MAX_FLOAT32_HEAD_DIM if problem.dtype == torch.float32 else MAX_HEAD_DIM
+        if problem.head_dim > most:
+            return f"head_dim must be at most {most} in {problem.dtype}, got {problem.head_dim}"
+        reason = self._problem_refusal(problem)
+        if reason is not None:
+            return reason
+        slices = wide.sliced(problem)
+        if not tiles.any_fit(slices.problem if slices else problem, _chip(problem)):
+            return (
+                f"head_dim {problem.head_dim} in {problem.dtype} takes more shared memory than "
+                "this GPU has"
+            )
+        return None
 
     def _problem_refusal(self, problem: Problem) -> str | None:
         return None
 
-    def _shared_memory(self, problem: Problem) -> int:
-        if problem.device.type != "cuda":
-            return _DEFAULT_SHARED_MEMORY
-        return _device_memory(problem.device.index)
-
     def _choose(
         self, problem: Problem, kind: str, query: Any = None, key: Any = None, apart: bool = False
     ) -> Tiling:
-        memory = self._shared_memory(problem)
-        return tiles.choose(problem, kind, self.tma, memory, query, key, apart)
+        return self._existing(problem, kind, self.tma, query, key, apart)
+
+    def _existing(
+        self,
+        problem: Problem,
+        kind: str,
+        tma: bool,
+        query: Any = None,
+        key: Any = None,
+        apart: bool = False,
+    ) -> Tiling:
+        """What `tiles.choose` finds, or the reason why it finds nothing."""
+        chip = _chip(problem)
+        tiling = tiles.choose(problem, kind, tma, chip, query, key, apart)
+        if tiling is not None:
+            return tiling
+        room = f"{chip.shared_memory} bytes of shared memory that a program has on this GPU"
+        if query is None:
+            raise NotImplementedError(
+                f"no tiles of head_dim {problem.head_dim} and head_dim_v {problem.head_dim_v} in "
+                f"{problem.dtype} fit into the {room}"
+            )
+        prefix, valid = "backward_", self.backward_configs(problem)
+        if kind == tiles.FORWARD:
+            prefix, valid = "", _Backend.configs(self, problem)
+        raise ValueError(
+            f"{prefix}q_tile_shape and {prefix}kv_tile_shape must be a pair that fits into the "
+            f"{room}, got {query}/{key}" + "".join(f"; {q}/{kv} does" for q, kv in valid[:1])
+        )
+
+    def _first_fitting(
+        self, problem: Problem, sizes: Iterable[tuple[int, int]], apart: bool = False
+    ) -> Tiling:
+        """The forward tiling of the first of these numbers of queries and keys that fits."""
+        chip = _chip(problem)
+        for queries, keys in sizes:
+            pair = tiles.best_shapes(problem, queries, keys)
+            tiling = tiles.choose(problem, tiles.FORWARD, self.tma, chip, *pair, apart)
+            if tiling is not None:
+                return tiling
+        return self._choose(problem, tiles.FORWARD)
 
     def forward_tiling(self, problem: Problem, config: Config) -> Tiling:
         """The tiling of the forward pass: the caller's tiles, or the cost model's."""
+        return self._forward_tiling(problem, config, devices.pretended())
+
+    # Backends are few and live as long as the process.
+    @lru_cache(maxsize=4096)  # noqa: B019
+    def _forward_tiling(self, problem: Problem, config: Config, _: Device | None) -> Tiling:
+        return self._new_forward_tiling(problem, config)
+
+    def _new_forward_tiling(self, problem: Problem, config: Config) -> Tiling:
         return self._choose(problem, tiles.FORWARD, config.q_tile_shape, config.kv_tile_shape)
 
     def backward_tilings(self, problem: Problem, config: Config) -> BackwardTilings:
         """The tilings of the backward pass."""
-        return self._backward_tilings(problem, config, preferences())
+        return self._backward_tilings(problem, config, preferences(), devices.pretended())
 
-    # Backends are few and live as long as the process.
+    def _refuse(self, problem: Problem, error: launch.TooLargeError) -> None:
+        """Never again choose tiles that turned out to be too large. Next time others are found, or
+        it is said why there are none."""
+        if not tiles.refuse(error.tiling, problem, error.kind, _chip(problem)):
+            raise error
+        self._forward_tiling.cache_clear()
+        self._backward_tilings.cache_clear()
+
     @lru_cache(maxsize=4096)  # noqa: B019
     def _backward_tilings(
-        self, problem: Problem, config: Config, now: Preferences
+        self, problem: Problem, config: Config, now: Preferences, _: Device | None
     ) -> BackwardTilings:
         fixed = (config.backward_q_tile_shape, config.backward_kv_tile_shape)
         query = self._choose(problem, tiles.QUERY_GRADIENT, *fixed)
         key_value = self._choose(problem, tiles.KEY_VALUE_GRADIENT, *fixed)
-        memory = self._shared_memory(problem)
         loops = 0 if config.backward_kv_splits is None else prod(config.backward_kv_splits)
         if not problem.num_additional:
             together = self._together(problem, config, now, query, key_value)
@@ -115,7 +186,7 @@ class _Backend:
             launches = 1 if now.memory == "unrestricted" or sums <= _SMALL_SUMS else 2
             return BackwardTilings(query, key_value, key_value, 1, loops, together, launches)
         dense = launch.dense_problem(problem, problem.num_queries, problem.num_additional)
-        additional = tiles.choose(dense, tiles.KEY_VALUE_GRADIENT, False, memory)
+        additional = self._existing(dense, tiles.KEY_VALUE_GRADIENT, False)
         splits = 1
         if now.kv_parallelism and now.memory != "strict":
             # Few tiles of additional keys, each with all queries to visit: divide the queries.
@@ -139,9 +210,14 @@ class _Backend:
         slices = wide.sliced(problem)
         if slices is not None:
             problem, tensors = slices.problem, slices.inputs(tensors)
-        tiling = self.forward_tiling(problem, config)
         with _on(problem.device):
-            out, lse = launch.forward(problem, tiling, *tensors)  # type: ignore[arg-type]
+            while True:
+                tiling = self.forward_tiling(problem, config)
+                try:
+                    out, lse = launch.forward(problem, tiling, *tensors)  # type: ignore[arg-type]
+                    break
+                except launch.TooLargeError as error:
+                    self._refuse(problem, error)
         if slices is None:
             return out, lse
         return slices.join(out), slices.first(lse)  # type: ignore[return-value]
@@ -163,25 +239,33 @@ class _Backend:
             grad_out, grad_lse = slices.split(grad_out), slices.only_first(grad_lse)  # type: ignore[assignment]
             outputs = slices.split(out), slices.repeat(lse, -1)
             tensors = (*slices.inputs(tuple(inputs)), *outputs, needs)
-        tilings = self.backward_tilings(problem, config)
-        options = tilings, config.backward_use_pt_reduction, preferences().deterministic
+        options = config.backward_use_pt_reduction, preferences().deterministic
         with _on(problem.device):
-            gradients = launch.backward(
-                problem, *options, grad_out, grad_lse, *tensors, destinations
-            )
+            while True:
+                tilings = self.backward_tilings(problem, config)
+                try:
+                    gradients = launch.backward(
+                        problem, tilings, *options, grad_out, grad_lse, *tensors, destinations
+                    )
+                    break
+                except launch.TooLargeError as error:
+                    self._refuse(problem, error)
         return gradients if slices is None else slices.gradients(gradients)
 
     def configs(self, problem: Problem) -> list[Any]:
         """(query tile, key tile) pairs of the forward pass; the default first."""
-        return self._listed(problem, tiles.FORWARD, self.forward_tiling(problem, DEFAULT_CONFIG))
+        default = self.forward_tiling(problem, DEFAULT_CONFIG)
+        return self._listed(problem, (tiles.FORWARD,), default)
 
     def backward_configs(self, problem: Problem) -> list[Any]:
         """(query tile, key tile) pairs of the backward pass; the default first."""
         found = self.backward_tilings(problem, DEFAULT_CONFIG)
-        return self._listed(problem, tiles.KEY_VALUE_GRADIENT, found.together or found.key_value)
+        # A named pair is that of both kernels.
+        kinds = tiles.QUERY_GRADIENT, tiles.KEY_VALUE_GRADIENT
+        return self._listed(problem, kinds, found.together or found.key_value)
 
-    def _listed(self, problem: Problem, kind: str, default: Tiling) -> list[Any]:
-        return tiles.listed(problem, kind, default, self._shared_memory(problem), self.largest_tile)
+    def _listed(self, problem: Problem, kinds: tuple[str, ...], default: Tiling) -> list[Any]:
+        return tiles.listed(problem, kinds, default, _chip(problem), self.largest_tile)
 
 
 class _Cutlass(_Backend):
@@ -230,7 +314,7 @@ class _Hopper(_Descriptors):
         """Whether there is a kernel whose groups of warps run apart; no interpreter knows it."""
         return not interpreted() and launch.specialized() is not None
 
-    def forward_tiling(self, problem: Problem, config: Config) -> Tiling:
+    def _new_forward_tiling(self, problem: Problem, config: Config) -> Tiling:
         """The tiling that the schedule asks for, among those the caller's tiles allow.
 
         "non": a program for each tile. "coop": programs that stay, and two warp groups share a
@@ -244,20 +328,20 @@ class _Hopper(_Descriptors):
             apart = self._has_apart() and schedule is None
             return self._choose(problem, tiles.FORWARD, query, key, apart)
         apart = self._has_apart() and schedule == "pp" and tiles.suits_apart(problem)
+        if query is None and apart:
+            query, key = tiles.best_apart_shapes(problem, 128, 128)
         if query is None:
-            if apart:
-                query, key = tiles.best_apart_shapes(problem, 128, 128)
-            else:
-                columns = 64 if schedule == "pp" or problem.head_dim > 64 else 128
-                rows = 64 if schedule == "pp" else 128
-                query, key = tiles.best_shapes(problem, rows, columns)
-        tiling = self._choose(problem, tiles.FORWARD, query, key, apart)
+            rows = 64 if schedule == "pp" else 128
+            columns = 64 if schedule == "pp" or problem.head_dim > 64 else 128
+            tiling = self._first_fitting(problem, ((rows, columns), (rows, 32)))
+        else:
+            tiling = self._choose(problem, tiles.FORWARD, query, key, apart)
         if tiling.apart:
             return tiling
-        warps = 8 if schedule == "coop" else 4
+        warps = 8 if schedule == "coop" else tiling.warps
         resident = 1 if schedule == "coop" else 2
         programs = resident * (132 if interpreted() else _multiprocessors(problem.device.index))
-        return tiles.persistent(tiling, programs, False, warps)
+        return tiles.persistent(tiling, programs, warps)
 
     def _together(
         self, problem: Problem, config: Config, now: Preferences, query: Tiling, key_value: Tiling
@@ -276,13 +360,21 @@ class _Hopper(_Descriptors):
         asked = config.backward_q_tile_shape, config.backward_kv_tile_shape
         if asked[0] is None or asked[1] is None:
             faster = tiles.is_faster_together(problem, query, key_value)
-            return tiles.together(problem) if faster else None
-        return tiles.together(problem, *asked) if tiles.are_together(problem, *asked) else None
+            found = tiles.together(problem) if faster else None
+        else:
+            found = tiles.together(problem, *asked) if tiles.are_together(problem, *asked) else None
+        if found is None or not tiles.fits(
+            found, problem, tiles.KEY_VALUE_GRADIENT, _chip(problem)
+        ):
+            return None
+        return found
 
     def configs(self, problem: Problem) -> list[Any]:
         """((query tile, key tile), schedule) of the forward pass; the default first."""
         rows = {"non": (64, 128), "coop": (128,), "pp": (64,)}
-        apart = self._has_apart() and tiles.suits_apart(problem)
+        # With a bias, say, the kernel whose warp groups run apart does not run, and the same tiles
+        # are those of programs that stay: whether a pair is listed depends on query, key and value.
+        apart = self._has_apart() and tiles.has_apart_heads(problem)
         return [
             (pair, schedule)
             for pair in super().configs(problem)
@@ -307,19 +399,26 @@ class _Blackwell(_Descriptors):
             return f"it needs a Blackwell GPU (10.0, 10.3), and this GPU has {_dotted(capability)}"
         return None
 
-    def forward_tiling(self, problem: Problem, config: Config) -> Tiling:
+    def _new_forward_tiling(self, problem: Problem, config: Config) -> Tiling:
         """Tiles of 128 queries, a matrix instruction's rows, and specialized warps."""
-        query, key = config.q_tile_shape, config.kv_tile_shape
-        if query is None:
-            query, key = tiles.best_shapes(problem, 128, 64)
-        tiling = self._choose(problem, tiles.FORWARD, query, key)
-        warps = 8 if problem.head_dim > 64 or prod(query) > 128 else 4
-        # Warps specialize around descriptor loads.
-        specialize = tiling.tma and not interpreted()
+        if config.q_tile_shape is None:
+            tiling = self._first_fitting(problem, ((128, 64), (128, 32)))
+        else:
+            named = config.q_tile_shape, config.kv_tile_shape
+            tiling = self._choose(problem, tiles.FORWARD, *named)
+        rows = prod(tiling.query)
+        warps = 8 if problem.head_dim > 64 or rows > 128 else 4
         programs = 0
         if config.run_persistent_kernel:
             programs = 148 if interpreted() else _multiprocessors(problem.device.index)
-        return tiles.persistent(tiling, programs, specialize, warps)
+        tiling = tiles.persistent(tiling, programs, warps)
+        # Warps specialize around descriptor loads and the products of Blackwell.
+        specialized = replace(tiling, specialize=tiling.tma and rows >= 64 and not interpreted())
+        return (
+            specialized
+            if tiles.fits(specialized, problem, tiles.FORWARD, _chip(problem))
+            else tiling
+        )
 
 
 CUTLASS, HOPPER, BLACKWELL = _Cutlass(), _Hopper(), _Blackwell()

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from natten.devices import capability
@@ -23,7 +24,14 @@ from natten.functional.backends.triton.backward import (
 )
 from natten.functional.backends.triton.bias import bias_gradient_kernel, bias_table_kernel
 from natten.functional.backends.triton.forward import forward_kernel
-from natten.functional.backends.triton.tiles import Tiling, half
+from natten.functional.backends.triton.tiles import (
+    FORWARD,
+    KEY_VALUE_GRADIENT,
+    QUERY_GRADIENT,
+    Tiling,
+    block,
+    half,
+)
 from natten.functional.problem import Problem
 
 # Tables that the bias gradient is summed in, and how many numbers they hold at most.
@@ -151,11 +159,6 @@ def _descriptor(tensor: Tensor, tile: tuple[int, ...], make: Any = TensorDescrip
     descriptor = object.__new__(kind)
     vars(descriptor).update(fields, base=tensor)
     return descriptor
-
-
-def block(features: int) -> int:
-    """Features of a tile: a power of two, at least what a matrix product takes."""
-    return max(16, triton.next_power_of_2(features))
 
 
 def _tile_counts(
@@ -301,12 +304,27 @@ def _register_limit(tiling: Tiling, sums_bias: bool) -> dict[str, int]:
     return {"maxnreg": _BIAS_REGISTERS}
 
 
+class TooLargeError(RuntimeError):
+    """The tiles of a kernel take more of a GPU than it has.
+
+    Attributes:
+        tiling: How the kernel was to divide its work.
+        kind: Which kernel it was, as `tiles.choose` calls it.
+    """
+
+    def __init__(self, tiling: Tiling, kind: str, reason: OutOfResources) -> None:
+        super().__init__(f"tiles {tiling.query}/{tiling.key} of the {kind} kernel: {reason}")
+        self.tiling, self.kind = tiling, kind
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A kernel's programs, and all its arguments but the tensors."""
 
     programs: int
     options: dict[str, Any]
+    # What the programs are made of, and for which kernel; None where no tiles are chosen.
+    tiles: tuple[Tiling, str] | None = None
     # Compiled kernels, by what Triton specializes on besides `options`.
     compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = field(default_factory=dict)
 
@@ -332,7 +350,12 @@ def _run(kernel: Any, programs: int, plan: _Plan, *tensors: Any, **options: Any)
     identity = (programs, *kinds, *options.values())
     found = plan.compiled.get(identity)
     if found is None or _observed():
-        compiled = kernel[(programs,)](*tensors, **plan.options, **options)
+        try:
+            compiled = kernel[(programs,)](*tensors, **plan.options, **options)
+        except OutOfResources as error:
+            if plan.tiles is None:
+                raise
+            raise TooLargeError(*plan.tiles, error) from error
         if compiled is not None and hasattr(compiled, "packed_metadata"):
             values = {**plan.options, **options}
             rest = kernel.arg_names[len(tensors) :]
@@ -457,7 +480,14 @@ def _plan(
         **{name: _steps(stride, unit) for name, stride in written.items()},
     }
     accepted = {*kernel.arg_names, "num_warps"}
-    return _Plan(programs, {name: v for name, v in options.items() if name in accepted})
+    kind = KEY_VALUE_GRADIENT if inverse else FORWARD
+    if kernel is query_gradient_kernel:
+        kind = QUERY_GRADIENT
+    return _Plan(
+        programs,
+        {name: v for name, v in options.items() if name in accepted},
+        (tiling, kind),
+    )
 
 
 def _allocate(

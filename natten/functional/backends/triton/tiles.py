@@ -8,25 +8,32 @@ tables below. Nothing is timed at run time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton import next_power_of_2
 
 from natten import window
-from natten.devices import capability
 from natten.functional.problem import Problem
 from natten.window import Axis
 
 Shape = tuple[int, ...]
+# Tokens of the smallest tile: a matrix product takes no less.
+_LEAST_TOKENS = 16
 # Bytes of shared memory that only GPUs for data centers have.
 _ROOMY = 128 * 1024
 # Column tiles have up to 2 ** _MAX_LOG tokens along an axis.
 _MAX_LOG = 9
+
+
+def block(features: int) -> int:
+    """Features of a tile: a power of two, at least what a matrix product takes."""
+    return max(16, next_power_of_2(features))
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ _FORWARD: dict[int, tuple[_Size, ...]] = {
     64: (_Size(64, 128, 4, 2, 1.0), _Size(64, 64, 4, 3, 0.93), _Size(128, 64, 4, 3, 1.05)),
     128: (_Size(128, 128, 8, 3, 1.0), _Size(64, 64, 4, 3, 0.97), _Size(128, 64, 4, 2, 1.03)),
     256: (_Size(64, 64, 4, 2, 1.0), _Size(128, 64, 8, 2, 1.0)),
+    512: (_Size(64, 64, 4, 2, 1.0),),
+    1024: (_Size(64, 32, 4, 1, 1.0),),
 }
 _FORWARD_SPLIT: dict[int, tuple[_Size, ...]] = {
     **_FORWARD,
@@ -95,6 +104,8 @@ _QUERY_GRADIENT: dict[int, tuple[_Size, ...]] = {
     64: (_Size(64, 64, 4, 3, 1.0),),
     128: (_Size(64, 64, 4, 2, 1.0),),
     256: (_Size(64, 32, 4, 2, 1.0),),
+    512: (_Size(64, 32, 8, 2, 1.0),),
+    1024: (_Size(64, 16, 8, 1, 1.0),),
 }
 _QUERY_GRADIENT_SPLIT: dict[int, tuple[_Size, ...]] = {
     **_QUERY_GRADIENT,
@@ -106,6 +117,8 @@ _KEY_VALUE_GRADIENT: dict[int, tuple[_Size, ...]] = {
     64: (_Size(64, 64, 4, 3, 1.0),),
     128: (_Size(64, 64, 4, 2, 1.0),),
     256: (_Size(64, 32, 8, 1, 1.0),),
+    512: (_Size(64, 32, 8, 1, 1.0),),
+    1024: (_Size(64, 16, 8, 1, 1.0),),
 }
 # Of the kernel that computes all gradients in one pass. Rows are keys; the rate is that of its five
 # products against the seven of two kernels.
@@ -263,12 +276,19 @@ def is_apart(rows: int, columns: int) -> bool:
     return rows == 128 and columns in (64, 128)
 
 
-def suits_apart(problem: Problem) -> bool:
-    """Whether the kernel whose groups of warps run apart can run the problem."""
+def has_apart_heads(problem: Problem) -> bool:
+    """Whether the kernel whose groups of warps run apart knows heads like those of the problem."""
     return (
         problem.head_dim in _APART
         and problem.head_dim_v in _APART
         and problem.dtype != torch.float32
+    )
+
+
+def suits_apart(problem: Problem) -> bool:
+    """Whether the kernel whose groups of warps run apart can run the problem."""
+    return (
+        has_apart_heads(problem)
         and not problem.has_rpb
         # It loads whole tiles of additional keys, whatever they hold behind a length.
         and not problem.has_lengths
@@ -320,16 +340,16 @@ def is_faster_together(problem: Problem, query: Tiling, key_value: Tiling) -> bo
     return _together_cost(problem, tiling.query, tiling.key) / rate < separate
 
 
-def _sizes(problem: Problem, kind: str, split: bool) -> tuple[_Size, ...]:
+def _sizes(problem: Problem, kind: str, split: bool, chip: Chip) -> tuple[_Size, ...]:
     if problem.dtype == torch.float32:
         # Twice the memory a token, and three products for one: small tiles.
         features = max(problem.head_dim, problem.head_dim_v)
         return (_Size(64 if features <= 128 else 32, 64 if features <= 32 else 32, 4, 2, 1.0),)
     features = next_power_of_2(max(problem.head_dim, problem.head_dim_v, 32))
-    if problem.device.type == "cuda" and capability(problem.device.index) < (9, 0):
+    if chip.products in ("turing", "ampere"):
         # Without warp-group products, which read shared memory, large tiles spill registers.
         split = False
-    return _TABLES[kind][split][min(features, 256)]
+    return _TABLES[kind][split][features]
 
 
 def _splits(problem: Problem, pair: tuple[Shape, Shape], inverse: bool) -> bool:
@@ -346,33 +366,148 @@ def _whole(problem: Problem, tiling: Tiling, inverse: bool) -> bool:
     return inside == covered
 
 
-def _shared_memory(tiling: Tiling, problem: Problem, kind: str) -> int:
-    """Bytes that the tiles of a program take, about."""
-    query, value = next_power_of_2(problem.head_dim), next_power_of_2(problem.head_dim_v)
+@dataclass(frozen=True)
+class Chip:
+    """What a GPU offers to one program.
+
+    Attributes:
+        shared_memory: Bytes of it.
+        products: Whose matrix instructions it has, which decide what passes through shared memory:
+            "turing", "ampere", "hopper" or "blackwell".
+    """
+
+    shared_memory: int
+    products: str = "hopper"
+
+
+def products(capability: tuple[int, int]) -> str:
+    """Whose matrix instructions a GPU of this compute capability has."""
+    if capability < (8, 0):
+        return "turing"
+    return {9: "hopper", 10: "blackwell"}.get(capability[0], "ampere")
+
+
+# Barriers, and statistics of rows.
+_SMALL_THINGS = 1024
+# Columns of a Blackwell multiprocessor's tensor memory, of 128 numbers each.
+_TENSOR_MEMORY = 512
+
+
+def _shared_memory(tiling: Tiling, problem: Problem, kind: str, products: str = "hopper") -> int:
+    """Bytes that a program takes: close to what the compiler allocates, and not less.
+
+    `tests/test_triton_fits.py` compares them. Tiles of columns are kept in as many places as there
+    are stages, rows for the whole time. What comes on top follows from how products are computed:
+    float32 ones on tensor cores have three parts, of high and low halves of the operands; without
+    a pipeline, tiles and scores change their layout in shared memory.
+    """
+    query, value = block(problem.head_dim), block(problem.head_dim_v)
     rows, columns = prod(tiling.query), prod(tiling.key)
     if kind == KEY_VALUE_GRADIENT:
         rows, columns = columns, rows
     # The forward pass keeps rows of queries; the gradients keep pairs of rows, too.
     kept = rows * (query if kind == FORWARD else query + value)
+    # Specialized warps load ahead as far as the compiler likes.
+    stages = 3 if tiling.specialize else tiling.stages
+    step, widest = columns * (query + value), columns * max(query, value)
+    scores = rows * columns
+    itemsize = problem.dtype.itemsize
+    numbers = kept + stages * step
+    # Scores of a bias go to memory in another layout.
+    biases = 4 * scores // itemsize if kind == QUERY_GRADIENT and problem.has_rpb else 0
     if tiling.apart:
         # The output, between the layout of products and that of memory.
-        kept += rows // 2 * value
-    return (kept + tiling.stages * columns * (query + value)) * problem.dtype.itemsize
-
-
-def _fit(tiling: Tiling, problem: Problem, kind: str, limit: int) -> Tiling:
-    """The tiling with as many stages as fit, and smaller tiles where even one does not."""
-    if _shared_memory(tiling, problem, kind) <= limit:
-        return tiling
-    if tiling.stages > 1:
-        return _fit(replace(tiling, stages=tiling.stages - 1), problem, kind, limit)
-    if prod(tiling.key) > 16:
-        smaller = replace(tiling, key=_halve(tiling.key))
-    elif prod(tiling.query) > 16:
-        smaller = replace(tiling, query=_halve(tiling.query))
+        numbers += rows // 2 * value
+    elif products == "turing":
+        # Copies are not asynchronous: there is one place, and tiles are laid out again.
+        numbers = kept + step + scores + biases
+        if itemsize == 2:
+            numbers += max(2 * rows * max(query, value), widest)
+    elif products == "hopper" and rows >= 64:
+        # Warp-group products read shared memory.
+        parts = kept + columns * abs(query - value)
+        numbers += biases + (parts if itemsize == 4 else 0)
+    elif products == "blackwell" and rows >= 64:
+        # So do these, but for tiles that two products read, once transposed.
+        if stages > 1 and kind != FORWARD:
+            numbers += step if kind == KEY_VALUE_GRADIENT else columns * query
+        numbers += biases + (widest if itemsize == 4 else 0)
+    elif itemsize == 4 and kind == FORWARD:
+        numbers += kept + 2 * scores
+    elif itemsize == 4:
+        later = max(max(stages - 1, 1) * step, stages * widest)
+        numbers = max(numbers, 2 * kept + later) + min(stages, 2) * scores + biases
+    elif stages == 1:
+        numbers += 2 * scores + (widest if rows < 32 else widest // 2)
     else:
-        return tiling
-    return _fit(smaller, problem, kind, limit)
+        numbers += biases // 2
+    taken = numbers * itemsize + _SMALL_THINGS
+    if kind == KEY_VALUE_GRADIENT:
+        # Logsumexp and delta of the columns.
+        taken += 8 * columns * max(stages - 1, 1)
+    return taken + (12 * rows if tiling.specialize else 0)
+
+
+def _tensor_memory(tiling: Tiling, problem: Problem, kind: str) -> float:
+    """Columns of tensor memory that a program takes: of sums, scores, and scores as operands."""
+    query, value = block(problem.head_dim), block(problem.head_dim_v)
+    rows, columns = prod(tiling.query), prod(tiling.key)
+    if kind == KEY_VALUE_GRADIENT:
+        rows, columns = columns, rows
+    sums = {FORWARD: value, QUERY_GRADIENT: query, KEY_VALUE_GRADIENT: query + value}[kind]
+    scores = 1.0
+    if tiling.specialize:
+        scores = 2.5
+    elif tiling.stages > 1:
+        scores = {FORWARD: 1.5, QUERY_GRADIENT: 2.5, KEY_VALUE_GRADIENT: 3.0}[kind]
+    return rows / 128 * (sums + scores * columns)
+
+
+# Tilings that took more than their GPU had, whatever had been estimated.
+_refused: set[tuple[Any, ...]] = set()
+
+
+def _facts(tiling: Tiling, problem: Problem, kind: str, chip: Chip) -> tuple[Any, ...]:
+    """What the memory that a kernel takes depends on, by and large."""
+    sizes = prod(tiling.query), prod(tiling.key), tiling.stages, tiling.apart, tiling.specialize
+    return kind, *sizes, problem.head_dim, problem.head_dim_v, problem.dtype, chip
+
+
+def refuse(tiling: Tiling, problem: Problem, kind: str, chip: Chip) -> bool:
+    """Never choose this tiling again, for a kernel did not run with it. False if that is known."""
+    facts = _facts(tiling, problem, kind, chip)
+    if facts in _refused:
+        return False
+    _refused.add(facts)
+    choose.cache_clear()
+    return True
+
+
+def fits(tiling: Tiling, problem: Problem, kind: str, chip: Chip) -> bool:
+    """Whether a program with this tiling finds the memory it takes."""
+    if _shared_memory(tiling, problem, kind, chip.products) > chip.shared_memory:
+        return False
+    if chip.products == "blackwell" and _tensor_memory(tiling, problem, kind) > _TENSOR_MEMORY:
+        return False
+    return not _refused or _facts(tiling, problem, kind, chip) not in _refused
+
+
+def _fit(tiling: Tiling, problem: Problem, kind: str, chip: Chip, named: bool) -> Tiling | None:
+    """The tiling with as many stages as fit, and smaller tiles where even one does not, unless
+    they are ``named``; None where nothing fits."""
+    while not fits(tiling, problem, kind, chip):
+        # The ring of the kernel whose warp groups run apart has two places at least.
+        if tiling.stages > (2 if tiling.apart else 1):
+            tiling = replace(tiling, stages=tiling.stages - 1)
+        elif named or tiling.apart:
+            return None
+        elif prod(tiling.key) > max(_LEAST_TOKENS, prod(tiling.query) // 2):
+            tiling = replace(tiling, key=_halve(tiling.key))
+        elif prod(tiling.query) > _LEAST_TOKENS:
+            tiling = replace(tiling, query=_halve(tiling.query))
+        else:
+            return None
+    return tiling
 
 
 def _halve(shape: Shape) -> Shape:
@@ -380,9 +515,9 @@ def _halve(shape: Shape) -> Shape:
     return tuple(n // 2 if axis == longest else n for axis, n in enumerate(shape))
 
 
-def persistent(tiling: Tiling, programs: int, specialize: bool, warps: int) -> Tiling:
+def persistent(tiling: Tiling, programs: int, warps: int) -> Tiling:
     """The tiling with ``programs`` programs that take tiles in turn."""
-    return replace(tiling, programs=programs, specialize=specialize, warps=warps)
+    return replace(tiling, programs=programs, warps=warps)
 
 
 # Products below which making descriptors takes the host longer than they save the GPU.
@@ -403,24 +538,31 @@ def choose(
     problem: Problem,
     kind: str,
     tma: bool,
-    shared_memory: int,
+    chip: Chip,
     query: Shape | None = None,
     key: Shape | None = None,
     apart: bool = False,
-) -> Tiling:
+) -> Tiling | None:
     """The tiling with the least estimated time; ``query`` and ``key`` fix the tile shapes.
 
     ``apart`` says that there is a kernel whose groups of warps run apart, and that it may be used.
+    None if nothing fits.
     """
     inverse = kind == KEY_VALUE_GRADIENT
+    named = query is not None and key is not None
     apart = apart and suits_apart(problem)
-    tiling = _choose(problem, kind, inverse, tma, query, key, apart)
-    if shared_memory < _ROOMY:
+    tiling = _choose(problem, kind, inverse, tma, chip, query, key, apart)
+    if tiling.apart and _fit(tiling, problem, kind, chip, named) is None:
+        tiling = _choose(problem, kind, inverse, tma, chip, query, key, False)
+    if chip.shared_memory < _ROOMY:
         # A second program on a multiprocessor hides more than a third tile in flight.
-        while tiling.stages > 2 and 2 * _shared_memory(tiling, problem, kind) > shared_memory:
+        half = Chip(chip.shared_memory // 2, chip.products)
+        while tiling.stages > 2 and not fits(tiling, problem, kind, half):
             tiling = replace(tiling, stages=tiling.stages - 1)
-    tiling = _fit(tiling, problem, kind, shared_memory)
-    return replace(tiling, whole=_whole(problem, tiling, inverse))
+    fitting = _fit(tiling, problem, kind, chip, named)
+    if fitting is None:
+        return None
+    return replace(fitting, whole=_whole(problem, fitting, inverse))
 
 
 def _choose(
@@ -428,33 +570,33 @@ def _choose(
     kind: str,
     inverse: bool,
     tma: bool,
+    chip: Chip,
     query: Shape | None,
     key: Shape | None,
     apart: bool,
 ) -> Tiling:
     if query is not None and key is not None:
-        rows, columns = (prod(t) for t in ((key, query) if inverse else (query, key)))
-        # A warp group of four warps computes 64 rows.
-        warps = 8 if rows >= 128 and max(problem.head_dim, columns) >= 128 else 4
-        size = _Size(rows, columns, warps, 2, 1.0)
-        if apart and is_apart(rows, columns):
+        size = _named_size(problem, kind, prod(query), prod(key))
+        if apart and is_apart(size.rows, size.columns):
             size = size._replace(warps=4, apart=True)
         split = _splits(problem, (query, key), inverse)
         return _make(problem, (query, key), size, split, tma)
-    best: tuple[float, Tiling] | None = None
+    found: list[tuple[bool, float, Tiling]] = []
     for split in (False, True):
-        for size in _sizes(problem, kind, split):
+        for size in _sizes(problem, kind, split, chip):
             queries, keys = (size.columns, size.rows) if inverse else (size.rows, size.columns)
             sums_bias = kind == QUERY_GRADIENT and problem.has_rpb
             pair = best_shapes(problem, queries, keys, inverse, sums_bias)
             if _splits(problem, pair, inverse) != split:
                 continue
-            time = work(problem, *pair, inverse).covered / size.rate
-            if best is None or time < best[0]:
-                best = time, _make(problem, pair, size, split, tma)
-    if best is None:
+            tiling = _make(problem, pair, size, split, tma)
+            fitting = _fit(tiling, problem, kind, chip, True)
+            # Smaller tiles are better than tiles that nothing is loaded ahead of.
+            is_cramped = fitting is None or fitting.stages < min(tiling.stages, 2)
+            found.append((is_cramped, work(problem, *pair, inverse).covered / size.rate, tiling))
+    if not found:
         raise RuntimeError("no tile size suits the problem")
-    time, tiling = best
+    _is_cramped, time, tiling = min(found, key=lambda candidate: candidate[:2])
     if time * problem.heads * problem.batch * problem.head_dim < MIN_TMA_PRODUCTS:
         return replace(tiling, tma=False)
     if apart:
@@ -465,27 +607,79 @@ def _choose(
     return tiling
 
 
+def _named_size(problem: Problem, kind: str, queries: int, keys: int) -> _Size:
+    """How tiles run that the caller names."""
+    rows, columns = (keys, queries) if kind == KEY_VALUE_GRADIENT else (queries, keys)
+    # A warp group of four warps computes 64 rows. Sums of wide heads need the registers of two.
+    is_large = rows >= 128 and max(problem.head_dim, columns) >= 128
+    is_wide = kind != FORWARD and problem.head_dim > 256
+    warps = 8 if is_large or is_wide else 4
+    return _Size(rows, columns, warps, 2, 1.0)
+
+
+def _can_name(problem: Problem, kind: str, chip: Chip, queries: int, keys: int) -> bool:
+    """Whether tiles of so many tokens fit, in as many stages as it may take."""
+    size = _named_size(problem, kind, queries, keys)
+    tiling = Tiling((queries,), (keys,), size.warps, size.stages)
+    return _fit(tiling, problem, kind, chip, True) is not None
+
+
+def any_fit(problem: Problem, chip: Chip) -> bool:
+    """Whether the smallest tiles fit, in all kernels that the problem needs."""
+    kinds = (FORWARD,)
+    if problem.requires_grad:
+        kinds = (FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT)
+    return all(_can_name(problem, kind, chip, _LEAST_TOKENS, _LEAST_TOKENS) for kind in kinds)
+
+
+def _covered(problem: Problem, inverse: bool) -> Callable[[Shape, Shape], float]:
+    """`work(...).covered` for thousands of pairs."""
+    boxes = [problem.query_origin, problem.query_shape, problem.key_origin, problem.key_shape]
+    if inverse:
+        boxes = boxes[2:] + boxes[:2]
+    by_tile = [
+        {1 << n: _axis_work(*axis, 1 << n, inverse).covered for n in range(_MAX_LOG)}
+        for axis in zip(problem.axes, *boxes, strict=True)
+    ]
+
+    def covered(query: Shape, key: Shape) -> float:
+        rows, columns = (key, query) if inverse else (query, key)
+        pairs = 1.0
+        for table, row, column in zip(by_tile, rows, columns, strict=True):
+            pairs *= table[row][column.bit_length() - 1]
+        return pairs
+
+    return covered
+
+
 def listed(
-    problem: Problem, kind: str, default: Tiling, shared_memory: int, largest: int = 128
+    problem: Problem, kinds: tuple[str, ...], default: Tiling, chip: Chip, largest: int
 ) -> list[tuple[Shape, Shape]]:
-    """All (query tile, key tile) pairs that a kernel accepts, the default first, then by work."""
-    inverse = kind == KEY_VALUE_GRADIENT
-    if problem.head_dim > 128 or problem.dtype == torch.float32:
-        largest = 64
-    sizes = [n for n in (32, 64, 128, 256) if n <= largest]
-    longest = 16 if problem.rank == 3 else 128
+    """All (query tile, key tile) pairs that kernels of these kinds accept, the default first, then
+    by work.
 
-    def usual(tokens: int) -> list[Shape]:
-        return [s for s in shapes(tokens, problem.rank) if max(s) <= longest]
+    What they are does not depend on the window, nor on what else is given with query, key and
+    value: whoever has asked without a bias may name a pair with one.
+    """
+    inverse = kinds[-1] == KEY_VALUE_GRADIENT
+    most = replace(problem, has_rpb=True)
 
+    def suit(queries: int, keys: int) -> bool:
+        return all(_can_name(most, kind, chip, queries, keys) for kind in kinds)
+
+    # The smallest tiles are for heads that leave no room for others.
+    least = 32 if suit(64, 64) else _LEAST_TOKENS
+    sizes = [n for n in (16, 32, 64, 128, 256) if least <= n <= largest]
+    shaped = {n: list(shapes(n, problem.rank)) for n in sizes}
     pairs = {
         (q, k)
-        for queries in sizes
-        for keys in sizes
-        for q in usual(queries)
-        for k in usual(keys)
-        if _shared_memory(Tiling(q, k, stages=1), problem, kind) <= shared_memory
+        for queries, keys in product(sizes, sizes)
+        if suit(queries, keys)
+        for q, k in product(shaped[queries], shaped[keys])
     }
-    ordered = sorted(pairs, key=lambda pair: (work(problem, *pair, inverse).covered, pair))
+    covered = _covered(problem, inverse)
+    ordered = sorted(pairs, key=lambda pair: (covered(*pair), pair))
     first = (default.query, default.key)
+    if not suit(prod(first[0]), prod(first[1])):
+        return ordered
     return [first, *(pair for pair in ordered if pair != first)]

@@ -1,0 +1,87 @@
+"""numba's disk cache, which must never be what a call fails by.
+
+numba raises whatever opening, reading or writing its files does: after a crash, on a full disk, or
+where somebody else wrote into them, every call would fail until they are removed. Here the loops
+are compiled instead, and what is damaged is written anew where that is possible.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from hashlib import sha256
+from typing import Any
+
+from numba.core import serialize, sigutils
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
+
+logger = logging.getLogger("natten")
+_warned = False
+
+
+class _Checked(CompileResultCacheImpl):
+    """Compiled code with a checksum: bytes that changed must not run."""
+
+    def reduce(self, cres: Any) -> tuple[bytes, bytes]:
+        data = serialize.dumps(super().reduce(cres))
+        return sha256(data).digest(), data
+
+    def rebuild(self, target_context: Any, payload: tuple[bytes, bytes]) -> Any:
+        digest, data = payload
+        if sha256(data).digest() != digest:
+            raise ValueError("its checksum is wrong")
+        return super().rebuild(target_context, pickle.loads(data))
+
+
+class Cache(FunctionCache):
+    """The cache of one compiled loop. Does without where its files cannot be used, and says so
+    once in a process."""
+
+    _impl_class = _Checked
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled loop for a signature, or None."""
+        try:
+            found = super().load_overload(sig, target_context)
+            # Two processes that start together may both choose one file for different signatures.
+            if found is None or found.signature.args == sigutils.normalize_signature(sig)[0]:
+                return found
+            error: Exception = ValueError("it holds another function's code")
+        except Exception as raised:
+            error = raised
+        _warn(self._file_of(sig, target_context), error)
+        try:
+            self.flush()
+        except Exception:
+            self.disable()
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Write a compiled loop to the disk, if possible."""
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            _warn(self._cache_file._index_path, error)
+            self.disable()
+
+    def _file_of(self, sig: Any, target_context: Any) -> str:
+        """The file that holds a signature's loop; the index if that does not say."""
+        try:
+            key = self._index_key(sig, target_context.codegen())
+            return self._cache_file._data_path(self._cache_file._load_index()[key])
+        except Exception:
+            return self._cache_file._index_path
+
+
+def _warn(file: str, error: Exception) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        logger.warning(
+            "numba's cache cannot be used, so that the CPU kernels are compiled now, in some "
+            "seconds: %s: %s: %s",
+            file, type(error).__name__, error,
+        )  # fmt: skip
+
+
+__all__ = ["Cache"]
