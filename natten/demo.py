@@ -95,7 +95,9 @@ def photograph(height: int) -> Tensor:
 
 def add_noise(image: Tensor) -> Tensor:
     """The picture with the same noise every time."""
-    return image + NOISE * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(image.shape, generator=generator, device="cpu", dtype=image.dtype)
+    return image + NOISE * noise
 
 
 def tokens(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +111,7 @@ def tokens(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     patches = F.unfold(padded, PATCH)[0].T.view(1, height, width, 1, -1)
     channels = patches.shape[-1]
     patches = patches - patches.mean((1, 2), keepdim=True)
-    patches = patches * torch.tensor(SHARPNESS).view(-1, 1) / (NOISE * channels**0.5)
+    patches = patches * patches.new_tensor(SHARPNESS).view(-1, 1) / (NOISE * channels**0.5)
     lengths = patches.square().sum(-1, keepdim=True)
     query = torch.cat([patches, torch.ones_like(lengths)], -1)
     key = torch.cat([patches, -lengths / 2], -1)

@@ -91,10 +91,13 @@ def _variable(name: str) -> str:
 
 def _check(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, bool]:
     """One line, and whether it is bad news."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     query, key, value = (
-        torch.randn(1, 9, 12, 2, 32, generator=generator).to(device, dtype) for _ in range(3)
-    )
+        torch.randn(
+            1, 9, 12, 2, 32, generator=generator, device="cpu", dtype=torch.float32
+        ).to(device, dtype)
+        for _ in range(3)
+    )  # fmt: skip
 
     def attend(dtype: torch.dtype, backend: str) -> Any:
         return neighborhood_attention_generic(

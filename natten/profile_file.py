@@ -107,7 +107,7 @@ def save_profile(path: str | os.PathLike[str], profile: Profile) -> None:
     }
     target = Path(path)
     draft = target.with_name(target.name + ".part")
-    draft.write_text(json.dumps(document, indent=1) + "\n")
+    draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     draft.replace(target)
 
 
@@ -178,7 +178,7 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
         FileNotFoundError: There is no such file.
     """
     try:
-        document = json.loads(Path(path).read_text())
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
         if document["format"] != FORMAT:
             raise ValueError(f"its format is {document['format']!r}")
         if type(document["version"]) is not int or document["version"] != VERSION:

@@ -121,7 +121,8 @@ def _count_group(
     # A group is an axis without dilation.
     inside = axis._replace(length=length, dilation=1)
     bounds = window.inverse_position_bounds if inverse else window.position_bounds
-    first = torch.arange(row_begin // row_tile * row_tile, row_end, row_tile)
+    start = row_begin // row_tile * row_tile
+    first = torch.arange(start, row_end, row_tile, device="cpu")
     last = (first + row_tile).clamp(max=row_end) - 1
     first = first.clamp(min=row_begin)
     (begin, sight_end), (sight, end) = (

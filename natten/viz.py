@@ -101,7 +101,7 @@ def attended_tokens(
     windows = check_window(tuple(shape), kernel_size, stride, dilation, is_causal)
     axes = [window.Axis(*axis) for axis in zip(shape, *windows)]
     place = _checked_position(position, shape)
-    return tuple(torch.tensor(window.attended(*pair)) for pair in zip(place, axes))
+    return tuple(torch.tensor(window.attended(*p), device="cpu") for p in zip(place, axes))
 
 
 def attention_weights(
@@ -141,13 +141,14 @@ def _neighborhoods(
         found = attended_tokens(position, shape, *arguments)
         return tuple(tuple(axis.tolist()) for axis in found)
 
-    owner = torch.full(tuple(shape), -1)
+    owner = torch.full(tuple(shape), -1, device="cpu")
     everyone = list(product(*(range(n) for n in shape)))
     tokens = {query: tokens_of(query) for query in everyone}
     sharing = []
     for number, position in enumerate(positions):
         own = tokens[_checked_position(position, shape)]
-        owner[torch.meshgrid(*(torch.tensor(axis) for axis in own), indexing="ij")] = number
+        box = (torch.tensor(axis, device="cpu") for axis in own)
+        owner[torch.meshgrid(*box, indexing="ij")] = number
         sharing.append([query for query, theirs in tokens.items() if theirs == own])
     return owner, sharing
 
@@ -159,10 +160,10 @@ def _draw_grid(
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
-    image = torch.tensor(to_rgb(_empty_color())).repeat(*owner.shape, 1)
+    image = torch.tensor(to_rgb(_empty_color()), device="cpu").repeat(*owner.shape, 1)
     for y, x in (owner >= 0).nonzero().tolist():
         number = int(owner[y, x]) % len(TOKEN_COLORS)
-        image[y, x] = torch.tensor(to_rgb(TOKEN_COLORS[number]))
+        image[y, x] = torch.tensor(to_rgb(TOKEN_COLORS[number]), device="cpu")
         if number:
             axes.add_patch(
                 Rectangle(
@@ -287,10 +288,10 @@ def _draw_context(axes: Axes, count: int) -> None:
 
 def _tile_states(axis: window.Axis, q_tile: int, kv_tile: int) -> Tensor:
     """Of tiles on multiples of their shapes along an axis: 0 skipped, 1 partial, 2 full."""
-    mask = window.grid_mask([axis])
+    mask = window.grid_mask([axis], device="cpu")
     rows = -(-axis.length // q_tile)
     columns = -(-axis.length // kv_tile)
-    states = torch.zeros(rows, columns, dtype=torch.int64)
+    states = torch.zeros(rows, columns, dtype=torch.int64, device="cpu")
     for row, column in product(range(rows), range(columns)):
         tile = mask[row * q_tile : (row + 1) * q_tile, column * kv_tile : (column + 1) * kv_tile]
         states[row, column] = int(tile.any()) + int(tile.all())
@@ -317,7 +318,7 @@ def draw_block_mask(
     rank = len(shape)
     q_tile = int_tuple("q_tile_shape", q_tile_shape, rank)
     kv_tile = int_tuple("kv_tile_shape", kv_tile_shape, rank)
-    states = torch.full((1, 1), 2)
+    states = torch.full((1, 1), 2, device="cpu")
     for values in zip(shape, *windows, q_tile, kv_tile):
         own = _tile_states(window.Axis(*values[:5]), *values[5:])
         # A pair is skipped if it is along any axis, and full if it is along all.

@@ -62,7 +62,7 @@ def failure_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (("profile", *SMALL, "--optimize", "--compile"), "does not search what --compile"),
         (("profile", *SMALL, "--json", "/nowhere/x"), "--json /nowhere/x: there is no folder"),
         (("profile", *SMALL, "--csv", "/"), "--csv /: that is a folder"),
-        (("profile", *SMALL, "--dry-run", "--schedule", "pp"), "--dry-run lists tiles"),
+        (("profile", *SMALL, "--device", "cpu", "--backend", "xformers"), "runs on CUDA devices"),
         (("profile", *SMALL, "--backend", "fav2", "--schedule", "pp"), "fav2 has no tiles"),
         (("demo", "--fly"), "natten demo: error: unrecognized arguments: --fly"),
         (("demo", "--height", "0"), "--height must be at least 1, got 0"),

@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 import natten
 from natten import cli, devices, profile_file
@@ -162,6 +166,24 @@ def test_a_dense_baseline_that_would_take_minutes_is_skipped() -> None:
     assert "one call would take about" in found.failure
 
 
+def test_xformers_means_the_kernel_that_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem((9,), 9, heads=2, heads_kv=1, head_dim=16, dtype=torch.float32)
+    tensors = subjects.make_tensors(problem)
+    chosen: list[object] = []
+
+    @contextmanager
+    def record(backend: object) -> Iterator[None]:
+        chosen.append(backend)
+        yield
+
+    monkeypatch.setattr(subjects, "sdpa_kernel", record)
+    out = subjects._dense_call("xformers", problem, tensors)()
+    torch.testing.assert_close(out, subjects._dense_call("dense", problem, tensors)())
+    assert chosen == [SDPBackend.EFFICIENT_ATTENTION]
+    assert subjects.unavailable("xformers", problem) == "it runs on CUDA devices"
+    assert subjects.unavailable("xformers", replace(problem, device=torch.device("cuda"))) is None
+
+
 # Listings
 
 
@@ -180,7 +202,60 @@ def test_dry_run_lists_configurations_of_an_absent_device(
             assert listings[name][kind][0]["ms"] > 0
     assert cli.main([*words, "--device-name", "a100", "--csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert {row["backend"] for row in rows if not row["reason"]} == {"cutlass"}
+    assert {row["backend"] for row in rows if not row["reason"]} == {"cutlass", "flex"}
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, dict[str, Any]]:
+    assert cli.main(["profile", *words, "--dry-run", "--max-configs", "0", "--json"]) == 0
+    return {b["backend"]: b for b in json.loads(capsys.readouterr().out)["backends"]}
+
+
+H100 = ["-i", "16", "32", "-w", "7", "--dtype", "bf16", "--device-name", "h100"]
+
+
+def test_dry_run_lists_what_has_the_settings_given(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    every = dry_run(capsys, *H100)
+    tiles = ["--q-tile", "8", "8", "--kv-tile", "8", "8"]
+    for words, matches in (
+        (tiles, lambda c: c["q_tile_shape"] == c["kv_tile_shape"] == [8, 8]),
+        (["--schedule", "pp"], lambda c: c["kernel_schedule"] == "pp"),
+        (
+            [*tiles, "--schedule", "pp"],
+            lambda c: c["q_tile_shape"] == c["kv_tile_shape"] == [8, 8]
+            and c["kernel_schedule"] == "pp",
+        ),
+    ):  # fmt: skip
+        found = dry_run(capsys, *H100, *words)
+        assert found["hopper"]["forward"]
+        for name in ("hopper", "cutlass", "flex"):
+            wanted = [c for c in every[name]["forward"] if matches(c)]
+            if wanted:
+                pairs = [
+                    [(c["q_tile_shape"], c["kv_tile_shape"], c["kernel_schedule"]) for c in listed]
+                    for listed in (found[name]["forward"], wanted)
+                ]
+                assert sorted(pairs[0], key=str) == sorted(pairs[1], key=str)
+            else:
+                assert found[name]["reason"] == "it has no such tiles or schedule"
+    nothing = dry_run(capsys, *H100, "--q-tile", "3", "3", "--kv-tile", "3", "3")
+    assert not any(b["forward"] for b in nothing.values())
+    listed = every["cutlass"]["backward"][1]
+    tiles = ["--backward-q-tile", *map(str, listed["q_tile_shape"])]
+    tiles += ["--backward-kv-tile", *map(str, listed["kv_tile_shape"])]
+    (one,) = dry_run(capsys, *H100, "--backend", "cutlass-fna", *tiles).values()
+    assert [c["q_tile_shape"] for c in one["backward"]] == [listed["q_tile_shape"]]
+
+
+def test_dry_run_takes_compile_and_persistent(capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiled FlexAttention is allowed meanwhile, and not afterwards."""
+    found = dry_run(capsys, *H100, "--compile", "--persistent", "False")
+    assert found["flex"]["reason"] is None
+    assert found["flex"]["forward"]
+    assert not natten.is_flex_compile_allowed()
+    found = dry_run(capsys, *SMALL, "--compile")
+    assert "does not return the logsumexp on the CPU" in found["flex"]["reason"]
+    assert found["cpu"]["reason"] is None
 
 
 def test_listed_configurations_are_those_that_the_backend_accepts() -> None:

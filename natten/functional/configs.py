@@ -21,7 +21,7 @@ Args:
     value: Likewise.
 
 Returns:
-    {entries}; [] where the backend cannot run such tensors. The first is the default.
+    {entries}; [] where the backend cannot run such tensors. {default}
 """
 _BACKWARD = _FORWARD.replace("forward", "backward")
 
@@ -87,6 +87,12 @@ def _getter(backend_name: str, kind: str, backward: bool) -> Callable[..., list[
         public=f"{backend_name}-{kind}",
         function="attention" if kind == FMHA else "na1d, na2d or na3d",
         entries=f"A list of {pair}",
+        default=(
+            "Along one axis the first is the default; without a choice, grids of more axes are cut "
+            "into rows of 128 tokens instead of tiles."
+            if (backend_name, kind) == ("flex", FNA)
+            else "The first is the default."
+        ),
     )
     return getter
 

@@ -26,6 +26,8 @@ def _tiles(backend: Any, problem: Problem, config: Config) -> str:
     listed = backend.configs(problem)
     if not listed:
         return "no tiles to choose"
+    if backend.name == "flex" and problem.rank > 1:
+        return "blocks of flattened tokens by default"
     pair = listed[0][0] if isinstance(listed[0][0][0], (tuple, list)) else listed[0]
     return f"tiles {tuple(pair[0])}/{tuple(pair[1])} by default"
 

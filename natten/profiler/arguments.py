@@ -75,7 +75,8 @@ def _tile_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings")
     group.add_argument(
         "--backend", metavar="NAME",
-        help="of natten, such as cutlass-fna, or cudnn, fav2, xformers; default: natten chooses",
+        help="of natten, such as cutlass-fna, or one of torch's for dense attention: cudnn, fav2, "
+        "xformers; default: natten chooses",
     )  # fmt: skip
     group.add_argument(
         "--fmha-backend", metavar="NAME", help="for additional keys and windows of the whole input"
@@ -104,7 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"to compare with: {', '.join(BASELINES)}; default: dense",
     )  # fmt: skip
     group = parser.add_argument_group("choosing settings")
-    _flag(group, "--dry-run", help="list the valid configurations and run nothing")
+    _flag(
+        group,
+        "--dry-run",
+        help="list the valid configurations, of those given if tiles or a schedule are, and run "
+        "nothing",
+    )
     group.add_argument(
         "--device-name", metavar="NAME",
         help=f"with --dry-run: a device that need not be here ({', '.join(devices.DEVICES)})",
@@ -261,10 +267,10 @@ def request_of(options: argparse.Namespace) -> Request:
     if options.fmha_backend is not None:
         parse_name(options.fmha_backend, FMHA)
     config = _config(options, problem.rank)
-    if config != DEFAULT_CONFIG and (options.dry_run or backend in OTHERS):
-        what = "--dry-run lists tiles" if options.dry_run else f"--backend {backend} has no tiles"
+    if config != DEFAULT_CONFIG and backend in OTHERS:
         raise ValueError(
-            f"{what} and schedules: leave out the tiles, --schedule, --persistent and --compile"
+            f"--backend {backend} has no tiles and schedules: leave out the tiles, --schedule, "
+            "--persistent and --compile"
         )
     if options.optimize and config.torch_compile:
         raise ValueError("--optimize does not search what --compile compiles: give one of them")

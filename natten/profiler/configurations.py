@@ -88,8 +88,22 @@ def _config(query: Shape, key: Shape, backward: bool) -> Config:
     return Config(q_tile_shape=query, kv_tile_shape=key)
 
 
+def _asked(listed: list[Any], query: Shape | None, key: Shape | None, schedule: Any) -> list[Any]:
+    """Those of the listed configurations that have the tiles and the schedule asked for."""
+    return [
+        entry
+        for entry, (q, kv, s) in zip(listed, _pairs(listed), strict=True)
+        if query in (None, q) and key in (None, kv) and schedule in (None, s)
+    ]
+
+
 def list_backend(
-    name: str, problem: Problem, device: Device | None, absent: bool, limit: int = 0
+    name: str,
+    problem: Problem,
+    device: Device | None,
+    absent: bool,
+    limit: int = 0,
+    asked: Config = DEFAULT_CONFIG,
 ) -> Listing:
     """What the backend ``name`` accepts for ``problem``.
 
@@ -99,14 +113,26 @@ def list_backend(
         device: Facts for predictions; None for the CPU.
         absent: Whether the device is not here.
         limit: The most configurations of each pass; 0 for all.
+        asked: Only what has these tiles and this schedule, and how FlexAttention is asked for.
     """
     there = devices.pretending(device) if absent and device is not None else nullcontext()
     with there:
         backend = dispatch.load(name)
-        reason = dispatch.refusal(name, problem, DEFAULT_CONFIG)
+        reason = dispatch.refusal(name, problem, Config(torch_compile=asked.torch_compile))
         if reason is not None:
             return Listing(name, reason.replace("this GPU", device.name if device else "this GPU"))
-        forward, backward = backend.configs(problem), backend.backward_configs(problem)
+        forward = _asked(
+            backend.configs(problem),
+            asked.q_tile_shape, asked.kv_tile_shape, asked.kernel_schedule,
+        )  # fmt: skip
+        backward = _asked(
+            backend.backward_configs(problem),
+            asked.backward_q_tile_shape, asked.backward_kv_tile_shape, None,
+        )  # fmt: skip
+        if not forward and (asked.q_tile_shape or asked.kernel_schedule):
+            return Listing(name, "it has no such tiles or schedule")
+        if not backward and asked.backward_q_tile_shape:
+            return Listing(name, "it has no such tiles of the backward pass")
     known = device if name in GPU_BACKENDS else None
     return Listing(
         name, None, rank(problem, known, forward, False, limit),
@@ -115,11 +141,16 @@ def list_backend(
 
 
 def list_all(
-    problem: Problem, device: Device | None, absent: bool, backend: str = "", limit: int = 0
+    problem: Problem,
+    device: Device | None,
+    absent: bool,
+    backend: str = "",
+    limit: int = 0,
+    asked: Config = DEFAULT_CONFIG,
 ) -> tuple[Listing, ...]:
     """:func:`list_backend` for all backends, or for one."""
     names = [backend] if backend else list(dispatch.BACKENDS)
-    return tuple(list_backend(name, problem, device, absent, limit) for name in names)
+    return tuple(list_backend(name, problem, device, absent, limit, asked) for name in names)
 
 
 __all__ = ["GPU_BACKENDS", "Configuration", "Listing", "list_all", "list_backend", "rank"]

@@ -66,7 +66,7 @@ class _Output:
             if target == "-":
                 sys.stdout.write(content)
             elif target is not None:
-                Path(target).write_text(content)
+                Path(target).write_text(content, encoding="utf-8")
 
     @contextmanager
     def progress(self, total: float) -> Iterator[Any]:
@@ -98,7 +98,10 @@ def _dry_run(request: Request, output: _Output) -> int:
     named, problem = request.named_device, request.problem
     device = named or _facts(problem)
     limit = request.options.max_configs
-    listings = configurations.list_all(problem, device, named is not None, request.backend, limit)
+    with subjects.flex_allowed(request.config.torch_compile):
+        listings = configurations.list_all(
+            problem, device, named is not None, request.backend, limit, request.config
+        )
     where = device.full_name if device is not None else devices.driver_name("cpu")
     output.show(f"{report.title(problem)}, on {where}")
     output.show(*report.listing_tables(listings))

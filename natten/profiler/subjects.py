@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,14 +18,19 @@ from natten.functional.problem import Config, Problem
 from natten.profiler import measuring
 from natten.profiler.measuring import Measurement
 
-_SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fav2": SDPBackend.FLASH_ATTENTION}
+_SDPA = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "fav2": SDPBackend.FLASH_ATTENTION,
+    # The kernel that torch has from xFormers.
+    "xformers": SDPBackend.EFFICIENT_ATTENTION,
+}
 # FlexAttention in eager mode, and the reference on masks, hold so many bytes of a score.
 _SCORE_BYTES = 12
 _LABELS = {
     "dense": "dense attention (torch)",
     "cudnn": "dense attention, cuDNN",
     "fav2": "dense attention, FlashAttention 2",
-    "xformers": "dense attention, xFormers",
+    "xformers": "dense attention, memory-efficient (torch, of xFormers)",
     "flex": "FlexAttention",
 }
 
@@ -149,29 +153,12 @@ def _dense_call(name: str, problem: Problem, tensors: Tensors) -> Callable[[], T
         with sdpa_kernel(_SDPA[name]):
             return sdpa()
 
-    def xformers() -> Tensor:
-        from xformers.ops import LowerTriangularMask, memory_efficient_attention
-
-        query, key, value = _joined(tensors)
-        if grouped:
-            times = problem.heads // problem.heads_kv
-            key, value = (t.repeat_interleave(times, 2) for t in (key, value))
-        bias = LowerTriangularMask() if causal else None
-        out = memory_efficient_attention(query, key, value, attn_bias=bias)
-        return out.unflatten(1, problem.query_shape)
-
-    if name == "dense":
-        return sdpa
-    return xformers if name == "xformers" else chosen
+    return sdpa if name == "dense" else chosen
 
 
 def unavailable(name: str, problem: Problem) -> str | None:
     """Why an implementation of others cannot be used here."""
-    if name == "xformers" and find_spec("xformers") is None:
-        return "xformers is not installed"
-    if name == "cudnn" and problem.device.type != "cuda":
-        return "it runs on CUDA devices"
-    if name == "xformers" and problem.device.type != "cuda":
+    if name in ("cudnn", "xformers") and problem.device.type != "cuda":
         return "it runs on CUDA devices"
     return None
 

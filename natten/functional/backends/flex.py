@@ -1,9 +1,10 @@
 """torch's FlexAttention, with the window as its mask: runs wherever it does.
 
-The forward pass calls FlexAttention on row-major flattened tokens, additional keys appended. Its
-BlockMask is built a row of blocks at a time, so that no N x N mask exists; without
-``torch_compile=True`` FlexAttention itself still holds all N x N scores. The backward pass runs
-FlexAttention again under autograd.
+The forward pass calls FlexAttention on row-major flattened tokens, additional keys appended. Where
+tiles are named, tokens of several axes are reordered first, so that every block is a tile of the
+grid; that pays for large windows, and where FlexAttention is compiled. Its BlockMask is built a row
+of blocks at a time, so that no N x N mask exists; without ``torch_compile=True`` FlexAttention
+itself still holds all N x N scores. The backward pass runs FlexAttention again under autograd.
 
 FlexAttention: https://arxiv.org/abs/2412.05496
 """
@@ -16,7 +17,8 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +28,29 @@ from natten.functional.problem import Config, Problem, Unavailable
 from natten.window import absent, cleared, mask
 
 _BLOCK = 128
-# (query, key) block sizes for one axis of tokens; with more axes, blocks of flattened tokens
-# are no boxes, and there is nothing to choose.
-_BLOCKS = ((128, 128), (64, 128), (128, 64), (64, 64))
+# (query, key) tiles by the number of axes, of 128 or 64 tokens. The first of one axis is what there
+# is without a choice; of more axes, blocks are rows of flattened tokens then.
+_TILES: dict[int, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {
+    1: (((128,), (128,)), ((64,), (128,)), ((128,), (64,)), ((64,), (64,))),
+    2: (
+        ((8, 16), (8, 16)),
+        ((8, 8), (8, 16)),
+        ((8, 16), (8, 8)),
+        ((8, 8), (8, 8)),
+        ((4, 16), (4, 16)),
+        ((4, 16), (8, 8)),
+    ),
+    3: (
+        ((4, 4, 8), (4, 4, 8)),
+        ((4, 4, 4), (4, 4, 8)),
+        ((4, 4, 8), (4, 4, 4)),
+        ((4, 4, 4), (4, 4, 4)),
+        ((2, 4, 8), (2, 4, 8)),
+        ((2, 4, 8), (4, 4, 4)),
+    ),
+}
+# What its kernels work on at once must divide the blocks, and by default need not.
+_KERNEL_OPTIONS = {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What a program with many different windows may compile: each is a program of its own.
 _MAX_PROGRAMS = 256
@@ -41,6 +63,61 @@ def _coordinates(index: Tensor, shape: tuple[int, ...], origin: tuple[int, ...])
         coordinates.append(index % extent + start)
         index = index // extent
     return coordinates[::-1]
+
+
+class _Order(NamedTuple):
+    """Tokens of a box tile by tile, so that those of each tile follow one another.
+
+    Tiles that reach out of the box are filled up.
+    """
+
+    token: Tensor  # [places], the row-major index of the token there; 0 for what fills up
+    is_real: Tensor  # [places]
+    place: Tensor  # [tokens]
+
+
+@lru_cache(maxsize=64)
+def _order(shape: tuple[int, ...], tile: tuple[int, ...], device: torch.device) -> _Order:
+    rank = len(shape)
+    token = torch.zeros((1,) * 2 * rank, dtype=torch.int64, device=device)
+    is_real = torch.ones((1,) * 2 * rank, dtype=torch.bool, device=device)
+    for axis, (extent, size) in enumerate(zip(shape, tile, strict=True)):
+        # [number of the tile, place in it], each along its own dimension.
+        view = [1] * 2 * rank
+        view[axis], view[axis + rank] = -(-extent // size), size
+        index = torch.arange(view[axis] * size, device=device).view(view)
+        token = token * extent + index
+        is_real = is_real & (index < extent)
+    token, is_real = token.masked_fill(~is_real, 0).flatten(), is_real.flatten()
+    place = torch.empty(prod(shape), dtype=torch.int64, device=device)
+    place[token[is_real]] = is_real.nonzero().flatten()
+    return _Order(token, is_real, place)
+
+
+@lru_cache(maxsize=64)
+def _orders(
+    problem: Problem, tiles: tuple[tuple[int, ...], tuple[int, ...]]
+) -> tuple[_Order, _Order]:
+    """Of queries and of keys, additional keys at the end."""
+    query = _order(problem.query_shape, tiles[0], problem.device)
+    key = _order(problem.key_shape, tiles[1], problem.device)
+    more = torch.arange(problem.num_additional, device=problem.device)
+    return query, _Order(
+        torch.cat([key.token, more + problem.num_keys]),
+        torch.cat([key.is_real, torch.ones_like(more, dtype=torch.bool)]),
+        key.place,
+    )
+
+
+def _reordered(
+    visible: Callable[[Tensor, Tensor], Tensor], orders: tuple[_Order, _Order]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    (query, query_is_real, _), (key, key_is_real, _) = orders
+
+    def reordered(q: Tensor, kv: Tensor) -> Tensor:
+        return visible(query[q], key[kv]) & query_is_real[q] & key_is_real[kv]
+
+    return reordered
 
 
 def _visible(
@@ -77,12 +154,16 @@ def _sequences(cumulative: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _with_lengths(
-    visible: Callable[[Tensor, Tensor], Tensor], lengths: Tensor, own: int
+    visible: Callable[[Tensor, Tensor], Tensor],
+    lengths: Tensor,
+    own: int,
+    orders: tuple[_Order, _Order] | None,
 ) -> Callable[..., Tensor]:
     """FlexAttention's mask where each batch entry has so many of the additional keys."""
 
     def masked(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return visible(q, kv) & (kv < own + lengths[b])
+        token = kv if orders is None else orders[1].token[kv]
+        return visible(q, kv) & (token < own + lengths[b])
 
     return masked
 
@@ -91,11 +172,14 @@ def _block_mask(
     problem: Problem,
     visible: Callable[[Tensor, Tensor], Tensor],
     blocks: tuple[int, int],
+    orders: tuple[_Order, _Order] | None = None,
 ) -> Any:
     """FlexAttention's BlockMask, from one row of blocks at a time."""
     from torch.nn.attention.flex_attention import BlockMask
 
     queries, keys = problem.num_queries, problem.num_keys + problem.num_additional
+    if orders is not None:
+        queries, keys = (len(order.token) for order in orders)
     q_block, kv_block = blocks
     kv = torch.arange(keys, device=problem.device)
     padding = -keys % kv_block
@@ -109,7 +193,7 @@ def _block_mask(
         full = all_seen.view(-1, kv_block).all(-1) & (len(q) == q_block)
         if problem.has_lengths:
             # Who sees the additional keys in a block is not known here.
-            full[problem.num_keys // kv_block :] = False
+            full[(keys - problem.num_additional) // kv_block :] = False
         every.append(full)
         some.append(any_seen.view(-1, kv_block).any(-1) & ~full)
 
@@ -128,8 +212,16 @@ def _block_mask(
 
 
 @lru_cache(maxsize=64)
-def _cached_block_mask(problem: Problem, blocks: tuple[int, int]) -> Any:
-    return _block_mask(problem, _visible(problem, None), blocks)
+def _cached_block_mask(
+    problem: Problem,
+    blocks: tuple[int, int],
+    tiles: tuple[tuple[int, ...], tuple[int, ...]] | None,
+) -> Any:
+    visible = _visible(problem, None)
+    if tiles is None:
+        return _block_mask(problem, visible, blocks)
+    orders = _orders(problem, tiles)
+    return _block_mask(problem, _reordered(visible, orders), blocks, orders)
 
 
 def _geometry(problem: Problem) -> Problem:
@@ -151,13 +243,17 @@ def _geometry(problem: Problem) -> Problem:
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def _score_mod(problem: Problem, rpb: Tensor | None) -> ScoreMod | None:
+def _score_mod(
+    problem: Problem, rpb: Tensor | None, orders: tuple[_Order, _Order] | None
+) -> ScoreMod | None:
     """What adds the bias, None if there is none to add."""
     own = problem.num_keys
     if rpb is None or not own:
         return None
 
     def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        if orders is not None:
+            q, kv = orders[0].token[q], orders[1].token[kv]
         inside = kv.clamp(max=own - 1)
         queries = _coordinates(q, problem.query_shape, problem.query_origin)
         keys = _coordinates(inside, problem.key_shape, problem.key_origin)
@@ -224,6 +320,16 @@ def _run(
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     q, k, v = (t.flatten(1, -3) for t in (query, key, value))
+    tiles: tuple[tuple[int, ...], tuple[int, ...]] = ((_BLOCK,), (_BLOCK,))
+    if config.q_tile_shape is not None and config.kv_tile_shape is not None:
+        tiles = config.q_tile_shape, config.kv_tile_shape
+    blocks = (prod(tiles[0]), prod(tiles[1]))
+    geometry, orders = _geometry(problem), None
+    if len(tiles[0]) > 1:
+        orders = _orders(geometry, tiles)
+        q = q.index_select(1, orders[0].token)
+        own = orders[1].token[: len(orders[1].token) - problem.num_additional]
+        k, v = k.index_select(1, own), v.index_select(1, own)
     if additional_keys is not None and additional_values is not None:
         if additional_lengths is not None:
             # Below zero they would take away keys of the grid.
@@ -233,9 +339,6 @@ def _run(
             additional_values = cleared(additional_values, hidden)
         k, v = torch.cat([k, additional_keys], dim=1), torch.cat([v, additional_values], dim=1)
     q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-    blocks = (_BLOCK, _BLOCK)
-    if config.q_tile_shape is not None and config.kv_tile_shape is not None and problem.rank == 1:
-        blocks = (config.q_tile_shape[0], config.kv_tile_shape[0])
     if cumulative_seqlen_q is not None and cumulative_seqlen_kv is not None:
         sequences = (
             *_sequences(cumulative_seqlen_q, problem.num_queries),
@@ -243,27 +346,41 @@ def _run(
         )
         block_mask = _block_mask(problem, _visible(problem, sequences), blocks)
     else:
-        block_mask = _cached_block_mask(_geometry(problem), blocks)
+        block_mask = _cached_block_mask(geometry, blocks, None if orders is None else tiles)
         if additional_lengths is not None:
+            visible = _visible(problem, None)
             block_mask = copy(block_mask)
             block_mask.mask_mod = _with_lengths(
-                _visible(problem, None), additional_lengths, problem.num_keys
+                visible if orders is None else _reordered(visible, orders),
+                additional_lengths,
+                problem.num_keys,
+                orders,
             )
     attend = _compiled() if config.torch_compile else flex_attention
-    score_mod = _score_mod(problem, rpb)
+    score_mod = _score_mod(problem, rpb, orders)
     out, aux = attend(
         q,
         k,
         v,
-        score_mod=score_mod if weigh is None else weigh(score_mod),
+        score_mod=score_mod if weigh is None else weigh(score_mod, orders),
         block_mask=block_mask,
         scale=problem.scale,
         enable_gqa=problem.heads != problem.heads_kv,
+        kernel_options=_kernel_options(blocks),
         return_aux=AuxRequest(lse=True),
     )
     tokens = problem.query_shape
     lse = aux.lse.to(problem.accumulation_dtype)
+    if orders is not None:
+        out, lse = (t.index_select(2, orders[0].place) for t in (out, lse))
     return out.transpose(1, 2).unflatten(1, tokens), lse.transpose(1, 2).unflatten(1, tokens)
+
+
+def _kernel_options(blocks: tuple[int, int]) -> Any:
+    """None for FlexAttention's own, which fit its own block size."""
+    if blocks == (_BLOCK, _BLOCK):
+        return None
+    return {"BLOCK_M": min(blocks[0], 64), "BLOCK_N": min(blocks[1], 64), **_KERNEL_OPTIONS}
 
 
 def _finite(*tensors: Tensor | None) -> bool:
@@ -292,11 +409,12 @@ def _with_infinite_values(
     out, lse = run(lambda v: v.masked_fill(~v.isfinite(), 0.0))
     kept = lse.flatten(1, -2).transpose(1, 2).contiguous()
 
-    def equal_weights(above_zero: bool) -> Callable[[ScoreMod | None], ScoreMod]:
-        def weigh(score_mod: ScoreMod | None) -> ScoreMod:
+    def equal_weights(above_zero: bool) -> Callable[..., ScoreMod]:
+        def weigh(score_mod: ScoreMod | None, orders: tuple[_Order, _Order] | None) -> ScoreMod:
             def only(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
                 full = score if score_mod is None else score_mod(score, b, h, q, kv)
-                weight = (full - kept[b, h, q]).exp()
+                row = q if orders is None else orders[0].token[q]
+                weight = (full - kept[b, h, row]).exp()
                 return torch.where((weight > 0) if above_zero else (weight == 0), 0.0, -torch.inf)
 
             return only
@@ -352,7 +470,7 @@ class Flex:
         return "without torch_compile=True it holds all scores at once; name it to use it so"
 
     def configs(self, problem: Problem) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        return [((q,), (kv,)) for q, kv in _BLOCKS] if problem.rank == 1 else []
+        return list(_TILES[problem.rank])
 
     def backward_configs(self, problem: Problem) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         return []

@@ -167,7 +167,7 @@ def _axis_work(
     begin, end = int(begin), int(end)
     if end <= begin:
         return _AxisWork((0.0,) * (_MAX_LOG + 1), (0.0,) * (_MAX_LOG + 1))
-    first = torch.arange(begin // tile * tile, end, tile)
+    first = torch.arange(begin // tile * tile, end, tile, device="cpu")
     last = (first + tile).clamp(max=end) - 1
     first = first.clamp(min=begin)
     bounds = window.inverse_position_bounds if inverse else window.position_bounds
