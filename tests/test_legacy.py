@@ -479,7 +479,7 @@ def test_swapped_layout(heads):
 
 
 def test_programs_may_ask_for_what_is_not_there():
-    for name in ("distributed", "libnatten", "nonsense"):
+    for name in ("libnatten", "nonsense"):
         assert not hasattr(natten, name)
 
 

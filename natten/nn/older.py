@@ -3,6 +3,7 @@
 ======================  ========================================================================
 up to 0.14.4            dim, kernel_size, num_heads, ...
 0.14.5 to 0.15          dim, num_heads, kernel_size, dilation, bias, qkv_bias, qk_scale, ...
+0.14.5 to 0.15, 3-D     dim, num_heads, kernel_size, kernel_size_d, dilation, dilation_d, bias, ...
 0.17                    dim, num_heads, kernel_size, dilation, is_causal, rel_pos_bias, ...
 now                     embed_dim, num_heads, kernel_size, stride, dilation, is_causal, ...
 ======================  ========================================================================
@@ -34,14 +35,14 @@ def accepts_older_arguments(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def wrapper(self: Any, *arguments: Any, **named: Any) -> None:
-        arguments, named = translate(arguments, named)
+        arguments, named = translate(arguments, named, self.rank)
         init(self, *arguments, **named)
 
     return wrapper
 
 
 def translate(
-    arguments: tuple[Any, ...], named: dict[str, Any]
+    arguments: tuple[Any, ...], named: dict[str, Any], rank: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Older arguments of a module to those of today.
 
@@ -62,6 +63,8 @@ def translate(
         named["rel_pos_bias"] = optional_bool("bias", named.pop("bias"))
         # Modules that had it padded small inputs.
         named.setdefault("pad", True)
+    if rank == 3:
+        arguments, named = _with_depth(arguments, named, has_bias)
     if len(arguments) > 2:
         ordered = _in_order(arguments, has_bias)
         if ordered is not arguments:
@@ -69,6 +72,32 @@ def translate(
     if len(arguments) > 3 and (has_bias or _is_flag(arguments[4:5])):
         arguments, named = _without_stride(arguments, named)
     return arguments, named
+
+
+def _with_depth(
+    arguments: tuple[Any, ...], named: dict[str, Any], has_bias: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """kernel_size_d and dilation_d, which 3-D modules up to 0.15 had, joined with the others."""
+    order = ("kernel_size_d", "dilation", "dilation_d")
+    if has_bias and len(arguments) > 3:
+        values = dict(zip(order, arguments[3:]))
+        repeated = set(values) & set(named)
+        if repeated or len(arguments) > 3 + len(order):
+            raise ValueError(
+                f"after kernel_size, 3-D modules with bias took {', '.join(order)} by position, "
+                "got "
+                f"{arguments[3:]} and by name {', '.join(sorted(named))}; {_BY_NAME}"
+            )
+        arguments, named = arguments[:3], named | values
+    if not {"kernel_size_d", "dilation_d"} & set(named):
+        return arguments, named
+    if len(arguments) > 2:
+        arguments, named = arguments[:2], named | {"kernel_size": arguments[2]}
+    for name, default in (("kernel_size", None), ("dilation", 1)):
+        plane, depth = named.get(name, default), named.pop(f"{name}_d", None)
+        if depth is not None:
+            named[name] = (depth, plane, plane)
+    return arguments, {"rel_pos_bias": True, "pad": True} | named
 
 
 def _is_flag(values: tuple[Any, ...]) -> bool:
