@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from math import prod
 from random import Random
 from typing import Any
@@ -18,6 +18,8 @@ from unittest import mock
 import torch
 from cases import CASES, Case, random_case, random_lengths
 from checks import check_packed, check_problem, make_inputs, run
+from invariance import check_batch_entries, check_packed_sequences, tiles_1d
+from invariance import tiles as shapes_2d
 from torch import Tensor
 
 import natten
@@ -608,6 +610,135 @@ def listed_checks(count: int = 6) -> Iterator[tuple[str, Check]]:
                 yield title, partial(check, case, name, BF16, **knobs)
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """A problem, and a pair of tiles for its forward and one for its backward pass."""
+
+    case: Case
+    backend: str
+    dtype: torch.dtype
+    knobs: tuple[tuple[str, Any], ...]
+
+    @property
+    def cost(self) -> int:
+        """Grows with the time to compile its kernels."""
+        tokens = [prod(shape) for name, shape in self.knobs if name.endswith("tile_shape")]
+        return (6 if self.dtype == FP32 else 1) * self.case.head_dim * sum(tokens)
+
+
+def _one_of(random: Random, entries: list[Any], pair: Callable[[Any], Any]) -> Any:
+    """An entry, all sizes of tiles alike, however many shapes they have."""
+    by_size: dict[Any, list[Any]] = {}
+    for entry in entries:
+        by_size.setdefault(tuple(map(prod, pair(entry))), []).append(entry)
+    return random.choice(by_size[random.choice(sorted(by_size))])
+
+
+@cache
+def listed_pair(seed: int) -> Pairs:
+    """The ``seed``-th problem with listed pairs: all kernels, dtypes, heads, ranks and features."""
+    random = Random(1000 + seed)
+    backend = backends()[seed % len(backends())]
+    rank = (1, 2, 2, 3, 3)[seed // 2 % 5]
+    dtype = random.choice((BF16, FP16))
+    head_dim = random.choice((32, 64, 64, 128, 128, 256))
+    head_dim_v = random.choice((head_dim, head_dim, head_dim, 64))
+    if backend == "cutlass":
+        dtype = random.choice((BF16, FP16, FP32, FP32))
+        head_dim = random.choice((32, 48, 64, 64, 128, 128, 256))
+        if dtype != FP32 and random.random() < 0.15:
+            head_dim = random.choice((320, 512, 1024))
+        head_dim_v = random.choice((head_dim, head_dim, head_dim, 32, 128))
+    tokens = {1: (333,), 2: (19, 21), 3: (7, 9, 10)}[rank]
+    dilation = tuple(random.choice((1, 1, 2)) if random.random() < 0.3 else 1 for _ in tokens)
+    kernel_size = tuple(random.randint(2, n // d) for n, d in zip(tokens, dilation))
+    causal = tuple(random.random() < 0.2 for _ in tokens)
+    heads_kv = random.choice((1, 2))
+    case = Case(
+        f"pair {seed}", tokens, kernel_size,
+        tuple(random.randint(1, k) if random.random() < 0.3 else 1 for k in kernel_size),
+        dilation, causal, batch=random.choice((1, 2)), heads=2, heads_kv=heads_kv,
+        head_dim=head_dim, head_dim_v=head_dim_v,
+        additional=random.choice((0, 0, 0, 40)),
+        rpb=not any(causal) and random.random() < 0.25,
+        contiguous=random.random() < 0.8,
+    )  # fmt: skip
+    # Asked for as people do: with query, key and value alone.
+    query = torch.zeros(1, *tokens, 2, head_dim, dtype=dtype, device="cuda")
+    key = query[..., :heads_kv, :]
+    value = query.new_zeros(1, *tokens, heads_kv, head_dim_v)
+    knobs: dict[str, Any] = {}
+    schedules = backend == "hopper"
+    entry = _one_of(
+        random, listed_entries(backend, False, query, key, value),
+        lambda entry: entry[0] if schedules else entry,
+    )  # fmt: skip
+    if schedules:
+        entry, knobs["kernel_schedule"] = entry
+    knobs["q_tile_shape"], knobs["kv_tile_shape"] = entry
+    entry = _one_of(random, listed_entries(backend, True, query, key, value), lambda entry: entry)
+    knobs["backward_q_tile_shape"], knobs["backward_kv_tile_shape"] = entry
+    return Pairs(case, backend, dtype, tuple(knobs.items()))
+
+
+def check_listed_pair(seed: int) -> None:
+    """Check the ``seed``-th problem with these tiles, forward and backward."""
+    chosen = listed_pair(seed)
+    try:
+        check(chosen.case, chosen.backend, chosen.dtype, **dict(chosen.knobs))
+    except Exception as error:
+        error.args = (f"{chosen}: {error}",)
+        raise
+
+
+def check_packed_bits(
+    backend: str, head_dim: int, knobs: dict[str, Any], is_causal: tuple[bool, ...] = (False, True)
+) -> None:
+    """Packed sequences have the bits of the same sequences one at a time, with the same tiles."""
+    if backend not in backends():
+        return
+    failures = []
+    for causal in is_causal:
+        # Gradients in two kernels, and where the tiles are its own, in one pass.
+        for deterministic in (True, False):
+            try:
+                check_packed_sequences(
+                    backend, BF16, "cuda", lengths=(700, 3, 1, 0, 512, 128), head_dim=head_dim,
+                    is_causal=causal, deterministic=deterministic, **knobs,
+                )  # fmt: skip
+            except AssertionError as error:
+                failures.append(f"head_dim {head_dim} {causal=} {deterministic=}: {error}")
+    assert not failures, f"{len(failures)} differ: " + " | ".join(failures)
+
+
+PACKED_BITS: dict[str, Check] = {
+    f"packed_bits_{backend}_{schedule}": partial(
+        check_packed_bits, backend, head_dim,
+        tiles_1d(*sizes) | ({"kernel_schedule": schedule} if schedule else {}),
+    )
+    for backend, schedule, head_dim, sizes in (
+        ("cutlass", None, 64, (64, 64, 64, 64)),
+        ("hopper", "non", 64, (64, 64, 64, 64)),
+        ("hopper", "coop", 64, (128, 64, 128, 64)),
+        ("hopper", "pp", 64, (64, 64, 128, 128)),
+        ("hopper", None, 128, (128, 128, 64, 128)),
+    )
+}  # fmt: skip
+
+
+def check_entries_bits() -> None:
+    """Batch entries have the bits that they have alone, in deterministic mode."""
+    shapes = shapes_2d((8, 8), (8, 8), (8, 8), (8, 8))
+    for name in backends():
+        for head_dim in (64, 128):
+            for knobs in ({}, {"rpb": True}, {"additional": 70}, {"stride": (2, 1)}):
+                check_batch_entries(
+                    name, BF16, "cuda", tokens=(40, 36), kernel_size=(13, 11), batch=5,
+                    heads=(4, 2), head_dim=head_dim, **knobs, **shapes,
+                )  # fmt: skip
+    check_batch_entries("cutlass", FP32, "cuda", tokens=(40, 36), kernel_size=(13, 11), **shapes)
+
+
 def check_explain() -> None:
     """explain names the backend that runs a call."""
     half = torch.zeros(1, 16, 16, 2, 64, dtype=BF16, device="cuda")
@@ -776,6 +907,8 @@ def check_training_step() -> None:
 SINGLE: dict[str, Check] = {
     "training_step": check_training_step,
     "schedules": check_schedules,
+    **PACKED_BITS,
+    "entries_bits": check_entries_bits,
     "packed": check_packed_gradients,
     "deterministic_bias": check_deterministic_bias,
     "backward_knobs": check_backward_knobs,

@@ -66,6 +66,9 @@ def _checks(unit: Unit) -> Iterable[tuple[str, Callable[[], None]]]:
         for seed in seeds:
             title = f"apart family {number} seed {seed}"
             yield title, partial(gpu_checks.check_apart_problem, number, seed)
+    elif unit.part == "pairs":
+        for seed in unit.items:
+            yield f"pair {seed}", partial(gpu_checks.check_listed_pair, seed)
     elif unit.part == "free":
         for seed in unit.items:
             yield f"free seed {seed}", partial(gpu_checks.check_free_problem, seed)
@@ -207,6 +210,13 @@ def _plan(options: argparse.Namespace) -> list[Unit]:
             units += [Unit(name, (title,)) for title in _titled(name)]
     if "free" in parts:
         units += [Unit("free", (options.seed + n,)) for n in range(options.free)]
+    if "pairs" in parts:
+        first = options.seed
+        seeds = sorted(
+            range(first, first + options.pairs),
+            key=lambda seed: -gpu_checks.listed_pair(seed).cost,
+        )
+        units += [Unit("pairs", (seed,)) for seed in seeds]
     if "sanitize" in parts:
         units.append(Unit("sanitize", tuple(t for t in _titled("sanitize") if options.match in t)))
     return units
@@ -219,9 +229,14 @@ def main() -> int:
     parser.add_argument("--families", type=int, default=72, help="sets of compiled kernels")
     parser.add_argument("--apart-families", type=int, default=18, help="of 20 problems each")
     parser.add_argument("--free", type=int, default=48, help="random problems with default tiles")
+    parser.add_argument(
+        "--pairs", type=int, default=170, help="problems with two listed pairs each"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the first random problem")
     parser.add_argument("--all-dtypes", action="store_true", help="named cases in every dtype")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}, sanitize")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}, pairs, sanitize"
+    )
     parser.add_argument("--match", default="", help="of sanitize, those whose titles have this")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds; then start no more")
     options = parser.parse_args()
@@ -267,6 +282,8 @@ def main() -> int:
 
     for part, count in checked.items():
         print(f"{part:>10}: {count} checked, {failed[part]} failed, {seconds[part]:.0f} s of work")
+    if "pairs" in checked:
+        print(f"{2 * checked['pairs']} listed pairs of tiles tried, half of them backward")
     total, bad = sum(checked.values()), sum(failed.values())
     left = len(units) - finished
     print(

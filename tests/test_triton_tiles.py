@@ -18,7 +18,7 @@ from natten.simulator import make_problem
 
 pytest.importorskip("triton")
 
-from natten.functional.backends.triton import HOPPER, interpreted, tiles
+from natten.functional.backends.triton import CUTLASS, HOPPER, interpreted, tiles
 from natten.functional.backends.triton.launch import specialized
 
 
@@ -203,3 +203,18 @@ def test_halves_of_tiles(shape: tuple[int, ...]) -> None:
     assert inside.flatten()[:64].all()
     # What the halves skip: they never compute more than whole tiles would.
     assert tiles.work(problem, half, key).covered <= tiles.work(problem, query, key).covered
+
+
+def test_the_order_of_additions_does_not_depend_on_the_batch() -> None:
+    """Where it is asked to be the same on every run."""
+    problem = make_problem((64, 64), 7, heads=4, head_dim=32, additional=20, device="cuda")
+    with devices.pretending(devices.find("h100")):
+        for deterministic in (False, True):
+            with natten.use_deterministic_algorithms(deterministic):
+                splits = {
+                    CUTLASS.backward_tilings(
+                        replace(problem, batch=batch, requires_grad=True), DEFAULT_CONFIG
+                    ).splits
+                    for batch in (1, 64)
+                }
+            assert (len(splits) == 1) == deterministic

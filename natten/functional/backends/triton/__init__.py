@@ -193,7 +193,11 @@ class _Backend:
             rows = -(-problem.num_additional // additional.key[0])
             programs = rows * problem.heads_kv * problem.batch
             most = 64 if now.memory == "unrestricted" else 16
-            splits = max(1, min(most, 512 // max(programs, 1), problem.num_queries // 256))
+            wanted = 512 // max(programs, 1)
+            if now.deterministic:
+                # The order of additions must not depend on how many other entries there are.
+                most = wanted = 4
+            splits = max(1, min(most, wanted, problem.num_queries // 256))
         return BackwardTilings(query, key_value, additional, splits, loops)
 
     def _together(
