@@ -27,6 +27,7 @@ from natten.functional.unfused import (
     window_scores,
     window_values,
 )
+from natten.validation import check_is_tensor
 
 # Flags that programs set and ask for. Fused attention is what there is by default.
 _flags = {
@@ -91,6 +92,13 @@ def _window(
     return kernel_size, dilation
 
 
+def _check_tensors(**tensors: Any) -> None:
+    """Before their shapes are looked at; what else is wrong with them, the operation says."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            check_is_tensor(name, tensor)
+
+
 def _window_of_bias(rpb: Tensor | None) -> tuple[int, ...] | None:
     return None if rpb is None else tuple((n + 1) // 2 for n in rpb.shape[1:])
 
@@ -151,6 +159,7 @@ def _qk_with_bias(rank: int, name: str) -> Callable[..., Tensor]:
         additional_keys: Tensor | None = None,
         **named: Any,
     ) -> Tensor:
+        _check_tensors(query=query, key=key, **({} if rpb is None else {"rpb": rpb}))
         window, additional_keys = _take_tensor(window, additional_keys)
         size = _window(rank, name, window, named, _window_of_bias(rpb))
         if rank == 2:
@@ -185,6 +194,7 @@ def _av(rank: int) -> Callable[..., Tensor]:
         additional_values: Tensor | None = None,
         **named: Any,
     ) -> Tensor:
+        _check_tensors(attn=attn, value=value)
         window, additional_values = _take_tensor(window, additional_values)
         extra = 0 if additional_values is None else additional_values.shape[2]
         size = _window(rank, name, window, named, _window_of_slots(attn, rank, extra))
@@ -296,6 +306,7 @@ def make_attn_tensor_from_input(
     input_tensor: Tensor, kernel_size: int | tuple[int, ...], num_additional: int = 0
 ) -> Tensor:
     """An uninitialized tensor for the scores of a heads-first query."""
+    _check_tensors(input_tensor=input_tensor)
     rank = input_tensor.dim() - 3
     slots = kernel_size**rank if isinstance(kernel_size, int) else prod(kernel_size)
     return input_tensor.new_empty(*input_tensor.shape[:-1], slots + num_additional)

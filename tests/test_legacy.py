@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -408,6 +409,32 @@ X = torch.randn(1, 2, 8, 4)
 def test_errors(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+NO_TENSORS = {
+    "none": None,
+    "array": np.zeros((1, 2, 6, 7, 8), np.float32),
+    "list": [1.0],
+    "str": "x",
+}
+# name: function of one bad argument
+OLD_CALLS = {
+    "query": lambda bad, good: natten.natten2dqkrpb(bad, good, torch.ones(2, 5, 5), 3, 1),
+    "key": lambda bad, good: natten.na2d_qk_with_bias(good, bad, torch.ones(2, 5, 5), 3, 1),
+    "rpb": lambda bad, good: natten.natten2dqkrpb(good, good, bad, 3, 1),
+    "attn": lambda bad, good: natten.natten2dav(bad, good, 3, 1),
+    "value": lambda bad, good: natten.natten2dav(torch.ones(1, 2, 6, 7, 9), bad, 3, 1),
+    "input_tensor": lambda bad, good: natten.legacy.make_attn_tensor_from_input(bad, 3),
+}
+
+
+# None stands for no bias.
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, k) for n in OLD_CALLS for k in NO_TENSORS if (n, k) != ("rpb", "none")]
+)
+def test_what_is_no_tensor_is_named(name, kind):
+    with pytest.raises(ValueError, match=rf"^{name} must be a torch\.Tensor, got "):
+        OLD_CALLS[name](NO_TENSORS[kind], torch.randn(1, 2, 6, 7, 8))
 
 
 def test_qkrpb_call_forms():

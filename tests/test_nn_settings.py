@@ -591,6 +591,19 @@ def test_further_arguments_that_are_no_tensors_of_numbers(kind):
             cross(x, torch.randn(1, 3, 8), lengths)
 
 
+@pytest.mark.parametrize("origin", [[1], [1, 2, 3], []])
+def test_origins_have_a_value_for_each_axis(origin):
+    x = torch.randn(1, 6, 7, 16)
+    for module in (
+        NeighborhoodAttention2D(16, 2, 3, rotary=True),
+        NeighborhoodCrossAttention2D(16, 2, 3, rotary=True),
+    ):
+        with pytest.raises(ValueError, match="origin must have 2 values, one for each axis, got"):
+            module(x, origin=origin)
+    with pytest.raises(ValueError, match="origin must have 2 values"):
+        RotaryEmbedding(8, 2)(torch.randn(1, 6, 7, 2, 8), origin)
+
+
 def test_conditions_have_their_shape():
     block = NeighborhoodTransformerBlock(16, 2, 3, cond_dim=8)
     for shape in ((8,), (1, 4), (1, 1, 8)):

@@ -126,6 +126,8 @@ def rotation_of_grid(
 ) -> tuple[Tensor, Tensor]:
     """`RotaryEmbedding.rotation`, by its table of frequencies."""
     rank = len(extent)
+    if origin is not None and len(origin) != rank:
+        raise ValueError(f"origin must have {rank} values, one for each axis, got {origin}")
     angles = torch.zeros([1], device=table.device, dtype=table.dtype)
     for axis in range(rank):
         coordinate = torch.arange(extent[axis], device=table.device, dtype=table.dtype)
