@@ -50,7 +50,14 @@ _TILES: dict[int, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {
     ),
 }
 # What its kernels work on at once must divide the blocks, and by default need not.
-_KERNEL_OPTIONS = {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+_KERNEL_OPTIONS = {
+    "BLOCK_M1": 32,
+    "BLOCK_N1": 64,
+    "BLOCK_M2": 64,
+    "BLOCK_N2": 32,
+    # Its other kernel, for few queries, has blocks of its own.
+    "FORCE_USE_FLEX_ATTENTION": True,
+}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What a program with many different windows may compile: each is a program of its own.
 _MAX_PROGRAMS = 256
