@@ -43,7 +43,8 @@ def _largest(tensor: Tensor | None, batch: int) -> list[float]:
     """The largest magnitude of each batch entry, NaN if there is one."""
     if tensor is None:
         return [0.0] * batch
-    return torch.linalg.vector_norm(tensor, math.inf, tuple(range(1, tensor.dim()))).tolist()
+    # The norm that does this takes ten times as long.
+    return tensor.abs().amax(tuple(range(1, tensor.dim()))).tolist()
 
 
 def tame(

@@ -17,7 +17,7 @@ from natten.window import Axis, bounds_table
 MAX_BOX_BYTES = 1 << 20
 MIN_BOX_BYTES = 1 << 18
 # Units of a batch entry where their number may depend on nothing else.
-FIXED_UNITS = 16
+FIXED_UNITS = 8
 # Multiply-adds that are worth a thread of their own: about a fifth of a millisecond.
 WORK_PER_THREAD = 2_000_000
 
