@@ -9,6 +9,7 @@ from natten.distributed.attention import (
     na3d,
     neighborhood_attention,
 )
+from natten.distributed.cost import Links, explain
 from natten.distributed.parallel import (
     NeighborhoodContextParallel,
     NeighborhoodHeadParallel,
@@ -18,10 +19,12 @@ from natten.distributed.sharding import GridSharding
 
 __all__ = [
     "GridSharding",
+    "Links",
     "NeighborhoodContextParallel",
     "NeighborhoodHeadParallel",
     "attention",
     "context_parallel",
+    "explain",
     "na1d",
     "na2d",
     "na3d",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,36 +10,21 @@ from torch import Tensor
 
 from natten import validation
 from natten.distributed import dtensors
-from natten.distributed.boxes import needed
 from natten.distributed.call import Inputs
 from natten.distributed.exchange import agree, heads_to_tokens, tokens_to_heads
 from natten.distributed.operator import sharded_agreement, sharded_attention
-from natten.distributed.sharding import GridSharding, check_own, layout
+from natten.distributed.sharding import GridSharding, check_own
 from natten.functional import sharded
 from natten.functional.dispatch import FNA, parse_name
 from natten.functional.neighborhood import neighborhood_attention_generic
 from natten.functional.ops import autocast, autocast_dtype, call
 from natten.types import BoolOrSequence, IntOrSequence
-from natten.window import Axis
 
 METHODS = ("auto", "halo", "merge", "ring")
 TRANSPORTS = ("all_to_all", "p2p")
 
 # Enough to hide three quarters of an exchange behind products, and few enough to fill a GPU.
 _HEAD_CHUNKS = 4
-# Of all keys of other ranks: where a rank needs more, it does not pay to fetch them all at once.
-_RING_SHARE = 0.75
-
-
-@lru_cache(maxsize=4096)
-def automatic_method(sharding: str, axes: tuple[Axis, ...]) -> str:
-    """ "ring" where some rank needs about the whole grid, else "halo"."""
-    placed = layout(sharding)
-    total = sum([box.tokens for box in placed.boxes])
-    missing = [needed(axes, box).tokens - box.tokens for box in placed.boxes if box.tokens]
-    most = max(missing, default=0)
-    is_about_all = most > _RING_SHARE * total * (len(placed.boxes) - 1) / len(placed.boxes)
-    return "ring" if is_about_all and len(placed.boxes) > 2 else "halo"
 
 
 def _one_of(name: str, value: Any, choices: Sequence[str]) -> str:
@@ -78,9 +62,6 @@ def _checked(
     if head_chunks is None:
         head_chunks = _HEAD_CHUNKS
     validation.check_positive_int("head_chunks", head_chunks)
-    if _one_of("method", method, METHODS) == "auto":
-        axes = tuple([Axis(*along) for along in zip(sharding.grid, *checked)])
-        method = automatic_method(sharding.key, axes)
     requires_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in inputs[:6]
     )
@@ -89,7 +70,7 @@ def _checked(
         *checked,
         validation.check_scale(scale, query.shape[-1]),
         parse_name(backend, FNA),
-        method,
+        _one_of("method", method, METHODS),
         _one_of("transport", transport, TRANSPORTS),
         head_chunks,
         validation.optional_bool("save_halo", save_halo),
@@ -474,4 +455,4 @@ def attention(
     )
 
 
-__all__ = ["attention", "automatic_method", "na1d", "na2d", "na3d", "neighborhood_attention"]
+__all__ = ["attention", "na1d", "na2d", "na3d", "neighborhood_attention"]

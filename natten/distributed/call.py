@@ -243,6 +243,18 @@ class Call:
                     total[box.within(self.own)] += gradient
 
 
+# Of all keys of other ranks: where a rank needs more, it does not pay to fetch them all at once.
+_RING_SHARE = 0.75
+
+
+def automatic_method(boxes: Sequence[Box], axes: tuple[Axis, ...]) -> str:
+    """ "ring" where some rank of three or more needs about the whole grid, else "halo"."""
+    total = sum([box.tokens for box in boxes])
+    missing = [needed(axes, box).tokens - box.tokens for box in boxes if box.tokens]
+    most = _RING_SHARE * total * (len(boxes) - 1) / len(boxes)
+    return "ring" if len(boxes) > 2 and max(missing, default=0) > most else "halo"
+
+
 def _width(tensor: Tensor) -> int:
     """Elements of one token."""
     return tensor.shape[0] * tensor.shape[-2] * tensor.shape[-1]
@@ -255,4 +267,12 @@ def unpacked(flat: Tensor, box: Box, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(shape) for part, shape in zip(parts, shapes)]
 
 
-__all__ = ["Call", "Gradients", "Inputs", "Results", "accumulation_dtype", "unpacked"]
+__all__ = [
+    "Call",
+    "Gradients",
+    "Inputs",
+    "Results",
+    "accumulation_dtype",
+    "automatic_method",
+    "unpacked",
+]

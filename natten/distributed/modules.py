@@ -7,7 +7,7 @@ without one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -19,6 +19,7 @@ from natten.distributed.boxes import Box
 from natten.distributed.exchange import gathered
 from natten.distributed.sharding import GridSharding, check_own
 from natten.functional import attention, merge_attentions
+from natten.nn.core import NeighborhoodModule
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,23 @@ class Plan:
     Attributes:
         sharding: Which box of tokens is whose.
         options: Arguments for `neighborhood_attention`.
+        padded: The sharding with the padding that a module's window needs, if it is known.
     """
 
     sharding: GridSharding
     options: dict[str, Any] = field(default_factory=dict)
+    padded: GridSharding | None = None
+
+    def of_module(self, module: Any) -> Plan:
+        """The plan that one module keeps: compilers cannot make shardings."""
+        if isinstance(module, NeighborhoodModule):
+            return replace(self, padded=self._padded_for(module))
+        return self
+
+    def _padded_for(self, module: NeighborhoodModule) -> GridSharding:
+        if not module.pad:
+            return self.sharding
+        return self.sharding.padded([k * d for k, d in zip(module.kernel_size, module.dilation)])
 
     def self_attention(
         self, module: Any, x: Tensor, registers: Tensor | None, origin: Any, grid: Any
@@ -84,10 +98,7 @@ class Plan:
             raise NotImplementedError(
                 "dropout of attention weights is not implemented for a sharded grid"
             )
-        padded = self.sharding
-        if module.pad:
-            padded = padded.padded([k * d for k, d in zip(module.kernel_size, module.dilation)])
-        return self.sharding.own, padded
+        return self.sharding.own, self.padded or self._padded_for(module)
 
     def _attend(
         self,

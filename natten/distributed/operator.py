@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from natten.distributed import blocks, halo
-from natten.distributed.call import Call, Inputs, Results, accumulation_dtype
+from natten.distributed.call import Call, Inputs, Results, accumulation_dtype, automatic_method
 from natten.distributed.exchange import Statement, agree
 from natten.distributed.sharding import layout
 from natten.window import Axis
@@ -52,11 +52,15 @@ def _call(
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
     is_causal: tuple[bool, ...],
+    scale: float,
+    backend: str,
+    method: str,
     *options: Any,
 ) -> Call:
     placed = layout(sharding)
     axes = tuple(map(Axis, placed.grid, kernel_size, stride, dilation, is_causal))
-    return Call(placed, axes, *options)
+    method = automatic_method(placed.boxes, axes) if method == "auto" else method
+    return Call(placed, axes, scale, backend, method, *options)
 
 
 def _call_of(parameters: Sequence[Any]) -> Call:
@@ -182,7 +186,7 @@ def _refuse(ctx: Any, *gradients: Any) -> Any:
 
 # What follows an agreement in a compiled program has to depend on it: it gives a 0 to add.
 _library.define(f"sharded_agreement({_TENSORS}, {_PARAMETERS}) -> Tensor")
-_library.impl("sharded_agreement", _agreement, "CompositeExplicitAutograd")
+_library.impl("sharded_agreement", torch.compiler.disable(_agreement), "CompositeExplicitAutograd")
 torch.library.register_fake(
     "natten::sharded_agreement", lambda query, *_: query.new_empty(()), lib=_library
 )
@@ -200,7 +204,8 @@ for _name, _implementation, _fake, _derivative, _context in (
         lambda ctx, inputs, output: None,
     ),
 ):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    # Where a graph breaks, compilers look into what is called then.
+    _library.impl(_name, torch.compiler.disable(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"natten::{_name}", _fake, lib=_library)
     torch.library.register_autograd(
         f"natten::{_name}", _derivative, setup_context=_context, lib=_library

@@ -108,7 +108,7 @@ class NeighborhoodContextParallel(ParallelStyle):
                 factors = (1,) * (len(plan.sharding.grid) - len(part.two)) + part.two
                 plan = Plan(plan.sharding.coarsened(factors), self.options)
             elif hasattr(part, "plan"):
-                part.plan = plan
+                part.plan = plan.of_module(part)
         return module
 
 

@@ -168,6 +168,10 @@ class GridSharding:
         ):
             object.__setattr__(self, name, value)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> GridSharding:
+        # Modules are copied, process groups are not.
+        return self
+
     def _without(self, index: int) -> GridSharding | None:
         if len(self.dims) == 1:
             return None

@@ -235,9 +235,9 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         check_source(source, x)
         x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
         source = place(source, self.kernel_size, self.dilation, self.pad, origin, grid)
-        query = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
         if not torch.jit.is_scripting():
             check_heads_whole("kv", self.kv, self.heads_mesh)
+        query = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
         key, value = self._split(self.kv(source))
         if self.q_norm is not None:
             query = self.q_norm(query)

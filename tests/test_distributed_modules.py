@@ -1,0 +1,100 @@
+"""Modules and models over sharded grids and heads, against one process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import distributed_module_checks as checks
+import pytest
+from ranks import Ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[dict[int, Ranks]]:
+    """A group of each size, started when it is first used."""
+    groups = {world: Ranks(world, "distributed_module_checks") for world in (2, 3, 4)}
+    yield groups
+    for group in groups.values():
+        group.stop()
+
+
+@pytest.mark.parametrize("in_context", [False, True], ids=["style", "context"])
+@pytest.mark.parametrize("name", checks.MODULES)
+def test_attention_modules(ranks, name, in_context):
+    ranks[3].run("attention_module", name, in_context)
+
+
+@pytest.mark.parametrize("name", checks.HEADS)
+def test_head_parallel(ranks, name):
+    ranks[2].run("head_parallel", name)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "context_parallel_functions",
+        "cross_attention",
+        "head_parallel_cross_attention",
+        "refuses_modules",
+        "registers",
+        "video_nat",
+        "wrong_plans_raise",
+    ],
+)
+def test_of_two(ranks, check):
+    ranks[2].run(check)
+
+
+@pytest.mark.parametrize("check", ["cross_attention", "registers", "video_nat"])
+def test_of_three(ranks, check):
+    ranks[3].run(check)
+
+
+def test_heads_and_tokens(ranks):
+    ranks[4].run("heads_and_tokens")
+
+
+@pytest.mark.slow
+def test_video_denoiser_compiles(ranks):
+    ranks[2].run("video_denoiser", "compile")
+
+
+@pytest.mark.parametrize("how", ["plain", "checkpointing", "amp", "ddp", "fsdp and checkpointing"])
+def test_video_denoiser(ranks, how):
+    ranks[2].run("video_denoiser", how)
+
+
+@pytest.mark.parametrize("how", ["plain", "ddp", "fsdp and checkpointing"])
+def test_video_denoiser_over_tokens_and_batch(ranks, how):
+    ranks[4].run("video_denoiser", how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [(2, ["--mesh", "1,1,2"]), (4, ["--mesh", "2,1,2", "--fsdp", "--checkpointing"])],
+)
+def test_example_trains_as_one_process_does(world, options):
+    run = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world),
+            str(ROOT / "examples" / "train_video_context_parallel.py"), "--compare", *options,
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    losses = re.findall(r"loss (\S+), one process (\S+)", run.stdout)
+    assert len(losses) == 3
+    for loss, alone in losses:
+        assert float(loss) == pytest.approx(float(alone), abs=2e-6)
+    assert float(losses[0][0]) != float(losses[2][0])
