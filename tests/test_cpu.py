@@ -284,6 +284,20 @@ def test_loops_never_get_tensors_of_another_problem(name, wrong):
         )
 
 
+@pytest.mark.parametrize("name", ["grad_out", "grad_lse", "out", "lse"])
+def test_loops_never_get_results_of_another_problem(name):
+    x = torch.zeros(1, 8, 1, 8)
+    tensors = (x, x, x, *[None] * 6)
+    out, lse = cpu.CPU.forward(problem(), DEFAULT_CONFIG, *tensors)
+    results = {"grad_out": out, "grad_lse": lse, "out": out, "lse": lse}
+    results[name] = results[name][:, :7]
+    grad_out, grad_lse, *rest = results.values()
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        cpu.CPU.backward(
+            problem(), DEFAULT_CONFIG, grad_out, grad_lse, *tensors, *rest, (True,) * 6
+        )
+
+
 def test_chosen_on_the_cpu():
     assert dispatch.resolve(problem(), DEFAULT_CONFIG) is cpu.CPU
 

@@ -81,6 +81,13 @@ def test_flex_attention(case):
         check(case, "flex-fmha", spoil=put(torch.nan, place), backward=False)
 
 
+def test_flex_named_tiles():
+    """They reorder tokens."""
+    tiles = {"q_tile_shape": (8, 8), "kv_tile_shape": (8, 16)}
+    for seed in range(4):
+        check(FLEX[0], "flex-fna", spoil=put_many(seed), backward=False, **tiles)
+
+
 @pytest.mark.parametrize("case", FLEX[:1], ids=names)
 def test_flex_masked_rows_and_scales(case):
     check(case, "flex-fna", spoil=mask_by_bias, backward=False)

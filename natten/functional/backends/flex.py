@@ -318,7 +318,7 @@ def _run(
     cumulative_seqlen_q: Tensor | None,
     cumulative_seqlen_kv: Tensor | None,
     additional_lengths: Tensor | None,
-    weigh: Callable[[ScoreMod | None], ScoreMod] | None = None,
+    weigh: Callable[..., ScoreMod] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp, in the layouts of the operator.
 

@@ -157,8 +157,10 @@ def _check(problem: Problem, **tensors: Tensor | None) -> None:
         "additional_values": (batch, extra, heads, problem.head_dim_v),
         "out": problem.output_shape,
         "grad_out": problem.output_shape,
+        "lse": problem.lse_shape,
+        "grad_lse": problem.lse_shape,
     }
-    optional = set()
+    optional = {"grad_lse"}
     if not problem.has_rpb:
         optional.add("rpb")
     if not extra:
@@ -166,8 +168,8 @@ def _check(problem: Problem, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None and name in optional:
             continue
-        # The bias is converted.
-        matches = tensor is not None and (name == "rpb" or tensor.dtype == problem.dtype)
+        converted = name in ("rpb", "lse", "grad_lse")
+        matches = tensor is not None and (converted or tensor.dtype == problem.dtype)
         if not matches or tensor.shape != shapes[name] or tensor.device.type != "cpu":
             got = tensor if tensor is None else f"{tuple(tensor.shape)}, {tensor.dtype}"
             raise ValueError(
@@ -314,7 +316,7 @@ class CpuBackend:
         _check(
             problem, query=query, key=key, value=value, rpb=rpb,
             additional_keys=additional_keys, additional_values=additional_values,
-            grad_out=grad_out, out=out,
+            grad_out=grad_out, grad_lse=grad_lse, out=out, lse=lse,
         )  # fmt: skip
         if dense.covers(problem):
             tame = dense.tame(problem, query, key, value, grad_out, grad_lse)
