@@ -10,6 +10,7 @@ looked; a kernel that takes more fails. To accept new numbers, with the Triton o
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -276,6 +277,38 @@ def test_register_operands_are_found() -> None:
     """
     assert len(register_operands(before)) == 1
     assert "%q" in register_operands(before)[0]
+
+
+_IN_BAD_CACHE = """
+import warnings
+from dataclasses import replace
+from test_triton_compile import SETTINGS, compile_setting
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    kernels = compile_setting(replace(SETTINGS[4], backward=False))
+    kernels |= compile_setting(replace(SETTINGS[4], backward=False, head_dim=16))
+    assert list(kernels) == ["forward_kernel"], kernels
+texts = [str(w.message) for w in caught if "cache" in str(w.message)]
+assert len(texts) == 1, texts
+assert "TRITON_CACHE_DIR" in texts[0] and {place!r} in texts[0], texts
+"""
+
+
+def test_a_cache_that_cannot_be_written_fails_no_call(tmp_path: Path) -> None:
+    """Kernels are compiled without it, and it is said once."""
+    place = tmp_path / "file" / "cache"
+    place.parent.write_text("no folder")
+    here = Path(__file__).parent
+    paths = (str(here.parent), str(here), os.environ.get("PYTHONPATH", ""))
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_BAD_CACHE.replace("{place!r}", repr(str(place)))],
+        env={
+            **os.environ, "TRITON_CACHE_DIR": str(place), "PYTHONPATH": os.pathsep.join(paths),
+        },
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def _record() -> None:

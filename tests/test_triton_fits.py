@@ -149,10 +149,11 @@ def test_some_tiles_fit(seed: int) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("first", range(1000, 2000, 100))
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("first", range(1000, 2000, 50))
 def test_many_tiles_fit(first: int) -> None:
-    checked = sum(check(seed) for seed in range(first, first + 100))
-    assert checked >= 50
+    checked = sum(check(seed) for seed in range(first, first + 50))
+    assert checked >= 20
 
 
 def _problem(**changes: Any) -> Problem:

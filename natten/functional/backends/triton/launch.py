@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from importlib import import_module
 from math import gcd, prod
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -112,9 +114,9 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _counts(lengths: Tensor | None) -> Tensor | None:
-    """How many additional keys each batch entry has, one after the other."""
-    return None if lengths is None else lengths.contiguous()
+def _counts(numbers: Tensor | None) -> Tensor | None:
+    """Numbers of tokens, one after the other in memory, as kernels read them."""
+    return None if numbers is None else numbers.contiguous()
 
 
 def _describable(tensor: Tensor) -> Tensor:
@@ -329,6 +331,34 @@ class _Plan:
     compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = field(default_factory=dict)
 
 
+@cache
+def _own_cache() -> TemporaryDirectory[str]:
+    """A place for compiled kernels that lasts as long as the process."""
+    return TemporaryDirectory(prefix="natten-triton-")
+
+
+def _launch(
+    kernel: Any, programs: int, plan: _Plan, tensors: Sequence[Any], options: dict[str, Any]
+) -> Any:
+    """Launch a kernel by way of Triton, which compiles it if need be.
+
+    Where Triton cannot read or write its cache, kernels are kept for this process alone.
+    """
+    try:
+        return kernel[(programs,)](*tensors, **plan.options, **options)
+    except OSError as error:
+        if _own_cache.cache_info().currsize:
+            raise
+        place = knobs.cache.dir
+        knobs.cache.dir = _own_cache().name
+        warnings.warn(
+            f"Triton cannot use its cache, {place} (TRITON_CACHE_DIR): {error}. Kernels are "
+            "compiled for this process alone, at every start anew",
+            stacklevel=2,
+        )
+    return kernel[(programs,)](*tensors, **plan.options, **options)
+
+
 def _run(kernel: Any, programs: int, plan: _Plan, *tensors: Any, **options: Any) -> None:
     """Launch a kernel, whose first parameters are ``tensors``.
 
@@ -351,7 +381,7 @@ def _run(kernel: Any, programs: int, plan: _Plan, *tensors: Any, **options: Any)
     found = plan.compiled.get(identity)
     if found is None or _observed():
         try:
-            compiled = kernel[(programs,)](*tensors, **plan.options, **options)
+            compiled = _launch(kernel, programs, plan, tensors, options)
         except OutOfResources as error:
             if plan.tiles is None:
                 raise
@@ -515,6 +545,7 @@ def forward(
     additional_lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """out and logsumexp; arguments as in the backend protocol."""
+    cumulative_query, cumulative_key = _counts(cumulative_query), _counts(cumulative_key)
     out = _allocate(problem, problem.output_shape, query.dtype, query.device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=query.device)
     if problem.varlen:
@@ -696,7 +727,7 @@ class _Backward:
         self.additional: tuple[Tensor, ...] = ()
         if additional_keys is not None and additional_values is not None:
             self.additional = (_readable(additional_keys), _readable(additional_values))
-        self.cumulative = (cumulative_query, cumulative_key)
+        self.cumulative = (_counts(cumulative_query), _counts(cumulative_key))
         self.counts = _counts(additional_lengths)
         self.sequences = _sequences(problem, cumulative_query)
         self.precision = _precision(query)

@@ -427,6 +427,9 @@ def _shared_memory(tiling: Tiling, problem: Problem, kind: str, products: str = 
         # Warp-group products read shared memory.
         parts = kept + columns * abs(query - value)
         numbers += biases + (parts if itemsize == 4 else 0)
+        if query > 256 and kind != FORWARD:
+            # Two warp groups share what is narrow, and pass it to each other.
+            numbers += step + widest
     elif products == "blackwell" and rows >= 64:
         # So do these, but for tiles that two products read, once transposed.
         if stages > 1 and kind != FORWARD:
@@ -438,7 +441,7 @@ def _shared_memory(tiling: Tiling, problem: Problem, kind: str, products: str = 
         later = max(max(stages - 1, 1) * step, stages * widest)
         numbers = max(numbers, 2 * kept + later) + min(stages, 2) * scores + biases
     elif stages == 1:
-        numbers += 2 * scores + (widest if rows < 32 else widest // 2)
+        numbers += 2 * scores + (widest if rows < 32 or query > 256 else widest // 2)
     else:
         numbers += biases // 2
     taken = numbers * itemsize + _SMALL_THINGS
