@@ -211,6 +211,20 @@ def test_what_is_listed_does_not_depend_on_what_else_is_given(backend: str) -> N
             assert set(listing.backward_configs(bare)) <= set(listing.backward_configs(given))
 
 
+@pytest.mark.parametrize("device", ["a100", "l4", "h100"])
+def test_wide_heads(device: str) -> None:
+    """Tiles are those of the slices of values, which kernels run."""
+    problem = make_problem((40, 30), 7, heads=2, head_dim=512, dtype=torch.float16, device="cuda")
+    problem = replace(problem, head_dim_v=1024, requires_grad=True)
+    with devices.pretending(devices.find(device)):
+        assert CUTLASS.refusal(problem, DEFAULT_CONFIG) is None
+        assert len(CUTLASS.configs(problem)) > 20
+        assert len(CUTLASS.backward_configs(problem)) > 20
+        reason = CUTLASS.refusal(replace(problem, dtype=torch.float32), DEFAULT_CONFIG)
+    assert reason is not None
+    assert "head_dim must be at most 256 in torch.float32, got 512" in reason
+
+
 def _too_large(names: set[str], largest: int) -> Any:
     """A stand-in for launches that fail where tiles of a kernel have more tokens than ``largest``
     or are loaded ahead."""

@@ -58,6 +58,12 @@ def _chip(problem: Problem) -> Chip:
     return Chip(_device_memory(index), tiles.products(_capability(index)))
 
 
+def _narrow(problem: Problem) -> Problem:
+    """The problem that kernels run: values that are too wide come in slices."""
+    slices = wide.sliced(problem)
+    return problem if slices is None else slices.problem
+
+
 class _Backend:
     """An entry of the dispatch table; subclasses differ in what they run."""
 
@@ -92,8 +98,7 @@ class _Backend:
         reason = self._problem_refusal(problem)
         if reason is not None:
             return reason
-        slices = wide.sliced(problem)
-        if not tiles.any_fit(slices.problem if slices else problem, _chip(problem)):
+        if not tiles.any_fit(_narrow(problem), _chip(problem)):
             return (
                 f"head_dim {problem.head_dim} in {problem.dtype} takes more shared memory than "
                 "this GPU has"
@@ -155,7 +160,7 @@ class _Backend:
     # Backends are few and live as long as the process.
     @lru_cache(maxsize=4096)  # noqa: B019
     def _forward_tiling(self, problem: Problem, config: Config, _: Device | None) -> Tiling:
-        return self._new_forward_tiling(problem, config)
+        return self._new_forward_tiling(_narrow(problem), config)
 
     def _new_forward_tiling(self, problem: Problem, config: Config) -> Tiling:
         return self._choose(problem, tiles.FORWARD, config.q_tile_shape, config.kv_tile_shape)
@@ -176,6 +181,7 @@ class _Backend:
     def _backward_tilings(
         self, problem: Problem, config: Config, now: Preferences, _: Device | None
     ) -> BackwardTilings:
+        problem = _narrow(problem)
         fixed = (config.backward_q_tile_shape, config.backward_kv_tile_shape)
         query = self._choose(problem, tiles.QUERY_GRADIENT, *fixed)
         key_value = self._choose(problem, tiles.KEY_VALUE_GRADIENT, *fixed)
@@ -269,7 +275,7 @@ class _Backend:
         return self._listed(problem, kinds, found.together or found.key_value)
 
     def _listed(self, problem: Problem, kinds: tuple[str, ...], default: Tiling) -> list[Any]:
-        return tiles.listed(problem, kinds, default, _chip(problem), self.largest_tile)
+        return tiles.listed(_narrow(problem), kinds, default, _chip(problem), self.largest_tile)
 
 
 class _Cutlass(_Backend):
