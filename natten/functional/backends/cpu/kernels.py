@@ -447,7 +447,6 @@ def dots(
     row: Floats, rows: Floats, width: int, picks: Ints, count: int, factor: float, out: Floats
 ) -> None:
     """out[j] = factor * (row . rows[picks[j]]), for `count` rounded up to LANES picks."""
-    factors = splat(out, factor)
     for j in range(0, count, LANES):
         r0 = picks[j] * width
         r1 = picks[j + 1] * width
@@ -468,7 +467,9 @@ def dots(
             s5 = fma(x, load(rows, r5 + i), s5)
             s6 = fma(x, load(rows, r6 + i), s6)
             s7 = fma(x, load(rows, r7 + i), s7)
-        store(out, j, multiply(sum_lanes(s0, s1, s2, s3, s4, s5, s6, s7), factors))
+        sums = sum_lanes(s0, s1, s2, s3, s4, s5, s6, s7)
+        # A register for the factors all along would cost more.
+        store(out, j, multiply(sums, splat(out, factor)))
 
 
 @inner
