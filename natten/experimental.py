@@ -38,7 +38,7 @@ def _of_rank(rank: int) -> Callable[..., Tensor]:
             additional_values=additional_values,
             rpb=rpb,
         )
-        return out  # type: ignore[return-value]
+        return out
 
     function.__name__ = function.__qualname__ = f"na{rank}d"
     function.__doc__ = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.abc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten.functional.ops import NUM_TENSORS, packed_tensors, window_parts
+from natten.functional.call import NUM_TENSORS, Parameters, Tensors, decode_window, separated
 from natten.window import Axis, bounds_table
 
 _COUNTER = "torch.utils.flop_counter"
@@ -56,28 +56,42 @@ def _readable(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
 
 
-def _pairs(tensors: Sequence[Any], parameters: Sequence[Any]) -> tuple[int, int]:
+def _features(tensors: Tensors) -> tuple[int, int]:
+    """head_dim and head_dim_v."""
+    query, _, value, *_ = tensors
+    return query.shape[-1], query.shape[-1] if value is None else value.shape[-1]
+
+
+def _separated(tensors: Tensors, parameters: Parameters) -> Tensors:
+    return Tensors(*separated(tensors, parameters.heads_kv), *tensors[3:])
+
+
+def _pairs(tensors: Tensors, parameters: Parameters) -> tuple[int, int]:
     """Pairs of a call of the operator: with keys of the grid, and with additional keys."""
     query, key, _, _, additional_keys, _, cumulative_q, cumulative_kv, lengths = tensors
-    kernel, stride, dilation, is_causal, _, grid, *origins, max_q, max_kv = parameters
     batch, heads = query.shape[0], query.shape[-2]
-    query_shape, key_shape = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
+    query_shape = tuple(query.shape[1:-2])
+    key_shape = query_shape if key is None else tuple(key.shape[1:-2])
+    window = decode_window(parameters.window, query_shape, key_shape)
     repeats = batch * heads
-    if cumulative_q is not None:
+    if cumulative_q is not None and cumulative_kv is not None:
         if _readable(cumulative_q):
             ends = [pairwise(c.tolist()) for c in (cumulative_q, cumulative_kv)]
             sequences = [(b - a, d - c) for (a, b), (c, d) in zip(*ends, strict=True)]
         else:
             # The largest that it can be.
-            sequences = [(max_q, max_kv)] * (cumulative_q.shape[0] - 1)
+            longest = (parameters.max_seqlen_q, parameters.max_seqlen_kv)
+            sequences = [longest] * (cumulative_q.shape[0] - 1)
         total = 0
         for q, kv in sequences:
             if q and kv:
-                longest = max(q, kv)
-                total += count_pairs((Axis(longest, longest, 1, 1, is_causal[0]),), (q,), (kv,))
+                length = max(q, kv)
+                axis = Axis(length, length, 1, 1, window.is_causal[0])
+                total += count_pairs((axis,), (q,), (kv,))
         return repeats * total, 0
-    axes = tuple(map(Axis, grid, kernel, stride, dilation, map(bool, is_causal)))
-    in_grid = count_pairs(axes, query_shape, key_shape, *map(tuple, origins))
+    kernel_size, stride, dilation, is_causal, grid, *origins = window
+    axes = tuple(map(Axis, grid, kernel_size, stride, dilation, is_causal))
+    in_grid = count_pairs(axes, query_shape, key_shape, *origins)
     extra = 0 if additional_keys is None else additional_keys.shape[1]
     total = batch * extra
     if extra and lengths is not None and _readable(lengths):
@@ -88,49 +102,28 @@ def _pairs(tensors: Sequence[Any], parameters: Sequence[Any]) -> tuple[int, int]
 
 def attention_flops(*arguments: Any, **_: Any) -> int:
     """Of natten::neighborhood_attention, by the arguments of its schema."""
-    tensors, parameters = arguments[:NUM_TENSORS], arguments[NUM_TENSORS:]
-    head_dim, head_dim_v = tensors[0].shape[-1], tensors[2].shape[-1]
-    return 2 * sum(_pairs(tensors, parameters[:10])) * (head_dim + head_dim_v)
+    parameters = Parameters(*arguments[NUM_TENSORS:])
+    tensors = _separated(Tensors(*arguments[:NUM_TENSORS]), parameters)
+    return 2 * sum(_pairs(tensors, parameters)) * sum(_features(tensors))
 
 
 def attention_backward_flops(*arguments: Any, **_: Any) -> int:
     """Of natten::neighborhood_attention_backward: scores again, the gradient of the weights, and
     the gradients that are asked for.
     """
-    tensors = arguments[2 : 2 + NUM_TENSORS]
-    *parameters, needs = arguments[4 + NUM_TENSORS :]
-    head_dim, head_dim_v = tensors[0].shape[-1], tensors[2].shape[-1]
+    *numbers, needs = arguments[4 + NUM_TENSORS :]
+    parameters = Parameters(*numbers)
+    given = Tensors(*arguments[2 : 2 + NUM_TENSORS])
+    tensors = _separated(given, parameters)
+    if given.key is None:
+        needs = [needs[0]] * 3 + list(needs[3:])
+    head_dim, head_dim_v = _features(tensors)
     total = 0
-    for pairs, key, value in zip(_pairs(tensors, parameters[:10]), (1, 4), (2, 5), strict=True):
+    for pairs, k, v in zip(_pairs(tensors, parameters), (1, 4), (2, 5), strict=True):
         features = head_dim + head_dim_v
-        features += head_dim * (needs[0] + needs[key]) + head_dim_v * needs[value]
+        features += head_dim * (needs[0] + needs[k]) + head_dim_v * needs[v]
         total += 2 * pairs * features
     return total
-
-
-def _packed_call(qkv: Tensor, rpb: Any, heads_kv: int, window: Sequence[int]) -> tuple[Any, ...]:
-    """A call of the packed operator as the other one's tensors and parameters."""
-    kernel, stride, dilation, is_causal, grid, origin = window_parts(window)
-    parameters = (kernel, stride, dilation, is_causal, 1.0, grid, origin, origin, 0, 0)
-    return packed_tensors(qkv, rpb, heads_kv), parameters
-
-
-def packed_flops(
-    qkv: Tensor, rpb: Any, heads_kv: int, window: Sequence[int], *_: Any, **__: Any
-) -> int:
-    """Of natten::packed_attention, by the arguments of its schema."""
-    tensors, parameters = _packed_call(qkv, rpb, heads_kv, window)
-    return attention_flops(*tensors, *parameters)
-
-
-def packed_backward_flops(
-    grad_out: Any, grad_lse: Any, qkv: Tensor, rpb: Any, out: Any, lse: Any, heads_kv: int,
-    window: Sequence[int], *rest: Any, **_: Any,
-) -> int:  # fmt: skip
-    """Of natten::packed_attention_backward."""
-    tensors, parameters = _packed_call(qkv, rpb, heads_kv, window)
-    needs = [rest[-2]] * 3 + [rest[-1], False, False]
-    return attention_backward_flops(grad_out, grad_lse, *tensors, out, lse, *parameters, needs)
 
 
 def window_flops(first: Tensor, second: Tensor, *window: Any, **_: Any) -> int:
@@ -146,8 +139,6 @@ def _formulas() -> dict[str, Callable[..., int]]:
         "neighborhood_attention": attention_flops,
         "neighborhood_attention_traced": attention_flops,
         "neighborhood_attention_backward": attention_backward_flops,
-        "packed_attention": packed_flops,
-        "packed_attention_backward": packed_backward_flops,
         "window_dot": window_flops,
         "window_sum": window_flops,
         "window_scatter": window_flops,
@@ -263,8 +254,6 @@ __all__ = [
     "av_3d_flop",
     "count_pairs",
     "get_flops",
-    "packed_backward_flops",
-    "packed_flops",
     "qk_1d_rpb_flop",
     "qk_2d_rpb_flop",
     "qk_3d_rpb_flop",

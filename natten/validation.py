@@ -7,7 +7,8 @@ NotImplementedError. Texts name the argument, what was expected and what was got
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,7 +17,13 @@ from torch import Tensor
 
 from natten.types import KernelSchedule
 
+# Kernels count tokens along an axis in 32 bits.
+_LARGEST = 2**31 - 1
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+# Sequences, but of letters and bytes.
+_TEXTS = (str, bytes, bytearray, memoryview)
 
 
 def _is_int(value: object) -> bool:
@@ -27,7 +34,7 @@ def int_tuple(name: str, value: Any, rank: int, minimum: int = 1) -> tuple[Any, 
     """One integer an axis, from an int (repeated) or a sequence of ``rank`` of them."""
     if _is_int(value):
         values: tuple[Any, ...] = (value,) * rank
-    elif isinstance(value, Sequence) and not isinstance(value, str):
+    elif isinstance(value, Sequence) and not isinstance(value, _TEXTS):
         values = tuple(value)
     else:
         raise ValueError(f"{name} must be an int or a sequence of {rank} ints, got {value!r}")
@@ -36,6 +43,8 @@ def int_tuple(name: str, value: Any, rank: int, minimum: int = 1) -> tuple[Any, 
     for v in values:
         if not _is_int(v) or v < minimum:
             raise ValueError(f"{name} must hold integers of at least {minimum}, got {value!r}")
+        if not isinstance(v, torch.SymInt) and v > _LARGEST:
+            raise ValueError(f"{name} must hold integers of at most {_LARGEST}, got {value!r}")
     # int() turns bools and numpy's integers into plain ones; a SymInt must stay what it is.
     return tuple([v if isinstance(v, torch.SymInt) else int(v) for v in values])
 
@@ -58,6 +67,12 @@ def optional_bool(name: str, value: Any) -> bool:
     return value
 
 
+def check_mapping(name: str, value: Any) -> None:
+    """Arguments by name."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name} must be a dict of arguments by name or None, got {value!r}")
+
+
 def check_positive_int(name: str, value: Any) -> None:
     """A count of something that there is."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
@@ -70,7 +85,14 @@ def check_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
         return float(head_dim) ** -0.5 if head_dim else 1.0
     if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymFloat)):
         raise ValueError(f"{name} must be a number or None, got {scale!r}")
-    return float(scale)
+    try:
+        number = float(scale)
+    except OverflowError:
+        number = inf
+    # Compilers may keep it symbolic; the operator looks again.
+    if not torch.compiler.is_compiling() and not isfinite(number):
+        raise ValueError(f"{name} must be a finite number or None, got {scale!r}")
+    return number
 
 
 def _warn_of_flags(dilation: Any) -> None:
@@ -255,6 +277,7 @@ def check_length_values(name: str, lengths: Tensor, most: int) -> None:
         torch.compiler.is_compiling()
         or type(lengths) is not Tensor
         or not lengths.is_cpu
+        or lengths.dim() != 1
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
     ):
@@ -262,6 +285,52 @@ def check_length_values(name: str, lengths: Tensor, most: int) -> None:
     values = lengths.tolist()
     if values and not 0 <= min(values) <= max(values) <= most:
         raise ValueError(f"{name} must hold integers from 0 to {most}, got {values}")
+
+
+def check_boxes(
+    grid: tuple[int, ...],
+    query_shape: tuple[int, ...],
+    query_origin: tuple[int, ...],
+    key_shape: tuple[int, ...],
+    key_origin: tuple[int, ...],
+) -> None:
+    """Check that the boxes of query and key lie inside the grid."""
+    for name, origin, shape in (
+        ("query", query_origin, query_shape),
+        ("key", key_origin, key_shape),
+    ):
+        if any(o < 0 or o + n > g for o, n, g in zip(origin, shape, grid, strict=True)):
+            raise ValueError(
+                f"{name}'s box must lie inside the grid, got {name}_origin={origin}, token shape "
+                f"{shape} and grid={grid}"
+            )
+
+
+def check_cumulative(
+    cumulative_q: Any, cumulative_kv: Any, query: Tensor, suffixes: tuple[str, str] = ("q", "kv")
+) -> None:
+    """Check the ends of packed sequences, but for what they hold."""
+    if cumulative_q is None or cumulative_kv is None:
+        raise ValueError(
+            f"cumulative_seqlen_{suffixes[0]} and cumulative_seqlen_{suffixes[1]} must both be "
+            "tensors when packed sequences are described"
+        )
+    for suffix, cumulative in zip(suffixes, (cumulative_q, cumulative_kv), strict=True):
+        name = f"cumulative_seqlen_{suffix}"
+        if not isinstance(cumulative, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(cumulative).__name__}")
+        if cumulative.dim() != 1 or cumulative.dtype != torch.int32 or cumulative.shape[0] < 2:
+            raise ValueError(
+                f"{name} must be a 1-D tensor of int32 with one entry more than sequences, got "
+                f"shape {tuple(cumulative.shape)} and {cumulative.dtype}"
+            )
+        if cumulative.device != query.device:
+            raise ValueError(f"{name} must be on {query.device}, got {cumulative.device}")
+    if cumulative_q.shape != cumulative_kv.shape:
+        raise ValueError(
+            f"cumulative_seqlen_{suffixes[0]} and cumulative_seqlen_{suffixes[1]} must have the "
+            f"same length, got {cumulative_q.shape[0]} and {cumulative_kv.shape[0]}"
+        )
 
 
 def check_rpb(

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import natten
-from natten.functional import ops
+from natten.functional import operators
 
 LENGTHS = [4, 0, 6, 1]
 BACKENDS = ["reference", "cpu", "flex-fna"]
@@ -78,11 +78,11 @@ def test_the_operator_cuts_what_nobody_checked(backend):
         pytest.importorskip("numba")
     backward = backend != "flex"
     query, key, value, *context = tensors(requires_grad=backward)
-    window = ([3, 5], [1, 1], [2, 1], [False] * 2, 0.3, [7, 6], [0, 0], [0, 0], 0, 0, backend, "")
+    parameters = (0, [3, 5, 1, 1, 2, 1, 0, 0], 0.3, 0, 0, backend, "", backward)
 
     def call(lengths):
-        return ops.neighborhood_attention(
-            query, key, value, None, *context, None, None, torch.tensor(lengths), *window, backward
+        return operators.neighborhood_attention(
+            query, key, value, None, *context, None, None, torch.tensor(lengths), *parameters
         )
 
     got, expected = call([-3, 2**40, 2, 7]), call([0, 6, 2, 6])

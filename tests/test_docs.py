@@ -97,7 +97,7 @@ SOURCES_IN_FULL = (
     "natten/validation.py",
     "natten/functional/dispatch.py",
     "natten/functional/neighborhood.py",
-    "natten/functional/ops.py",
+    "natten/functional/operators.py",
     "natten/nn/attention.py",
     "natten/nn/core.py",
     "natten/nn/cross_attention.py",

@@ -223,7 +223,7 @@ def test_forward_copies_nothing():
     views = {torch.ops.aten.view, torch.ops.aten._unsafe_view}
     assert [f for f in working if f not in views] == [
         torch.ops.aten.addmm,
-        torch.ops.natten.packed_attention,
+        torch.ops.natten.neighborhood_attention,
         torch.ops.aten.addmm,
     ]
 
@@ -240,7 +240,7 @@ def test_backward_concatenates_nothing():
     module = NeighborhoodAttention2D(32, 4, 3, num_kv_heads=2, rel_pos_bias=True)
     with Record():
         module(torch.randn(2, 5, 6, 32, requires_grad=True)).sum().backward()
-    assert calls.count(torch.ops.natten.packed_attention_backward) == 1
+    assert calls.count(torch.ops.natten.neighborhood_attention_backward) == 1
     copies = {"cat", "clone", "copy_", "slice_backward", "zeros", "stack"}
     assert not [f for f in calls if f._qualified_op_name.split("::")[1] in copies]
 

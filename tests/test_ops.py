@@ -14,8 +14,11 @@ from torch.autograd import forward_ad, gradcheck
 from torch.library import opcheck
 
 import natten
-from natten.functional import ops
+from natten.functional import operators
 from natten.functional.neighborhood import packed_attention
+
+OPERATOR = torch.ops.natten.neighborhood_attention.default
+BACKWARD = torch.ops.natten.neighborhood_attention_backward.default
 
 
 def arguments(requires_grad=True, everything=True):
@@ -29,57 +32,48 @@ def arguments(requires_grad=True, everything=True):
             torch.randn(2, 5, 5, requires_grad=requires_grad),
             *(torch.randn(1, 3, 2, 8, requires_grad=requires_grad) for _ in range(2)),
         ]
-    window = ([3, 3], [1, 2], [1, 1], [False, False], 0.3, [6, 5], [0, 0], [0, 0], 0, 0)
-    return (
-        query,
-        key,
-        value,
-        *extras,
-        None,
-        None,
-        lengths,
-        *window,
-        "reference",
-        "",
-        requires_grad,
-    )
+    window = [3, 3, 1, 2, 1, 1, 0, 0]
+    parameters = (0, window, 0.3, 0, 0, "reference", "", requires_grad)
+    return (query, key, value, *extras, None, None, lengths, *parameters)
 
 
 @pytest.mark.parametrize("everything", [True, False])
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_opcheck_forward(requires_grad, everything):
-    opcheck(ops.neighborhood_attention, arguments(requires_grad, everything))
+    opcheck(OPERATOR, arguments(requires_grad, everything))
 
 
 @pytest.mark.parametrize("with_lse", [True, False])
 def test_opcheck_backward(with_lse):
     given = arguments(requires_grad=False)
-    out, lse = ops.neighborhood_attention(*given)
+    out, lse = OPERATOR(*given)
     grads = (torch.randn_like(out), torch.randn_like(lse) if with_lse else None)
     needs = [True, True, False, True, False, True]
-    opcheck(ops.neighborhood_attention_backward, (*grads, *given[:9], out, lse, *given[9:], needs))
+    opcheck(BACKWARD, (*grads, *given[:9], out, lse, *given[9:], needs))
 
 
 def packed_arguments(requires_grad=True, bias=True, heads_kv=1, qkv_needs=True):
-    """The packed operator's arguments for a small 2-D problem."""
+    """The operator's arguments for a small 2-D problem whose heads are in one tensor."""
     qkv = torch.randn(1, 6, 5, 2 + 2 * heads_kv, 8, requires_grad=requires_grad and qkv_needs)
     rpb = torch.randn(2, 5, 5, requires_grad=requires_grad) if bias else None
-    window = [3, 3, 1, 2, 1, 1, 0, 0, 6, 5, 0, 0]
-    return (qkv, rpb, heads_kv, window, 0.3, "reference", requires_grad)
+    window = [3, 3, 1, 2, 1, 1, 0, 0, 7, 5, 1, 0, 1, 0]
+    parameters = (heads_kv, window, 0.3, 0, 0, "reference", "", requires_grad)
+    return (qkv, None, None, rpb, *[None] * 5, *parameters)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_opcheck_packed(requires_grad, bias):
-    opcheck(ops.packed_attention, packed_arguments(requires_grad, bias))
+    opcheck(OPERATOR, packed_arguments(requires_grad, bias))
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
 def test_opcheck_packed_backward(needs):
     given = packed_arguments(requires_grad=False)
-    out, lse = ops.packed_attention(*given)
+    out, lse = OPERATOR(*given)
     grads = (torch.randn_like(out), torch.randn_like(lse) if all(needs) else None)
-    opcheck(ops.packed_attention_backward, (*grads, *given[:2], out, lse, *given[2:], *needs))
+    needs = [needs[0], False, False, needs[1], False, False]
+    opcheck(BACKWARD, (*grads, *given[:9], out, lse, *given[9:], needs))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "flex-fna"])
@@ -162,7 +156,7 @@ def test_packed_autocast(dtype):
     with torch.autocast("cpu", dtype):
         out, _ = packed_attention(qkv, 1, (3, 3), (1, 1), (1, 1), (False, False), rpb=rpb)
         assert out.dtype == dtype
-        assert ops.packed_attention(*packed_arguments())[0].dtype == dtype
+        assert operators.neighborhood_attention(*packed_arguments())[0].dtype == dtype
     out.float().sum().backward()
     assert qkv.grad.dtype == rpb.grad.dtype == torch.float32
 
@@ -356,7 +350,7 @@ def test_autocast(dtype):
         assert natten.attention(flat, flat, flat).dtype == dtype
         double = flat.double()
         assert natten.attention(double, double, double).dtype == torch.float64
-        assert ops.neighborhood_attention(*arguments())[0].dtype == dtype
+        assert operators.neighborhood_attention(*arguments())[0].dtype == dtype
     out.float().sum().backward()
     assert query.grad.dtype == rpb.grad.dtype == torch.float32
 
@@ -382,8 +376,8 @@ def test_torch_modes_see_the_operator():
     query = torch.randn(1, 9, 2, 8, requires_grad=True)
     with Record():
         natten.na1d(query, query, query, 3).sum().backward()
-    assert ops.neighborhood_attention in seen
-    assert ops.neighborhood_attention_backward in seen
+    assert OPERATOR in seen
+    assert BACKWARD in seen
 
 
 def test_activation_checkpointing():

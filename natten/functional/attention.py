@@ -2,82 +2,35 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from natten import validation
+from natten.functional.call import EVERYTHING, Parameters, Tensors, separated
 from natten.functional.dispatch import FMHA, parse_name
-from natten.functional.ops import autocast, autocast_dtype, call
+from natten.functional.operators import attend, autocast, autocast_dtype
 from natten.functional.problem import encode_config
 from natten.types import KernelSchedule
 from natten.utils.varlen import generate_varlen_parameters
 
 
-def _check_cumulative(name: str, cumulative: Any, tensor: Tensor) -> None:
-    if not isinstance(cumulative, Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor, got {type(cumulative).__name__}")
-    if cumulative.dim() != 1 or cumulative.dtype != torch.int32 or cumulative.shape[0] < 2:
-        raise ValueError(
-            f"{name} must be a 1-D tensor of int32 with one entry more than sequences, got shape "
-            f"{tuple(cumulative.shape)} and {cumulative.dtype}"
-        )
-    if cumulative.device != tensor.device:
-        raise ValueError(f"{name} must be on {tensor.device}, got {cumulative.device}")
-
-
-def _check_ends(name: str, cumulative: Tensor, tokens: int, longest: int) -> None:
-    """Check what the tensor holds where looking costs nothing: on a CPU, outside of a compiler."""
-    if torch.compiler.is_compiling() or type(cumulative) is not Tensor or not cumulative.is_cpu:
-        return
-    ends = cumulative.tolist()
-    lengths = [after - before for before, after in pairwise(ends)]
-    if ends[0] != 0 or min(lengths) < 0 or ends[-1] > tokens:
-        raise ValueError(
-            f"cumulative_seqlen_{name} must rise from 0 to at most the number of packed tokens "
-            f"{tokens}, got {ends}"
-        )
-    if max(lengths) > longest:
-        raise ValueError(
-            f"max_seqlen_{name} must be at least the longest sequence {max(lengths)}, got {longest}"
-        )
-
-
 def _max_seqlen(name: str, value: Any) -> int:
+    if isinstance(value, Sequence):
+        raise ValueError(f"{name} must be an int, got {value!r}")
     (number,) = validation.int_tuple(name, value, 1, minimum=0)
     return number
 
 
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seqlens_Q: Tensor | None,
-    seqlens_KV: Tensor | None,
-    cumulative_seqlen_Q: Tensor | None,
-    cumulative_seqlen_KV: Tensor | None,
-    max_seqlen_Q: int | None,
-    max_seqlen_KV: int | None,
-) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """The checked varlen arguments; (None, None, 0, 0) for plain batches."""
-    if seqlens_Q is not None or seqlens_KV is not None:
-        if cumulative_seqlen_Q is not None or cumulative_seqlen_KV is not None:
-            raise ValueError(
-                "give either seqlens_Q and seqlens_KV, or cumulative_seqlen_Q and "
-                "cumulative_seqlen_KV, not both"
-            )
-        return generate_varlen_parameters(query, key, value, seqlens_Q, seqlens_KV)
-    given = [cumulative_seqlen_Q is not None, cumulative_seqlen_KV is not None]
-    given += [max_seqlen_Q not in (None, 0), max_seqlen_KV not in (None, 0)]
-    if not any(given):
-        return None, None, 0, 0
-    if cumulative_seqlen_Q is None or cumulative_seqlen_KV is None:
-        raise ValueError(
-            "cumulative_seqlen_Q and cumulative_seqlen_KV must both be tensors when packed "
-            "sequences are described"
-        )
+def _longest(tensors: Tensors, max_seqlen_Q: Any, max_seqlen_KV: Any) -> tuple[int, int]:
+    """The checked lengths of the longest packed sequences; (0, 0) for plain batches."""
+    query, cumulative_q, cumulative_kv = tensors.query, *tensors[6:8]
+    is_packed = cumulative_q is not None or cumulative_kv is not None
+    # Only without them it is looked at what the lengths are: compilers may keep them symbolic.
+    if not is_packed and max_seqlen_Q in (None, 0) and max_seqlen_KV in (None, 0):
+        return 0, 0
+    validation.check_cumulative(cumulative_q, cumulative_kv, query, suffixes=("Q", "KV"))
     if max_seqlen_Q is None or max_seqlen_KV is None:
         raise ValueError(
             "max_seqlen_Q and max_seqlen_KV must be given with cumulative_seqlen_Q and "
@@ -88,18 +41,31 @@ def _varlen(
             "query, key and value must have batch size 1 (sequences are packed along the tokens), "
             f"got {query.shape[0]}"
         )
-    _check_cumulative("cumulative_seqlen_Q", cumulative_seqlen_Q, query)
-    _check_cumulative("cumulative_seqlen_KV", cumulative_seqlen_KV, query)
-    if cumulative_seqlen_Q.shape != cumulative_seqlen_KV.shape:
-        raise ValueError(
-            "cumulative_seqlen_Q and cumulative_seqlen_KV must have the same length, got "
-            f"{cumulative_seqlen_Q.shape[0]} and {cumulative_seqlen_KV.shape[0]}"
-        )
     longest_q = _max_seqlen("max_seqlen_Q", max_seqlen_Q)
-    longest_kv = _max_seqlen("max_seqlen_KV", max_seqlen_KV)
-    _check_ends("Q", cumulative_seqlen_Q, query.shape[1], longest_q)
-    _check_ends("KV", cumulative_seqlen_KV, key.shape[1], longest_kv)
-    return cumulative_seqlen_Q, cumulative_seqlen_KV, longest_q, longest_kv
+    return longest_q, _max_seqlen("max_seqlen_KV", max_seqlen_KV)
+
+
+def _parameters(
+    tensors: Tensors,
+    scale: Any,
+    backend: Any,
+    knobs: tuple[Any, ...],
+    is_causal: Any,
+    max_seqlen_Q: Any,
+    max_seqlen_KV: Any,
+) -> Parameters:
+    """The operator's parameters for attention's arguments, which are checked; whether gradients are
+    needed is left open."""
+    query, key, value = separated(tensors, 0)
+    validation.check_qkv(query, key, value, 1)
+    causal = validation.optional_bool("is_causal", is_causal)
+    checked_knobs = validation.check_knobs(1, knobs, suffix="size")
+    longest = _longest(tensors, max_seqlen_Q, max_seqlen_KV)
+    # Attention is neighborhood attention with a window as long as the axis.
+    window = (EVERYTHING, 1, 1, int(causal))
+    scale = validation.check_scale(scale, query.shape[-1])
+    name, config = parse_name(backend, FMHA), encode_config(*checked_knobs)
+    return Parameters(0, window, scale, *longest, name, config, False)
 
 
 def attention(
@@ -172,64 +138,33 @@ def attention(
     dtype = autocast_dtype(query)
     if dtype is not None:
         query, key, value = autocast(dtype, query, key, value)
-    validation.check_qkv(query, key, value, 1)
-    name = parse_name(backend, FMHA)
-    causal = validation.optional_bool("is_causal", is_causal)
-    knobs = validation.check_knobs(
-        1,
-        (
-            q_tile_size,
-            kv_tile_size,
-            backward_q_tile_size,
-            backward_kv_tile_size,
-            backward_kv_splits,
-            backward_use_pt_reduction,
-            run_persistent_kernel,
-            kernel_schedule,
-            torch_compile,
-        ),
-        suffix="size",
+    validation.optional_bool("return_lse", return_lse)
+    knobs = (
+        q_tile_size,
+        kv_tile_size,
+        backward_q_tile_size,
+        backward_kv_tile_size,
+        backward_kv_splits,
+        backward_use_pt_reduction,
+        run_persistent_kernel,
+        kernel_schedule,
+        torch_compile,
     )
-    cumulative_q, cumulative_kv, max_q, max_kv = _varlen(
-        query,
-        key,
-        value,
-        seqlens_Q,
-        seqlens_KV,
-        cumulative_seqlen_Q,
-        cumulative_seqlen_KV,
-        max_seqlen_Q,
-        max_seqlen_KV,
+    if seqlens_Q is not None or seqlens_KV is not None:
+        if cumulative_seqlen_Q is not None or cumulative_seqlen_KV is not None:
+            raise ValueError(
+                "give either seqlens_Q and seqlens_KV, or cumulative_seqlen_Q and "
+                "cumulative_seqlen_KV, not both"
+            )
+        validation.check_qkv(query, key, value, 1)
+        cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV = (
+            generate_varlen_parameters(query, key, value, seqlens_Q, seqlens_KV)
+        )
+    tensors = Tensors(
+        query, key, value, None, None, None, cumulative_seqlen_Q, cumulative_seqlen_KV
     )
-    # Attention is neighborhood attention with a window as long as the axis.
-    grid = (max(query.shape[1], key.shape[1], 1),)
-    requires_grad = torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    )
-    out, lse = call(
-        query,
-        key,
-        value,
-        None,
-        None,
-        None,
-        cumulative_q,
-        cumulative_kv,
-        None,
-        grid,
-        (1,),
-        (1,),
-        (causal,),
-        validation.check_scale(scale, query.shape[-1]),
-        grid,
-        (0,),
-        (0,),
-        max_q,
-        max_kv,
-        name,
-        encode_config(*knobs),
-        requires_grad,
-    )
+    asked = (scale, backend, knobs, is_causal, max_seqlen_Q, max_seqlen_KV)
+    out, lse = attend(tensors, asked, _parameters)
     return (out, lse) if return_lse else out
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from natten import validation
+from natten.functional.call import EVERYTHING, Parameters, Tensors, make_problem
 from natten.functional.dispatch import FMHA, FNA, can_run, load
-from natten.functional.ops import make_problem
 from natten.functional.problem import DEFAULT_CONFIG, Problem
 from natten.types import KernelSchedule
 
@@ -42,16 +43,14 @@ def problem_of_tensors(
     """
     rank = validation.check_qkv(query, key, value, 1 if kind == FMHA else None)
     # The window does not decide which tiles there are; the largest fits every grid.
-    grid = tuple(max(n, 1) for n in map(max, query.shape[1:-2], key.shape[1:-2]))
-    ones, zeros = (1,) * rank, (0,) * rank
+    window = (EVERYTHING,) * rank + (1,) * 2 * rank + (int(is_causal),) * rank
     scale = validation.check_scale(None, query.shape[-1])
-    longest = grid[0] if is_varlen else 0
-    parameters = (grid, ones, ones, (is_causal,) * rank, scale, grid, zeros, zeros)
-    cumulative = query if is_varlen else None  # which tensor does not matter
-    return make_problem(
-        query, key, value, None, None, cumulative, None, (*parameters, longest, longest),
-        requires_grad,
-    )  # fmt: skip
+    parameters = Parameters(0, window, scale, 0, 0, "", "", requires_grad)
+    problem = make_problem(Tensors(query, key, value), parameters)
+    if not is_varlen:
+        return problem
+    (longest,) = problem.grid
+    return replace(problem, varlen=True, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 def _list(

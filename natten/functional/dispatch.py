@@ -241,6 +241,8 @@ def _resolve(problem: Problem, config: Config, name: str, _: Preferences) -> Any
 
 def _decide(problem: Problem, config: Config, name: str) -> Any:
     if name:
+        if name not in BACKENDS:
+            raise NotImplementedError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
         reason = refusal(name, problem, config)
         if reason is not None:
             kind = RuntimeError if isinstance(reason, Unavailable) else NotImplementedError

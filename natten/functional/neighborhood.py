@@ -2,52 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor
 
 from natten import validation
+from natten._internals import is_known
 from natten.functional.attention import attention
+from natten.functional.call import (
+    Parameters,
+    Tensors,
+    flat,
+    make_problem,
+    separated,
+)
 from natten.functional.dispatch import FMHA, FNA, Explanation, parse_name
 from natten.functional.dispatch import explain as explain_problem
 from natten.functional.merge import merge_attentions
-from natten.functional.ops import (
+from natten.functional.operators import (
+    attend,
     autocast,
     autocast_dtype,
-    call,
-    call_packed,
-    make_problem,
-    unpacked,
+    needs_grad,
 )
 from natten.functional.problem import DEFAULT_CONFIG, decode_config, encode_config
 from natten.types import AttentionKwargs, BoolOrSequence, IntOrSequence, KernelSchedule
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-class _Plan(NamedTuple):
-    """A validated call: the operator's parameters, and which way it goes."""
-
-    parameters: tuple[Any, ...]  # of the operator, without requires_grad
-    is_full_window: bool
-
-
-# Validated calls by everything that validation looks at. Cleared when full, which shapes that
-# never repeat can cause.
-_plans: dict[tuple[Any, ...], _Plan] = {}
-_MAX_PLANS = 4096
+_NO_KNOBS = astuple(DEFAULT_CONFIG)
 
 
 def _boxes(
-    query: Tensor,
-    key: Tensor,
-    grid: Any,
-    query_origin: Any,
-    key_origin: Any,
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The global grid and the origins of the query and key boxes in it."""
+    query: Tensor, key: Tensor, grid: Any, query_origin: Any, key_origin: Any
+) -> tuple[tuple[int, ...], ...]:
+    """The global grid and the origins of the query and key boxes in it; none without a grid."""
     query_shape, key_shape = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
     rank = len(query_shape)
     if grid is None:
@@ -58,219 +51,108 @@ def _boxes(
                 "query and key must have the same token shape (or boxes of one grid=), got "
                 f"{query_shape} and {key_shape}"
             )
-        return query_shape, (0,) * rank, (0,) * rank
+        return ()
     extents = validation.int_tuple("grid", grid, rank, minimum=0)
-    origins = []
-    for name, origin, shape in (
-        ("query", query_origin, query_shape),
-        ("key", key_origin, key_shape),
-    ):
-        start = validation.int_tuple(
-            f"{name}_origin", 0 if origin is None else origin, rank, minimum=0
-        )
-        if any(o + n > g for o, n, g in zip(start, shape, extents, strict=True)):
-            raise ValueError(
-                f"{name}'s box must lie inside the grid, got {name}_origin={start}, token shape "
-                f"{shape} and grid={extents}"
-            )
-        origins.append(start)
-    return extents, origins[0], origins[1]
+    origins = [
+        validation.int_tuple(name, 0 if origin is None else origin, rank, minimum=0)
+        for name, origin in (("query_origin", query_origin), ("key_origin", key_origin))
+    ]
+    validation.check_boxes(extents, query_shape, origins[0], key_shape, origins[1])
+    return extents, *origins
 
 
-def _make_plan(
-    rank: int | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    additional_lengths: Tensor | None,
-    window: tuple[Any, ...],
-    scale: Any,
-    backend: Any,
-    knobs: tuple[Any, ...],
-    boxes: tuple[Any, ...],
-) -> _Plan:
+# What a public function is asked for beside its tensors: the four parameters of the window, scale,
+# backend, the values of Config's fields, and grid, query_origin and key_origin.
+_Asked = tuple[tuple[Any, ...], Any, Any, tuple[Any, ...], tuple[Any, Any, Any]]
+
+
+def _parameters(tensors: Tensors, rank: int | None, heads_kv: int, asked: _Asked) -> Parameters:
+    """The operator's parameters for the arguments of a public function, which are checked; whether
+    gradients are needed is left open."""
+    window, scale, backend, knobs, boxes = asked
+    query, key, value = separated(tensors, heads_kv)
     rank = validation.check_qkv(query, key, value, rank)
-    grid, query_origin, key_origin = _boxes(query, key, *boxes)
+    placed = _boxes(query, key, *boxes)
+    grid = placed[0] if placed else tuple(query.shape[1:-2])
     kernel_size, stride, dilation, is_causal = validation.check_window(grid, *window)
-    validation.check_additional(query, key, value, additional_keys, additional_values)
-    validation.check_lengths(additional_lengths, query, additional_keys)
-    validation.check_rpb(rpb, query, kernel_size, is_causal)
+    validation.check_additional(query, key, value, *tensors[4:6])
+    validation.check_lengths(tensors.additional_lengths, query, tensors.additional_keys)
+    validation.check_rpb(tensors.rpb, query, kernel_size, is_causal)
+    flags = tuple([int(c) for c in is_causal])
     checked_knobs = validation.check_knobs(rank, knobs)
     name = parse_name(backend, FNA)
-    has_context = additional_keys is not None
-    is_full_window = (
-        kernel_size == grid
-        and tuple(query.shape[1:-2]) == grid
-        and tuple(key.shape[1:-2]) == grid
-        and (not any(is_causal) or (rank == 1 and not has_context))
-        and rpb is None
-        # Tile shapes are of the given rank.
-        and all(tile is None for tile in checked_knobs[:5])
-    )
-    parameters = (
-        kernel_size,
-        stride,
-        dilation,
-        is_causal,
+    encoded = (*kernel_size, *stride, *dilation, *flags)
+    for box in placed:
+        encoded += box
+    return Parameters(
+        heads_kv,
+        encoded,
         validation.check_scale(scale, query.shape[-1]),
-        grid,
-        query_origin,
-        key_origin,
         0,
         0,
         name,
         encode_config(*checked_knobs),
+        False,
     )
-    return _Plan(parameters, is_full_window)
 
 
-def _cached_plan(*arguments: Any) -> _Plan:
-    """_make_plan, remembered by shapes, dtypes, devices and the text of the other arguments."""
-    if torch.compiler.is_compiling():
-        return _make_plan(*arguments)
-    identity: list[Any] = []
-    for tensor in arguments[1:8]:
-        if tensor is None:
-            identity.append(None)
-        elif isinstance(tensor, Tensor) and not tensor.is_nested:
-            identity += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
-        else:
-            return _make_plan(*arguments)
-    # The text tells 1 from True and 1.0, and holds for lists as well.
-    identity.append(repr((arguments[0], arguments[8:])))
-    return _remembered(_plans, tuple(identity), _make_plan, arguments)
-
-
-def _remembered(
-    plans: dict[tuple[Any, ...], Any],
-    key: tuple[Any, ...],
-    make: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> Any:
-    """The plan of a key, made of the arguments if it is new."""
-    try:
-        return plans[key]
-    except KeyError:
-        pass
-    except TypeError:
-        # Symbolic sizes of a tracer are not hashable.
-        return make(*arguments)
-    plan = make(*arguments)
-    if len(plans) >= _MAX_PLANS:
-        plans.clear()
-    plans[key] = plan
-    return plan
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.flatten(1, -3) if tensor.dim() > 4 else tensor
-
-
-def _flattened(parameters: tuple[Any, ...], query: Tensor) -> tuple[Any, ...]:
-    """The operator's parameters where the window is everything, over flattened tokens."""
-    length = (prod(query.shape[1:-2]),)
-    one, zero = (1,), (0,)
-    return (length, one, one, (False,), parameters[4], length, zero, zero, *parameters[8:])
-
-
-def _fmha_knobs(parameters: tuple[Any, ...]) -> dict[str, Any]:
-    """attention's arguments that correspond to a call of neighborhood attention."""
-    config = decode_config(parameters[11])
-    return {
-        "scale": parameters[4],
-        "backend": f"{parameters[10]}-{FMHA}" if parameters[10] else None,
-        "backward_use_pt_reduction": config.backward_use_pt_reduction,
-        "run_persistent_kernel": config.run_persistent_kernel,
-        "kernel_schedule": config.kernel_schedule,
-        "torch_compile": config.torch_compile,
-    }
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    parameters: tuple[Any, ...],
-    is_causal: bool,
-    attention_kwargs: AttentionKwargs,
-) -> tuple[Tensor, Tensor]:
-    """natten.attention over flattened tokens, with the user's overrides."""
-    arguments = {**_fmha_knobs(parameters), "is_causal": is_causal, **attention_kwargs}
-    arguments["return_lse"] = True
-    out, lse = attention(_flat(query), _flat(key), _flat(value), **arguments)
-    return out, lse
-
-
-def _run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    additional_lengths: Tensor | None,
-    plan: _Plan,
-) -> tuple[Tensor, Tensor]:
-    """The operator, over flattened tokens where the window is everything."""
-    requires_grad = _needs_grad(query, key, value, rpb, additional_keys, additional_values)
-    parameters = plan.parameters
-    tokens = query.shape[1:-2]
-    if plan.is_full_window and len(tokens) > 1:
-        parameters = _flattened(parameters, query)
-        query, key, value = _flat(query), _flat(key), _flat(value)
-    out, lse = call(
-        query,
-        key,
-        value,
-        rpb,
-        additional_keys,
-        additional_values,
-        None,
-        None,
-        additional_lengths,
-        *parameters,
-        requires_grad,
+def _is_full(tensors: Tensors, window: tuple[Any, ...], knobs: tuple[Any, ...], grid: Any) -> bool:
+    """Whether plain attention computes the call: every query sees every key, or every earlier one
+    on one axis, and nothing else is asked for."""
+    query, key = tensors.query, tensors.key
+    shapes = [tuple(tensor.shape[1:-2]) for tensor in (query, key) if tensor is not None]
+    rank = len(shapes[0])
+    shapes.append(shapes[0] if grid is None else validation.int_tuple("grid", grid, rank, 0))
+    kernel_size, _, _, is_causal = validation.check_window(shapes[-1], *window)
+    if any(is_causal) and (rank > 1 or tensors.additional_keys is not None):
+        return False
+    if tensors.rpb is not None or any(knob is not None for knob in knobs[:5]):
+        return False
+    return all(
+        is_known(size == extent)
+        for shape in shapes
+        for size, extent in zip(kernel_size, shape, strict=True)
     )
-    if plan.is_full_window and len(tokens) > 1:
-        out, lse = out.unflatten(1, tokens), lse.unflatten(1, tokens)
-    return out, lse
 
 
-def _run_separately(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    plan: _Plan,
+def _attend_separately(
+    rank: int | None,
+    tensors: Tensors,
+    asked: _Asked,
+    is_full: bool,
     attention_kwargs: AttentionKwargs,
 ) -> tuple[Tensor, Tensor]:
     """With the user's attention_kwargs, for whatever is plain attention."""
-    tokens = query.shape[1:-2]
-    parameters = plan.parameters
-    if plan.is_full_window:
-        causal = parameters[3][0]
-        out, lse = _attention(query, key, value, parameters, causal, attention_kwargs)
+    parameters = _parameters(tensors, rank, 0, asked)
+    query, key, value, _, additional_keys, additional_values, *_ = tensors
+    config = decode_config(parameters.config)
+
+    def attend_to(keys: Tensor, values: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+        named = {
+            "scale": parameters.scale,
+            "backend": f"{parameters.backend}-{FMHA}" if parameters.backend else None,
+            "backward_use_pt_reduction": config.backward_use_pt_reduction,
+            "run_persistent_kernel": config.run_persistent_kernel,
+            "kernel_schedule": config.kernel_schedule,
+            "torch_compile": config.torch_compile,
+            "is_causal": is_causal,
+            **attention_kwargs,
+            "return_lse": True,
+        }
+        out, lse = attention(flat(query), flat(keys), flat(values), **named)
+        return out, lse
+
+    if is_full and key is not None and value is not None:
+        # On one axis, is_causal is the last of four values.
+        out, lse = attend_to(key, value, query.dim() == 4 and bool(parameters.window[3]))
     else:
-        out, lse = _run(query, key, value, rpb, None, None, None, plan)
-        out, lse = _flat(out), lse.flatten(1, -2)
+        own = tensors._replace(additional_keys=None, additional_values=None)
+        out, lse = attend(own, (rank, 0, asked), _parameters)
+        out, lse = flat(out), lse.flatten(1, -2)
     if additional_keys is not None and additional_values is not None:
-        context = _attention(
-            query, additional_keys, additional_values, parameters, False, attention_kwargs
-        )
+        context = attend_to(additional_keys, additional_values, False)
         out, lse = merge_attentions([out, context[0]], [lse, context[1]], return_lse=True)
+    tokens = query.shape[1:-2]
     return out.unflatten(1, tokens), lse.unflatten(1, tokens)
 
 
@@ -279,87 +161,76 @@ def _neighborhood_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    additional_lengths: Tensor | None,
-    window: tuple[Any, ...],
-    scale: float | None,
-    attention_kwargs: AttentionKwargs | None,
-    backend: str | None,
-    knobs: tuple[Any, ...],
-    boxes: tuple[Any, ...],
-    try_fuse_additional_kv: bool,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+    kernel_size: IntOrSequence,
+    stride: IntOrSequence | None = 1,
+    dilation: IntOrSequence | None = 1,
+    is_causal: BoolOrSequence | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    attention_kwargs: AttentionKwargs | None = None,
+    backend: str | None = None,
+    q_tile_shape: Sequence[int] | None = None,
+    kv_tile_shape: Sequence[int] | None = None,
+    backward_q_tile_shape: Sequence[int] | None = None,
+    backward_kv_tile_shape: Sequence[int] | None = None,
+    backward_kv_splits: Sequence[int] | None = None,
+    backward_use_pt_reduction: bool = False,
+    run_persistent_kernel: bool = True,
+    kernel_schedule: str | KernelSchedule | None = None,
+    torch_compile: bool = False,
+    try_fuse_additional_kv: bool = False,
+    *,
+    return_lse: bool = False,
+    rpb: Tensor | None = None,
+    additional_lengths: Tensor | None = None,
+    grid: Sequence[int] | None = None,
+    query_origin: Sequence[int] | None = None,
+    key_origin: Sequence[int] | None = None,
+) -> Any:
+    """The functions below; ``rank`` is how many axes of tokens there must be, None for any."""
     dtype = autocast_dtype(query)
     if dtype is not None:
         query, key, value, additional_keys, additional_values = autocast(
             dtype, query, key, value, additional_keys, additional_values
         )
-    tensors = (query, key, value, rpb, additional_keys, additional_values)
-    plan = _cached_plan(rank, *tensors, additional_lengths, window, scale, backend, knobs, boxes)
-    if additional_lengths is not None and additional_keys is not None:
-        most = additional_keys.shape[1]
-        validation.check_length_values("additional_lengths", additional_lengths, most)
-    applies = plan.is_full_window or additional_keys is not None
-    if attention_kwargs and applies and not try_fuse_additional_kv:
-        if additional_lengths is not None:
-            raise NotImplementedError(
-                "additional_lengths and attention_kwargs, which make additional keys an attention "
-                "of their own, do not go together without try_fuse_additional_kv=True"
-            )
-        out, lse = _run_separately(*tensors, plan, attention_kwargs)
-    else:
-        out, lse = _run(*tensors, additional_lengths, plan)
-    return (out, lse) if return_lse else out
-
-
-_WHOLE_GRID = (None, None, None)
-_NO_KNOBS = astuple(DEFAULT_CONFIG)
-
-
-class _PackedPlan(NamedTuple):
-    """A validated call of the packed operator."""
-
-    plan: _Plan
-    window: tuple[int, ...]  # the operator's
-    is_flat: bool  # over flattened tokens
-
-
-# As `_plans`.
-_packed_plans: dict[tuple[Any, ...], _PackedPlan] = {}
-
-
-def _make_packed_plan(
-    qkv: Tensor,
-    rpb: Tensor | None,
-    heads_kv: int,
-    window: tuple[Any, ...],
-    scale: Any,
-    backend: Any,
-    boxes: tuple[Any, ...],
-) -> _PackedPlan:
-    query, key, value = unpacked(qkv, heads_kv)
-    plan = _make_plan(
-        None, query, key, value, rpb, None, None, None, window, scale, backend, _NO_KNOBS, boxes
+    tensors = Tensors(
+        query, key, value, rpb, additional_keys, additional_values, None, None, additional_lengths
     )
-    is_flat = plan.is_full_window and qkv.dim() > 4
-    parameters = _flattened(plan.parameters, qkv) if is_flat else plan.parameters
-    kernel_size, stride, dilation, is_causal, _, grid, origin, *_ = parameters
-    packed = (*kernel_size, *stride, *dilation, *map(int, is_causal), *grid, *origin)
-    return _PackedPlan(plan, packed, is_flat)
-
-
-def _cached_packed_plan(*arguments: Any) -> _PackedPlan:
-    """_make_packed_plan, remembered; its arguments but the tensors are hashable."""
-    if torch.compiler.is_compiling():
-        return _make_packed_plan(*arguments)
-    qkv, rpb, *rest = arguments
-    key = (qkv.shape, qkv.dtype, qkv.device, qkv.layout, *rest)
-    if rpb is not None:
-        key += (rpb.shape, rpb.dtype, rpb.device)
-    return _remembered(_packed_plans, key, _make_packed_plan, arguments)
+    window = (kernel_size, stride, dilation, is_causal)
+    knobs = (
+        q_tile_shape,
+        kv_tile_shape,
+        backward_q_tile_shape,
+        backward_kv_tile_shape,
+        backward_kv_splits,
+        backward_use_pt_reduction,
+        run_persistent_kernel,
+        kernel_schedule,
+        torch_compile,
+    )
+    asked = (window, scale, backend, knobs, (grid, query_origin, key_origin))
+    validation.optional_bool("try_fuse_additional_kv", try_fuse_additional_kv)
+    validation.optional_bool("return_lse", return_lse)
+    if attention_kwargs and not try_fuse_additional_kv:
+        validation.check_mapping("attention_kwargs", attention_kwargs)
+        # Wrong arguments are told before anything is made of them.
+        _parameters(tensors, rank, 0, asked)
+        is_full = _is_full(tensors, window, knobs, grid)
+        if is_full or additional_keys is not None:
+            if additional_lengths is not None:
+                raise NotImplementedError(
+                    "additional_lengths and attention_kwargs, which make additional keys an "
+                    "attention of their own, do not go together without try_fuse_additional_kv=True"
+                )
+            out, lse = _attend_separately(rank, tensors, asked, is_full, attention_kwargs)
+            return (out, lse) if return_lse else out
+    if isinstance(additional_lengths, Tensor) and isinstance(additional_keys, Tensor):
+        # What they hold; all else is remembered once it is checked.
+        most = additional_keys.shape[1] if additional_keys.dim() == 4 else 0
+        validation.check_length_values("additional_lengths", additional_lengths, most)
+    out, lse = attend(tensors, (rank, 0, asked), _parameters)
+    return (out, lse) if return_lse else out
 
 
 def packed_attention(
@@ -391,66 +262,37 @@ def packed_attention(
     dtype = autocast_dtype(qkv)
     if dtype is not None:
         (qkv,) = autocast(dtype, qkv)
-    window = (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
-    boxes: tuple[Any, ...] = _WHOLE_GRID
-    if grid is not None:
-        corner = None if origin is None else tuple(origin)
-        boxes = (tuple(grid), corner, corner)
-    plan, packed_window, is_flat = _cached_packed_plan(
-        qkv, rpb, heads_kv, window, scale, backend, boxes
-    )
-    if torch.jit.is_tracing():
-        # The deprecated tracer records the operator of three tensors.
-        query, key, value = unpacked(qkv, heads_kv)
-        return _run(query, key, value, rpb, None, None, None, plan)
-    tokens = qkv.shape[1:-2]
-    if is_flat:
-        qkv = _flat(qkv)
-    out, lse = call_packed(
-        qkv,
-        rpb,
-        heads_kv,
-        packed_window,
-        plan.parameters[4],
-        plan.parameters[10],
-        _needs_grad(qkv, rpb),
-    )
-    if is_flat:
-        out, lse = out.unflatten(1, tokens), lse.unflatten(1, tokens)
-    return out, lse
+    tensors = Tensors(qkv, None, None, rpb)
+    if not isinstance(heads_kv, int) or heads_kv < 1:
+        raise ValueError(f"heads_kv must be a positive int, got {heads_kv!r}")
+    window = (kernel_size, stride, dilation, is_causal)
+    boxes = (grid, origin, origin)
+    asked = (window, scale, backend, _NO_KNOBS, boxes)
+    return attend(tensors, (None, heads_kv, asked), _parameters)
 
 
-def neighborhood_attention_generic(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: IntOrSequence,
-    stride: IntOrSequence | None = 1,
-    dilation: IntOrSequence | None = 1,
-    is_causal: BoolOrSequence | None = False,
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    attention_kwargs: AttentionKwargs | None = None,
-    backend: str | None = None,
-    q_tile_shape: Sequence[int] | None = None,
-    kv_tile_shape: Sequence[int] | None = None,
-    backward_q_tile_shape: Sequence[int] | None = None,
-    backward_kv_tile_shape: Sequence[int] | None = None,
-    backward_kv_splits: Sequence[int] | None = None,
-    backward_use_pt_reduction: bool = False,
-    run_persistent_kernel: bool = True,
-    kernel_schedule: str | KernelSchedule | None = None,
-    torch_compile: bool = False,
-    try_fuse_additional_kv: bool = False,
-    *,
-    return_lse: bool = False,
-    rpb: Tensor | None = None,
-    additional_lengths: Tensor | None = None,
-    grid: Sequence[int] | None = None,
-    query_origin: Sequence[int] | None = None,
-    key_origin: Sequence[int] | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+def _without_rank(
+    function: Callable[Concatenate[int | None, P], R],
+) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Gives a function the signature of another without its first parameter: types are written
+    once."""
+
+    def decorate(wrapper: Callable[..., R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        _, *parameters = signature.parameters.values()
+        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {
+            name: annotation
+            for name, annotation in function.__annotations__.items()
+            if name != "rank"
+        }
+        return wrapper
+
+    return decorate
+
+
+@_without_rank(_neighborhood_attention)
+def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
     """Neighborhood attention over 1, 2 or 3 axes of tokens, as many as the tensors have.
 
     Every query attends to the window of ``kernel_size`` keys around it (:mod:`natten.window` has
@@ -513,125 +355,67 @@ def neighborhood_attention_generic(
     References: https://arxiv.org/abs/2204.07143, https://arxiv.org/abs/2209.15001,
     https://arxiv.org/abs/2504.16922
     """
-    return _neighborhood_attention(
-        None,
-        query,
-        key,
-        value,
-        rpb,
-        additional_keys,
-        additional_values,
-        additional_lengths,
-        (kernel_size, stride, dilation, is_causal),
-        scale,
-        attention_kwargs,
-        backend,
-        (
-            q_tile_shape,
-            kv_tile_shape,
-            backward_q_tile_shape,
-            backward_kv_tile_shape,
-            backward_kv_splits,
-            backward_use_pt_reduction,
-            run_persistent_kernel,
-            kernel_schedule,
-            torch_compile,
-        ),
-        (grid, query_origin, key_origin),
-        try_fuse_additional_kv,
-        return_lse,
-    )
+    return _neighborhood_attention(None, *arguments, **named)
 
 
-_SUMMARY = """{rank}-D neighborhood attention.
+@_without_rank(_neighborhood_attention)
+def na1d(*arguments: Any, **named: Any) -> Any:
+    """1-D neighborhood attention.
 
-:func:`neighborhood_attention_generic` for tensors with {axes} of tokens:
+    :func:`neighborhood_attention_generic` for tensors with one axis of tokens:
 
-Args:
-    query: ``[batch, {tokens}, heads, head_dim]``, any floating dtype.
-    key: ``[batch, {tokens}, heads_kv, head_dim]``; heads is a multiple of heads_kv.
-    value: ``[batch, {tokens}, heads_kv, head_dim_v]``.
-    kernel_size: Window size; an int stands for every axis.
+    Args:
+        query: ``[batch, X, heads, head_dim]``, any floating dtype.
+        key: ``[batch, X, heads_kv, head_dim]``; heads is a multiple of heads_kv.
+        value: ``[batch, X, heads_kv, head_dim_v]``.
+        kernel_size: Window size; an int stands for every axis.
 
-All other arguments, what is returned and what is raised are as documented there, except for
-sub-grids, which only it has.
+    All other arguments, what is returned and what is raised are as documented there.
 
-Raises:
-    ValueError: The tensors do not have {dims} dimensions, or as documented there.
-"""
-
-
-def _of_rank(rank: int) -> Callable[..., Any]:
-    def function(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kernel_size: IntOrSequence,
-        stride: IntOrSequence | None = 1,
-        dilation: IntOrSequence | None = 1,
-        is_causal: BoolOrSequence | None = False,
-        scale: float | None = None,
-        additional_keys: Tensor | None = None,
-        additional_values: Tensor | None = None,
-        attention_kwargs: AttentionKwargs | None = None,
-        backend: str | None = None,
-        q_tile_shape: Sequence[int] | None = None,
-        kv_tile_shape: Sequence[int] | None = None,
-        backward_q_tile_shape: Sequence[int] | None = None,
-        backward_kv_tile_shape: Sequence[int] | None = None,
-        backward_kv_splits: Sequence[int] | None = None,
-        backward_use_pt_reduction: bool = False,
-        run_persistent_kernel: bool = True,
-        kernel_schedule: str | KernelSchedule | None = None,
-        torch_compile: bool = False,
-        try_fuse_additional_kv: bool = False,
-        *,
-        return_lse: bool = False,
-        rpb: Tensor | None = None,
-        additional_lengths: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        return _neighborhood_attention(
-            rank,
-            query,
-            key,
-            value,
-            rpb,
-            additional_keys,
-            additional_values,
-            additional_lengths,
-            (kernel_size, stride, dilation, is_causal),
-            scale,
-            attention_kwargs,
-            backend,
-            (
-                q_tile_shape,
-                kv_tile_shape,
-                backward_q_tile_shape,
-                backward_kv_tile_shape,
-                backward_kv_splits,
-                backward_use_pt_reduction,
-                run_persistent_kernel,
-                kernel_schedule,
-                torch_compile,
-            ),
-            _WHOLE_GRID,
-            try_fuse_additional_kv,
-            return_lse,
-        )
-
-    function.__name__ = function.__qualname__ = f"na{rank}d"
-    function.__doc__ = _SUMMARY.format(
-        rank=rank,
-        axes="one axis" if rank == 1 else f"{rank} axes",
-        tokens=", ".join("XYZ"[:rank]),
-        dims=rank + 3,
-    )
-    return function
+    Raises:
+        ValueError: The tensors do not have 4 dimensions, or as documented there.
+    """
+    return _neighborhood_attention(1, *arguments, **named)
 
 
-na1d = _of_rank(1)
-na2d = _of_rank(2)
-na3d = _of_rank(3)
+@_without_rank(_neighborhood_attention)
+def na2d(*arguments: Any, **named: Any) -> Any:
+    """2-D neighborhood attention.
+
+    :func:`neighborhood_attention_generic` for tensors with 2 axes of tokens:
+
+    Args:
+        query: ``[batch, X, Y, heads, head_dim]``, any floating dtype.
+        key: ``[batch, X, Y, heads_kv, head_dim]``; heads is a multiple of heads_kv.
+        value: ``[batch, X, Y, heads_kv, head_dim_v]``.
+        kernel_size: Window size; an int stands for every axis.
+
+    All other arguments, what is returned and what is raised are as documented there.
+
+    Raises:
+        ValueError: The tensors do not have 5 dimensions, or as documented there.
+    """
+    return _neighborhood_attention(2, *arguments, **named)
+
+
+@_without_rank(_neighborhood_attention)
+def na3d(*arguments: Any, **named: Any) -> Any:
+    """3-D neighborhood attention.
+
+    :func:`neighborhood_attention_generic` for tensors with 3 axes of tokens:
+
+    Args:
+        query: ``[batch, X, Y, Z, heads, head_dim]``, any floating dtype.
+        key: ``[batch, X, Y, Z, heads_kv, head_dim]``; heads is a multiple of heads_kv.
+        value: ``[batch, X, Y, Z, heads_kv, head_dim_v]``.
+        kernel_size: Window size; an int stands for every axis.
+
+    All other arguments, what is returned and what is raised are as documented there.
+
+    Raises:
+        ValueError: The tensors do not have 6 dimensions, or as documented there.
+    """
+    return _neighborhood_attention(3, *arguments, **named)
 
 
 def explain(
@@ -662,21 +446,11 @@ def explain(
         ValueError, NotImplementedError: As the call itself would, for wrong arguments.
     """
     knobs = (None, None, None, None, None, False, True, None, torch_compile)
-    tensors = (query, key, value, rpb, additional_keys, additional_values)
-    window = (kernel_size, stride, dilation, is_causal)
-    boxes = (grid, query_origin, key_origin)
-    parameters = _make_plan(
-        None, *tensors, additional_lengths, window, scale, None, knobs, boxes
-    ).parameters
-    problem = make_problem(
-        query,
-        key,
-        value,
-        rpb,
-        additional_keys,
-        None,
-        additional_lengths,
-        parameters[:10],
-        _needs_grad(*tensors),
+    tensors = Tensors(
+        query, key, value, rpb, additional_keys, additional_values, None, None, additional_lengths
     )
-    return explain_problem(problem, decode_config(parameters[11]))
+    window = (kernel_size, stride, dilation, is_causal)
+    asked = (window, scale, None, knobs, (grid, query_origin, key_origin))
+    parameters = _parameters(tensors, None, 0, asked)
+    problem = make_problem(tensors, parameters._replace(requires_grad=needs_grad(tensors)))
+    return explain_problem(problem, decode_config(parameters.config))

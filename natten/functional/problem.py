@@ -208,8 +208,14 @@ def decode_config(text: str) -> Config:
     """The inverse of :meth:`Config.encode`."""
     if not text:
         return DEFAULT_CONFIG
-    *tiles, reduction, persistent, schedule, compiled = text.split(",")
-    shapes = [tuple(int(n) for n in tile.split("x")) if tile else None for tile in tiles]
+    parts = text.split(",")
+    if len(parts) != len(_DEFAULTS):
+        raise ValueError(f"config must hold {len(_DEFAULTS)} values, as encode_config writes them")
+    *tiles, reduction, persistent, schedule, compiled = parts
+    try:
+        shapes = [tuple(int(n) for n in tile.split("x")) if tile else None for tile in tiles]
+    except ValueError:
+        raise ValueError(f"config must hold tile shapes like 4x8, got {text!r}") from None
     return Config(  # type: ignore[misc]
         *shapes,  # type: ignore[arg-type]
         backward_use_pt_reduction=reduction == "1",

@@ -19,7 +19,7 @@ the start of the window. Causal windows leave slots at their tail empty: the dot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from math import prod
@@ -28,16 +28,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from natten import validation
 from natten.functional.backends import gather
-from natten.functional.ops import transforming
+from natten.functional.operators import define
 from natten.window import Axis
 
 # Plain integers, is_causal 0 and 1: torch.jit.trace takes no other lists.
 _WINDOW = "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal"
-
-_library = torch.library.Library("natten", "FRAGMENT")
 
 
 @lru_cache(maxsize=1)
@@ -68,10 +66,70 @@ def _axes(tokens: Any, window: tuple[Any, ...]) -> tuple[Axis, ...]:
     return tuple(map(Axis, tokens, *sizes, map(bool, is_causal)))
 
 
+@lru_cache(maxsize=4096)
+def _check(
+    shapes: tuple[tuple[str, tuple[int, ...], torch.dtype, torch.device], ...],
+    tokens: tuple[int, ...],
+    window: tuple[tuple[int, ...], ...],
+    expected: tuple[tuple[int | None, ...], ...],
+) -> None:
+    """Check tensors and window of an operator against each other, by whomever it is called.
+
+    Args:
+        shapes: Name, shape, dtype and device of each tensor.
+        tokens: Extents of the grid.
+        window: kernel_size, stride, dilation, is_causal.
+        expected: The shape of each tensor; None where any extent will do.
+    """
+    rank = len(tokens)
+    if not 1 <= rank <= 3 or any(len(values) != rank for values in window):
+        raise ValueError(
+            "kernel_size, stride, dilation and is_causal must have one value for each of 1 to 3 "
+            f"axes of tokens, got {window} for tokens of shape {tokens}"
+        )
+    *sizes, is_causal = window
+    if any(flag not in (0, 1) for flag in is_causal):
+        raise ValueError(f"is_causal must hold 0 or 1, got {is_causal}")
+    validation.int_tuple("tokens", tokens, rank, minimum=0)
+    kernel_size, stride, dilation = sizes
+    flags = tuple(map(bool, is_causal))
+    validation.check_window(tokens, kernel_size, stride, dilation, flags)
+    for (name, shape, dtype, device), wanted in zip(shapes, expected, strict=True):
+        if len(shape) != len(wanted) or any(w not in (None, n) for n, w in zip(shape, wanted)):
+            text = ", ".join("any" if w is None else str(w) for w in wanted)
+            raise ValueError(f"{name} must have shape [{text}], got {shape}")
+        if not dtype.is_floating_point or (dtype, device) != shapes[0][2:]:
+            raise ValueError(
+                f"{name} must be floating-point, of one dtype and on one device with "
+                f"{shapes[0][0]}, got {dtype} on {device}"
+            )
+
+
+def _checked(
+    tensors: dict[str, Tensor],
+    tokens: Sequence[int],
+    window: tuple[Any, ...],
+    *expected: tuple[int | None, ...],
+) -> tuple[Axis, ...]:
+    """The axes of a call whose arguments fit each other."""
+    for name, tensor in tensors.items():
+        validation.check_is_tensor(name, tensor)
+    described = tuple([(n, tuple(t.shape), t.dtype, t.device) for n, t in tensors.items()])
+    _check(described, tuple(tokens), tuple(map(tuple, window)), expected)
+    return _axes(tokens, window)
+
+
 def _run(name: str, first: Tensor, second: Tensor, window: tuple[Any, ...], *more: Any) -> Tensor:
     """A product of two tensors ``[batch, heads, *tokens, features]`` by whoever can."""
     shape = second.shape
-    axes = _axes(shape[2:-1], window)
+    width = shape[-1] if name == "dot" else prod(window[0])
+    axes = _checked(
+        {"the first tensor": first, "the second tensor": second},
+        shape[2:-1],
+        window,
+        (*shape[:-1], width),
+        (None,) * len(shape),
+    )
     units, tokens = shape[0] * shape[1], prod(shape[2:-1])
     a = first.reshape(units, tokens, first.shape[-1])
     b = second.reshape(units, tokens, shape[-1])
@@ -117,7 +175,7 @@ def _relative(axes: tuple[Axis, ...], device: torch.device) -> list[Tensor]:
 
 
 def _bias(table: Tensor, tokens: Any, *window: Any) -> Tensor:
-    axes = _axes(tokens, window)
+    axes = _checked({"table": table}, tokens, window, (None, *(2 * k - 1 for k in window[0])))
     rank = len(axes)
     index: list[Any] = [slice(None)]
     for i, entries in enumerate(_relative(axes, table.device)):
@@ -129,7 +187,8 @@ def _bias(table: Tensor, tokens: Any, *window: Any) -> Tensor:
 
 def _bias_sum(weights: Tensor, *window: Any) -> Tensor:
     heads, *tokens, _ = weights.shape
-    axes = _axes(tokens, window)
+    expected = (heads, *tokens, prod(window[0]))
+    axes = _checked({"weights": weights}, tokens, window, expected)
     rank = len(axes)
     # One axis after the other, as products with matrices of zeros and ones: index_add_ has no
     # fixed order on GPUs. In float64, which no setting rounds.
@@ -267,28 +326,8 @@ def _define(
     fake: Callable[..., Tensor],
     function: type[torch.autograd.Function],
 ) -> Callable[..., Tensor]:
-    """Register an operator; returns what calls it. ``function`` holds its derivative, and gets the
-    operator itself as forward pass, and its batching rule."""
-    _library.define(f"{name}({arguments}) -> Tensor")
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"natten::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.natten, name).default
-
-    def forward(*arguments: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
-
-    function.forward = staticmethod(forward)  # type: ignore[method-assign]
-
-    def differentiate(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Tensor:
-        if forward_ad._current_level >= 0 or (
-            torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-        ):
-            return function.apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-    _library.impl(name, differentiate, "Autograd", with_keyset=True)
+    """Define an operator, whose batching rule makes the new dimension one with the first."""
+    call = define(name, f"({arguments}) -> Tensor", implementation, fake, function)
 
     def batch(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
         size = info.batch_size
@@ -300,11 +339,6 @@ def _define(
         return out.unflatten(0, (size, out.shape[0] // size)), 0
 
     function.vmap = staticmethod(batch)  # type: ignore[method-assign]
-
-    def call(*arguments: Any) -> Tensor:
-        # torch.func must see the function: the dispatcher does not hand it a Python derivative.
-        return function.apply(*arguments) if transforming() else operator(*arguments)
-
     return call
 
 

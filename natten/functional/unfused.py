@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from natten import validation
-from natten.functional.ops import autocast, autocast_dtype
+from natten.functional.operators import autocast, autocast_dtype
 from natten.functional.products import window_bias, window_dot, window_sum
 from natten.types import BoolOrSequence, IntOrSequence
 

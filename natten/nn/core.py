@@ -47,10 +47,10 @@ def attend(
     TorchScript.
     """
     if torch.jit.is_scripting():
-        extent = query.shape[1:-2] if grid is None else grid
-        corner = [0] * len(extent)
-        if origin is not None and grid is not None:
-            corner = origin
+        window = kernel_size + stride + dilation + [int(c) for c in is_causal]
+        if grid is not None:
+            corner = [0] * len(grid) if origin is None else origin
+            window = window + grid + corner + corner
         # TorchScript knows the operator itself, not the Python around it.
         return torch.ops.natten.neighborhood_attention(
             query,
@@ -62,14 +62,9 @@ def attend(
             None,
             None,
             additional_lengths,
-            kernel_size,
-            stride,
-            dilation,
-            is_causal,
+            0,
+            window,
             scale,
-            extent,
-            corner,
-            corner,
             0,
             0,
             "",

@@ -1,0 +1,135 @@
+"""Everything private of torch that this package touches, in one place.
+
+The dispatcher's way to a Python kernel and back costs more than all the rest of a call, so that
+calls which nobody but autograd watches go around it. :func:`is_plain` decides which those are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_KEY = torch._C.DispatchKey
+
+
+def key_set(*keys: Any) -> torch._C.DispatchKeySet:
+    """A set of dispatch keys."""
+    found = torch._C.DispatchKeySet(keys[0])
+    for key in keys[1:]:
+        found = found | torch._C.DispatchKeySet(key)
+    return found
+
+
+# What a dense tensor on a CPU or an NVIDIA or AMD GPU has. Whatever else a tensor has, its bytes
+# are not all there is to it: negative and conjugate views, tensors of zeros without memory,
+# wrappers of functionalization, of vmap and of batched gradients, sparse and meta tensors ...
+_DENSE = key_set(
+    _KEY.CPU,
+    _KEY.CUDA,
+    _KEY.AutogradCPU,
+    _KEY.AutogradCUDA,
+    _KEY.AutocastCPU,
+    _KEY.AutocastCUDA,
+    _KEY.ADInplaceOrView,
+)
+_SPECIAL = ~_DENSE.raw_repr()
+# Other subclasses may want to see the operator, by __torch_function__ alone too.
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+AUTOCAST = key_set(_KEY.AutocastCPU, _KEY.AutocastCUDA)
+AUTOGRAD = key_set(_KEY.AutogradFunctionality, _KEY.AutogradOther, _KEY.AutogradNestedTensor)
+
+after_autograd = torch._C._after_autograd_keyset
+below_autograd = torch._C._AutoDispatchBelowAutograd
+excluding = torch._C._ExcludeDispatchKeyGuard
+any_requires_grad = torch._C._any_requires_grad
+
+
+def is_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether nobody but autograd watches what is done with these tensors, and all that they are is
+    in their memory: then the dispatcher has nothing to add.
+
+    Tracers, modes, the profiler, transforms and subclasses take its way.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES
+            or torch._C._dispatch_keys(tensor).raw_repr() & _SPECIAL
+        ):
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is going on, with or without tangents."""
+    return forward_ad._current_level >= 0
+
+
+def transforming() -> bool:
+    """Whether torch.func transforms are at work that must see the Function and not the operator:
+    the dispatcher does not hand them a Python kernel's derivative.
+
+    Functionalization does not differentiate: it sees operators.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    top = torch._C._functorch.peek_interpreter_stack()
+    return top is None or top.key() != torch._C._functorch.TransformType.Functionalize
+
+
+def is_known(condition: Any) -> bool:
+    """A comparison of sizes; False where a compiler would have to guard on it."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def below_autocast() -> AbstractContextManager[Any]:
+    """Keeps autocast from seeing what it has cast already."""
+    return excluding(AUTOCAST)
+
+
+def library(namespace: str) -> torch.library.Library:
+    """The library that operators of a namespace are defined in.
+
+    If this package was imported before, and removed from ``sys.modules`` since, what that import
+    defined is undone.
+    """
+    home = getattr(torch.ops, namespace)
+    previous = getattr(home, "_natten_library", None)
+    if previous is not None:
+        previous._destroy()
+    found = torch.library.Library(namespace, "DEF")
+    home._natten_library = found
+    return found
+
+
+__all__ = [
+    "AUTOCAST",
+    "AUTOGRAD",
+    "after_autograd",
+    "any_requires_grad",
+    "below_autocast",
+    "below_autograd",
+    "in_forward_mode",
+    "is_known",
+    "is_plain",
+    "key_set",
+    "library",
+    "transforming",
+]

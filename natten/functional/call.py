@@ -1,0 +1,390 @@
+"""A call of the operator: its tensors, its parameters, and what follows from both but the data.
+
+:class:`Call` is where arguments are validated, whoever gives them: the public functions, a compiled
+or exported program, or ``torch.ops.natten``. One is made for each kind of call and then looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor
+
+from natten import validation
+from natten.functional.problem import Config, Problem, decode_config
+
+# What the operator takes as kernel_size for a window of everything there is along an axis.
+EVERYTHING = 0
+
+
+class Tensors(NamedTuple):
+    """The tensors of a call; the first six are differentiable.
+
+    ``key`` and ``value`` are None where query, key and value are the heads of one tensor, in this
+    order: then ``query`` is that tensor.
+    """
+
+    query: Tensor
+    key: Tensor | None
+    value: Tensor | None
+    rpb: Tensor | None = None
+    additional_keys: Tensor | None = None
+    additional_values: Tensor | None = None
+    cumulative_seqlen_q: Tensor | None = None
+    cumulative_seqlen_kv: Tensor | None = None
+    additional_lengths: Tensor | None = None
+
+
+NUM_TENSORS = len(Tensors._fields)
+
+
+class Parameters(NamedTuple):
+    """The other arguments of the operator, in the order of its schema.
+
+    Attributes:
+        heads_kv: Heads of key and of value in a packed query; 0 where they are tensors.
+        window: kernel_size, stride, dilation and is_causal (0 or 1), one value per axis each, one
+            after the other; and, where the tensors hold boxes of a grid, its extents and the
+            origins of query and key. A kernel_size of EVERYTHING is the whole axis.
+        scale: Factor on the dot products.
+        max_seqlen_q: Longest packed query sequence; 0 without packed sequences.
+        max_seqlen_kv: Longest packed key sequence.
+        backend: A name of the table in :mod:`natten.functional.dispatch`, or "".
+        config: An encoded Config.
+        requires_grad: Whether a backward pass may follow.
+    """
+
+    heads_kv: int
+    window: tuple[int, ...]
+    scale: float
+    max_seqlen_q: int
+    max_seqlen_kv: int
+    backend: str
+    config: str
+    requires_grad: bool
+
+
+class Window(NamedTuple):
+    """The window's parameters and the boxes, one value per axis each."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+    grid: tuple[int, ...]
+    query_origin: tuple[int, ...]
+    key_origin: tuple[int, ...]
+
+
+def decode_window(
+    window: Sequence[int], query_shape: Sequence[int], key_shape: Sequence[int]
+) -> Window:
+    """The operator's window for boxes of these extents.
+
+    Raises:
+        ValueError: Not four or seven values per axis, or boxes of different extents without a grid.
+    """
+    rank = len(query_shape)
+    if len(window) not in (4 * rank, 7 * rank):
+        raise ValueError(
+            f"window must hold 4 or 7 values for each of {rank} axes, got {list(window)}"
+        )
+    parts = [tuple(window[i : i + rank]) for i in range(0, len(window), rank)]
+    kernel_size, stride, dilation, flags = parts[:4]
+    for flag in flags:
+        if flag not in (0, 1):
+            raise ValueError(f"window must hold 0 or 1 for is_causal, got {list(flags)}")
+    is_causal = tuple([flag == 1 for flag in flags])
+    zeros = (0,) * rank
+    if len(parts) > 4:
+        grid, query_origin, key_origin = parts[4:]
+    else:
+        if tuple(query_shape) != tuple(key_shape) and any(k != EVERYTHING for k in kernel_size):
+            raise ValueError(
+                "query and key must have the same token shape (or boxes of one grid=), got "
+                f"{tuple(query_shape)} and {tuple(key_shape)}"
+            )
+        grid = tuple([max(q, k, 1) for q, k in zip(query_shape, key_shape, strict=True)])
+        query_origin = key_origin = zeros
+        if EVERYTHING not in kernel_size:
+            grid = tuple(query_shape)
+    kernel_size = tuple(
+        [g if k == EVERYTHING else k for k, g in zip(kernel_size, grid, strict=True)]
+    )
+    return Window(kernel_size, stride, dilation, is_causal, grid, query_origin, key_origin)
+
+
+def unpacked(qkv: Tensor, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of query, key and value, the heads of one tensor."""
+    # Tensor.split is Python around this.
+    sizes = [qkv.shape[-2] - 2 * heads_kv, heads_kv, heads_kv]
+    query, key, value = qkv.split_with_sizes(sizes, -2)
+    return query, key, value
+
+
+def separated(tensors: Tensors, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, whether they are one tensor, of ``heads_kv`` heads, or three."""
+    if heads_kv:
+        return unpacked(tensors.query, heads_kv)
+    # What is missing all the same is for validation to tell.
+    return tensors[:3]  # type: ignore[return-value]
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """``[batch, *tokens, heads, features]`` with one axis of tokens."""
+    return tensor.flatten(1, -3)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A validated call.
+
+    Attributes:
+        parameters: As the operator takes them.
+        problem: What a backend is asked to run: over flattened tokens where every query sees every
+            key, whatever the grid.
+        config: How.
+        is_packed: Whether query, key and value are the heads of one tensor.
+        is_flat: Whether the tokens are to be flattened.
+        out_shape: Of the output.
+    """
+
+    parameters: Parameters
+    problem: Problem
+    config: Config
+    is_packed: bool
+    is_flat: bool
+    out_shape: tuple[int, ...]
+
+    @cached_property
+    def is_empty(self) -> bool:
+        """Whether there is no query, or no query sees a key: no backend is troubled with that."""
+        problem = self.problem
+        has_queries = problem.batch and problem.num_queries and problem.heads
+        has_keys = problem.num_keys or problem.num_additional
+        is_unused = problem.varlen and not (problem.max_seqlen_q and problem.max_seqlen_kv)
+        return not has_queries or not has_keys or is_unused
+
+    def prepared(self, tensors: Tensors) -> Tensors:
+        """The tensors as backends take them."""
+        if self.is_packed or self.is_flat:
+            query, key, value = separated(tensors, self.parameters.heads_kv)
+            if self.is_flat:
+                query, key, value = flat(query), flat(key), flat(value)
+            tensors = Tensors(query, key, value, *tensors[3:])
+        if tensors.additional_keys is not None and not self.problem.num_additional:
+            tensors = tensors._replace(
+                additional_keys=None, additional_values=None, additional_lengths=None
+            )
+        return tensors
+
+    def result(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """A result of a backend as the operator returns it."""
+        tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
+        return tensor.view(shape) if self.is_flat else tensor
+
+    def check_results(
+        self, out: Tensor, lse: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None
+    ) -> None:
+        """Check what a backward pass is given beside the tensors.
+
+        Raises:
+            ValueError: A tensor that is not the forward pass's result or a gradient of it.
+        """
+        problem = self.problem
+        for name, tensor, shape, dtype in (
+            ("out", out, self.out_shape, problem.dtype),
+            ("logsumexp", lse, self.out_shape[:-1], problem.accumulation_dtype),
+            ("grad_out", grad_out, self.out_shape, problem.dtype),
+            ("grad_logsumexp", grad_lse, self.out_shape[:-1], problem.accumulation_dtype),
+        ):
+            if tensor is not None and (
+                tensor.shape != shape or tensor.dtype != dtype or tensor.device != problem.device
+            ):
+                raise ValueError(
+                    f"{name} must have shape {tuple(shape)} and be {dtype} on {problem.device}, "
+                    f"got {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+                )
+
+    def check_values(self, tensors: Tensors) -> None:
+        """Check what integer tensors hold, where looking costs next to nothing: on a CPU."""
+        if self.problem.varlen and self.problem.device.type == "cpu":
+            for name, ends, tokens, longest in (
+                ("Q", tensors.cumulative_seqlen_q, self.problem.num_queries,
+                 self.problem.max_seqlen_q),
+                ("KV", tensors.cumulative_seqlen_kv, self.problem.num_keys,
+                 self.problem.max_seqlen_kv),
+            ):  # fmt: skip
+                check_ends(name, ends, tokens, longest)
+
+
+def check_ends(name: str, cumulative: Tensor | None, tokens: int, longest: int) -> None:
+    """Check where packed sequences end.
+
+    Raises:
+        ValueError: They do not rise from 0 to at most ``tokens``, or a sequence is longer than
+            ``longest``.
+    """
+    ends = [] if cumulative is None else cumulative.tolist()
+    lengths = [after - before for before, after in pairwise(ends)]
+    if not lengths or ends[0] != 0 or min(lengths) < 0 or ends[-1] > tokens:
+        raise ValueError(
+            f"cumulative_seqlen_{name} must rise from 0 to at most the number of packed tokens "
+            f"{tokens}, got {ends}"
+        )
+    if max(lengths) > longest:
+        raise ValueError(
+            f"max_seqlen_{name} must be at least the longest sequence {max(lengths)}, got {longest}"
+        )
+
+
+def _check_packed(tensors: Tensors, heads_kv: int) -> None:
+    """Check that query, key and value are three tensors, or the heads of one."""
+    qkv, key, value, *_ = tensors
+    if (key is None) != (value is None) or (key is None) != (heads_kv != 0):
+        raise ValueError(
+            "key and value must both be tensors with heads_kv=0, or both None with heads_kv heads "
+            f"in a packed query, got heads_kv={heads_kv} and "
+            f"{'no key' if key is None else 'a key'}, {'no value' if value is None else 'a value'}"
+        )
+    if key is not None:
+        return
+    validation.check_is_tensor("query", qkv)
+    if qkv.dim() < 4 or not 1 <= heads_kv <= (qkv.shape[-2] - 1) // 2:
+        raise ValueError(
+            "a packed query must be [batch, *tokens, heads + 2 * heads_kv, head_dim] with at least "
+            f"one head of each, got shape {tuple(qkv.shape)} and heads_kv={heads_kv}"
+        )
+
+
+def _check_varlen(tensors: Tensors, query: Tensor, parameters: Parameters, window: Window) -> bool:
+    """Whether the call is one of packed sequences, which are checked but for their values."""
+    cumulative = (tensors.cumulative_seqlen_q, tensors.cumulative_seqlen_kv)
+    longest = (parameters.max_seqlen_q, parameters.max_seqlen_kv)
+    if cumulative[0] is None and cumulative[1] is None:
+        if any(longest):
+            raise ValueError(
+                f"max_seqlen_q and max_seqlen_kv are of packed sequences, and must be 0 without "
+                f"cumulative_seqlen_q and cumulative_seqlen_kv, got {longest}"
+            )
+        return False
+    validation.check_cumulative(*cumulative, query)
+    for name, length in zip(("max_seqlen_q", "max_seqlen_kv"), longest, strict=True):
+        validation.int_tuple(name, length, 1, minimum=0)
+    plain = Window(window.grid, (1,), (1,), window.is_causal, window.grid, (0,), (0,))
+    if query.shape[0] != 1 or window != plain:
+        raise ValueError(
+            "packed sequences must be one batch entry on one axis, with a window of everything, "
+            f"got batch size {query.shape[0]} and {window}"
+        )
+    if tensors.rpb is not None or tensors.additional_keys is not None:
+        raise ValueError("packed sequences go with no rpb and no additional keys")
+    return True
+
+
+def make_problem(tensors: Tensors, parameters: Parameters) -> Problem:
+    """The problem that a call states, once everything about it but its data is checked.
+
+    Raises:
+        ValueError, NotImplementedError: As the public functions do, for whatever does not fit.
+    """
+    _check_packed(tensors, parameters.heads_kv)
+    query, key, value = separated(tensors, parameters.heads_kv)
+    validation.check_qkv(query, key, value)
+    query_shape, key_shape = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
+    window = decode_window(parameters.window, query_shape, key_shape)
+    validation.check_boxes(
+        window.grid, query_shape, window.query_origin, key_shape, window.key_origin
+    )
+    kernel_size, stride, dilation, is_causal = validation.check_window(window.grid, *window[:4])
+    additional_keys = tensors.additional_keys
+    validation.check_additional(query, key, value, additional_keys, tensors.additional_values)
+    validation.check_lengths(tensors.additional_lengths, query, additional_keys)
+    validation.check_rpb(tensors.rpb, query, kernel_size, is_causal)
+    return Problem(
+        batch=query.shape[0],
+        query_shape=query_shape,
+        key_shape=key_shape,
+        heads=query.shape[-2],
+        heads_kv=key.shape[-2],
+        head_dim=query.shape[-1],
+        head_dim_v=value.shape[-1],
+        kernel_size=kernel_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        grid=window.grid,
+        query_origin=window.query_origin,
+        key_origin=window.key_origin,
+        scale=validation.check_scale(parameters.scale, query.shape[-1]),
+        num_additional=0 if additional_keys is None else additional_keys.shape[1],
+        has_lengths=tensors.additional_lengths is not None,
+        has_rpb=tensors.rpb is not None,
+        varlen=_check_varlen(tensors, query, parameters, window),
+        max_seqlen_q=parameters.max_seqlen_q,
+        max_seqlen_kv=parameters.max_seqlen_kv,
+        dtype=query.dtype,
+        device=query.device,
+        requires_grad=parameters.requires_grad,
+    )
+
+
+def is_full_window(problem: Problem) -> bool:
+    """Whether every query sees every key of the whole grid, without a bias."""
+    whole = problem.query_shape == problem.key_shape == problem.grid
+    return whole and problem.is_dense and not problem.has_rpb
+
+
+def _flattened(problem: Problem) -> Problem:
+    """A problem with a full window, over one axis of tokens."""
+    length, one, zero = (problem.num_queries,), (1,), (0,)
+    return replace(
+        problem, query_shape=length, key_shape=length, kernel_size=length, stride=one,
+        dilation=one, is_causal=(False,), grid=length, query_origin=zero, key_origin=zero,
+    )  # fmt: skip
+
+
+def make_call(tensors: Tensors, parameters: Parameters) -> Call:
+    """The call of the operator with these tensors, whose data is not looked at, and parameters.
+
+    Raises:
+        ValueError, NotImplementedError: As :func:`make_problem`.
+    """
+    problem, config = make_problem(tensors, parameters), decode_config(parameters.config)
+    validation.check_knobs(problem.rank, astuple(config))
+    # Tile shapes are of the given rank.
+    has_tiles = any(
+        shape is not None
+        for shape in (config.q_tile_shape, config.backward_q_tile_shape, config.backward_kv_splits)
+    )
+    is_flat = problem.rank > 1 and is_full_window(problem) and not has_tiles
+    return Call(
+        parameters,
+        _flattened(problem) if is_flat else problem,
+        config,
+        tensors.key is None,
+        is_flat,
+        problem.output_shape,
+    )
+
+
+__all__ = [
+    "EVERYTHING",
+    "NUM_TENSORS",
+    "Call",
+    "Parameters",
+    "Tensors",
+    "Window",
+    "check_ends",
+    "decode_window",
+    "flat",
+    "is_full_window",
+    "make_call",
+    "make_problem",
+    "separated",
+    "unpacked",
+]

@@ -1,0 +1,498 @@
+"""The torch.library operators: schema, implementation, fake, derivative, autocast.
+
+One pair of operators serves neighborhood attention of every rank, and dense, causal and varlen
+attention, which are rank-1 problems. Without key and value, the query holds the heads of all three,
+and so does its gradient: nothing has to be split or concatenated around the operator. All results
+are fresh contiguous tensors.
+
+    natten::neighborhood_attention           -> out, logsumexp
+    natten::neighborhood_attention_backward  -> gradients of the six inputs, empty if not asked for
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten import _internals
+from natten._internals import is_plain, transforming
+from natten.functional.call import (
+    NUM_TENSORS,
+    Call,
+    Parameters,
+    Tensors,
+    flat,
+    make_call,
+    unpacked,
+)
+from natten.functional.dispatch import resolve
+from natten.profile_file import with_profile
+
+_TENSORS = (
+    "Tensor query, Tensor? key, Tensor? value, Tensor? rpb, Tensor? additional_keys, "
+    "Tensor? additional_values, Tensor? cumulative_seqlen_q, Tensor? cumulative_seqlen_kv, "
+    "Tensor? additional_lengths"
+)
+_PARAMETERS = (
+    "SymInt heads_kv, SymInt[] window, float scale, SymInt max_seqlen_q, SymInt max_seqlen_kv, "
+    "str backend, str config, bool requires_grad"
+)
+
+library = _internals.library("natten")
+
+# Calls by everything that validation looks at. Cleared when full, which shapes that never repeat
+# can cause.
+_calls: dict[tuple[Any, ...], Call] = {}
+_MAX_CALLS = 4096
+
+
+def _remembered(key: tuple[Any, ...], make: Callable[..., Call], *arguments: Any) -> Call:
+    """The call of a key, made of the arguments if it is new.
+
+    Raises:
+        TypeError: Symbolic sizes of a compiler, which are not hashable, in the key.
+    """
+    found = _calls.get(key)
+    if found is None:
+        found = make(*arguments)
+        if len(_calls) >= _MAX_CALLS:
+            _calls.clear()
+        _calls[key] = found
+    return found
+
+
+def _identity(tensors: tuple[Tensor | None, ...]) -> list[Any]:
+    """What validation looks at of each tensor, but for its layout in memory."""
+    return [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+
+
+def _planned(tensors: Tensors, parameters: Parameters) -> Call:
+    """The call that the operator's arguments state, validated."""
+    for tensor in tensors:
+        # Layouts are not part of the key.
+        if tensor is not None and tensor.layout is not torch.strided:
+            return make_call(tensors, parameters)
+    parameters = parameters._replace(window=tuple(parameters.window))
+    return _remembered((*_identity(tensors), parameters), make_call, tensors, parameters)
+
+
+def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Even where there is nothing to do, to() takes as long as an allocation.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _run(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """out and logsumexp."""
+    problem = call.problem
+    backend = resolve(problem, call.config, call.parameters.backend)
+    config = with_profile(call.config, problem, backend.name)
+    call.check_values(tensors)
+    if call.is_empty:
+        query, shape = tensors.query, call.out_shape
+        return (
+            query.new_zeros(shape),
+            query.new_full(shape[:-1], -torch.inf, dtype=problem.accumulation_dtype),
+        )
+    out, lse = backend.forward(problem, config, *call.prepared(tensors))
+    return call.result(out, call.out_shape), call.result(lse, call.out_shape[:-1])
+
+
+def _run_backward(
+    call: Call,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    tensors: Tensors,
+    out: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The gradients of the first six tensors; None where none is asked for."""
+    problem = call.problem
+    needs = tuple([n and t is not None for n, t in zip(needs, tensors[:6], strict=True)])
+    gradients: list[Tensor | None] = [None] * 6
+    if call.is_packed and needs[0]:
+        gradients[0] = torch.empty_like(tensors.query, memory_format=torch.contiguous_format)
+    backend = resolve(problem, call.config, call.parameters.backend)
+    config = with_profile(call.config, problem, backend.name)
+    call.check_values(tensors)
+    if not call.is_empty and (grad_out is not None or grad_lse is not None):
+        _fill(call, config, backend, grad_out, grad_lse, tensors, out, lse, needs, gradients)
+    else:
+        for i, (need, tensor) in enumerate(zip(needs, tensors[:6], strict=True)):
+            if need and tensor is not None:
+                gradients[i] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return gradients
+
+
+def _fill(
+    call: Call,
+    config: Any,
+    backend: Any,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    tensors: Tensors,
+    out: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, ...],
+    gradients: list[Tensor | None],
+) -> None:
+    """Have the backend compute the gradients that are needed."""
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    if call.is_flat:
+        out, grad_out, lse = flat(out), flat(grad_out), lse.flatten(1, -2)
+        grad_lse = None if grad_lse is None else grad_lse.flatten(1, -2)
+    named: dict[str, Any] = {}
+    whole, parts = gradients[0], None
+    if call.is_packed:
+        needs = (needs[0],) * 3 + needs[3:]
+        if whole is not None:
+            whole = flat(whole) if call.is_flat else whole
+            parts = unpacked(whole, call.parameters.heads_kv)
+            if getattr(backend, "takes_destinations", False):
+                named["destinations"] = parts
+    inputs = call.prepared(tensors)
+    found = backend.backward(
+        call.problem, config, grad_out, grad_lse, *inputs, out, lse, needs, **named
+    )
+    if parts is not None:
+        for destination, part in zip(parts, found[:3], strict=True):
+            if part is None:
+                destination.zero_()
+            elif part is not destination:
+                destination.copy_(part)
+    for i in range(3 if call.is_packed else 0, 6):
+        tensor, gradient = tensors[i], found[i]
+        if not needs[i] or tensor is None:
+            continue
+        if gradient is None:
+            gradient = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        gradient = _of_dtype(gradient, tensor.dtype)
+        gradients[i] = call.result(gradient, tensor.shape)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors = Tensors(*arguments[:NUM_TENSORS])
+    return _run(_planned(tensors, Parameters(*arguments[NUM_TENSORS:])), tensors)
+
+
+def _backward(
+    grad_out: Tensor | None, grad_lse: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
+    tensors = Tensors(*arguments[:NUM_TENSORS])
+    out, lse, *parameters, needs = arguments[NUM_TENSORS:]
+    call = _planned(tensors, Parameters(*parameters))
+    call.check_results(out, lse, grad_out, grad_lse)
+    if len(needs) != 6:
+        raise ValueError(f"needs must hold 6 flags, one for each gradient, got {len(needs)}")
+    gradients = _run_backward(call, grad_out, grad_lse, tensors, out, lse, tuple(needs))
+    return tuple([tensors.query.new_empty(0) if g is None else g for g in gradients])
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    query, key, value = arguments[:3]
+    heads_kv = arguments[NUM_TENSORS]
+    rows = query.shape[:-1]
+    if key is None:
+        rows = (*query.shape[:-2], query.shape[-2] - 2 * heads_kv)
+    features = query.shape[-1] if value is None else value.shape[-1]
+    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((*rows, features)), query.new_empty(rows, dtype=accumulate)
+
+
+def _backward_fake(grad_out: Any, grad_lse: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    query, needs = arguments[0], arguments[-1]
+    return tuple(
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if need and tensor is not None
+        else query.new_empty(0)
+        for need, tensor in zip(needs, arguments[:6], strict=True)
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """The derivative of the forward operator."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:NUM_TENSORS], *output)
+        ctx.parameters, ctx.call = inputs[NUM_TENSORS:], None
+        # A gradient that nobody asks for stays None: filling it with zeros would cost a kernel.
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[:6]
+        gradients = _gradients(ctx, grad_out, grad_lse, needs)
+        return (*gradients, *[None] * (len(ctx.needs_input_grad) - 6))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "neighborhood attention does not support forward-mode differentiation (jvp); use "
+            "backward mode"
+        )
+
+
+def _gradients(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """The six gradients, on the shortest way that autograd, compilers and torch.func allow."""
+    # Once: hooks on saved tensors, as of checkpointing, may compute them.
+    saved = ctx.saved_tensors
+    if (
+        ctx.call is not None
+        and not torch.is_grad_enabled()
+        and is_plain((grad_out, grad_lse, *saved))
+    ):
+        tensors = Tensors(*saved[:NUM_TENSORS])
+        out, lse = saved[NUM_TENSORS:]
+        return _run_backward(ctx.call, grad_out, grad_lse, tensors, out, lse, needs)
+    arguments = (grad_out, grad_lse, *saved, *ctx.parameters, list(needs))
+    found = neighborhood_attention_backward(*arguments)
+    return [g if need else None for g, need in zip(found, needs, strict=True)]
+
+
+class _PlainAttention(torch.autograd.Function):
+    """`_Attention` where nobody but autograd watches.
+
+    torch spends 25 microseconds on a Function whose context is set up apart from its forward pass,
+    which its transforms need, and 6 on one like this.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Any) -> tuple[Tensor, Tensor]:
+        output = _run(call, Tensors(*tensors))
+        ctx.save_for_backward(*tensors, *output)
+        ctx.parameters, ctx.call = call.parameters, call
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        gradients = _gradients(ctx, grad_out, grad_lse, ctx.needs_input_grad[1:7])
+        return (None, *gradients, None, None, None)
+
+
+# Function.apply first looks for default arguments, by inspection. The base class's apply, which it
+# ends with, is all that a call without transforms needs.
+_apply_plainly = super(torch.autograd.Function, _PlainAttention).apply
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """Refuses the second derivative, which would otherwise silently be zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise NotImplementedError(
+            "neighborhood attention cannot be differentiated twice: its backward pass has no "
+            "derivative"
+        )
+
+    jvp = staticmethod(_Attention.jvp)
+
+
+def autocast_dtype(tensor: Any) -> torch.dtype | None:
+    """What autocast casts to where ``tensor`` is; None where it is off."""
+    # torch refuses to be asked about the meta device.
+    if not isinstance(tensor, Tensor) or tensor.is_meta:
+        return None
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
+    """Cast as torch's attention does: every floating-point tensor but float64."""
+    return [
+        _of_dtype(t, dtype)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
+    ]
+
+
+def _autocast(*arguments: Any) -> tuple[Any, ...]:
+    """The arguments of the operator as it gets them under autocast."""
+    dtype = autocast_dtype(arguments[0])
+    if dtype is None:
+        return arguments
+    # The bias is added in the accumulation dtype and keeps its own.
+    query, key, value, rpb, more_keys, more_values, *rest = arguments
+    query, key, value, more_keys, more_values = autocast(
+        dtype, query, key, value, more_keys, more_values
+    )
+    return (query, key, value, rpb, more_keys, more_values, *rest)
+
+
+def define(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    function: type[torch.autograd.Function],
+    cast: Callable[..., tuple[Any, ...]] | None = None,
+) -> Callable[..., Any]:
+    """Define an operator of this package and everything that torch wants to know of it.
+
+    Args:
+        name: Its name in the namespace "natten".
+        schema: Its arguments and results, as in ``torch.library.define``.
+        implementation: Computes it, of any arguments that the schema allows.
+        fake: Its results without data.
+        function: Its derivatives: a Function with ``setup_context``, ``backward`` and ``jvp``,
+            and ``vmap`` or ``generate_vmap_rule``. It gets the operator itself as its forward pass.
+        cast: The arguments under autocast; None where it has no part in it.
+
+    Returns:
+        What calls it, in eager mode, under compilers and tracers and under torch.func.
+    """
+    library.define(name + schema)
+    operator = getattr(torch.ops.natten, name).default
+
+    def forward(*arguments: Any) -> Any:
+        with _internals.below_autograd():
+            return operator(*arguments)
+
+    function.forward = staticmethod(forward)  # type: ignore[method-assign]
+
+    def differentiated(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        """What torch.library.register_autograd makes, but for forward mode and torch.func.grad."""
+        if _internals.in_forward_mode() or (
+            torch.is_grad_enabled() and _internals.any_requires_grad(*arguments)
+        ):
+            return function.apply(*arguments)
+        # Compiled programs call the operator this way. The rest of the dispatcher's way costs as
+        # much as what is behind it.
+        if is_plain([a for a in arguments if isinstance(a, Tensor)]):
+            return implementation(*arguments)
+        with _internals.below_autograd():
+            return operator.redispatch(keyset & _internals.after_autograd, *arguments)
+
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    library.impl(name, differentiated, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"natten::{name}", fake, lib=library)
+    if cast is not None:
+
+        def under_autocast(*arguments: Any) -> Any:
+            arguments = cast(*arguments)
+            with _internals.below_autocast():
+                return operator(*arguments)
+
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            library.impl(name, under_autocast, key)
+
+    def call(*arguments: Any) -> Any:
+        return function.apply(*arguments) if transforming() else operator(*arguments)
+
+    return call
+
+
+neighborhood_attention_backward = define(
+    "neighborhood_attention_backward",
+    f"(Tensor? grad_out, Tensor? grad_logsumexp, {_TENSORS}, Tensor out, Tensor logsumexp, "
+    f"{_PARAMETERS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    _AttentionBackward,
+)
+neighborhood_attention = define(
+    "neighborhood_attention",
+    f"({_TENSORS}, {_PARAMETERS}) -> (Tensor out, Tensor logsumexp)",
+    _forward,
+    _forward_fake,
+    _Attention,
+    _autocast,
+)
+
+# The same for torch.jit.trace, which takes lists of plain integers only.
+library.define(
+    f"neighborhood_attention_traced({_TENSORS}, {_PARAMETERS.replace('SymInt', 'int')}) "
+    "-> (Tensor out, Tensor logsumexp)"
+)
+
+
+def _forward_traced(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors, parameters = arguments[:NUM_TENSORS], Parameters(*arguments[NUM_TENSORS:])
+    # Whether there are gradients is a matter of each run.
+    requires_grad = needs_grad(tensors)
+    return neighborhood_attention(*tensors, *parameters._replace(requires_grad=requires_grad))
+
+
+library.impl("neighborhood_attention_traced", _forward_traced, "CompositeImplicitAutograd")
+
+
+def needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a backward pass may follow."""
+    if torch.is_grad_enabled():
+        for tensor in tensors[:6]:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def _text(arguments: tuple[Any, ...]) -> Any:
+    """What tells arguments apart in a cache: 1 from True and 1.0, and lists as well."""
+    try:
+        return pickle.dumps(arguments, 4)
+    except Exception:  # whatever an argument that has no place there raises
+        return repr(arguments)
+
+
+def _make(
+    tensors: Tensors, arguments: tuple[Any, ...], check: Callable[..., Parameters], needs: bool
+) -> Call:
+    return make_call(tensors, check(tensors, *arguments)._replace(requires_grad=needs))
+
+
+def attend(
+    tensors: Tensors, arguments: tuple[Any, ...], check: Callable[..., Parameters]
+) -> tuple[Tensor, Tensor]:
+    """out and logsumexp of a public function's call, on the shortest way that autograd, compilers,
+    tracers and torch.func allow.
+
+    Args:
+        tensors: As the user gives them.
+        arguments: All others.
+        check: Checks tensors and arguments, and makes the operator's parameters of them; whether
+            gradients are needed is seen to here. Once for each kind of call.
+    """
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        try:
+            needs = needs_grad(tensors)
+            key = (check, *_identity(tensors), _text(arguments), needs)
+            call = _remembered(key, _make, tensors, arguments, check, needs)
+        except (AttributeError, RuntimeError, TypeError):
+            # What is no tensor has no shape, nested tensors have none, and symbolic sizes are not
+            # hashable: the first two are told so below, the last know their way.
+            pass
+        else:
+            if not is_plain(tensors):
+                return neighborhood_attention(*tensors, *call.parameters)
+            return _apply_plainly(call, *tensors) if needs else _run(call, tensors)
+    parameters = check(tensors, *arguments)._replace(requires_grad=needs_grad(tensors))
+    if torch.jit.is_tracing():
+        return torch.ops.natten.neighborhood_attention_traced(*tensors, *parameters)
+    return neighborhood_attention(*tensors, *parameters)
+
+
+__all__ = [
+    "attend",
+    "autocast",
+    "autocast_dtype",
+    "define",
+    "needs_grad",
+    "neighborhood_attention",
+    "neighborhood_attention_backward",
+]
