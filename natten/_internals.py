@@ -73,21 +73,45 @@ def is_plain(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
+def plain_apply(function: type[torch.autograd.Function]) -> Any:
+    """``function.apply`` without its search for default arguments, by inspection, and transforms:
+    the base class's, which it ends with.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation is going on, with or without tangents."""
     return forward_ad._current_level >= 0
 
 
 def transforming() -> bool:
-    """Whether torch.func transforms are at work that must see the Function and not the operator:
+    """Whether torch.func transforms are at work, which must see the Function and not the operator:
     the dispatcher does not hand them a Python kernel's derivative.
-
-    Functionalization does not differentiate: it sees operators.
     """
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return False
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def transformed(function: type[torch.autograd.Function], arguments: tuple[Any, ...]) -> Any:
+    """``function.apply(*arguments)`` under the transforms of torch.func, functionalization too,
+    which torch itself has no rule for. The function changes nothing and returns no views, so that
+    there is nothing for it to do but to hand on what it wraps."""
     top = torch._C._functorch.peek_interpreter_stack()
-    return top is None or top.key() != torch._C._functorch.TransformType.Functionalize
+    if top is None or top.key() != torch._C._functorch.TransformType.Functionalize:
+        return function.apply(*arguments)
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+    from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
+
+    level = FunctorchFunctionalizeAPI(
+        retrieve_current_functorch_interpreter()  # type: ignore[arg-type]
+    )
+    inner: Any = level.unwrap_tensors(arguments)
+    with level.redispatch_to_next():
+        if transforming():
+            results = transformed(function, inner)
+        else:
+            results = function.apply(*inner)
+    return level.wrap_tensors(results)
 
 
 def is_known(condition: Any) -> bool:
@@ -131,5 +155,7 @@ __all__ = [
     "is_plain",
     "key_set",
     "library",
+    "plain_apply",
+    "transformed",
     "transforming",
 ]

@@ -101,7 +101,10 @@ def decode_window(
     is_causal = tuple([flag == 1 for flag in flags])
     zeros = (0,) * rank
     if len(parts) > 4:
-        grid, query_origin, key_origin = parts[4:]
+        grid, query_origin, key_origin = (
+            validation.int_tuple(name, part, rank, minimum=0)
+            for name, part in zip(Window._fields[4:], parts[4:], strict=True)
+        )
     else:
         if tuple(query_shape) != tuple(key_shape) and any(k != EVERYTHING for k in kernel_size):
             raise ValueError(

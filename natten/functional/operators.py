@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from natten import _internals
-from natten._internals import is_plain, transforming
+from natten._internals import is_plain, plain_apply, transformed, transforming
 from natten.functional.call import (
     NUM_TENSORS,
     Call,
@@ -193,7 +193,15 @@ def _backward(
     return tuple([tensors.query.new_empty(0) if g is None else g for g in gradients])
 
 
+def check_devices(arguments: tuple[Any, ...]) -> None:
+    """Refuse tensors of which some have no data: results would have memory that nobody wrote."""
+    devices = {t.device for t in arguments if isinstance(t, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
+
+
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    check_devices(arguments)
     query, key, value = arguments[:3]
     heads_kv = arguments[NUM_TENSORS]
     rows = query.shape[:-1]
@@ -205,6 +213,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_fake(grad_out: Any, grad_lse: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    check_devices((grad_out, grad_lse, *arguments))
     query, needs = arguments[0], arguments[-1]
     return tuple(
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
@@ -280,9 +289,7 @@ class _PlainAttention(torch.autograd.Function):
         return (None, *gradients, None, None, None)
 
 
-# Function.apply first looks for default arguments, by inspection. The base class's apply, which it
-# ends with, is all that a call without transforms needs.
-_apply_plainly = super(torch.autograd.Function, _PlainAttention).apply
+_apply_plainly = plain_apply(_PlainAttention)
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -366,13 +373,14 @@ def define(
             return operator(*arguments)
 
     function.forward = staticmethod(forward)  # type: ignore[method-assign]
+    apply = plain_apply(function)
 
     def differentiated(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         """What torch.library.register_autograd makes, but for forward mode and torch.func.grad."""
         if _internals.in_forward_mode() or (
             torch.is_grad_enabled() and _internals.any_requires_grad(*arguments)
         ):
-            return function.apply(*arguments)
+            return apply(*arguments)
         # Compiled programs call the operator this way. The rest of the dispatcher's way costs as
         # much as what is behind it.
         if is_plain([a for a in arguments if isinstance(a, Tensor)]):
@@ -394,7 +402,7 @@ def define(
             library.impl(name, under_autocast, key)
 
     def call(*arguments: Any) -> Any:
-        return function.apply(*arguments) if transforming() else operator(*arguments)
+        return transformed(function, arguments) if transforming() else operator(*arguments)
 
     return call
 
@@ -491,6 +499,7 @@ __all__ = [
     "attend",
     "autocast",
     "autocast_dtype",
+    "check_devices",
     "define",
     "needs_grad",
     "neighborhood_attention",

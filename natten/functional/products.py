@@ -31,7 +31,7 @@ from torch import Tensor
 
 from natten import validation
 from natten.functional.backends import gather
-from natten.functional.operators import define
+from natten.functional.operators import check_devices, define
 from natten.window import Axis
 
 # Plain integers, is_causal 0 and 1: torch.jit.trace takes no other lists.
@@ -203,10 +203,12 @@ def _bias_sum(weights: Tensor, *window: Any) -> Tensor:
 
 
 def _dot_fake(a: Tensor, b: Tensor, kernel_size: Any, *_: Any) -> Tensor:
+    check_devices((a, b))
     return a.new_empty(*a.shape[:-1], prod(kernel_size))
 
 
 def _like_second(weights: Tensor, b: Tensor, *_: Any) -> Tensor:
+    check_devices((weights, b))
     return b.new_empty(b.shape)
 
 

@@ -111,14 +111,17 @@ def window_values(
         _check_match("additional_values", additional_values, expected, value)
         extra = additional_values.shape[2]
     _check_match("attn", attn, (None, heads, *tokens, slots + extra), value)
-    tensors = (attn, value, additional_values)
-    batches = {int(t.shape[0]) for t in tensors if t is not None} - {1}
-    if len(batches) > 1:
-        raise ValueError(
-            "attn, value and additional_values must have one batch size, or a batch of 1 for all, "
-            f"got {sorted(batches)}"
-        )
-    batch = batches.pop() if batches else 1
+    # Not a set: the sizes may be a compiler's, which are not hashable.
+    batch: Any = 1
+    for tensor in (attn, value, additional_values):
+        if tensor is None or tensor.shape[0] == 1:
+            continue
+        if batch not in (1, tensor.shape[0]):
+            raise ValueError(
+                "attn, value and additional_values must have one batch size, or a batch of 1 for "
+                f"all, got {batch} and {tensor.shape[0]}"
+            )
+        batch = tensor.shape[0]
     weights = attn.expand(batch, *attn.shape[1:])
     out = window_sum(weights[..., :slots], value.expand(batch, *value.shape[1:]), *window)
     if additional_values is not None:
