@@ -12,10 +12,10 @@ import html
 import json
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import griffe
 import torch
@@ -24,6 +24,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from natten import devices
 from natten.context import NattenContext, allow_flex_compile, allow_flex_compile_backprop
 from natten.functional import dispatch
 from natten.functional.problem import Config, Problem
@@ -84,9 +85,9 @@ _CALLS: dict[str, dict[str, Any]] = {
 
 def _on_gpu(capability: tuple[int, int], ask: Callable[[], Any]) -> Any:
     """`ask`, with the kernels told that the GPU has this compute capability."""
-    from natten.functional.backends import triton
-
-    with patch.object(triton, "_capability", lambda index: capability):
+    known = (d for d in devices.DEVICES.values() if d.capability == capability)
+    like = next(known, devices.DEVICES["h100"])
+    with devices.pretending(replace(like, capability=capability)):
         return ask()
 
 

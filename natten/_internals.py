@@ -6,8 +6,10 @@ calls which nobody but autograd watches go around it. :func:`is_plain` decides w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -123,6 +125,15 @@ def is_known(condition: Any) -> bool:
     return statically_known_true(condition)
 
 
+@cache
+def scripted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function whose branches on sizes stay branches in what torch.jit.trace records."""
+    with warnings.catch_warnings():
+        # Tracing is as deprecated; whoever does it knows.
+        warnings.simplefilter("ignore")
+        return torch.jit.script(function)
+
+
 def below_autocast() -> AbstractContextManager[Any]:
     """Keeps autocast from seeing what it has cast already."""
     return excluding(AUTOCAST)
@@ -156,6 +167,7 @@ __all__ = [
     "key_set",
     "library",
     "plain_apply",
+    "scripted",
     "transformed",
     "transforming",
 ]

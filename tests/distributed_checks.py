@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import natten.distributed as nd
 from natten.distributed.boxes import whole
-from natten.functional import neighborhood_attention_generic, ops
+from natten.functional import neighborhood_attention_generic, operators
 
 F64 = torch.float64
 
@@ -592,19 +592,20 @@ def dtensors(layout: str, function: str) -> None:
 def operators_refuse_token_shards() -> None:
     """What would gather the grid raises; batch and heads are shared out."""
     mesh = meshes()["line"]
-    window = ((5, 3), (1, 1), (1, 1), (False, False), 0.5)
+    window = (5, 3, 1, 1, 1, 1, 0, 0)
+    rest = (window, 0.5, 0, 0, "reference", "", True)
     for placement in (Shard(1), Shard(2), Shard(0), Shard(3), Replicate()):
         (query, _), (key, _), (value, _), *_, (rpb, _) = distributed((placement,), mesh)
-        arguments = (query, key, value, rpb, *[None] * 5, *window, (12, 9), (0, 0), (0, 0), 0, 0)
+        arguments = (query, key, value, rpb, *[None] * 5, 0)
         qkv = torch.cat([query, key, value], -2) if placement != Shard(3) else None
-        packed = (5, 3, 1, 1, 1, 1, 0, 0, 12, 9, 0, 0)
+        packed = (qkv, *[None] * 8, 4)
         if placement.is_shard() and placement.dim in (1, 2):
             with raises(NotImplementedError, "is sharded along tokens"):
-                ops.neighborhood_attention(*arguments, "reference", "", True)
+                operators.neighborhood_attention(*arguments, *rest)
             with raises(NotImplementedError, "is sharded along tokens"):
-                ops.packed_attention(qkv, None, 4, packed, 0.5, "reference", True)
+                operators.neighborhood_attention(*packed, *rest)
             continue
-        out, lse = ops.neighborhood_attention(*arguments, "reference", "", True)
+        out, lse = operators.neighborhood_attention(*arguments, *rest)
         assert out.placements == lse.placements == (placement,)
         (out.sum() + lse.sum()).backward()
         alone = [t.full_tensor().detach().requires_grad_() for t in (query, key, value, rpb)]
@@ -616,7 +617,7 @@ def operators_refuse_token_shards() -> None:
         for found, leaf in zip((query, key, value, rpb), alone, strict=True):
             torch.testing.assert_close(found.grad.full_tensor(), leaf.grad, rtol=0, atol=1e-12)
         if qkv is not None:
-            packed_out, _ = ops.packed_attention(qkv, None, 4, packed, 0.5, "reference", True)
+            packed_out, _ = operators.neighborhood_attention(*packed, *rest)
             plain = neighborhood_attention_generic(
                 *alone[:3], (5, 3), scale=0.5, backend="reference"
             )

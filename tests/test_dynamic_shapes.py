@@ -56,18 +56,14 @@ MODULES = {
     "bias": {"rel_pos_bias": True},
     "dilated": {"dilation": (1, 2), "kernel_size": (7, 3)},
     "strided, causal": {"stride": 2, "is_causal": (True, False)},
-    "registers": {"num_registers": 2},
 }
 
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("size", [7, 12])
 def test_export_of_modules(name, size):
-    try:
-        settings = {"kernel_size": 7} | MODULES[name]
-        module = natten.NeighborhoodAttention2D(16, 2, **settings).eval()
-    except TypeError:
-        pytest.skip("no such argument")
+    settings = {"kernel_size": 7} | MODULES[name]
+    module = natten.NeighborhoodAttention2D(16, 2, **settings).eval()
     # From the smallest grid on, which is the full window, whatever size is traced.
     dims = ({1: Dim("h", min=7, max=64), 2: Dim("w", min=7, max=64)},)
     check_export(module, image(size), dims, [image(7), image(9, 13), image(7, 30)])
@@ -76,6 +72,23 @@ def test_export_of_modules(name, size):
 def test_export_with_automatic_dims():
     module = natten.NeighborhoodAttention2D(16, 2, 7).eval()
     check_export(module, image(7), ({1: Dim.AUTO, 2: Dim.AUTO},), [image(9), image(7, 12)])
+
+
+def test_export_of_modules_that_pad():
+    """Grids smaller than the window are in the domain, too."""
+    module = natten.NeighborhoodAttention2D(16, 2, 7, dilation=(1, 2), pad=True).eval()
+    dims = ({1: Dim.DYNAMIC, 2: Dim.DYNAMIC},)
+    others = [image(*size) for size in ((9, 30), (3, 5), (7, 14), (12, 4))]
+    check_export(module, image(8, 6), dims, others)
+    tokens = natten.nn.PatchTokenizer(3, 16, 4, pad=True).eval()
+    images = [(torch.randn(1, 3, *size),) for size in ((32, 32), (33, 70), (64, 7))]
+    check_export(tokens, images[0], ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC},), images)
+
+
+def test_export_with_registers():
+    module = natten.NeighborhoodAttention2D(16, 2, 3).eval()
+    pairs = [(*image(*size), torch.randn(2, 5, 16)) for size in ((4, 5), (9, 8), (3, 3))]
+    check_export(module, pairs[0], ({1: Dim.DYNAMIC, 2: Dim.DYNAMIC}, None), pairs)
 
 
 def test_compile_marked_dynamic_at_the_full_window():
@@ -170,7 +183,7 @@ def test_compiled_calls_of_new_sizes_do_not_compile_again():
         return out + natten.attention(query.flatten(1, 2), key, key).unflatten(1, query.shape[1:3])
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
-    for height, width, keys in ((3, 8, 40), (3, 3, 4), (8, 5, 9), (9, 9, 200)):
+    for height, width, keys in ((5, 11, 40), (3, 3, 4), (11, 5, 9), (9, 9, 200)):
         tensors = (grid(height, width), grid(keys))
         torch.testing.assert_close(compiled(*tensors), function(*tensors))
     assert counter.frame_count == 1

@@ -15,9 +15,10 @@ from natten.distributed.exchange import agree, heads_to_tokens, tokens_to_heads
 from natten.distributed.operator import sharded_agreement, sharded_attention
 from natten.distributed.sharding import GridSharding, check_own
 from natten.functional import sharded
+from natten.functional.call import Parameters, Tensors
 from natten.functional.dispatch import FNA, parse_name
 from natten.functional.neighborhood import neighborhood_attention_generic
-from natten.functional.ops import autocast, autocast_dtype, call
+from natten.functional.operators import attend, autocast, autocast_dtype
 from natten.types import BoolOrSequence, IntOrSequence
 
 METHODS = ("auto", "halo", "merge", "ring")
@@ -135,6 +136,11 @@ def _heads_index(heads_dim: int | str, sharding: GridSharding, inputs: Inputs) -
     return index
 
 
+def _as_given(tensors: Tensors, *parameters: Any) -> Parameters:
+    """Parameters of the operator that were checked when they were made."""
+    return Parameters(*parameters)
+
+
 def _over_heads(
     inputs: Inputs,
     window: tuple[Any, ...],
@@ -149,8 +155,8 @@ def _over_heads(
     if torch.compiler.is_compiling():
         inputs = inputs._replace(query=inputs.query + zero)
     line, dim = sharding.lines[index], sharding.axes[index] + 1
-    *tensors, rpb, additional_keys, additional_values, lengths = inputs
-    query, key, value = [tokens_to_heads(t, dim, line) for t in tensors]
+    *grids, rpb, additional_keys, additional_values, lengths = inputs
+    query, key, value = [tokens_to_heads(t, dim, line) for t in grids]
 
     def share(tensor: Tensor | None, heads: int) -> Tensor | None:
         return None if tensor is None else tensor.chunk(len(line.lengths), heads)[line.own]
@@ -161,12 +167,12 @@ def _over_heads(
     if inner is not None:
         out, lse = _attend(None, moved, window, scale, inner, None, **options)
     else:
-        _, *window_and_scale, name = parameters[:7]
-        nowhere = (0,) * len(sharding.grid)
-        out, lse = call(
-            query, key, value, moved.rpb, *context[:2], None, None, lengths, *window_and_scale,
-            sharding.grid, nowhere, nowhere, 0, 0, name, "", parameters[-1],
-        )  # fmt: skip
+        # Each rank has the whole grid, of some heads.
+        kernel_size, stride, dilation, is_causal, factor, name = parameters[1:7]
+        encoded = (*kernel_size, *stride, *dilation, *map(int, is_causal))
+        given = Parameters(0, encoded, factor, 0, 0, name, "", False)
+        tensors = Tensors(query, key, value, moved.rpb, *context[:2], None, None, lengths)
+        out, lse = attend(tensors, given, _as_given)
     return heads_to_tokens(out, dim, line), heads_to_tokens(lse.unsqueeze(-1), dim, line).squeeze(
         -1
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch import Tensor
 from natten.distributed.boxes import Box, chunk_lengths, interior_first, needed
 from natten.distributed.exchange import Exchange
 from natten.distributed.sharding import Layout
-from natten.functional.ops import neighborhood_attention, neighborhood_attention_backward
+from natten.functional.call import Parameters
+from natten.functional.operators import neighborhood_attention, neighborhood_attention_backward
 from natten.window import Axis
 
 _ALL = slice(None)
@@ -171,12 +172,11 @@ class Call:
 
     # --- products
 
-    def _parameters(self, queries: Box, keys: Box) -> tuple[Any, ...]:
+    def _parameters(self, queries: Box, keys: Box) -> Parameters:
         _, kernel_size, stride, dilation, is_causal = zip(*self.axes)
-        return (
-            kernel_size, stride, dilation, is_causal, self.scale, self.layout.grid,
-            queries.origin, keys.origin, 0, 0, self.backend, "", True,
-        )  # fmt: skip
+        window = (*kernel_size, *stride, *dilation, *map(int, is_causal))
+        boxes = (*self.layout.grid, *queries.origin, *keys.origin)
+        return Parameters(0, window + boxes, self.scale, 0, 0, self.backend, "", True)
 
     def attend(
         self, inputs: Inputs, queries: Box, keys: Box, pair: Sequence[Tensor]

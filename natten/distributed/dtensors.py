@@ -19,7 +19,7 @@ from torch.distributed.tensor.experimental import register_sharding
 
 from natten.distributed.call import Inputs
 from natten.distributed.sharding import GridSharding
-from natten.functional import ops
+from natten.functional.call import NUM_TENSORS, Tensors
 
 _Placements = list[Placement]
 
@@ -136,7 +136,7 @@ def _global(
 
 def _refuse_tokens(specs: Sequence[Any], names: Sequence[str]) -> None:
     for name, spec in zip(names, specs):
-        for placement in spec.placements:
+        for placement in () if spec is None else spec.placements:
             if placement.is_shard() and 1 <= placement.dim % spec.ndim <= spec.ndim - 3:
                 raise NotImplementedError(
                     f"{name} is sharded along tokens, {spec.placements}: the operator would gather "
@@ -162,12 +162,16 @@ def _kinds(rank: int) -> list[tuple[Placement, _Placements]]:
 
 def _rules(tensors: Sequence[Any], of_gradients: bool) -> list[tuple[Any, Any]]:
     """Placements of what the operator gives, and of its nine tensors."""
-    query, key, value, *_, cumulative, _, _ = tensors
-    _refuse_tokens((query, key, value), ("query", "key", "value"))
+    given_tensors = Tensors(*tensors)
+    query = given_tensors.query
+    _refuse_tokens(tensors[:3], Tensors._fields[:3])
     kinds = _kinds(query.ndim - 3)
     # Packed sequences are one batch entry, with boundaries that all ranks need.
-    if cumulative is not None:
+    if given_tensors.cumulative_seqlen_q is not None:
         kinds = [kinds[0], kinds[2]]
+    # A part of the heads of query, key and value in one tensor is no call.
+    if given_tensors.key is None:
+        kinds = kinds[:2]
     rules = []
     for grid, (rpb, keys, values, lengths) in kinds:
         placed = [grid, grid, grid, rpb, keys, values, Replicate(), Replicate(), lengths]
@@ -180,16 +184,16 @@ def _rules(tensors: Sequence[Any], of_gradients: bool) -> list[tuple[Any, Any]]:
     return rules
 
 
-@register_sharding(ops.neighborhood_attention)
+@register_sharding(torch.ops.natten.neighborhood_attention.default)
 def _forward_rules(*arguments: Any) -> list[tuple[Any, Any]]:
-    tensors, rest = arguments[: ops.NUM_TENSORS], arguments[ops.NUM_TENSORS :]
+    tensors, rest = arguments[:NUM_TENSORS], arguments[NUM_TENSORS:]
     return [(given, [*placed, *[None] * len(rest)]) for given, placed in _rules(tensors, False)]
 
 
-@register_sharding(ops.neighborhood_attention_backward)
+@register_sharding(torch.ops.natten.neighborhood_attention_backward.default)
 def _backward_rules(grad_out: Any, grad_lse: Any, *arguments: Any) -> list[tuple[Any, Any]]:
-    tensors = arguments[: ops.NUM_TENSORS]
-    _, _, *rest = arguments[ops.NUM_TENSORS :]  # out, logsumexp
+    tensors = arguments[:NUM_TENSORS]
+    _, _, *rest = arguments[NUM_TENSORS:]  # out, logsumexp
     rules = []
     for given, placed in _rules(tensors, True):
         needed = [
@@ -198,32 +202,6 @@ def _backward_rules(grad_out: Any, grad_lse: Any, *arguments: Any) -> list[tuple
         ]
         gradients = _present((grad_out, grad_lse), [placed[0]] * 2)
         rules.append((needed, [*gradients, *placed, placed[0], placed[0], *[None] * len(rest)]))
-    return rules
-
-
-def _packed_kinds(qkv: Any, rpb: Any) -> list[tuple[Placement, Placement | None]]:
-    _refuse_tokens((qkv,), ("qkv",))
-    # Its heads are those of query, key and value: a part of them is no call.
-    return [(p, None if rpb is None else Replicate()) for p in (Replicate(), Shard(0))]
-
-
-@register_sharding(ops.packed_attention)
-def _packed_rules(qkv: Any, rpb: Any, *rest: Any) -> list[tuple[Any, Any]]:
-    return [
-        ([grid, grid], [grid, bias, *[None] * len(rest)]) for grid, bias in _packed_kinds(qkv, rpb)
-    ]
-
-
-@register_sharding(ops.packed_attention_backward)
-def _packed_backward_rules(
-    grad_out: Any, grad_lse: Any, qkv: Any, rpb: Any, out: Any, lse: Any, *rest: Any
-) -> list[tuple[Any, Any]]:
-    rules = []
-    for grid, bias in _packed_kinds(qkv, rpb):
-        gradients = _present((grad_out, grad_lse), [grid, grid])
-        of_rpb = Partial() if rest[-1] and rpb is not None and grid == Shard(0) else Replicate()
-        given = [grid if rest[-2] else Replicate(), of_rpb]
-        rules.append((given, [*gradients, grid, bias, grid, grid, *[None] * len(rest)]))
     return rules
 
 

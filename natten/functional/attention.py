@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from natten import validation
 from natten.functional.call import EVERYTHING, Parameters, Tensors, separated
 from natten.functional.dispatch import FMHA, parse_name
 from natten.functional.operators import attend, autocast, autocast_dtype
-from natten.functional.problem import encode_config
+from natten.functional.problem import DEFAULT_CONFIG, encode_config
 from natten.types import KernelSchedule
 from natten.utils.varlen import generate_varlen_parameters
 
@@ -168,4 +169,19 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-__all__ = ["attention"]
+def attention_with_context(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor,
+    additional_values: Tensor,
+    scale: float,
+) -> Tensor:
+    """:func:`attention` to ``key`` and to additional keys, in one softmax; nothing is copied or
+    merged."""
+    tensors = Tensors(query, key, value, None, additional_keys, additional_values)
+    asked = (scale, None, astuple(DEFAULT_CONFIG), False, None, None)
+    return attend(tensors, asked, _parameters)[0]
+
+
+__all__ = ["attention", "attention_with_context"]

@@ -84,6 +84,23 @@ def window_scores(
     return scores
 
 
+def _of_one_batch(
+    first_name: str, first: Tensor, second_name: str, second: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both with the same batch size; a batch of 1 goes with any."""
+    # Nothing is done where nothing has to be: a compiler or tracer would keep the size.
+    if first.shape[0] == second.shape[0]:
+        return first, second
+    if second.shape[0] == 1:
+        return first, second.expand(first.shape[0], *second.shape[1:])
+    if first.shape[0] == 1:
+        return first.expand(second.shape[0], *first.shape[1:]), second
+    raise ValueError(
+        f"{first_name} and {second_name} must have one batch size, or a batch of 1 for all, got "
+        f"{first.shape[0]} and {second.shape[0]}"
+    )
+
+
 def window_values(
     rank: int,
     attn: Tensor,
@@ -111,19 +128,13 @@ def window_values(
         _check_match("additional_values", additional_values, expected, value)
         extra = additional_values.shape[2]
     _check_match("attn", attn, (None, heads, *tokens, slots + extra), value)
-    # Not a set: the sizes may be a compiler's, which are not hashable.
-    batch: Any = 1
-    for tensor in (attn, value, additional_values):
-        if tensor is None or tensor.shape[0] == 1:
-            continue
-        if batch not in (1, tensor.shape[0]):
-            raise ValueError(
-                "attn, value and additional_values must have one batch size, or a batch of 1 for "
-                f"all, got {batch} and {tensor.shape[0]}"
-            )
-        batch = tensor.shape[0]
-    weights = attn.expand(batch, *attn.shape[1:])
-    out = window_sum(weights[..., :slots], value.expand(batch, *value.shape[1:]), *window)
+    weights, value = _of_one_batch("attn", attn, "value", value)
+    if additional_values is not None:
+        weights, additional_values = _of_one_batch(
+            "attn and value", weights, "additional_values", additional_values
+        )
+        weights, value = _of_one_batch("attn", weights, "value", value)
+    out = window_sum(weights[..., :slots], value, *window)
     if additional_values is not None:
         more = weights[..., slots:].flatten(2, -2) @ additional_values
         out = out + more.unflatten(2, tokens)

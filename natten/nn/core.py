@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from natten._internals import is_known, scripted
 from natten.functional import neighborhood_attention_generic, sharded
+from natten.functional.attention import attention_with_context
 from natten.functional.neighborhood import packed_attention
 from natten.nn.explicit import AttentionMap, attention_map, window_attention, window_rows
 from natten.nn.rotary import RotaryEmbedding
@@ -101,24 +103,27 @@ def attend_to_all(
     scale: float,
 ) -> Tensor:
     """Attention of tokens to others and to additional ones, `[B, tokens, heads, head_dim]`."""
-    # The others are a window of everything: nothing is copied or merged.
-    size = [max(query.shape[1], key.shape[1])]
-    out, _ = attend(
-        query,
-        key,
-        value,
-        size,
-        [1],
-        [1],
-        [False],
-        scale,
-        None,
-        additional_keys,
-        additional_values,
-        None,
-        size,
-    )
-    return out
+    if torch.jit.is_scripting():
+        return torch.ops.natten.neighborhood_attention(
+            query,
+            key,
+            value,
+            None,
+            additional_keys,
+            additional_values,
+            None,
+            None,
+            None,
+            0,
+            [0, 1, 1, 0],
+            scale,
+            0,
+            0,
+            "",
+            "",
+            torch.is_grad_enabled(),
+        )[0]
+    return attention_with_context(query, key, value, additional_keys, additional_values, scale)
 
 
 def attend_packed(
@@ -303,6 +308,19 @@ def check_sequence(x: Tensor, batch: int, channels: int, name: str) -> None:
 
 def fit_window(x: Tensor, kernel_size: list[int], dilation: list[int], pad: bool) -> Tensor:
     """Zero-pads axes shorter than the dilated window on the right, or refuses them."""
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():
+            return scripted(_fit_window)(x, list(kernel_size), list(dilation), pad)
+        if pad and torch.compiler.is_exporting():
+            # An exported program is one for all sizes.
+            amounts: list[Any] = [0, 0]
+            for extent, k, d in zip(x.shape[1:], kernel_size, dilation):
+                amounts = [0, 0, 0, torch.sym_max(k * d - extent, 0), *amounts[2:]]
+            return F.pad(x, amounts)
+    return _fit_window(x, kernel_size, dilation, pad)
+
+
+def _fit_window(x: Tensor, kernel_size: list[int], dilation: list[int], pad: bool) -> Tensor:
     amounts = [0, 0]
     short = False
     for axis in range(len(kernel_size)):
@@ -355,10 +373,22 @@ def place(
 
 
 def crop(x: Tensor, extent: list[int]) -> Tensor:
-    """The first `extent` tokens of every axis of `[B, *X, ...]`, a view."""
+    """The first `extent` tokens of every axis of `[B, *X, ...]`, a view but in exported programs.
+
+    Those are one for all sizes, and whether a view is contiguous would be a condition on the size.
+    """
     for axis in range(len(extent)):
+        if torch.jit.is_scripting():
+            needed = x.shape[axis + 1] != extent[axis]
+        else:
+            # A tracer would take the answer for that of all sizes.
+            is_tracing = torch.jit.is_tracing()
+            needed = is_tracing or not is_known(x.shape[axis + 1] == extent[axis])
+            if needed and torch.compiler.is_exporting():
+                x = torch.narrow_copy(x, axis + 1, 0, extent[axis])
+                continue
         # A view of everything would still fill a tensor with zeros and copy in the backward pass.
-        if x.shape[axis + 1] != extent[axis]:
+        if needed:
             x = x.narrow(axis + 1, 0, extent[axis])
     return x
 

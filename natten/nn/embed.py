@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from natten._internals import scripted
 from natten.validation import check_is_tensor, check_positive_int, optional_bool
 
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -237,20 +238,30 @@ def _every_second(x: Tensor, dim: int, first: int) -> Tensor:
 
 def _pad_to_multiple(x: Tensor, size: list[int], first_dim: int, pad: bool) -> Tensor:
     """Zero-pads the axes `first_dim`, `first_dim + 1`, ... on the right to a multiple of `size`."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles what follows an "and")
+        if torch.jit.is_tracing():
+            return scripted(_padded_to_multiple)(x, list(size), first_dim, pad)
+    return _padded_to_multiple(x, size, first_dim, pad)
+
+
+def _padded_to_multiple(x: Tensor, size: list[int], first_dim: int, pad: bool) -> Tensor:
     amounts: list[int] = []
     for i in range(len(size)):
         extent = x.shape[first_dim + i]
         missing = (size[i] - extent % size[i]) % size[i]
-        if missing > 0 and not pad:
+        if not pad and missing > 0:
             raise ValueError(
                 f"extent {extent} of axis {i} is not a multiple of the patch size {size[i]}; "
                 "pass pad=True to zero-pad it"
             )
         amounts = [0, missing] + amounts
-    if sum(amounts) == 0:
-        return x
     behind = x.dim() - first_dim - len(size)
-    return F.pad(x, [0, 0] * behind + amounts)
+    amounts = [0, 0] * behind + amounts
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        # An exported program is one for all sizes.
+        if pad and torch.compiler.is_exporting():
+            return F.pad(x, amounts)
+    return x if sum(amounts) == 0 else F.pad(x, amounts)
 
 
 # Control flow on shapes cannot be traced symbolically; in an fx graph each is one call.
