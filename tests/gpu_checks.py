@@ -863,6 +863,49 @@ def check_graph() -> None:
                 assert torch.equal(got, wanted)
 
 
+def check_cold_graph() -> None:
+    """Calls that nothing was compiled or planned for are captured; what cannot be says so."""
+    for number, name in enumerate(backends()):
+        shape = (1, 19 + 2 * number, 23, 2, 64)
+        leaves = [
+            torch.randn(shape, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3)
+        ]
+        rpb = torch.randn(2, 9, 13, device="cuda", requires_grad=name == "cutlass")
+        named = {"rpb": rpb} if name == "cutlass" else {}
+        inputs = [*leaves, *named.values()]
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            out = natten.na2d(*leaves, kernel_size=(5, 7), backend=f"{name}-fna", **named)
+            captured = [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+        for _ in range(2):
+            with torch.no_grad():
+                for leaf in inputs:
+                    leaf.normal_()
+            graph.replay()
+            torch.cuda.synchronize()
+            out = natten.na2d(*leaves, kernel_size=(5, 7), backend=f"{name}-fna", **named)
+            wanted = [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+            for got, true in zip(captured[:4], wanted):
+                torch.testing.assert_close(got, true, atol=1e-2, rtol=1e-2)
+            torch.testing.assert_close(captured[4:], wanted[4:], atol=0.5, rtol=5e-2)
+
+
+def check_default_device() -> None:
+    """A default device other than the tensors' changes nothing."""
+    tensors = torch.randn(1, 13, 17, 2, 64, device="cuda", dtype=BF16).requires_grad_()
+    rpb = torch.randn(2, 5, 5, device="cuda")
+
+    def step() -> list[Tensor]:
+        out = natten.na2d(tensors, tensors, tensors, 3, rpb=rpb)
+        return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out))]
+
+    with torch.device("meta"):
+        cold = step()
+    for got, wanted in zip(cold, step()):
+        assert torch.equal(got, wanted)
+
+
 class _Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -926,6 +969,8 @@ SINGLE: dict[str, Check] = {
     "precision": check_precision,
     "streams": check_streams,
     "graph": check_graph,
+    "cold_graph": check_cold_graph,
+    "default_device": check_default_device,
 }
 # These need half the memory of a GPU: one at a time.
 HUGE = ("huge_grid", "huge_batch", "huge_heads")

@@ -18,25 +18,26 @@ from natten import _internals
 from natten.functional.neighborhood import packed_attention
 
 SHAPE = (2, 6, 7, 2, 8)
+on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
-def negative(*shape: int) -> Tensor:
+def negative(*shape: int, device: str = "cpu") -> Tensor:
     """A view whose numbers are those in memory, negated."""
-    tensor = torch.randn(*shape, dtype=torch.complex64).conj().imag
+    tensor = torch.randn(*shape, dtype=torch.complex64, device=device).conj().imag
     assert tensor.is_neg()
     return tensor
 
 
-def zero(*shape: int) -> Tensor:
+def zero(*shape: int, device: str = "cpu") -> Tensor:
     """Zeros that have no memory."""
-    tensor = torch._efficientzerotensor(shape)
+    tensor = torch._efficientzerotensor(shape, device=device)
     assert tensor._is_zerotensor()
     return tensor
 
 
 def plain(tensor: Tensor) -> Tensor:
     if tensor._is_zerotensor():
-        return torch.zeros(tensor.shape)
+        return torch.zeros(tensor.shape, device=tensor.device)
     return tensor.resolve_neg().clone()
 
 
@@ -50,16 +51,17 @@ def fused(query, key, value, rpb, additional_keys, additional_values):
     )  # fmt: skip
 
 
-def inputs() -> list[Tensor]:
+def inputs(device: str) -> list[Tensor]:
     shapes = (SHAPE, SHAPE, SHAPE, (2, 5, 5), (2, 4, 2, 8), (2, 4, 2, 8))
-    return [torch.randn(*shape) for shape in shapes]
+    return [torch.randn(*shape, device=device) for shape in shapes]
 
 
+@on_devices
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("position", range(6))
-def test_inputs(kind, position):
-    given = inputs()
-    given[position] = KINDS[kind](*given[position].shape)
+def test_inputs(kind, position, device):
+    given = inputs(device)
+    given[position] = KINDS[kind](*given[position].shape, device=device)
     expected = fused(*map(plain, given))
     for got, wanted in zip(fused(*given), expected):
         torch.testing.assert_close(got, wanted)
@@ -72,42 +74,46 @@ def test_inputs(kind, position):
     torch.testing.assert_close(*grads)
 
 
+@on_devices
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("window", [3, (6, 7)])
-def test_gradients_of_out_and_lse(kind, which, window):
-    query, key, value = (torch.randn(SHAPE, requires_grad=True) for _ in range(3))
+def test_gradients_of_out_and_lse(kind, which, window, device):
+    query, key, value = (t.requires_grad_() for t in inputs(device)[:3])
     result = natten.na2d(query, key, value, window, return_lse=True)[which]
-    gradient = KINDS[kind](*result.shape)
+    gradient = KINDS[kind](*result.shape, device=device)
     got = torch.autograd.grad(result, (query, key, value), gradient, retain_graph=True)
     expected = torch.autograd.grad(result, (query, key, value), plain(gradient))
     torch.testing.assert_close(got, expected)
 
 
+@on_devices
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed(kind):
+def test_packed(kind, device):
     def attend(qkv):
         return packed_attention(qkv, 1, (3, 3), (1, 1), (1, 1), (False, False))
 
-    qkv = KINDS[kind](1, 6, 7, 4, 8)
+    qkv = KINDS[kind](1, 6, 7, 4, 8, device=device)
     torch.testing.assert_close(attend(qkv), attend(plain(qkv)))
-    leaf = torch.randn(1, 6, 7, 4, 8, requires_grad=True)
+    leaf = torch.randn(1, 6, 7, 4, 8, device=device, requires_grad=True)
     for result in attend(leaf):
-        gradient = KINDS[kind](*result.shape)
+        gradient = KINDS[kind](*result.shape, device=device)
         (got,) = torch.autograd.grad(result, leaf, gradient, retain_graph=True)
         (expected,) = torch.autograd.grad(result, leaf, plain(gradient), retain_graph=True)
         torch.testing.assert_close(got, expected)
 
 
+@on_devices
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_and_products(kind):
-    first, second = KINDS[kind](2, 9, 2, 8), torch.randn(2, 9, 2, 8)
+def test_attention_and_products(kind, device):
+    first, second = KINDS[kind](2, 9, 2, 8, device=device), torch.randn(2, 9, 2, 8, device=device)
     for backend in ("reference", "flex-fmha", None):
         got = natten.attention(first, second, first, is_causal=backend is None, backend=backend)
         copy = plain(first)
         expected = natten.attention(copy, second, copy, is_causal=backend is None, backend=backend)
         torch.testing.assert_close(got, expected)
-    grid, other = KINDS[kind](2, 2, 6, 7, 8), torch.randn(2, 2, 6, 7, 8, requires_grad=True)
+    grid = KINDS[kind](2, 2, 6, 7, 8, device=device)
+    other = torch.randn(2, 2, 6, 7, 8, device=device, requires_grad=True)
     copy = plain(grid)
     pairs = []
     for tensor in (grid, copy):

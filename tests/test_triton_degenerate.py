@@ -26,21 +26,25 @@ CASES = [
 ]
 
 
-def _scores() -> None:
+def _scores(device: str = "cpu") -> None:
     for case in CASES:
         for place in ("query", "key", "rpb", "additional_keys"):
             for number in NUMBERS.values():
-                check(case, "cutlass-fna", spoil=put(number, place), backward=False)
+                spoil = put(number, place)
+                check(case, "cutlass-fna", spoil=spoil, backward=False, device=device)
 
 
-def _scales() -> None:
+def _scales(device: str = "cpu") -> None:
     for case in CASES:
         for scale in SCALES:
             is_small = abs(scale) < 1
-            check(replace(case, scale=scale), "cutlass-fna", backward=is_small, values=is_small)
+            check(
+                replace(case, scale=scale), "cutlass-fna", backward=is_small, values=is_small,
+                device=device,
+            )  # fmt: skip
 
 
-def _masks() -> None:
+def _masks(device: str = "cpu") -> None:
     """Queries that a bias lets see nothing, with gradients that are finite."""
 
     def mask(inputs: object, grad_out: Tensor, grad_lse: Tensor) -> None:
@@ -49,9 +53,11 @@ def _masks() -> None:
 
     case = CASES[0]
     for dtype in (torch.float32, torch.float16):
-        check(case, "cutlass-fna", dtype, spoil=mask)
-        check(replace(case, head_dim=64, head_dim_v=64), "hopper-fna", torch.float16, spoil=mask)
-        check(replace(case, additional=2), "cutlass-fna", dtype, spoil=mask)
+        check(case, "cutlass-fna", dtype, spoil=mask, device=device)
+        check(replace(case, additional=2), "cutlass-fna", dtype, spoil=mask, device=device)
+    if device == "cpu" or torch.cuda.get_device_capability() == (9, 0):
+        wide = replace(case, head_dim=64, head_dim_v=64)
+        check(wide, "hopper-fna", torch.float16, spoil=mask, device=device)
 
 
 CHECKS = {"scores": _scores, "scales": _scales, "masks": _masks}
@@ -60,6 +66,12 @@ CHECKS = {"scores": _scores, "scales": _scales, "masks": _masks}
 @pytest.mark.parametrize("name", CHECKS)
 def test_interpreted(name: str) -> None:
     run_interpreted(__file__, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_a_gpu(name: str) -> None:
+    CHECKS[name]("cuda")
 
 
 if __name__ == "__main__":
