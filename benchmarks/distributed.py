@@ -18,6 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
@@ -143,6 +144,17 @@ def sent(sharding: nd.GridSharding, heads_dim: int | None) -> dict[str, float]:
         halo = max(needed(axes, b).tokens - b.tokens for b in inner.boxes) * token / share
     least = max(needed(axes, b).tokens - b.tokens for b in sharding.boxes) * token
     return {"halo MB": halo / 1e6, "heads MB": moved / 1e6, "halo alone MB": least / 1e6}
+
+
+def predicted(grid: tuple[int, ...], heads_ranks: int | None = None) -> dict[int, Any]:
+    """The best meshes of 1 to 1,024 ranks, as `natten.distributed.explain` has them."""
+    found = {}
+    for ranks in (2**n for n in range(11)):
+        with suppress(ValueError):
+            found[ranks] = nd.explain(
+                grid, KERNEL_SIZE, ranks=ranks, heads=HEADS, heads_ranks=heads_ranks, top=1
+            ).best
+    return found
 
 
 # --- measuring
@@ -285,13 +297,17 @@ def largest(device: torch.device, cuts: tuple[int, int, int]) -> dict[str, Any]:
     world = dist.get_world_size()
     few, more = 48 * world, 96 * world
     first, second = run(few), run(more)
-    assert first is not None
-    assert second is not None
+    if first is None or second is None:
+        return {"frames": few if first else 0}
     per_frame = (second - first) / (more - few)
     torch.cuda.empty_cache()
-    limit = torch.cuda.mem_get_info()[1] / 1e9 - 3.0  # NCCL's and CUDA's own
-    frames = int(more + (limit - second) / per_frame) // world * world
-    return {"frames": frames, "GB_per_frame": per_frame, "memory_GB": run(frames)}
+    # What all ranks have, less what NCCL and CUDA take.
+    limit = -slowest(-torch.cuda.mem_get_info()[0] / 1e9, device) - 1.0
+    frames, memory = int(more + (limit - second) / per_frame), None
+    while memory is None and frames > more:
+        frames = int(frames * 0.98) // world * world
+        memory = run(frames)
+    return {"frames": frames, "GB_per_frame": per_frame, "memory_GB": memory}
 
 
 def links(device: torch.device) -> dict[str, float]:

@@ -20,10 +20,12 @@ from natten.simulator import traffic
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import distributed as sharded  # noqa: E402
 import predictions  # noqa: E402
 
 FIGURES = Path(__file__).parent / "figures"
 RESULTS = ROOT / "benchmarks" / "results" / "h100.json"
+DISTRIBUTED = RESULTS.with_name("distributed.json")
 
 
 def neighborhoods() -> Figure:
@@ -164,6 +166,44 @@ def prediction() -> Figure:
     return figure
 
 
+def distributed() -> Figure:
+    """Speedup over ranks of a sharded grid, measured and predicted."""
+    results = json.loads(DISTRIBUTED.read_text())
+    cases = {
+        "hunyuan_na": ("30 x 48 x 80 tokens", (30, 48, 80)),
+        "four times as long": ("120 x 48 x 80 tokens", (120, 48, 80)),
+    }
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, (case, (title, grid)) in zip(figure.subplots(1, 2), cases.items()):
+        many = [2**n for n in range(11)]
+        axes.plot(many, many, color="#9A9A9A", linewidth=1, label="as many as ranks")
+        for number, (label, heads) in enumerate((("halos alone", 1), ("halos and heads", None))):
+            found = sharded.predicted(grid, heads)
+            axes.plot(
+                list(found), [e.speedup for e in found.values()], linewidth=1.5,
+                color=viz.SERIES_COLORS[number], label=f"predicted, {label}",
+            )  # fmt: skip
+        alone = results["1"]["cases"][case][0]["both_ms"]
+        measured = [
+            (int(ranks), alone / min(row["both_ms"] for row in results[ranks]["cases"][case]))
+            for ranks in ("1", "2", "4")
+        ]
+        axes.scatter(
+            *zip(*measured, strict=True), s=45, zorder=3, edgecolors="black", linewidths=0.6,
+            color=viz.SERIES_COLORS[2], label="measured",
+        )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("GPUs, 8 in a node")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("times as fast, forward and backward")
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
 # name: its function, whether it needs measurements
 DRAWN: dict[str, tuple[Callable[[], Figure], bool]] = {
     "neighborhoods": (neighborhoods, False),
@@ -174,6 +214,7 @@ DRAWN: dict[str, tuple[Callable[[], Figure], bool]] = {
     "roofline": (roofline, True),
     "benchmark": (benchmark, True),
     "prediction": (prediction, True),
+    "distributed": (distributed, True),
 }
 
 

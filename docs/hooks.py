@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
@@ -30,6 +31,9 @@ from natten.functional import dispatch
 from natten.functional.problem import Config, Problem
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import distributed  # noqa: E402
+
 YES = "✓"
 
 
@@ -307,6 +311,80 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
+def distributed_results() -> str:
+    """What `benchmarks/distributed.py` measured on 1, 2 and 4 GPUs."""
+    results = _benchmark("results/distributed.json")
+    if results is None:
+        return "Not measured yet: `benchmarks/distributed.py`."
+    worlds = [world for world in ("1", "2", "4") if world in results]
+    parts = []
+    for case in results["1"]["cases"]:
+        (alone,) = results["1"]["cases"][case]
+        rows = []
+        for world in worlds:
+            for row in results[world]["cases"][case]:
+                moved = row.get("halo MB", 0.0) + row.get("heads MB", 0.0)
+                rows.append(
+                    [
+                        world,
+                        row["way"],
+                        f"{row['forward_ms']:.1f}",
+                        f"{row['both_ms']:.1f}",
+                        f"{alone['both_ms'] / row['both_ms']:.2f}",
+                        f"{moved:.0f}" if "halo MB" in row else "",
+                        f"{row['hidden']:.0%}" if "hidden" in row else "",
+                        f"{row['memory_GB']:.1f}",
+                    ]
+                )
+        header = ["GPUs", "way", "forward, ms", "and backward", "speedup", "MB received"]
+        table = markdown_table([*header, "hidden", "peak GB"], rows)
+        parts.append(f"{_shape(alone['grid'])} tokens, {_CALL}:\n\n{table}")
+    weak = "; ".join(
+        f"{_shape(results[w]['weak']['grid'])} on {w}: {results[w]['weak']['both_ms']:.0f} ms"
+        for w in worlds
+    )
+    fits = "; ".join(f"{results[w]['largest']['frames']} on {w}" for w in worlds)
+    links = "; ".join(
+        f"{results[w]['links']['GB_per_s']:.0f} GB/s and {results[w]['links']['latency_us']:.0f} "
+        f"microseconds on {w}"
+        for w in worlds[1:]
+    )
+    parts.append(
+        f"As many tokens on every GPU, forward and backward: {weak}. The most frames of 48 × 80 "
+        f"tokens whose forward and backward pass fit: {fits}. `all_to_all_single`: {links}.\n\n"
+        f"*{results['device']}s of one node, torch {results['torch']}, {results['date']}; from "
+        "`benchmarks/results/distributed.json`.*"
+    )
+    return "\n\n".join(parts)
+
+
+_CALL = "windows of 18×24×24, 24 heads of 128, bfloat16"
+
+
+def distributed_predictions() -> str:
+    """The cost model, to 1,024 GPUs."""
+    rows = []
+    for ranks, best in distributed.predicted((30, 48, 80)).items():
+        rows.append(
+            [
+                ranks,
+                _shape(best.shards),
+                best.heads,
+                f"{best.halo_bytes / 1e6:.0f}",
+                f"{best.far_bytes / 1e6:.0f}",
+                f"{best.heads_bytes / 1e6:.0f}",
+                f"{best.ratio:.1f}",
+                f"{best.forward_ms:.2f}",
+                f"{best.backward_ms:.2f}",
+                f"{best.speedup:.1f}",
+                f"{best.efficiency:.0%}",
+            ]
+        )
+    header = ["GPUs", "tokens over", "heads over", "halo MB", "of other nodes", "heads MB"]
+    header += ["keys over own", "forward, ms", "backward, ms", "speedup", "efficiency"]
+    return "30×48×80 tokens, the best mesh of each number:\n\n" + markdown_table(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "support-by-call": support_by_call,
     "support-by-device": support_by_device,
@@ -316,6 +394,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "model-speeds": model_speeds,
     "cpu-results": cpu_results,
     "gpu-results": gpu_results,
+    "distributed-results": distributed_results,
+    "distributed-predictions": distributed_predictions,
 }
 _table = cache(lambda name: TABLES[name]())
 

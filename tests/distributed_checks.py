@@ -17,12 +17,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+import natten
 import natten.distributed as nd
 from natten.distributed.boxes import whole
 from natten.functional import neighborhood_attention_generic, operators
 
 F64 = torch.float64
+DEVICE = torch.device(os.environ.get("RANKS_DEVICE", "cpu"))
+ON_GPU = DEVICE.type == "cuda"
+# On CPUs, nothing is compiled; on GPUs, it is their kernels that are checked.
+BACKEND = None if ON_GPU else "reference"
 
 
 @cache
@@ -31,19 +37,23 @@ def meshes() -> dict[str, DeviceMesh]:
     world = dist.get_world_size()
     backwards = list(range(world))[::-1]
     found = {
-        "line": init_device_mesh("cpu", (world,), mesh_dim_names=("x",)),
-        "backwards": DeviceMesh("cpu", backwards, mesh_dim_names=("z",)),
+        "line": init_device_mesh(DEVICE.type, (world,), mesh_dim_names=("x",)),
+        "backwards": DeviceMesh(DEVICE.type, backwards, mesh_dim_names=("z",)),
     }
     if world == 4:
-        found["square"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-        found["turned"] = DeviceMesh("cpu", [[2, 0], [3, 1]], mesh_dim_names=("c", "d"))
+        found["square"] = init_device_mesh(DEVICE.type, (2, 2), mesh_dim_names=("a", "b"))
+        found["turned"] = DeviceMesh(DEVICE.type, [[2, 0], [3, 1]], mesh_dim_names=("c", "d"))
     if world == 8:
-        found["oblong"] = init_device_mesh("cpu", (2, 4), mesh_dim_names=("e", "f"))
-        found["cube"] = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("g", "h", "i"))
+        found["oblong"] = init_device_mesh(DEVICE.type, (2, 4), mesh_dim_names=("e", "f"))
+        found["cube"] = init_device_mesh(DEVICE.type, (2, 2, 2), mesh_dim_names=("g", "h", "i"))
     return found
 
 
 # --- random problems
+
+
+# Of heads. On GPUs few, since each needs kernels of its own.
+_WIDTHS = [64] if ON_GPU else [4, 8]
 
 
 def _split(random: Random, length: int, parts: int) -> tuple[int, ...] | None:
@@ -60,7 +70,7 @@ def draw(seed: int) -> dict[str, Any]:
     name = random.choice(sorted(meshes()))
     mesh = meshes()[name]
     rank = random.randint(mesh.ndim, 3)
-    most = {1: 60, 2: 20, 3: 11}[rank]
+    most = {1: 400, 2: 40, 3: 16}[rank] if ON_GPU else {1: 60, 2: 20, 3: 11}[rank]
     window: dict[str, list[Any]] = {
         "kernel_size": [], "stride": [], "dilation": [], "is_causal": []
     }  # fmt: skip
@@ -92,10 +102,10 @@ def draw(seed: int) -> dict[str, Any]:
         batch=random.randint(1, 2),
         heads=heads_kv * random.randint(1, 2),
         heads_kv=heads_kv,
-        dims=(random.choice([4, 8]), random.choice([4, 8, 16])),
+        dims=(random.choice(_WIDTHS), random.choice([*_WIDTHS, 2 * _WIDTHS[-1]])),
         additional=additional,
         lengths=bool(additional) and random.random() < 0.5,
-        rpb=not any(window["is_causal"]) and random.random() < 0.4,
+        rpb=not any(window["is_causal"]) and random.random() < (0.2 if ON_GPU else 0.4),
         grad_lse=random.random() < 0.5,
         options=dict(
             method=random.choice(["auto", "halo", "halo", "merge", "ring"]),
@@ -118,7 +128,7 @@ def check_problem(problem: dict[str, Any], seed: int, dtype: torch.dtype = F64) 
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=F64)
+        return torch.randn(*shape, generator=generator, dtype=F64).to(DEVICE)
 
     grid, batch, window = problem["grid"], problem["batch"], problem["window"]
     heads, heads_kv, (dim, dim_v) = problem["heads"], problem["heads_kv"], problem["dims"]
@@ -129,7 +139,7 @@ def check_problem(problem: dict[str, Any], seed: int, dtype: torch.dtype = F64) 
     if number := problem["additional"]:
         keys, values = normal(batch, number, heads_kv, dim), normal(batch, number, heads_kv, dim_v)
     if problem["lengths"]:
-        lengths = torch.randint(0, number + 1, (batch,), generator=generator)
+        lengths = torch.randint(0, number + 1, (batch,), generator=generator).to(DEVICE)
     if problem["rpb"]:
         rpb = normal(heads, *[2 * k - 1 for k in window["kernel_size"]])
     tensors = [query, key, value, keys, values, rpb]
@@ -140,7 +150,8 @@ def check_problem(problem: dict[str, Any], seed: int, dtype: torch.dtype = F64) 
         ]
         out, lse = operation(
             *leaves[:3], **window, additional_keys=leaves[3], additional_values=leaves[4],
-            rpb=leaves[5], additional_lengths=lengths, return_lse=True, backend="reference", **more,
+            rpb=leaves[5], additional_lengths=lengths, return_lse=True,
+            backend="reference" if to == F64 else BACKEND, **more,
         )  # fmt: skip
         loss = (out * of(grad_out).to(to)).sum()
         if problem["grad_lse"]:
@@ -222,8 +233,8 @@ def boxes(sharding: nd.GridSharding, *features: int, dtype: torch.dtype = F64) -
     """Query, key and value of this rank, of the same numbers on every number of ranks."""
     generator = torch.Generator().manual_seed(7)
     shape = (1, *sharding.grid, *features)
-    whole_grid = [torch.randn(shape, generator=generator, dtype=F64).to(dtype) for _ in range(3)]
-    return [sharding.shard(t).clone().requires_grad_() for t in whole_grid]
+    whole_grid = [torch.randn(shape, generator=generator, dtype=F64) for _ in range(3)]
+    return [sharding.shard(t).to(DEVICE, dtype, copy=True).requires_grad_() for t in whole_grid]
 
 
 MISMATCHES: dict[str, Callable[[], Any]] = {
@@ -463,7 +474,7 @@ def is_deterministic() -> None:
         for method in ("halo", "merge", "ring"):
             runs = []
             for _ in range(3):
-                tensors = boxes(line_of(40, 6), 4, 8, dtype=torch.float32)
+                tensors = boxes(line_of(40, 6), 4, 32, dtype=torch.bfloat16)
                 out = nd.na2d(*tensors, (31, 5), sharding=line_of(40, 6), method=method)
                 out.square().sum().backward()
                 runs.append([out, *[t.grad for t in tensors]])
@@ -538,6 +549,21 @@ def compiles(method: str, transport: str, heads_dim: int | None = None) -> None:
         torch.compile(attend, fullgraph=True, backend="aot_eager")(*tensors)
 
 
+def counts_flops() -> None:
+    """All ranks together count what one process does."""
+    sharding = line_of(24, 6)
+    tensors = boxes(sharding, 2, 4)
+    window = dict(kernel_size=(9, 3), is_causal=(True, False))
+    with FlopCounterMode(display=False) as counter:
+        nd.na2d(*tensors, **window, sharding=sharding).sum().backward()
+    total = torch.tensor(counter.get_total_flops())
+    dist.all_reduce(total)
+    whole_grid = [torch.randn(1, 24, 6, 2, 4, requires_grad=True) for _ in range(3)]
+    with FlopCounterMode(display=False) as alone:
+        natten.na2d(*whole_grid, **window).sum().backward()
+    assert total.item() == alone.get_total_flops() > 0
+
+
 # --- DTensors
 
 
@@ -569,9 +595,9 @@ def dtensors(layout: str, function: str) -> None:
     """DTensors of true global shapes in and out; gradients, of what is replicated too, in full."""
     placements = LAYOUTS[layout]
     pairs = distributed(placements, meshes()["square"])
-    options: dict[str, Any] = dict(rpb=pairs[5], return_lse=True, backend="reference")
     results = []
-    for which, attend in ((0, getattr(nd, function)), (1, neighborhood_attention_generic)):
+    ours = natten.na2d if function == "na2d" else nd.na2d
+    for which, attend in ((0, ours), (1, neighborhood_attention_generic)):
         query, key, value, keys, values, rpb = (pair[which] for pair in pairs)
         options = dict(rpb=rpb, additional_keys=keys, additional_values=values)
         out, lse = attend(
@@ -584,6 +610,10 @@ def dtensors(layout: str, function: str) -> None:
     assert lse.shape == true_lse.shape
     for found, true in ((out, true_out), (lse, true_lse)):
         torch.testing.assert_close(found.full_tensor(), true, rtol=0, atol=1e-12)
+    with raises(NotImplementedError, "query_origin is not implemented where the grid is sharded"):
+        natten.functional.neighborhood_attention_generic(
+            *[pair[0] for pair in pairs[:3]], 3, query_origin=(0, 0)
+        )
     for dtensor, leaf in pairs:
         assert dtensor.grad.shape == leaf.shape
         torch.testing.assert_close(dtensor.grad.full_tensor(), leaf.grad, rtol=0, atol=1e-12)
@@ -646,3 +676,61 @@ def refuses_dtensors() -> None:
             (12, 9), mesh, (Shard(1), Shard(2)), splits=[(5, 7), None]
         )
         attend(query, key, value, 3, sharding=other)
+
+
+# --- GPUs
+
+
+def compiles_with_inductor() -> None:
+    sharding = line_of(64, 32)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return nd.na2d(query * 2, key, value, (17, 5), sharding=sharding).sin()
+
+    results = []
+    for function in (attend, torch.compile(attend, fullgraph=True)):
+        tensors = boxes(sharding, 4, 64, dtype=torch.bfloat16)
+        out = function(*tensors)
+        out.float().square().sum().backward()
+        results.append([out, *[t.grad for t in tensors]])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2)
+
+
+def takes_little_memory() -> None:
+    """Of the halo method: own tensors, keys with their halo, and no copy of the grid."""
+    world = dist.get_world_size()
+    sharding = line_of(64 * world, 64, 8)
+    extent = (1, *sharding.own.extent, 8, 64)
+    tensors = [
+        torch.randn(extent, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    ]
+    one = tensors[0].numel() * 2
+
+    def peak(function: Callable[[], Any]) -> float:
+        function()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / one
+
+    def call(**options: Any) -> Tensor:
+        return nd.na3d(*tensors, (9, 9, 5), sharding=sharding, **options)
+
+    with torch.no_grad():
+        forward = peak(call)
+    both = peak(lambda: torch.autograd.grad(call().sum(), tensors))
+    gathered = peak(lambda: sharding.unshard(tensors[0].detach()))
+    # The output, a quarter of keys and values with eight more rows, and the rows sent and received.
+    assert forward < 2.5, forward
+    # And three gradients, those of a chunk with its halo, and sums in float32.
+    assert both < 9, both
+    assert gathered > world
+
+
+def mismatches_on_gpus() -> None:
+    for name in ("kernel_size", "dtype", "the batch size", "grid", "method", "a wrong shape"):
+        mismatch(name, 1)

@@ -1,4 +1,5 @@
-"""Processes that run checks together, one a rank, over gloo: started once for many checks."""
+"""Processes that run checks together, one a rank: over gloo, or over NCCL with a GPU each. They are
+started once for many checks."""
 
 from __future__ import annotations
 
@@ -28,10 +29,13 @@ class Ranks:
         world: How many.
         module: Where the checks are: functions of what `run` is given.
         timeout: Seconds of a rank that waits for another.
+        device: "cpu" or "cuda"; checks find it in the environment, as RANKS_DEVICE.
     """
 
-    def __init__(self, world: int, module: str, timeout: int = TIMEOUT) -> None:
-        self.world, self.module, self.timeout = world, module, timeout
+    def __init__(
+        self, world: int, module: str, timeout: int = TIMEOUT, device: str = "cpu"
+    ) -> None:
+        self.world, self.module, self.timeout, self.device = world, module, timeout, device
         self._members: list[tuple[Any, Any]] = []
 
     def run(self, check: str, *arguments: Any) -> None:
@@ -69,7 +73,7 @@ class Ranks:
             ours, theirs = _processes.Pipe()
             process = _processes.Process(
                 target=_serve,
-                args=(rank, self.world, store, self.module, self.timeout, theirs),
+                args=(rank, self.world, store, self.module, self.timeout, self.device, theirs),
                 daemon=True,
             )
             process.start()
@@ -77,11 +81,16 @@ class Ranks:
             self._members.append((process, ours))
 
 
-def _serve(rank: int, world: int, store: str, module: str, timeout: int, pipe: Any) -> None:
+def _serve(
+    rank: int, world: int, store: str, module: str, timeout: int, device: str, pipe: Any
+) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ["RANKS_DEVICE"] = device
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,

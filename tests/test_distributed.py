@@ -64,6 +64,7 @@ def test_a_disagreement_says_who_has_what(ranks):
     "check",
     [
         "autocasts",
+        "counts_flops",
         "gradients_are_asked_for_one_by_one",
         "grid_is_explicit",
         "is_deterministic",
@@ -94,7 +95,7 @@ def test_compiles_in_one_graph(ranks, method, transport, heads_dim):
     ranks[2].run("compiles", method, transport, heads_dim)
 
 
-@pytest.mark.parametrize("function", ["na2d", "neighborhood_attention"])
+@pytest.mark.parametrize("function", ["distributed.na2d", "na2d"])
 @pytest.mark.parametrize("layout", checks.LAYOUTS)
 def test_dtensors(ranks, layout, function):
     ranks[4].run("dtensors", layout, function)

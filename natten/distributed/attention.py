@@ -268,6 +268,29 @@ def neighborhood_attention(
     )
 
 
+def attend_where_sharded(
+    rank: int | None, tensors: Sequence[Any], window: tuple[Any, ...], scale: Any, backend: Any
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp of a call of natten's own functions, on DTensors or inside of
+    `context_parallel`."""
+    options = dict(_DEFAULTS)
+    if sharded.current is not None:
+        options |= sharded.current.options
+    if backend is not None:
+        options["backend"] = backend
+    heads_dim = options.pop("heads_dim")
+    out, lse = _neighborhood_attention(
+        rank, Inputs._make(tensors), window, scale, None, heads_dim, True, **options
+    )
+    return out, lse
+
+
+_DEFAULTS: dict[str, Any] = dict(
+    backend=None, method="auto", transport="all_to_all", heads_dim=None, head_chunks=None,
+    save_halo=True,
+)  # fmt: skip
+
+
 def _neighborhood_attention(
     rank: int | None,
     inputs: Inputs,
@@ -283,7 +306,9 @@ def _neighborhood_attention(
         # Before the exchange: half of its bytes. The bias keeps its own.
         *others, lengths = autocast(dtype, *inputs)
         inputs = Inputs._make([*others[:3], inputs.rpb, *others[4:], lengths])
-    if dtensors.is_dtensor(inputs.query):
+    if sharded.is_dtensor(inputs.query):
+        if sharded.current is not None:
+            raise ValueError("tensors must be plain inside of context_parallel, got DTensors")
         out, lse = dtensors.attend(
             lambda local, placed: _attend(rank, local, window, scale, placed, heads_dim, **options),
             lambda local: _alone(rank, local, window, scale, options["backend"]),
@@ -444,7 +469,7 @@ def attention(
     :func:`neighborhood_attention`. By default a ring, on three ranks or more.
     """
     placed = sharding or (sharded.current and sharded.current.sharding)
-    length = query.shape[1] if dtensors.is_dtensor(query) or placed is None else placed.grid[0]
+    length = query.shape[1] if sharded.is_dtensor(query) or placed is None else placed.grid[0]
     return _neighborhood_attention(
         1,
         Inputs(query, key, value, None, None, None, None),

@@ -96,7 +96,7 @@ def _along_axes(
 @lru_cache(maxsize=4096)
 def _needed_along(axis: Axis, origin: int, extent: int) -> tuple[int, int]:
     low, high = axis.length, 0
-    # More groups than tokens are not met; the first token of each stands for it.
+    # A range has tokens of at most as many groups as it has tokens.
     for group in {index % axis.dilation for index in range(origin, origin + extent)}:
         first, end = window.box_bounds(group, axis.dilation, origin, extent)
         start, stop = map(int, window.union_bounds(first, end - 1, group, axis))

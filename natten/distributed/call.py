@@ -172,7 +172,8 @@ class Call:
 
     # --- products
 
-    def _parameters(self, queries: Box, keys: Box) -> Parameters:
+    def parameters(self, queries: Box, keys: Box) -> Parameters:
+        """The operator's, for a box of queries and one of keys."""
         _, kernel_size, stride, dilation, is_causal = zip(*self.axes)
         window = (*kernel_size, *stride, *dilation, *map(int, is_causal))
         boxes = (*self.layout.grid, *queries.origin, *keys.origin)
@@ -187,7 +188,7 @@ class Call:
         *bias_and_additional, lengths = inputs[3:]
         return neighborhood_attention(
             query, key, value, *bias_and_additional, None, None, lengths,
-            *self._parameters(queries, keys),
+            *self.parameters(queries, keys),
         )  # fmt: skip
 
     def attend_backward(
@@ -200,7 +201,7 @@ class Call:
         *bias_and_additional, lengths = inputs[3:]
         return neighborhood_attention_backward(
             grad_out, grad_lse, inputs.query[where], key, value, *bias_and_additional, None, None,
-            lengths, out, lse, *self._parameters(queries, keys), list(needs),
+            lengths, out, lse, *self.parameters(queries, keys), list(needs),
         )  # fmt: skip
 
     # --- exchanges

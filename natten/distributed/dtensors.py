@@ -24,11 +24,6 @@ from natten.functional.call import NUM_TENSORS, Tensors
 _Placements = list[Placement]
 
 
-def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor."""
-    return isinstance(tensor, DTensor)
-
-
 # --- DTensors in and out
 
 
@@ -205,4 +200,4 @@ def _backward_rules(grad_out: Any, grad_lse: Any, *arguments: Any) -> list[tuple
     return rules
 
 
-__all__ = ["attend", "is_dtensor"]
+__all__ = ["attend"]

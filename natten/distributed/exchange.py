@@ -50,6 +50,8 @@ class Exchange:
             stream.wait_stream(torch.cuda.current_stream(received.device))
             beside = torch.cuda.stream(stream)
         self._works: list[Any]
+        self._kept: Any
+        sent: Any
         with beside:
             if transport == "all_to_all":
                 sent = _packed([t for tensors in outgoing for t in tensors], received)
@@ -57,23 +59,24 @@ class Exchange:
                 work = dist.all_to_all_single(
                     received, sent, list(sizes), sent_sizes, group=group, async_op=True
                 )
-                self._works, self._sent = [work], [sent]
+                self._works = [work]
             else:
-                self._sent = [_packed(tensors, received) for tensors in outgoing]
+                sent = [_packed(tensors, received) for tensors in outgoing]
                 operations = [
                     dist.P2POp(kind, tensor, group=group, group_peer=peer)
-                    for kind, tensors in ((dist.irecv, self._received), (dist.isend, self._sent))
+                    for kind, tensors in ((dist.irecv, self._received), (dist.isend, sent))
                     for peer, tensor in enumerate(tensors)
                     if tensor.numel()  # both sides know what is empty
                 ]
                 self._works = dist.batch_isend_irecv(operations) if operations else []
+        # Until the other stream has read them, their memory must not be anything else's.
+        self._kept = (outgoing, sent)
 
     def wait(self) -> tuple[Tensor, ...]:
         """What came from each rank, in one dimension."""
         for work in self._works:
             work.wait()
-        # Until here they had to be kept.
-        self._works, self._sent = [], []
+        self._works, self._kept = [], None
         return self._received
 
 

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from natten.distributed import blocks, halo
 from natten.distributed.call import Call, Inputs, Results, accumulation_dtype, automatic_method
 from natten.distributed.exchange import Statement, agree
 from natten.distributed.sharding import layout
+from natten.flops import attention_backward_flops, attention_flops
 from natten.window import Axis
 
 _TENSORS = (
@@ -191,6 +193,35 @@ torch.library.register_fake(
     "natten::sharded_agreement", lambda query, *_: query.new_empty(()), lib=_library
 )
 sharded_agreement = torch.ops.natten.sharded_agreement.default
+
+
+def _of_one(inputs: Inputs, call: Call) -> tuple[Any, ...]:
+    """What the operator of one process is given for this rank's queries and all keys they see."""
+    keys = [
+        torch.empty((t.shape[0], *call.needed.extent, *t.shape[-2:]), dtype=t.dtype, device="meta")
+        for t in inputs[1:3]
+    ]
+    *others, lengths = inputs[3:]
+    return inputs.query, *keys, *others, None, None, lengths
+
+
+@register_flop_formula(torch.ops.natten.sharded_attention, get_raw=True)
+def _flops(*arguments: Any, out_val: Any = None) -> int:
+    inputs, parameters = Inputs(*arguments[:_NUM_TENSORS]), arguments[_NUM_TENSORS:]
+    call = _call_of(parameters)
+    return attention_flops(*_of_one(inputs, call), *call.parameters(call.own, call.needed))
+
+
+@register_flop_formula(torch.ops.natten.sharded_attention_backward, get_raw=True)
+def _backward_flops(grad_out: Any, grad_lse: Any, *arguments: Any, out_val: Any = None) -> int:
+    inputs = Inputs(*arguments[:_NUM_TENSORS])
+    out, lse, _, *parameters, needs = arguments[_NUM_TENSORS:]
+    call = _call_of(parameters)
+    of_one = (*_of_one(inputs, call), out, lse, *call.parameters(call.own, call.needed))
+    # All three, whoever needs them.
+    return attention_backward_flops(grad_out, grad_lse, *of_one, [True] * 3 + list(needs[3:]))
+
+
 sharded_attention = torch.ops.natten.sharded_attention.default
 sharded_attention_backward = torch.ops.natten.sharded_attention_backward.default
 

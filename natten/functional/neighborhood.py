@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
 from natten import validation
 from natten._internals import is_known
+from natten.functional import sharded
 from natten.functional.attention import attention
 from natten.functional.call import (
     Parameters,
@@ -156,6 +157,21 @@ def _attend_separately(
     return out.unflatten(1, tokens), lse.unflatten(1, tokens)
 
 
+def _attend_sharded(
+    rank: int | None, tensors: Tensors, asked: _Asked, attention_kwargs: AttentionKwargs | None
+) -> tuple[Tensor, Tensor]:
+    """Where the grid is sharded over ranks."""
+    window, scale, backend, knobs, (grid, query_origin, key_origin) = asked
+    named = zip(fields(DEFAULT_CONFIG), knobs, _NO_KNOBS, strict=True)
+    given = {f.name: None if knob == default else knob for f, knob, default in named}
+    given |= dict(
+        attention_kwargs=attention_kwargs, grid=grid, query_origin=query_origin,
+        key_origin=key_origin,
+    )  # fmt: skip
+    parts = (*tensors[:6], tensors.additional_lengths)
+    return sharded.attend(rank, parts, window, scale, backend, given)
+
+
 def _neighborhood_attention(
     rank: int | None,
     query: Tensor,
@@ -212,6 +228,9 @@ def _neighborhood_attention(
     asked = (window, scale, backend, knobs, (grid, query_origin, key_origin))
     validation.optional_bool("try_fuse_additional_kv", try_fuse_additional_kv)
     validation.optional_bool("return_lse", return_lse)
+    if sharded.current is not None or sharded.is_dtensor(query):
+        out, lse = _attend_sharded(rank, tensors, asked, attention_kwargs or None)
+        return (out, lse) if return_lse else out
     if attention_kwargs and not try_fuse_additional_kv:
         validation.check_mapping("attention_kwargs", attention_kwargs)
         # Wrong arguments are told before anything is made of them.
@@ -268,6 +287,9 @@ def packed_attention(
     window = (kernel_size, stride, dilation, is_causal)
     boxes = (grid, origin, origin)
     asked = (window, scale, backend, _NO_KNOBS, boxes)
+    if sharded.current is not None or sharded.is_dtensor(qkv):
+        apart = Tensors(*separated(tensors, heads_kv), rpb)
+        return _attend_sharded(None, apart, asked, None)
     return attend(tensors, (None, heads_kv, asked), _parameters)
 
 

@@ -1,9 +1,50 @@
-"""Whether the grid of tokens is sharded over ranks: what `natten.distributed.context_parallel` sets
-and calls of neighborhood attention look at. It knows nothing of torch.distributed."""
+"""Calls of neighborhood attention whose grid of tokens is sharded over ranks: which they are, and
+the way to `natten.distributed`, which is imported only for them."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-# Called like neighborhood_attention_generic inside of context_parallel, else None.
+from torch import Tensor
+
+# What `natten.distributed.context_parallel` says of all calls inside of it, else None.
 current: Any = None
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor. Without importing DTensors: then there is none."""
+    if type(tensor) is Tensor:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def attend(
+    rank: int | None,
+    tensors: Sequence[Any],
+    window: tuple[Any, ...],
+    scale: Any,
+    backend: Any,
+    given: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp.
+
+    Args:
+        rank: Axes of tokens that there must be; None for any.
+        tensors: query, key, value, rpb, additional keys and values, and their lengths.
+        window, scale, backend: As the public functions take them.
+        given: Arguments that are for calls of one process, by name; None for those not given.
+    """
+    from natten.distributed.attention import attend_where_sharded
+
+    for name, value in given.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"{name} is not implemented where the grid is sharded over ranks, got {value!r}"
+            )
+    return attend_where_sharded(rank, tensors, window, scale, backend)
+
+
+__all__ = ["attend", "current", "is_dtensor"]
