@@ -265,7 +265,7 @@ MISMATCHES: dict[str, Callable[[], Any]] = {
     "a wrong argument": lambda: call(kernel_size=50),
     "a wrong shape": lambda: call(cut=True),
     "a wrong backend": lambda: call(backend="nonsense"),
-    "heads_dim": lambda: call(heads_dim=0, heads=8, heads_kv=8),
+    "heads_dim": lambda: call(heads_dim=0),
 }
 
 
@@ -291,16 +291,21 @@ def call(
     extent = list(sharding.own.extent)
     if cut:
         extent[-1] -= 1
-    query = torch.randn(batch, *extent, heads, dim, dtype=dtype)
-    key = torch.randn(batch, *extent, heads_kv, dim, dtype=dtype)
-    value = torch.randn(batch, *extent, heads_kv, dim_v, dtype=dtype, requires_grad=requires_grad)
-    if additional:
-        options["additional_keys"] = torch.randn(batch, additional, heads_kv, dim, dtype=dtype)
-        options["additional_values"] = torch.randn(batch, additional, heads_kv, dim_v, dtype=dtype)
-    if lengths:
-        options["additional_lengths"] = torch.ones(batch, dtype=torch.int64)
-    if rpb:
-        options["rpb"] = torch.randn(heads, 9, 9, dtype=dtype)
+    with DEVICE:
+        query = torch.randn(batch, *extent, heads, dim, dtype=dtype)
+        key = torch.randn(batch, *extent, heads_kv, dim, dtype=dtype)
+        value = torch.randn(
+            batch, *extent, heads_kv, dim_v, dtype=dtype, requires_grad=requires_grad
+        )
+        if additional:
+            options["additional_keys"] = torch.randn(batch, additional, heads_kv, dim, dtype=dtype)
+            options["additional_values"] = torch.randn(
+                batch, additional, heads_kv, dim_v, dtype=dtype
+            )
+        if lengths:
+            options["additional_lengths"] = torch.ones(batch, dtype=torch.int64)
+        if rpb:
+            options["rpb"] = torch.randn(heads, 9, 9, dtype=dtype)
     options.setdefault("backend", "reference")
     out: Any = nd.neighborhood_attention(
         query, key, value, kernel_size, sharding=sharding, **options
@@ -725,9 +730,9 @@ def takes_little_memory() -> None:
     both = peak(lambda: torch.autograd.grad(call().sum(), tensors))
     gathered = peak(lambda: sharding.unshard(tensors[0].detach()))
     # The output, a quarter of keys and values with eight more rows, and the rows sent and received.
-    assert forward < 2.5, forward
+    assert forward < 3, forward
     # And three gradients, those of a chunk with its halo, and sums in float32.
-    assert both < 9, both
+    assert both < 10, both
     assert gathered > world
 
 

@@ -151,7 +151,8 @@ def _over_heads(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Tokens of one axis are exchanged for heads, and back after attention."""
-    zero = sharded_agreement(*[t if t is None else t.detach() for t in inputs], *parameters)
+    detached = [t if t is None else t.detach() for t in inputs]
+    zero = sharded_agreement(*detached, *parameters, sharding.dims[index])
     if torch.compiler.is_compiling():
         inputs = inputs._replace(query=inputs.query + zero)
     line, dim = sharding.lines[index], sharding.axes[index] + 1

@@ -100,14 +100,15 @@ def _statement(inputs: Inputs, call: Call, requires_grad: bool) -> Statement:
     )
 
 
-def _agree_on(inputs: Inputs, parameters: Sequence[Any]) -> None:
+def _agree_on(inputs: Inputs, parameters: Sequence[Any], heads_dim: int | None = None) -> None:
     call = _call_of(parameters)
-    agree(call.layout.group, _statement(inputs, call, parameters[-1]))
+    statement = (*_statement(inputs, call, parameters[-1]), ("heads_dim", heads_dim))
+    agree(call.layout.group, statement)
 
 
 def _agreement(*arguments: Any) -> Tensor:
-    inputs = Inputs(*arguments[:_NUM_TENSORS])
-    _agree_on(inputs, arguments[_NUM_TENSORS:])
+    inputs, *parameters, heads_dim = (Inputs(*arguments[:_NUM_TENSORS]), *arguments[_NUM_TENSORS:])
+    _agree_on(inputs, parameters, heads_dim)
     return inputs.query.new_zeros(())
 
 
@@ -187,7 +188,7 @@ def _refuse(ctx: Any, *gradients: Any) -> Any:
 
 
 # What follows an agreement in a compiled program has to depend on it: it gives a 0 to add.
-_library.define(f"sharded_agreement({_TENSORS}, {_PARAMETERS}) -> Tensor")
+_library.define(f"sharded_agreement({_TENSORS}, {_PARAMETERS}, int heads_dim) -> Tensor")
 _library.impl("sharded_agreement", torch.compiler.disable(_agreement), "CompositeExplicitAutograd")
 torch.library.register_fake(
     "natten::sharded_agreement", lambda query, *_: query.new_empty(()), lib=_library
