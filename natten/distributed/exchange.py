@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from hashlib import blake2b
@@ -23,6 +23,41 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+class Beside:
+    """A context for work that goes on beside the products: on another stream of a GPU, after all
+    that was asked for before; on a CPU at once.
+
+    Args:
+        device: Where.
+        reads: Tensors that are read there and let go before `wait`.
+    """
+
+    def __init__(self, device: torch.device, reads: Iterable[Tensor] = ()) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._reads = reads
+        self._context: Any = nullcontext()
+        self._done: torch.cuda.Event | None = None
+
+    def __enter__(self) -> None:
+        if self._device is not None:
+            stream = _stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            for tensor in self._reads:
+                tensor.record_stream(stream)
+            self._context = torch.cuda.stream(stream)
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+        if self._device is not None:
+            self._done = _stream(self._device).record_event()
+
+    def wait(self) -> None:
+        """All that is asked for from here on comes after."""
+        if self._done is not None:
+            self._done.wait()
+
+
 class Exchange:
     """Tensors on their way between the ranks of a group: started when made, there after `wait`.
 
@@ -32,6 +67,9 @@ class Exchange:
         sizes: Elements that come from each rank.
         group: The group.
         transport: "all_to_all" for one all_to_all_single, "p2p" for one batch_isend_irecv.
+
+    Attributes:
+        tensors: All that is read and written meanwhile.
     """
 
     def __init__(
@@ -43,16 +81,11 @@ class Exchange:
         transport: str,
     ) -> None:
         self._received = received.split(list(sizes))
-        beside: Any = nullcontext()
-        if received.is_cuda:
-            # Not only the transfer but the packing before it goes on beside the products.
-            stream = _stream(received.device)
-            stream.wait_stream(torch.cuda.current_stream(received.device))
-            beside = torch.cuda.stream(stream)
         self._works: list[Any]
         self._kept: Any
         sent: Any
-        with beside:
+        # Not only the transfer but the packing before it.
+        with Beside(received.device):
             if transport == "all_to_all":
                 sent = _packed([t for tensors in outgoing for t in tensors], received)
                 sent_sizes = [sum([t.numel() for t in tensors]) for tensors in outgoing]
@@ -71,12 +104,13 @@ class Exchange:
                 self._works = dist.batch_isend_irecv(operations) if operations else []
         # Until the other stream has read them, their memory must not be anything else's.
         self._kept = (outgoing, sent)
+        self.tensors = [received, *[t for tensors in outgoing for t in tensors]]
 
     def wait(self) -> tuple[Tensor, ...]:
         """What came from each rank, in one dimension."""
         for work in self._works:
             work.wait()
-        self._works, self._kept = [], None
+        self._works, self._kept, self.tensors = [], None, []
         return self._received
 
 
@@ -215,6 +249,7 @@ def _disagreement(stated: Sequence[Statement]) -> str:
 
 
 __all__ = [
+    "Beside",
     "Exchange",
     "Line",
     "Statement",

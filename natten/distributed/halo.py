@@ -16,7 +16,7 @@ from torch import Tensor
 
 from natten.distributed.boxes import Box
 from natten.distributed.call import Call, Gradients, Inputs, Results, accumulation_dtype
-from natten.distributed.exchange import Exchange
+from natten.distributed.exchange import Beside, Exchange
 
 Wait = Callable[[], Sequence[Tensor]]
 
@@ -29,14 +29,15 @@ def forward(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     chunks = call.chunks(inputs)
     parts = [inputs.of_heads(*chunk) for chunk in chunks]
     halo, waits = _halos(call, parts, None)
-    for (heads, _), part, wait in zip(chunks, parts, waits):
-        keys = _Keys(call, part, wait)
-        for box in call.interior_first if part is parts[0] else call.at_once:
+    keys = [_Keys(call, *each) for each in zip(parts, waits)]
+    for i, (heads, _) in enumerate(chunks):
+        _prepare(keys[i : i + 2])
+        for box in call.interior_first if i == 0 else call.at_once:
             where = box.within(call.own)
             out[..., heads, :][where], lse[..., heads][where] = call.attend(
-                part, box, *keys.seen_by(box)
+                parts[i], box, *keys[i].seen_by(box)
             )
-        wait()
+        keys[i].release()
     return out, lse, halo
 
 
@@ -47,14 +48,15 @@ def backward(
     chunks = call.chunks(inputs)
     parts = [inputs.of_heads(*chunk) for chunk in chunks]
     _, waits = _halos(call, parts, halo)
+    keys = [_Keys(call, *each) for each in zip(parts, waits)]
     gradients = Gradients(inputs, needs)
-    finish: Callable[[], None] = _nothing
-    for chunk, part, wait in zip(chunks, parts, waits):
-        given, keys = results.of_heads(chunk[0]), _Keys(call, part, wait)
+    for i, (chunk, part) in enumerate(zip(chunks, parts)):
+        _prepare(keys[i : i + 2])
+        given = results.of_heads(chunk[0])
         sums: dict[Box, list[Tensor]] = {}
         returned: Exchange | None = None
         for box in call.interior_first[::-1] if part is parts[-1] else call.at_once:
-            seen, pair = keys.seen_by(box)
+            seen, pair = keys[i].seen_by(box)
             if seen == call.own:
                 # Nothing more is added to what others wait for.
                 returned = returned or _give_back(call, part, sums)
@@ -62,17 +64,15 @@ def backward(
             gradients.query[..., chunk[0], :][box.within(call.own)] = got[0]
             gradients.add_rest(got, *chunk)
             sums[seen] = _added(sums.get(seen), got[1:3])
+        keys[i].release()
         returned = returned or _give_back(call, part, sums)
-        wait()
-        # The gradients of a chunk travel while the next one is computed.
-        finish()
-        finish = partial(_finish, call, part, sums, returned, gradients.of_keys(chunk[1]))
-    finish()
+        # The gradients of a chunk travel, and are added up, while the next one is computed.
+        reads = [*returned.tensors, *[t for pair in sums.values() for t in pair]]
+        finished = Beside(inputs.key.device, reads)
+        with finished:
+            _add_up(call, part, sums, returned, gradients.of_keys(chunk[1]))
+    finished.wait()
     return gradients
-
-
-def _nothing() -> None:
-    pass
 
 
 class _Keys:
@@ -81,25 +81,42 @@ class _Keys:
     def __init__(self, call: Call, part: Inputs, wait: Wait) -> None:
         self._call, self._part, self._wait = call, part, wait
         self._all: list[Tensor] = []
+        self._joining = Beside(part.key.device)
 
-    def seen_by(self, queries: Box) -> tuple[Box, Sequence[Tensor]]:
-        """A box that holds what these queries see, with its keys and values."""
+    def prepare(self) -> None:
+        """Begins to put own and other ranks' keys together, if any query sees others'."""
         call, part = self._call, self._part
-        if call.is_local(queries):
-            return call.own, part[1:3]
-        if not self._all:
-            extents = call.needed.extent
-            self._all = [t.new_empty((t.shape[0], *extents, *t.shape[-2:])) for t in part[1:3]]
-            # The own part goes there while the others are on their way.
+        if self._all or call.is_local(call.own):
+            return
+        extents = call.needed.extent
+        self._all = [t.new_empty((t.shape[0], *extents, *t.shape[-2:])) for t in part[1:3]]
+        with self._joining:
             self._put(call.own, part[1:3])
             for box, pair in call.fetched(part, self._wait()):
                 self._put(box, pair)
-        return call.needed, self._all
 
     def _put(self, box: Box, pair: Sequence[Tensor]) -> None:
         common = box.intersection(self._call.needed)
         for target, source in zip(self._all, pair):
             target[common.within(self._call.needed)] = source[common.within(box)]
+
+    def seen_by(self, queries: Box) -> tuple[Box, Sequence[Tensor]]:
+        """A box that holds what these queries see, with its keys and values."""
+        if self._call.is_local(queries):
+            return self._call.own, self._part[1:3]
+        self._joining.wait()
+        return self._call.needed, self._all
+
+    def release(self) -> None:
+        """They are not needed any more, but others' keys are to have come before the end."""
+        self._joining.wait() if self._all else self._wait()
+        self._all = []
+
+
+def _prepare(keys: Sequence[_Keys]) -> None:
+    """Those of a chunk and of the next, which are put together while this one is computed."""
+    for of_chunk in keys:
+        of_chunk.prepare()
 
 
 def _halos(call: Call, parts: Sequence[Inputs], saved: Tensor | None) -> tuple[Tensor, list[Wait]]:
@@ -127,14 +144,14 @@ def _give_back(call: Call, part: Inputs, sums: dict[Box, list[Tensor]]) -> Excha
     )
 
 
-def _finish(
+def _add_up(
     call: Call,
     part: Inputs,
     sums: dict[Box, list[Tensor]],
     returned: Exchange,
     gradients: Sequence[Tensor],
 ) -> None:
-    """Adds up the gradients of this rank's keys: its own, then those that others return."""
+    """The gradients of this rank's keys: its own, then those that others return."""
     totals = [torch.zeros_like(g, dtype=accumulation_dtype(g.dtype)) for g in gradients]
     for box, pair in sums.items():
         common = box.intersection(call.own)
