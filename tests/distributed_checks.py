@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import natten
 import natten.distributed as nd
 from natten.distributed.boxes import whole
+from natten.distributed.exchange import agree
 from natten.functional import neighborhood_attention_generic, operators
 
 F64 = torch.float64
@@ -734,6 +735,16 @@ def takes_little_memory() -> None:
     # And three gradients, those of a chunk with its halo, and sums in float32.
     assert both < 10, both
     assert gathered > world
+
+
+def agreement_without_a_cpu_backend() -> None:
+    """Groups of NCCL alone compare what is new to them, on their GPUs."""
+    group = dist.new_group(backend="nccl")
+    for turn in range(2):
+        agree(group, (("window", 3),))
+        with raises(ValueError, "window is 3 on rank 0, 4 on rank 1"):
+            # A call that none of them made before.
+            agree(group, (("window", 3 if dist.get_rank() != 1 else 4), ("turn", turn)))
 
 
 def mismatches_on_gpus() -> None:

@@ -33,7 +33,13 @@ def test_random_problems(ranks, first):
 
 @pytest.mark.parametrize(
     "check",
-    ["is_deterministic", "compiles_with_inductor", "mismatches_on_gpus", "takes_little_memory"],
+    [
+        "agreement_without_a_cpu_backend",
+        "is_deterministic",
+        "compiles_with_inductor",
+        "mismatches_on_gpus",
+        "takes_little_memory",
+    ],
 )
 def test_of_gpus(ranks, check):
     ranks.run(check)
