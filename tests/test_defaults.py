@@ -90,7 +90,7 @@ def device_context() -> Iterator[None]:
 def forget() -> None:
     """Plans, masks and tables that earlier calls made."""
     natten.functional.dispatch.forget()
-    natten.functional.neighborhood._plans.clear()
+    natten.functional.operators._calls.clear()
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("natten."):
             for value in list(vars(module).values()):

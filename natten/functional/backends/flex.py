@@ -49,15 +49,6 @@ _TILES: dict[int, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {
         ((2, 4, 8), (4, 4, 4)),
     ),
 }
-# What its kernels work on at once must divide the blocks, and by default need not.
-_KERNEL_OPTIONS = {
-    "BLOCK_M1": 32,
-    "BLOCK_N1": 64,
-    "BLOCK_M2": 64,
-    "BLOCK_N2": 32,
-    # Its other kernel, for few queries, has blocks of its own.
-    "FORCE_USE_FLEX_ATTENTION": True,
-}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What a program with many different windows may compile: each is a program of its own.
 _MAX_PROGRAMS = 256
@@ -387,7 +378,10 @@ def _kernel_options(blocks: tuple[int, int]) -> Any:
     """None for FlexAttention's own, which fit its own block size."""
     if blocks == (_BLOCK, _BLOCK):
         return None
-    return {"BLOCK_M": min(blocks[0], 64), "BLOCK_N": min(blocks[1], 64), **_KERNEL_OPTIONS}
+    # What a kernel works on at once must divide the blocks. Its other kernel, for few queries, has
+    # blocks of its own.
+    sizes = {"BLOCK_M": min(blocks[0], 64), "BLOCK_N": min(blocks[1], 64)}
+    return {**sizes, "FORCE_USE_FLEX_ATTENTION": True}
 
 
 def _finite(*tensors: Tensor | None) -> bool:
@@ -515,6 +509,8 @@ class Flex:
         needs: tuple[bool, bool, bool, bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:
         inputs = (query, key, value, rpb, additional_keys, additional_values)
+        # Tiles are named for the forward pass. Of the backward pass not all compile: it has none.
+        config = replace(config, q_tile_shape=None, kv_tile_shape=None)
         with _autograd_allowed(), torch.enable_grad():
             leaves = [
                 None if t is None else t.detach().requires_grad_(need)

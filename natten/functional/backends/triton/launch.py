@@ -44,6 +44,9 @@ _BIAS_REGISTERS = 168
 _STATISTICS_ROWS = 64
 _BIAS_BLOCK = 512
 _LOG2_E = 1.4426950408889634
+# Beyond this factor of the scores, what a fused multiplication and subtraction rounds less often
+# than the product alone would be an exponent of its own: kernels round both.
+_LARGEST_FUSED_SCALE = 2.0**16
 _NO_STRIDES = (0,) * 5
 _NO_PADDINGS = (0,) * 3
 
@@ -509,7 +512,9 @@ def _plan(
         "num_warps": tiling.warps,
         **{name: _steps(stride, unit) for name, stride in written.items()},
     }
-    accepted = {*kernel.arg_names, "num_warps"}
+    if scale > _LARGEST_FUSED_SCALE:
+        options["enable_fp_fusion"] = False
+    accepted = {*kernel.arg_names, "num_warps", "enable_fp_fusion"}
     kind = KEY_VALUE_GRADIENT if inverse else FORWARD
     if kernel is query_gradient_kernel:
         kind = QUERY_GRADIENT
