@@ -37,7 +37,7 @@ ROUNDS = 5
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
-    """Of each of the repeats."""
+    """Milliseconds of each repeat."""
     times = []
     for _ in range(3):
         call()

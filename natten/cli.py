@@ -138,7 +138,7 @@ _COMMANDS: dict[str, _Command] = {
 
 
 def _parser(prog: str, command: str | None) -> Parser:
-    """Of one command, or of all."""
+    """The parser of one command, or of all."""
     if command is not None:
         text, add_arguments, _ = _COMMANDS[command]
         parser = Parser(prog=prog, description=text)

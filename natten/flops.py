@@ -101,15 +101,15 @@ def _pairs(tensors: Tensors, parameters: Parameters) -> tuple[int, int]:
 
 
 def attention_flops(*arguments: Any, **_: Any) -> int:
-    """Of natten::neighborhood_attention, by the arguments of its schema."""
+    """FLOPs of natten::neighborhood_attention, by the arguments of its schema."""
     parameters = Parameters(*arguments[NUM_TENSORS:])
     tensors = _separated(Tensors(*arguments[:NUM_TENSORS]), parameters)
     return 2 * sum(_pairs(tensors, parameters)) * sum(_features(tensors))
 
 
 def attention_backward_flops(*arguments: Any, **_: Any) -> int:
-    """Of natten::neighborhood_attention_backward: scores again, the gradient of the weights, and
-    the gradients that are asked for.
+    """FLOPs of natten::neighborhood_attention_backward: scores again, the gradient of the weights,
+    and the gradients that are asked for.
     """
     *numbers, needs = arguments[4 + NUM_TENSORS :]
     parameters = Parameters(*numbers)
@@ -127,7 +127,7 @@ def attention_backward_flops(*arguments: Any, **_: Any) -> int:
 
 
 def window_flops(first: Tensor, second: Tensor, *window: Any, **_: Any) -> int:
-    """Of natten::window_dot, window_sum and window_scatter."""
+    """FLOPs of natten::window_dot, window_sum and window_scatter."""
     batch, heads, *tokens, features = second.shape
     *sizes, is_causal = window[:4]
     axes = tuple(map(Axis, tokens, *sizes, map(bool, is_causal)))

@@ -19,7 +19,7 @@ from natten.functional.problem import DEFAULT_CONFIG
 from natten.profile_file import VARIABLE, check_device, read_profile, without_profile
 from natten.simulator import make_problem
 
-_PACKAGES = ("torch", "triton", "numba", "numpy", "einops", "timm", "safetensors", "rich")
+_PACKAGES = ("torch", "triton", "numba", "numpy", "timm", "safetensors", "rich")
 _VARIABLES = ("NATTEN_LOG_LEVEL", VARIABLE, "TRITON_INTERPRET", "TRITON_CACHE_DIR")
 # Half precision holds products of numbers around 1 to this.
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2}

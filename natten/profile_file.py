@@ -2,8 +2,8 @@
 
 ``natten profile --optimize --save FILE`` writes them, :func:`load_profile` or the environment
 variable ``NATTEN_PROFILE`` apply them. An entry holds for calls of one shape class: the same grid,
-window, head sizes, dtype and kind of call, for any batch size and number of heads. What a caller
-asks for himself always wins.
+window, head sizes, dtype and kind of call, for any batch size and number of heads. What the
+caller asks for always wins.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ def lookup(problem: Problem, backend: str) -> Config | None:
 
 
 def with_profile(config: Config, problem: Problem, backend: str) -> Config:
-    """The knobs to run a problem with: the caller's, and a loaded profile's where he gave none."""
+    """The caller's knobs for a problem, and a loaded profile's where the caller gave none."""
     found = lookup(problem, backend)
     if found is None:
         return config

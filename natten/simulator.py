@@ -274,7 +274,7 @@ _GPU = torch.device("cuda")
 
 
 def _tilings(problem: Problem, device: Device, config: Config, backward: bool) -> list[_Tiling]:
-    """Of the forward kernel, or of the backward kernels: one or two."""
+    """Tilings of the forward kernel, or of the backward kernels: one or two."""
     if backward:
         asked = config.backward_q_tile_shape, config.backward_kv_tile_shape
     else:
@@ -433,12 +433,12 @@ class Simulation:
 
     @property
     def ideal_speedup(self) -> float:
-        """Over dense attention, if only what is needed were computed: the bound for any tiles."""
+        """Speed over dense attention, if only what is needed were computed: a bound for tiles."""
         return self.dense_flops / max(self.needed_flops, 1)
 
     @property
     def speedup_bound(self) -> float:
-        """Over dense attention at the same rate, with these tiles."""
+        """Speed over dense attention at the same rate, with these tiles."""
         return self.dense_flops / max(self.forward.executed_flops, 1)
 
     @property

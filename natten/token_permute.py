@@ -27,7 +27,8 @@ def _split_shape(
 
 
 def _order(rank: int, flip: bool) -> list[int]:
-    """Of the split tensor's dimensions: batch, groups, tile numbers, places, heads, features."""
+    """The split tensor's dimensions in order: batch, groups, tile numbers, places, heads, features.
+    """
     groups = [3 + 3 * axis for axis in range(rank)]
     numbers = [1 + 3 * axis for axis in range(rank)]
     places = [2 + 3 * axis for axis in range(rank)]

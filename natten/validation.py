@@ -31,7 +31,7 @@ def _is_int(value: object) -> bool:
 
 
 def int_tuple(name: str, value: Any, rank: int, minimum: int = 1) -> tuple[Any, ...]:
-    """One integer an axis, from an int (repeated) or a sequence of ``rank`` of them."""
+    """One integer per axis, from an int (repeated) or a sequence of ``rank`` of them."""
     if _is_int(value):
         values: tuple[Any, ...] = (value,) * rank
     elif isinstance(value, Sequence) and not isinstance(value, _TEXTS):
@@ -50,7 +50,7 @@ def int_tuple(name: str, value: Any, rank: int, minimum: int = 1) -> tuple[Any, 
 
 
 def bool_tuple(name: str, value: Any, rank: int) -> tuple[bool, ...]:
-    """One bool an axis, from a bool (repeated) or a sequence of ``rank`` of them."""
+    """One bool per axis, from a bool (repeated) or a sequence of ``rank`` of them."""
     values = value if isinstance(value, (tuple, list)) else (value,) * rank
     if len(values) != rank:
         raise ValueError(f"{name} must have {rank} values, one for each axis, got {value!r}")

@@ -287,7 +287,7 @@ def _draw_context(axes: Axes, count: int) -> None:
 
 
 def _tile_states(axis: window.Axis, q_tile: int, kv_tile: int) -> Tensor:
-    """Of tiles on multiples of their shapes along an axis: 0 skipped, 1 partial, 2 full."""
+    """States of tiles on multiples of their shapes along an axis: 0 skipped, 1 partial, 2 full."""
     mask = window.grid_mask([axis], device="cpu")
     rows = -(-axis.length // q_tile)
     columns = -(-axis.length // kv_tile)

@@ -191,7 +191,7 @@ def mask(query_index: Sequence[Index], key_index: Sequence[Index], axes: Sequenc
     """Whether a query token attends to a key token: the product of the masks of the axes.
 
     Args:
-        query_index: One integer tensor an axis, that broadcast together.
+        query_index: One integer tensor per axis, that broadcast together.
         key_index: Likewise.
         axes: One :class:`Axis` each.
     """

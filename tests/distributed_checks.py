@@ -704,7 +704,7 @@ def compiles_with_inductor() -> None:
 
 
 def takes_little_memory() -> None:
-    """Of the halo method: own tensors, keys with their halo, and no copy of the grid."""
+    """The halo method holds its own tensors and keys with their halo, and no copy of the grid."""
     world = dist.get_world_size()
     sharding = line_of(64 * world, 64, 8)
     extent = (1, *sharding.own.extent, 8, 64)

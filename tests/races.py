@@ -29,7 +29,7 @@ class Access(NamedTuple):
 
 
 def races(report: str) -> list[list[Access]]:
-    """Of each race, the access that was found first and those that it clashes with."""
+    """Each race as the access that was found first and those that it clashes with."""
     found: list[list[Access]] = []
     for text in report.splitlines():
         access = re.search(r"(Read|Write) access at (\w+)\+\w+ in (\S+?):(\d+)", text)

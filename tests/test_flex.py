@@ -175,7 +175,7 @@ def test_order_is_tile_by_tile(shape):
 
 
 def test_tiles_visit_fewer_blocks():
-    """Of large windows: by hand, 29 x 29 on 64 x 64 in tiles of 8 x 16."""
+    """Large windows, counted by hand: 29 x 29 on 64 x 64 in tiles of 8 x 16."""
     problem = Problem(
         batch=1, query_shape=(64, 64), key_shape=(64, 64), heads=1, heads_kv=1, head_dim=8,
         head_dim_v=8, kernel_size=(29, 29), stride=(1, 1), dilation=(1, 1),

@@ -30,7 +30,7 @@ def guarded(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def arguments(backend: str = "reference", **changes: Any) -> list[Any]:
-    """Of a call with everything but packed sequences, by name."""
+    """Arguments of a call with everything but packed sequences, by name."""
     named = dict.fromkeys(NAMES)
     named |= {
         "query": guarded(2, 6, 7, 4, 8),
@@ -54,7 +54,7 @@ def arguments(backend: str = "reference", **changes: Any) -> list[Any]:
 
 
 def varlen(backend: str = "reference", **changes: Any) -> list[Any]:
-    """Of a call with packed sequences."""
+    """Arguments of a call with packed sequences."""
     ends = torch.tensor([0, 3, 9], dtype=torch.int32)
     return arguments(
         backend,

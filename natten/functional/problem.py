@@ -106,18 +106,13 @@ class Problem:
         return prod(self.key_shape)
 
     @cached_property
-    def is_subgrid(self) -> bool:
-        """Whether the query or key box is not the whole grid."""
-        return self.query_shape != self.grid or self.key_shape != self.grid
-
-    @cached_property
     def is_dense(self) -> bool:
         """Whether every query attends to every key of its box: attention without a mask."""
         return self.kernel_size == self.grid and not any(self.is_causal)
 
     @property
     def accumulation_dtype(self) -> torch.dtype:
-        """Of logsumexp and of intermediate results: float64 for float64, else float32."""
+        """Dtype of logsumexp and of intermediate results: float64 for float64, else float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property

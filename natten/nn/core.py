@@ -138,8 +138,8 @@ def attend_packed(
     origin: list[int] | None = None,
     grid: list[int] | None = None,
 ) -> Tensor:
-    """Neighborhood attention of heads that one projection made: those of query, key and value, one
-    behind the other. Their gradient is one tensor too.
+    """Neighborhood attention of heads that one projection made: first those of query, then those of
+    key and of value. Their gradient is one tensor too.
     """
     if torch.jit.is_scripting():
         heads = qkv.shape[-2] - 2 * heads_kv

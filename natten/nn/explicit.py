@@ -41,7 +41,7 @@ class WindowTables(NamedTuple):
 def window_tables(
     extent: Sequence[int], axes: Sequence[Axis], origin: Sequence[int], device: torch.device
 ) -> WindowTables:
-    """Of a box of tokens that begins at `origin` in the grid of `axes`."""
+    """The tables of a box of tokens that begins at `origin` in the grid of `axes`."""
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     bias = token
     valid = torch.ones(1, 1, dtype=torch.bool, device=device)

@@ -56,13 +56,13 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-d", "--dim", type=int, default=64, metavar="N", help="of a head")
     group.add_argument("--dim-value", type=int, metavar="N", help="default: as --dim")
     group.add_argument(
-        "-w", "--window-size", **integers, help="one value an axis, or one for all; default: all"
+        "-w", "--window-size", **integers, help="one value per axis, or one for all; default: all"
     )
     group.add_argument("-s", "--stride", **integers, default=[1], help="default: 1")
     group.add_argument("--dilation", **integers, default=[1], help="default: 1")
     group.add_argument(
         "-c", "--causal", type=boolean, nargs="*", default=[False], metavar="BOOL",
-        help="one value an axis, or one for all; alone it means True",
+        help="one value per axis, or one for all; alone it means True",
     )  # fmt: skip
     group.add_argument("--dtype", choices=DTYPES, default="fp16")
     group.add_argument(

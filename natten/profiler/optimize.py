@@ -79,7 +79,7 @@ class Search:
             best[trial.backend] = trial
 
     def total_ms(self, backend: str) -> float:
-        """Of the best settings of a backend, forward and as far as known backward."""
+        """Milliseconds of a backend's best settings, forward and, as far as known, backward."""
         trials = [self.forward.get(backend), self.backward.get(backend)]
         return sum(t.ms for t in trials if t is not None and t.ms is not None)
 

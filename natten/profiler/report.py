@@ -65,7 +65,7 @@ class Report:
 
     @property
     def speedup(self) -> float | None:
-        """Over the fastest dense attention that was measured."""
+        """Speed over the fastest dense attention that was measured."""
         return None if self.dense is None else self.dense.total_ms / self.subject.total_ms
 
     def as_dict(self) -> dict[str, Any]:

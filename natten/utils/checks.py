@@ -42,7 +42,7 @@ def check_kernel_schedule(kernel_schedule: Any) -> KernelSchedule | None:
 
 
 def check_all_args(na_dim: int, kernel_size: Any, *window: Any) -> tuple[tuple[Any, ...], ...]:
-    """One value an axis of each argument; None stands for the default.
+    """One value per axis of each argument; None stands for the default.
 
     Args:
         na_dim: Axes of tokens.
