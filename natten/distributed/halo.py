@@ -1,8 +1,8 @@
 """All keys of a rank's queries in one box: the rank's own and the halo, which others own.
 
 Every query sees all of its keys at once, so that results are those of one process, row by row.
-Heads are exchanged in chunks, each computed while the next ones travel. While the first travels,
-queries that see local keys alone are computed; in the backward pass they come last, while the last
+Heads are exchanged in chunks, each computed while the next ones travel. Where there is one chunk,
+queries that see local keys alone are computed first; in the backward pass they come last, while the
 gradients travel.
 """
 
@@ -32,7 +32,7 @@ def forward(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     keys = [_Keys(call, *each) for each in zip(parts, waits)]
     for i, (heads, _) in enumerate(chunks):
         _prepare(keys[i : i + 2])
-        for box in call.interior_first if i == 0 else call.at_once:
+        for box in _queries(call, parts):
             where = box.within(call.own)
             out[..., heads, :][where], lse[..., heads][where] = call.attend(
                 parts[i], box, *keys[i].seen_by(box)
@@ -55,7 +55,7 @@ def backward(
         given = results.of_heads(chunk[0])
         sums: dict[Box, list[Tensor]] = {}
         returned: Exchange | None = None
-        for box in call.interior_first[::-1] if part is parts[-1] else call.at_once:
+        for box in _queries(call, parts)[::-1]:
             seen, pair = keys[i].seen_by(box)
             if seen == call.own:
                 # Nothing more is added to what others wait for.
@@ -73,6 +73,12 @@ def backward(
             _add_up(call, part, sums, returned, gradients.of_keys(chunk[1]))
     finished.wait()
     return gradients
+
+
+def _queries(call: Call, parts: Sequence[Inputs]) -> tuple[Box, ...]:
+    """A rank's queries in the boxes that are computed one after the other, local ones first. With
+    several chunks there is one: what is exchanged is hidden behind others, and tiles stay full."""
+    return call.at_once if len(parts) > 1 else call.interior_first
 
 
 class _Keys:
