@@ -12,8 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from natten import flops
-from natten._older import find_older
+from natten import context, flops, functional, older, utils
 from natten.context import (
     allow_flex_compile,
     allow_flex_compile_backprop,
@@ -83,7 +82,7 @@ if (
 ):
     __path__.append(str(_here.parent))
 
-_find_older = find_older(__name__)
+older.add_names(context, functional, utils)
 flops.register()
 
 # Imported at first use, so that importing natten stays fast.
@@ -113,7 +112,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_LAZY[name]), name)
     if name in _LAZY_MODULES:
         return import_module(f"natten.{name}")
-    return _find_older(name)
+    return older.find(__name__, name)
 
 
 __all__ = [

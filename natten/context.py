@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from natten._older import find_older
 from natten.types import MemoryPreference, MemoryUsagePreference
 
 
@@ -248,9 +247,6 @@ class NattenContext:
         global _preferences
         with _lock:
             _preferences = Preferences()
-
-
-__getattr__ = find_older(__name__)
 
 
 __all__ = [

@@ -27,8 +27,7 @@ def _split_shape(
 
 
 def _order(rank: int, flip: bool) -> list[int]:
-    """The split tensor's dimensions in order: batch, groups, tile numbers, places, heads, features.
-    """
+    """Dimensions of the split tensor: batch, groups, tile numbers, places, heads, features."""
     groups = [3 + 3 * axis for axis in range(rank)]
     numbers = [1 + 3 * axis for axis in range(rank)]
     places = [2 + 3 * axis for axis in range(rank)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from natten._older import find_older
 from natten.functional.attention import attention
 from natten.functional.merge import merge_attentions
 from natten.functional.neighborhood import (
@@ -13,8 +12,6 @@ from natten.functional.neighborhood import (
     neighborhood_attention_generic,
 )
 from natten.functional.unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
-
-__getattr__ = find_older(__name__)
 
 __all__ = [
     "attention",

@@ -25,8 +25,8 @@ from natten.nn.core import (
     refuse_sharded,
 )
 from natten.nn.explicit import AttentionMap, attention_map
-from natten.nn.older import accepts_older_arguments
 from natten.nn.rotary import RotaryEmbedding, rotate
+from natten.older.modules import accepts_older_arguments
 
 # Control flow on shapes cannot be traced symbolically: in an fx graph each is one call.
 torch.fx.wrap("attend_packed")
@@ -75,7 +75,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         device, dtype: of the parameters.
 
     Arguments of NATTEN 0.14 to 0.17 (`dim`, `bias` for rel_pos_bias with padding, positional
-    orders that can be told apart) are taken as well; `natten.nn.older` has the rules.
+    orders that can be told apart) are taken as well; `natten.older.modules` has the rules.
 
     Parameters: `qkv.*`, rows in the order query, key, value, each heads by head_dim; `proj.*`;
     and `rpb`, `q_norm.weight`, `k_norm.weight` where asked for.
