@@ -700,7 +700,8 @@ def compiles_with_inductor() -> None:
         out.float().square().sum().backward()
         results.append([out, *[t.grad for t in tensors]])
     for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2)
+        # A compiler rounds less often between its operations.
+        assert (compiled - eager).abs().max() < 2e-2 * eager.abs().max()
 
 
 def takes_little_memory() -> None:

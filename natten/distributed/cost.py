@@ -1,9 +1,10 @@
 """explain: what a sharded call costs before there is a cluster to run it on, and the best mesh.
 
 Bytes are exact, from the boxes that the ranks would have. Times of products are
-:func:`natten.simulate`'s, for the same boxes; the exchange takes its bytes over the bandwidth of
-links, of which those of a node were measured and those between nodes are assumed; and the two are
-laid over each other as the halo method does.
+:func:`natten.simulate`'s, for the same boxes, and what packing, joining and adding up moves in a
+rank's own memory; the exchange takes its bytes over the bandwidth of links, of which those of a
+node were measured and those between nodes are assumed; and the two are laid over each other as the
+halo method does.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ class Links(NamedTuple):
         latency_between: Microseconds of an exchange between nodes.
     """
 
-    node: float = 300.0
+    node: float = 250.0
     between: float = 43.0
-    latency: float = 40.0
-    latency_between: float = 60.0
+    latency: float = 100.0
+    latency_between: float = 120.0
 
     def ms(self, near: float, far: float) -> float:
         """Milliseconds of one exchange of so many bytes; both kinds travel at once."""
@@ -242,6 +243,10 @@ def _ways(
             yield way
 
 
+# Of the bandwidth of memory, what copies of boxes reach.
+_COPY_EFFICIENCY = 0.85
+
+
 class _Along(NamedTuple):
     """One shard along one axis: tokens it owns, needs, and finds in its node, and their owners."""
 
@@ -304,6 +309,18 @@ class _Model:
         own = prod(max(a.own for a in table) for table in tables)
         return own / heads * (self.kv_bytes + self.q_bytes) * (heads - 1) / heads
 
+    def _copied(self, own: Box, keys: Box, heads: int) -> tuple[float, float]:
+        """Milliseconds that one rank spends in its own memory: keys packed, joined and written
+        out, each read and written; and in the backward pass, sums of own keys in float32."""
+        halo = (keys.tokens - own.tokens) * self.kv_bytes / heads
+        joined = keys.tokens * self.kv_bytes / heads
+        written = own.tokens * self.q_bytes / 2 / heads
+        sums = own.tokens * self.kv_bytes / heads * 20 / self.problem.dtype.itemsize
+        rate = _COPY_EFFICIENCY * self.device.bandwidth * 1e6
+        return 2 * (halo + joined + written) / rate, (
+            2 * (2 * halo + joined + written) + sums
+        ) / rate
+
     def placements(self, way: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         """Which ranks share a node: so many along each axis and along heads."""
         return (
@@ -330,14 +347,19 @@ class _Model:
         own_box = Box(tuple(a.origin for a in place), tuple(a.own for a in place))
         keys = Box(tuple(a.low for a in place), tuple(a.needed for a in place))
         forward, backward = self.products(own_box, keys, heads)
+        if exchange:
+            copied = self._copied(own_box, keys, heads)
+            forward, backward = forward + copied[0], backward + copied[1]
         moved = self._heads_bytes(tables, heads)
         inside = (nodes[-1] - 1) / max(heads - 1, 1)
         # Twice forward, there and back; four times backward. Nothing is computed meanwhile.
         swap = self.links.ms(moved * inside, moved * (1 - inside))
-        inner = sum(
-            box.tokens for box in interior_first(self.problem.axes, own_box)
-            if own_box.holds(needed(self.problem.axes, box))
-        ) / max(own_box.tokens, 1)  # fmt: skip
+        inner = 0.0
+        if self.chunks == 1:
+            inner = sum(
+                box.tokens for box in interior_first(self.problem.axes, own_box)
+                if own_box.holds(needed(self.problem.axes, box))
+            ) / max(own_box.tokens, 1)  # fmt: skip
         forward_ms = _overlapped(exchange, forward, self.chunks, inner) + swap
         backward_ms = _overlapped(exchange, backward, self.chunks, inner) + 2 * swap
         return Estimate(
