@@ -12,7 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from natten import context, flops, functional, older, utils
+from torch import Tensor
+
+from natten import context, flops, functional, older, tuned, utils
 from natten.context import (
     allow_flex_compile,
     allow_flex_compile_backprop,
@@ -37,6 +39,7 @@ from natten.functional import (
     na1d,
     na2d,
     na3d,
+    sharded,
 )
 from natten.functional.configs import (
     get_bwd_configs_for_cutlass_blackwell_fmha,
@@ -82,6 +85,22 @@ if (
 ):
     __path__.append(str(_here.parent))
 
+
+def _load_profile(path: str) -> int:
+    from natten.profile_file import load_profile
+
+    return load_profile(path)
+
+
+def _attend_where_sharded(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from natten.distributed.attention import attend_where_sharded
+
+    return attend_where_sharded(*arguments)
+
+
+# What modules ask of others that are built on them, so that none imports what imports it.
+tuned.load_file = _load_profile
+sharded.attend_where_sharded = _attend_where_sharded
 older.add_names(context, functional, utils)
 flops.register()
 

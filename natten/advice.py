@@ -10,20 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import log2, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from natten import devices
-from natten.devices import Device
-from natten.functional.dispatch import tile_pairs
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
-from natten.simulator import (
-    Shape,
-    Simulation,
-    gpu_backend,
-    on_gpu,
-    simulate_problem,
-)
 from natten.tables import table
+
+if TYPE_CHECKING:
+    from natten.simulator import Shape, Simulation
 
 _MAX_CANDIDATES = 64
 _MAX_ROWS = 12
@@ -118,8 +111,8 @@ def _table(asked: Simulation, suggestions: Sequence[Suggestion]) -> str:
     return table(header, rows, left=4)
 
 
-def _suggestion(problem: Problem, device: Device, config: Config, ms: float) -> Suggestion:
-    found = simulate_problem(problem, device, config)
+def _suggestion(asked: Simulation, problem: Problem, config: Config, ms: float) -> Suggestion:
+    found = asked.variant(problem, config)
     return Suggestion(
         problem.kernel_size, problem.stride, problem.dilation,
         found.forward.q_tile_shape, found.forward.kv_tile_shape,
@@ -201,11 +194,7 @@ def _windows(problem: Problem) -> list[Problem]:
 
 
 def _tiles(simulation: Simulation) -> list[Config]:
-    problem, device = on_gpu(simulation.problem), simulation.device
-    backend = gpu_backend(problem, device)
-    with devices.pretending(device):
-        listed = [pair for pair, _ in tile_pairs(backend.configs(problem))]
-    listed = list(dict.fromkeys(listed))
+    listed = simulation.listed_tiles()
     # Smaller tiles leave parts of the matrix units idle, which the predictions do not know.
     pairs = [pair for pair in listed if min(map(prod, pair)) >= _MIN_TOKENS] or listed
     return [Config(q_tile_shape=q, kv_tile_shape=kv) for q, kv in pairs[:_MAX_CANDIDATES]]
@@ -224,18 +213,18 @@ def advise(simulation: Simulation) -> Advice:
     Raises:
         RuntimeError: Triton, which chooses tile shapes, is not installed.
     """
-    problem, device = simulation.problem, simulation.device
-    base = simulate_problem(problem, device).forward_ms
+    problem = simulation.problem
+    base = simulation.variant(problem).forward_ms
 
     def of(problems: Iterable[Problem]) -> list[Suggestion]:
-        return [_suggestion(p, device, DEFAULT_CONFIG, base) for p in problems]
+        return [_suggestion(simulation, p, DEFAULT_CONFIG, base) for p in problems]
 
     strides = _front(of(_strides(problem)), lambda s: prod(s.stride), problem.stride, "stride")
     windows = _front(
         of(_windows(problem)), lambda s: -prod(s.kernel_size), problem.kernel_size, "kernel_size"
     )
     tiles = sorted(
-        (_suggestion(problem, device, config, base) for config in _tiles(simulation)),
+        (_suggestion(simulation, problem, config, base) for config in _tiles(simulation)),
         key=lambda s: s.ms,
     )
     return Advice(

@@ -1,9 +1,7 @@
 """Profile files: which backend and tiles were fastest on a device, for later calls to use.
 
 ``natten profile --optimize --save FILE`` writes them, :func:`load_profile` or the environment
-variable ``NATTEN_PROFILE`` apply them. An entry holds for calls of one shape class: the same grid,
-window, head sizes, dtype and kind of call, for any batch size and number of heads. What the
-caller asks for always wins.
+variable ``NATTEN_PROFILE`` apply them; :mod:`natten.tuned` says what then holds for which calls.
 """
 
 from __future__ import annotations
@@ -13,54 +11,27 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from natten import devices, validation
-from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
+from natten import devices, tuned, validation
+from natten.functional import dispatch
+from natten.functional.problem import Config, Problem
+from natten.tuned import (
+    VARIABLE,
+    Entry,
+    ShapeClass,
+    lookup,
+    preferred_backend,
+    shape_class,
+    with_profile,
+)
 
 FORMAT = "natten profile"
 VERSION = 1
-VARIABLE = "NATTEN_PROFILE"
-
-ShapeClass = tuple[Any, ...]
-_CLASS_FIELDS = (
-    "grid", "query_shape", "key_shape", "query_origin", "key_origin",
-    "kernel_size", "stride", "dilation", "is_causal", "head_dim", "head_dim_v",
-)  # fmt: skip
-
-
-def shape_class(problem: Problem) -> ShapeClass:
-    """What a problem shares with those that an entry holds for."""
-    return (
-        *(getattr(problem, name) for name in _CLASS_FIELDS),
-        problem.dtype,
-        problem.device.type,
-        problem.num_additional > 0,
-        problem.has_rpb,
-        problem.has_lengths,
-        problem.varlen,
-    )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The fastest way found for one shape class, forward or forward and backward.
-
-    Attributes:
-        problem: The problem that was measured.
-        backend: The fastest backend, without suffix.
-        config: Its knobs.
-        ms: Measured milliseconds.
-    """
-
-    problem: Problem
-    backend: str
-    config: Config
-    ms: float
 
 
 @dataclass(frozen=True)
@@ -160,9 +131,7 @@ def _decode_entry(entry: dict[str, Any]) -> Entry:
     )
     if knobs:
         raise ValueError(f"no setting is called {', '.join(map(repr, knobs))}")
-    from natten.functional.dispatch import BACKENDS
-
-    if entry["backend"] not in BACKENDS:
+    if entry["backend"] not in dispatch.BACKENDS:
         raise ValueError(f"no backend is called {entry['backend']!r}")
     ms = entry["ms"]
     if type(ms) not in (int, float) or not 0 < ms < math.inf:
@@ -221,13 +190,9 @@ def check_device(path: str | os.PathLike[str], profile: Profile) -> None:
         )
 
 
-class _Applied:
-    """The entries in use, by shape class and whether gradients follow; None before the first look.
-
-    The environment variable is read when a call first asks.
-    """
-
-    entries: dict[tuple[ShapeClass, bool], Entry] | None = None
+def _apply(entries: dict[tuple[ShapeClass, bool], Entry] | None) -> None:
+    tuned.entries = entries
+    dispatch.forget()
 
 
 def load_profile(path: str | os.PathLike[str] | None) -> int:
@@ -246,89 +211,31 @@ def load_profile(path: str | os.PathLike[str] | None) -> int:
         ValueError: The file is damaged, not a profile, or of another device.
         FileNotFoundError: There is no such file.
     """
-    # Which asks this module in turn.
-    from natten.functional import dispatch
-
     if path is None:
         entries: dict[tuple[ShapeClass, bool], Entry] = {}
     else:
         profile = read_profile(path)
         check_device(path, profile)
-        entries = dict(_Applied.entries or {})
+        entries = dict(tuned.entries or {})
         for e in profile.entries:
             try:
                 dispatch.check_tiles(dispatch.load(e.backend), e.problem, e.config)
             except ValueError as error:
                 raise ValueError(f"{os.fspath(path)} cannot be used here: {error}") from error
             entries[shape_class(e.problem), e.problem.requires_grad] = e
-    _Applied.entries = entries
-    dispatch.forget()
+    _apply(entries)
     return len(entries)
 
 
 @contextmanager
 def without_profile() -> Iterator[None]:
     """Inside, nothing that was loaded applies: backends choose for themselves."""
-    from natten.functional import dispatch
-
-    kept, _Applied.entries = _Applied.entries, {}
-    dispatch.forget()
+    kept = tuned.entries
+    _apply({})
     try:
         yield
     finally:
-        _Applied.entries = kept
-        dispatch.forget()
-
-
-def _entry(problem: Problem) -> Entry | None:
-    entries = _Applied.entries
-    if entries is None:
-        _Applied.entries = {}
-        path = os.environ.get(VARIABLE)
-        if path:
-            try:
-                load_profile(path)
-            except (OSError, ValueError) as error:
-                _Applied.entries = None
-                raise ValueError(f"the environment variable {VARIABLE}: {error}") from error
-        entries = _Applied.entries
-    if not entries:
-        return None
-    key = shape_class(problem)
-    found = entries.get((key, problem.requires_grad))
-    # Tiles of a forward pass that was measured with its backward pass are as good without.
-    return found or entries.get((key, not problem.requires_grad))
-
-
-def lookup(problem: Problem, backend: str) -> Config | None:
-    """The knobs that a loaded profile has for a problem on a backend (a name without suffix)."""
-    entry = _entry(problem)
-    return entry.config if entry is not None and entry.backend == backend else None
-
-
-def with_profile(config: Config, problem: Problem, backend: str) -> Config:
-    """The caller's knobs for a problem, and a loaded profile's where the caller gave none."""
-    found = lookup(problem, backend)
-    if found is None:
-        return config
-    if config == DEFAULT_CONFIG:
-        return found
-    changes: dict[str, Any] = {}
-    if config.q_tile_shape is None and config.kernel_schedule is None:
-        for name in ("q_tile_shape", "kv_tile_shape", "kernel_schedule"):
-            changes[name] = getattr(found, name)
-        if config.run_persistent_kernel:
-            changes["run_persistent_kernel"] = found.run_persistent_kernel
-    if config.backward_q_tile_shape is None:
-        for name in ("backward_q_tile_shape", "backward_kv_tile_shape"):
-            changes[name] = getattr(found, name)
-    return replace(config, **changes)
-
-
-def preferred_backend(problem: Problem) -> str | None:
-    """The backend (without suffix) that a loaded profile has for a problem."""
-    entry = _entry(problem)
-    return None if entry is None else entry.backend
+        _apply(kept)
 
 
 def merged(profile: Profile, entries: Iterable[Entry]) -> Profile:
@@ -344,6 +251,7 @@ def merged(profile: Profile, entries: Iterable[Entry]) -> Profile:
 
 
 __all__ = [
+    "VARIABLE",
     "Entry",
     "Profile",
     "check_device",

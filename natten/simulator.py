@@ -19,19 +19,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from natten import devices, validation, window
+from natten.advice import Advice, advise
 from natten.devices import Device
+from natten.functional.dispatch import tile_pairs
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
 from natten.tables import table
 from natten.types import BoolOrSequence, IntOrSequence
 from natten.window import Axis
-
-if TYPE_CHECKING:
-    from natten.advice import Advice
 
 Shape = tuple[int, ...]
 
@@ -461,10 +460,23 @@ class Simulation:
         """Forward and backward kernels."""
         return (self.forward, *self.backward)
 
+    def variant(self, problem: Problem, config: Config = DEFAULT_CONFIG) -> Simulation:
+        """Another call on the same device."""
+        return simulate_problem(problem, self.device, config)
+
+    def listed_tiles(self) -> list[tuple[Shape, Shape]]:
+        """Pairs of query and key tiles that the backend lists for the call.
+
+        Raises:
+            RuntimeError: Triton is missing, or no GPU backend runs the problem there.
+        """
+        problem = on_gpu(self.problem)
+        backend = gpu_backend(problem, self.device)
+        with devices.pretending(self.device):
+            return list(dict.fromkeys(pair for pair, _ in tile_pairs(backend.configs(problem))))
+
     def advise(self) -> Advice:
         """Strides, dilations, windows and tile shapes that waste less: `natten.advice.advise`."""
-        from natten.advice import advise
-
         return advise(self)
 
     def as_dict(self) -> dict[str, Any]:

@@ -196,12 +196,12 @@ def test_info_tells_of_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_info_tells_of_a_profile_that_cannot_be_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from natten import profile_file
+    from natten import profile_file, tuned
 
     path = tmp_path / "profile.json"
     path.write_text("{}")
     monkeypatch.setenv(profile_file.VARIABLE, str(path))
-    monkeypatch.setattr(profile_file._Applied, "entries", None)
+    monkeypatch.setattr(tuned, "entries", None)
     assert cli.main(["info"]) == 0
     assert "REFUSED" in capsys.readouterr().out
     # For everything else the variable counts as before.

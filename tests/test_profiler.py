@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 import natten
-from natten import cli, devices, profile_file
+from natten import cli, devices, profile_file, tuned
 from natten.command import Parser
 from natten.functional import dispatch
 from natten.functional.problem import Config, Problem
@@ -549,11 +549,11 @@ def test_the_environment_variable_loads_a_profile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(profile_file.VARIABLE, str(saved(tmp_path / "p.json", entry())))
-    monkeypatch.setattr(profile_file._Applied, "entries", None)
+    monkeypatch.setattr(tuned, "entries", None)
     dispatch.forget()
     assert chosen() == "reference-fna"
     monkeypatch.setenv(profile_file.VARIABLE, str(tmp_path / "nowhere.json"))
-    monkeypatch.setattr(profile_file._Applied, "entries", None)
+    monkeypatch.setattr(tuned, "entries", None)
     dispatch.forget()
     with pytest.raises(ValueError, match=r"NATTEN_PROFILE.*nowhere\.json"):
         chosen()

@@ -32,7 +32,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from natten import profile_file
+from natten import tuned
 from natten.context import Preferences, preferences
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem, Unavailable
 
@@ -218,8 +218,8 @@ def resolve(problem: Problem, config: Config, name: str = "") -> Any:
 
 
 def _preferred(problem: Problem, config: Config) -> str | None:
-    """The backend that a loaded profile found fastest, unless the caller has wishes of his own."""
-    name = profile_file.preferred_backend(problem) if config == DEFAULT_CONFIG else None
+    """The backend that a loaded profile found fastest, unless the caller asks for something."""
+    name = tuned.preferred_backend(problem) if config == DEFAULT_CONFIG else None
     return name if name is not None and refusal(name, problem, config) is None else None
 
 

@@ -30,7 +30,7 @@ from natten.functional.call import (
     unpacked,
 )
 from natten.functional.dispatch import resolve
-from natten.profile_file import with_profile
+from natten.tuned import with_profile
 
 _TENSORS = (
     "Tensor query, Tensor? key, Tensor? value, Tensor? rpb, Tensor? additional_keys, "

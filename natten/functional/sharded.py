@@ -1,5 +1,5 @@
 """Calls of neighborhood attention whose grid of tokens is sharded over ranks: which they are, and
-the way to `natten.distributed`, which is imported only for them."""
+the way to what computes them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from torch import Tensor
 
 # What `natten.distributed.context_parallel` says of all calls inside of it, else None.
 current: Any = None
+
+# natten.distributed.attention's function of this name. natten/__init__.py puts it here, imported at
+# first use, because it is built on this package.
+attend_where_sharded: Any = None
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -37,8 +41,6 @@ def attend(
         window, scale, backend: As the public functions take them.
         given: Arguments that are for calls of one process, by name; None for those not given.
     """
-    from natten.distributed.attention import attend_where_sharded
-
     for name, value in given.items():
         if value is not None:
             raise NotImplementedError(
@@ -47,4 +49,4 @@ def attend(
     return attend_where_sharded(rank, tensors, window, scale, backend)
 
 
-__all__ = ["attend", "current", "is_dtensor"]
+__all__ = ["attend", "attend_where_sharded", "current", "is_dtensor"]
