@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import cache
 from random import Random
 from typing import Any
@@ -340,17 +341,23 @@ def names_the_differing() -> None:
         call(kernel_size=50 if dist.get_rank() == 1 else 5)
 
 
-def fails(what: str) -> None:
-    """The last rank fails between two calls."""
-    call()
-    dist.barrier()
+def fails(what: str, seconds: int) -> None:
+    """The last rank fails between two calls over a group of its own timeout; the others say so."""
+    group = dist.new_group(timeout=timedelta(seconds=seconds))
+    mesh = DeviceMesh.from_group(group, DEVICE.type, mesh_dim_names=("x",))
+    sharding = nd.GridSharding.from_placements((24,), mesh, (Shard(1),))
+    tensors = boxes(sharding, 2, 4)
+    nd.na1d(*tensors, 9, sharding=sharding, backend="reference")
     if dist.get_rank() == dist.get_world_size() - 1:
         if what == "dies":
             os._exit(1)
         if what == "hangs":
-            time.sleep(60)
+            time.sleep(3 * seconds)
         raise ZeroDivisionError
-    call()
+    begin = time.monotonic()
+    with raises(RuntimeError, "Timed out|timed out|Connection|closed"):
+        nd.na1d(*tensors, 9, sharding=sharding, backend="reference")
+    assert time.monotonic() - begin < 2 * seconds
 
 
 def one_way_or_the_other(method: str, transport: str) -> None:

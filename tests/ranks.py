@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 20
+TIMEOUT = 60
 
 _processes = multiprocessing.get_context("forkserver")
 # Imported once, in the process that all of them are forks of.

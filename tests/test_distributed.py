@@ -5,7 +5,6 @@ Ranks are processes over gloo, see ranks.py; what they check is in distributed_c
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import distributed_checks as checks
@@ -107,11 +106,11 @@ def test_operators_refuse_token_shards(ranks):
 
 @pytest.mark.parametrize("what", ["dies", "hangs", "raises"])
 def test_a_rank_that_fails_ends_the_others(what):
-    group = Ranks(3, "distributed_checks", timeout=3)
+    group = Ranks(3, "distributed_checks")
     try:
-        first, second, third = group.try_run("fails", what)
+        first, second, third = group.try_run("fails", what, 4)
     finally:
         group.stop()
-    assert {"dies": "died", "hangs": "hangs", "raises": "ZeroDivisionError"}[what] in third
-    for text in (first, second):
-        assert re.search("RuntimeError|DistBackendError|DistNetworkError", text), text
+    assert first is None, first
+    assert second is None, second
+    assert ("died" if what == "dies" else "ZeroDivisionError") in third
