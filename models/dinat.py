@@ -10,8 +10,9 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
+from ._base import CHECKPOINTS, cfg
 from ._checkpoint import build_model
-from .nat import CHECKPOINTS, NAT, PICO, cfg, pico_cfg
+from .nat import NAT, PICO, pico_cfg
 
 # The last level's grid is as small as the window, so it is not dilated.
 _DILATIONS_224_MINI = ((1, 8, 1), (1, 4, 1, 4), (1, 2) * 3, (1,) * 5)

@@ -10,9 +10,10 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
+from ._base import CHECKPOINTS, cfg
 from ._checkpoint import build_model
 from .dinat import IN22K_CLASSES, PAPER
-from .nat import CHECKPOINTS, NAT, cfg
+from .nat import NAT
 
 _DILATIONS_224_TINY = ((1, 8), (1, 4), (1, 2) * 3, (1, 1))
 _DILATIONS_224 = ((1, 8), (1, 4), (1, 2) * 9, (1, 1))

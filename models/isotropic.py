@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from natten.nn import NeighborhoodTransformerBlock, PatchTokenizer
 
+from ._base import CHECKPOINTS, Classifier, LayerNorm, cfg, init_weights
 from ._checkpoint import build_model
 from .dinat import PAPER
-from .nat import CHECKPOINTS, Classifier, LayerNorm, cfg, init_weights
 
 __all__ = ["IsotropicNAT"]
 

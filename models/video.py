@@ -36,8 +36,8 @@ from natten.nn import (
 )
 from natten.nn.core import crop, fit_window, refuse_sharded
 
+from ._base import Hierarchy, LayerNorm, NATLevel, cfg, init_weights
 from ._checkpoint import build_model
-from .nat import Hierarchy, LayerNorm, NATLevel, cfg, init_weights
 
 __all__ = ["StreamOutput", "StreamState", "VideoDenoiser", "VideoNAT"]
 
