@@ -10,6 +10,8 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
 	TORCHINDUCTOR_COMPILE_THREADS=1
+TESTS = $(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
+	--durations 15
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-timm test-transformers lint format typecheck figures docs notebooks \
@@ -34,8 +36,8 @@ demo: $(INSTALLED)  ## attention over a photograph: a table here, the picture in
 	@$(BIN)/python -m natten.demo
 
 test: lint typecheck  ## everything that CI checks: lint, types, tests (no accelerator needed)
-	@$(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
-		--durations 15
+	@$(TESTS) -m 'not gpu and not exhaustive and not interpreted'
+	@TRITON_INTERPRET=1 $(TESTS) -m 'interpreted and not exhaustive'
 
 test-timm: $(INSTALLED)  ## timm's own model tests on our models (downloads its source distribution)
 	@$(SINGLE_THREADED) $(BIN)/python tests/run_timm_suite.py

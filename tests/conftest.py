@@ -1,20 +1,31 @@
-"""Shared fixtures: a clean state for every test, and GPU tests only where there is a GPU."""
+"""Shared fixtures: a clean state for every test, and tests only where what they need is there."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
 from natten.context import NattenContext
 
+# Triton looks at it when it is imported, and kernels that it has wrapped stay what they are: a
+# process either interprets kernels or compiles them.
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
-def pytest_collection_modifyitems(config, items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    compiles = pytest.mark.skip(reason="needs TRITON_INTERPRET=1, with which `make test` runs it")
+    interprets = pytest.mark.skip(reason="needs TRITON_INTERPRET to be unset")
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if "interpreted" in item.keywords:
+            if not INTERPRETS:
+                item.add_marker(compiles)
+        elif INTERPRETS:
+            item.add_marker(interprets)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
 
 
 @pytest.fixture(autouse=True)

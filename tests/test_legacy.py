@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
+import math
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -775,36 +776,37 @@ def test_fvcore_is_asked_for(monkeypatch):
         flops.get_flops(torch.nn.Identity(), X)
 
 
-INTERPRETED = """
-import torch
-from natten.functional.backends import gather
-from natten.functional.backends.triton import products
-from natten.window import Axis
-
-torch.manual_seed(0)
-for axes, dim in (
-    ((Axis(9, 3, 1, 2, True),), 5),
-    ((Axis(7, 3, 2, 2), Axis(6, 4, 1, 1)), 4),
-    ((Axis(4, 2), Axis(5, 3, 1, 1, True), Axis(6, 3, 1, 2)), 3),
-):
-    tokens = torch.Size(a.length for a in axes).numel()
-    slots = torch.Size(a.kernel_size for a in axes).numel()
-    a, b = torch.randn(2, 3, tokens, dim, dtype=torch.float64).unbind()
-    weights = torch.randn(3, tokens, slots, dtype=torch.float64)
-    for name, arguments in (
-        ("dot", (a, b, axes, -1.0)),
-        ("weighted_sum", (weights, b, axes)),
-        ("scatter", (weights, a, axes)),
-    ):
-        got = getattr(products, name)(*arguments)
-        torch.testing.assert_close(got, getattr(gather, name)(*arguments))
-"""
+# Triton's kernels against torch's, by name: arguments for axes, two tensors and weights.
+PRODUCTS: dict[str, Callable[..., tuple]] = {
+    "dot": lambda axes, a, b, weights: (a, b, axes, -1.0),
+    "weighted_sum": lambda axes, a, b, weights: (weights, b, axes),
+    "scatter": lambda axes, a, b, weights: (weights, a, axes),
+}
 
 
-def test_kernels_in_the_interpreter():
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize(
+    ("axes", "dim"),
+    [
+        ((Axis(9, 3, 1, 2, True),), 5),
+        ((Axis(7, 3, 2, 2), Axis(6, 4, 1, 1)), 4),
+        ((Axis(4, 2), Axis(5, 3, 1, 1, True), Axis(6, 3, 1, 2)), 3),
+    ],
+    ids=["1d", "2d", "3d"],
+)
+def test_kernels_in_the_interpreter(axes, dim, name):
     pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=environment)
+    from natten.functional.backends.triton import products as kernels
+
+    tokens = math.prod(axis.length for axis in axes)
+    slots = math.prod(axis.kernel_size for axis in axes)
+    a, b = torch.randn(2, 3, tokens, dim, dtype=torch.float64)
+    weights = torch.randn(3, tokens, slots, dtype=torch.float64)
+    arguments = PRODUCTS[name](axes, a, b, weights)
+    torch.testing.assert_close(
+        getattr(kernels, name)(*arguments), getattr(gather, name)(*arguments)
+    )
 
 
 @pytest.mark.gpu

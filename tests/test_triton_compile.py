@@ -30,7 +30,7 @@ from compiling import compiling, without_memory  # noqa: E402
 from triton import knobs  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from natten.functional.backends.triton import BLACKWELL, CUTLASS, HOPPER, interpreted  # noqa: E402
+from natten.functional.backends.triton import BLACKWELL, CUTLASS, HOPPER  # noqa: E402
 from natten.functional.backends.triton.launch import specialized  # noqa: E402
 
 RECORDED = Path(__file__).with_name("triton_resources.json")
@@ -225,12 +225,6 @@ def _check(setting: Setting) -> None:
         if setting.arch == 100 and "tcgen05.mma" not in ptx:
             complaints.append(f"{title} has no tcgen05.mma")
     assert not complaints, "\n".join(complaints)
-
-
-@pytest.fixture(autouse=True)
-def _not_interpreted() -> None:
-    if interpreted():
-        pytest.skip("Triton's interpreter is on")
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.title)

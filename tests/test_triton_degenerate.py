@@ -8,13 +8,14 @@ after the mask: query, key and bias may hold anything in the forward pass.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import Case
+from checks import Inputs, make_inputs
 from degenerate import NUMBERS, SCALES, check, put
-from interpret import main, run_interpreted
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -26,53 +27,62 @@ CASES = [
 ]
 
 
-def _scores(device: str = "cpu") -> None:
-    for case in CASES:
-        for place in ("query", "key", "rpb", "additional_keys"):
-            for number in NUMBERS.values():
-                spoil = put(number, place)
-                check(case, "cutlass-fna", spoil=spoil, backward=False, device=device)
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_device = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.interpreted),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
 
 
-def _scales(device: str = "cpu") -> None:
-    for case in CASES:
-        for scale in SCALES:
-            is_small = abs(scale) < 1
-            check(
-                replace(case, scale=scale), "cutlass-fna", backward=is_small, values=is_small,
-                device=device,
-            )  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "spoil"),
+    [
+        *(pytest.param(case, None, id=f"{case}-finite") for case in CASES),
+        *(
+            pytest.param(case, put(number, place), id=f"{case}-{place}-{name}")
+            for case in CASES
+            for place in ("query", "key", "rpb", "additional_keys")
+            if place in make_inputs(case, torch.float32).tensors()
+            for name, number in NUMBERS.items()
+        ),
+    ],
+)
+@each_device
+def test_scores(case: Case, spoil: Callable[..., None] | None, device: str) -> None:
+    check(case, "cutlass-fna", spoil=spoil, backward=False, device=device)
 
 
-def _masks(device: str = "cpu") -> None:
+@pytest.mark.parametrize("scale", SCALES)
+@each_case
+@each_device
+def test_scales(case: Case, scale: float, device: str) -> None:
+    is_small = abs(scale) < 1
+    check(
+        replace(case, scale=scale), "cutlass-fna", backward=is_small, values=is_small,
+        device=device,
+    )  # fmt: skip
+
+
+def _mask(inputs: Inputs, grad_out: Tensor, grad_lse: Tensor) -> None:
     """Queries that a bias lets see nothing, with gradients that are finite."""
-
-    def mask(inputs: object, grad_out: Tensor, grad_lse: Tensor) -> None:
-        table = inputs.rpb  # type: ignore[attr-defined]
-        table[:, table.shape[1] // 2 :] = -math.inf
-
-    case = CASES[0]
-    for dtype in (torch.float32, torch.float16):
-        check(case, "cutlass-fna", dtype, spoil=mask, device=device)
-        check(replace(case, additional=2), "cutlass-fna", dtype, spoil=mask, device=device)
-    if device == "cpu" or torch.cuda.get_device_capability() == (9, 0):
-        wide = replace(case, head_dim=64, head_dim_v=64)
-        check(wide, "hopper-fna", torch.float16, spoil=mask, device=device)
+    assert inputs.rpb is not None
+    inputs.rpb[:, inputs.rpb.shape[1] // 2 :] = -math.inf
 
 
-CHECKS = {"scores": _scores, "scales": _scales, "masks": _masks}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("additional", [0, 2])
+@each_device
+def test_masks(additional: int, dtype: torch.dtype, device: str) -> None:
+    case = replace(CASES[0], additional=additional)
+    check(case, "cutlass-fna", dtype, spoil=_mask, device=device)
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(name: str) -> None:
-    run_interpreted(__file__, name)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_a_gpu(name: str) -> None:
-    CHECKS[name]("cuda")
-
-
-if __name__ == "__main__":
-    main(CHECKS)
+@each_device
+def test_masks_of_hopper(device: str) -> None:
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs an H100")
+    wide = replace(CASES[0], head_dim=64, head_dim_v=64)
+    check(wide, "hopper-fna", torch.float16, spoil=_mask, device=device)

@@ -25,16 +25,10 @@ pytest.importorskip("triton")
 from compiling import DEVICE, Memory, launches, measuring, without_memory
 from triton.runtime.errors import OutOfResources
 
-from natten.functional.backends.triton import BLACKWELL, CUTLASS, HOPPER, interpreted, launch, tiles
+from natten.functional.backends.triton import BLACKWELL, CUTLASS, HOPPER, launch, tiles
 
 BACKENDS = {"cutlass": CUTLASS, "hopper": HOPPER, "blackwell": BLACKWELL}
 GRIDS = {1: ((2000,), (555,)), 2: ((60, 50), (23, 17)), 3: ((12, 14, 18), (5, 7, 9))}
-
-
-@pytest.fixture(autouse=True)
-def _not_interpreted() -> None:
-    if interpreted():
-        pytest.skip("Triton's interpreter is on")
 
 
 @dataclass(frozen=True)

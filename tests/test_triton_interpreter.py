@@ -2,7 +2,7 @@
 
 The interpreter does not compute bfloat16; the GPU tests do. It costs some 40 ms a program, so that
 most cases run with batch 1 and one or two tiles. All cases with all backends are marked
-``exhaustive``.
+``exhaustive``. Run with ``TRITON_INTERPRET=1``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,11 +18,11 @@ import pytest
 import torch
 from cases import CASES, Case
 from checks import check_packed, check_problem, make_inputs, run
-from interpret import main, run_interpreted
 
 import natten
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.interpreted
 
 NAMED = {case.name: case for case in CASES}
 HALF, SINGLE = torch.float16, torch.float32
@@ -42,296 +41,334 @@ def _wide(name: str, **changes: object) -> Case:
     return replace(case, **{"heads": 1, "heads_kv": 1, **changes})  # type: ignore[arg-type]
 
 
-# By group: backend, dtype, cases. Each group is a process.
-GROUPS: dict[str, list[tuple[str, torch.dtype, list[Case]]]] = {
-    "cutlass_windows": [
-        (
-            "cutlass",
-            HALF,
-            [
-                *map(
-                    _thin,
-                    (
-                        "2d",
-                        "1d_long_window",
-                        "1d_k1",
-                        "2d_even",
-                        "1d_one_token",
-                        "2d_window_is_length_one_axis",
-                        "3d_flat_axis",
-                        "1d_s3_d2_causal",
-                        "2d_s25_d23_cb",
-                        "2d_dilation_ragged_groups",
-                        "2d_blocked_partial",
-                        "2d_causal_window_is_length",
-                    ),
+# By what they are about: backend, dtype, cases.
+GROUPS: dict[str, tuple[str, torch.dtype, list[Case]]] = {
+    "cutlass_windows": (
+        "cutlass",
+        HALF,
+        [
+            *map(
+                _thin,
+                (
+                    "2d",
+                    "1d_long_window",
+                    "1d_k1",
+                    "2d_even",
+                    "1d_one_token",
+                    "2d_window_is_length_one_axis",
+                    "3d_flat_axis",
+                    "1d_s3_d2_causal",
+                    "2d_s25_d23_cb",
+                    "2d_dilation_ragged_groups",
+                    "2d_blocked_partial",
+                    "2d_causal_window_is_length",
                 ),
-                replace(NAMED["3d"], batch=1, heads=1, heads_kv=1),
-                replace(NAMED["3d_s213_d122_causal"], batch=1, heads=1, heads_kv=1),
-                NAMED["1d"],
-            ],
-        ),
-    ],
-    "cutlass_heads": [
-        (
-            "cutlass",
-            HALF,
-            [
-                _thin("2d_gqa"),
-                _thin("2d_mqa"),
-                _thin("1d_gqa_causal_strided"),
-                _thin("2d_dv_larger"),
-                _thin("2d_dv_smaller"),
-                _thin("2d_head_dim_8"),
-                _thin("2d_head_dim_40"),
-                NAMED["2d_head_dim_256"],
-                Case("2d_head_dim_264", (5, 4), (3, 3), head_dim=264, batch=1, heads=1),
-                Case("1d_head_dim_1024", (20,), (5,), head_dim=1024, batch=1, heads=1),
-                _thin("2d_non_contiguous_gqa"),
-                _thin("2d_scale_0"),
-                _thin("2d_scale_negative"),
-                _thin("2d_large_scores"),
-                Case("2d_dv_320", (6, 5), (3, 3), head_dim_v=320, heads=1, batch=1),
-            ],
-        ),
-    ],
-    "cutlass_extras": [
-        (
-            "cutlass",
-            HALF,
-            [
-                NAMED["1d_additional"],
-                _thin("2d_additional_many"),
-                _thin("2d_additional_dilated_strided"),
-                _thin("2d_additional_gqa_dv"),
-                _thin("2d_additional_full_window"),
-                NAMED["1d_additional_lengths"],
-                replace(NAMED["2d_additional_lengths"], heads=1, heads_kv=1),
-                Case(
-                    "1d_additional_lengths_tiles",
-                    (70,),
-                    (3,),
-                    heads=1,
-                    batch=3,
-                    additional=150,
-                    additional_lengths=(150, 65, 0),
+            ),
+            replace(NAMED["3d"], batch=1, heads=1, heads_kv=1),
+            replace(NAMED["3d_s213_d122_causal"], batch=1, heads=1, heads_kv=1),
+            NAMED["1d"],
+        ],
+    ),
+    "cutlass_heads": (
+        "cutlass",
+        HALF,
+        [
+            _thin("2d_gqa"),
+            _thin("2d_mqa"),
+            _thin("1d_gqa_causal_strided"),
+            _thin("2d_dv_larger"),
+            _thin("2d_dv_smaller"),
+            _thin("2d_head_dim_8"),
+            _thin("2d_head_dim_40"),
+            NAMED["2d_head_dim_256"],
+            Case("2d_head_dim_264", (5, 4), (3, 3), head_dim=264, batch=1, heads=1),
+            Case("1d_head_dim_1024", (20,), (5,), head_dim=1024, batch=1, heads=1),
+            _thin("2d_non_contiguous_gqa"),
+            _thin("2d_scale_0"),
+            _thin("2d_scale_negative"),
+            _thin("2d_large_scores"),
+            Case("2d_dv_320", (6, 5), (3, 3), head_dim_v=320, heads=1, batch=1),
+        ],
+    ),
+    "cutlass_extras": (
+        "cutlass",
+        HALF,
+        [
+            NAMED["1d_additional"],
+            _thin("2d_additional_many"),
+            _thin("2d_additional_dilated_strided"),
+            _thin("2d_additional_gqa_dv"),
+            _thin("2d_additional_full_window"),
+            NAMED["1d_additional_lengths"],
+            replace(NAMED["2d_additional_lengths"], heads=1, heads_kv=1),
+            Case(
+                "1d_additional_lengths_tiles",
+                (70,),
+                (3,),
+                heads=1,
+                batch=3,
+                additional=150,
+                additional_lengths=(150, 65, 0),
+            ),
+            NAMED["2d_additional_lengths_gqa_dv"],
+            replace(NAMED["2d_additional_lengths_full_window"], heads=1, heads_kv=1),
+            _thin("2d_rpb"),
+            _thin("2d_rpb_strided"),
+            _thin("2d_rpb_gqa"),
+            _thin("2d_rpb_additional"),
+            NAMED["1d_rpb"],
+            Case(
+                "2d_dv_320_additional_rpb",
+                (6, 5),
+                (3, 3),
+                head_dim_v=320,
+                heads=1,
+                batch=1,
+                additional=3,
+                additional_lengths=(2,),
+                rpb=True,
+            ),
+            Case("1d_rpb_additional_negative", (9,), (3,), scale=-0.3, rpb=True, additional=2),
+        ],
+    ),
+    "cutlass_boxes": (
+        "cutlass",
+        HALF,
+        [
+            *map(
+                _thin,
+                (
+                    "1d_sub_queries",
+                    "1d_sub_disjoint",
+                    "1d_sub_causal",
+                    "2d_sub",
+                    "2d_sub_dilated",
+                    "2d_sub_additional",
+                    "2d_sub_rpb",
+                    "3d_sub",
                 ),
-                NAMED["2d_additional_lengths_gqa_dv"],
-                replace(NAMED["2d_additional_lengths_full_window"], heads=1, heads_kv=1),
-                _thin("2d_rpb"),
-                _thin("2d_rpb_strided"),
-                _thin("2d_rpb_gqa"),
-                _thin("2d_rpb_additional"),
-                NAMED["1d_rpb"],
-                Case(
-                    "2d_dv_320_additional_rpb",
-                    (6, 5),
-                    (3, 3),
-                    head_dim_v=320,
-                    heads=1,
-                    batch=1,
-                    additional=3,
-                    additional_lengths=(2,),
-                    rpb=True,
-                ),
-                Case("1d_rpb_additional_negative", (9,), (3,), scale=-0.3, rpb=True, additional=2),
-            ],
-        ),
-    ],
-    "cutlass_boxes": [
-        (
-            "cutlass",
-            HALF,
-            [
-                *map(
-                    _thin,
-                    (
-                        "1d_sub_queries",
-                        "1d_sub_disjoint",
-                        "1d_sub_causal",
-                        "2d_sub",
-                        "2d_sub_dilated",
-                        "2d_sub_additional",
-                        "2d_sub_rpb",
-                        "3d_sub",
-                    ),
-                ),
-                replace(NAMED["2d_sub_additional_lengths"], heads=1, heads_kv=1),
-                NAMED["attention_cross"],
-                NAMED["attention_causal_cross_long"],
-                NAMED["attention_no_keys"],
-                NAMED["attention_gqa"],
-                NAMED["attention_non_contiguous"],
-                NAMED["varlen"],
-                NAMED["varlen_cross"],
-                NAMED["varlen_causal"],
-                NAMED["varlen_empty_sequences"],
-                NAMED["varlen_gqa"],
-            ],
-        ),
-    ],
-    "cutlass_float32": [
-        (
-            "cutlass",
-            SINGLE,
-            [
-                _thin("2d"),
-                _thin("1d_s3_d2_causal"),
-                _thin("2d_gqa"),
-                _thin("2d_dv_smaller"),
-                _thin("2d_non_contiguous"),
-                _thin("2d_additional"),
-                _thin("2d_rpb_dilated"),
-                _thin("2d_sub"),
-                _thin("2d_large_scores"),
-                NAMED["attention_causal"],
-                NAMED["varlen_cross"],
-            ],
-        ),
-    ],
-    "hopper": [
-        (
-            "hopper",
-            HALF,
-            [
-                _wide("1d", heads=2, heads_kv=2),
-                _wide("2d"),
-                _wide("3d"),
-                _wide("2d_s25_d11_cb"),
-                _wide("2d_dilation_ragged_groups"),
-                _wide("2d_gqa", heads=4, heads_kv=2),
-                _wide("2d_non_contiguous", heads=2, heads_kv=2),
-                _wide("2d_dv_smaller", head_dim_v=32, heads=2, heads_kv=2),
-                _wide("2d_additional"),
-                _wide("2d_rpb"),
-                _wide("2d_sub_strided"),
-                _wide("attention_cross"),
-                _wide("attention_causal"),
-                _wide("varlen_cross"),
-                _wide("varlen_causal"),
-                _wide("2d_scale_negative"),
-                _thin("2d_window_is_length"),
-                NAMED["2d_head_dim_256"],
-                NAMED["1d_head_dim_128"],
-            ],
-        ),
-    ],
-    "blackwell": [
-        (
-            "blackwell",
-            HALF,
-            [
-                _wide("1d_s3_d1_causal", heads=2, heads_kv=2),
-                _wide("2d"),
-                _wide("2d_gqa", heads=4, heads_kv=2),
-                _wide("2d_additional"),
-                _wide("2d_rpb"),
-                _wide("3d_sub"),
-                _wide("attention_causal"),
-                _wide("varlen"),
-                NAMED["1d_head_dim_128"],
-            ],
-        ),
-    ],
+            ),
+            replace(NAMED["2d_sub_additional_lengths"], heads=1, heads_kv=1),
+            NAMED["attention_cross"],
+            NAMED["attention_causal_cross_long"],
+            NAMED["attention_no_keys"],
+            NAMED["attention_gqa"],
+            NAMED["attention_non_contiguous"],
+            NAMED["varlen"],
+            NAMED["varlen_cross"],
+            NAMED["varlen_causal"],
+            NAMED["varlen_empty_sequences"],
+            NAMED["varlen_gqa"],
+        ],
+    ),
+    "cutlass_float32": (
+        "cutlass",
+        SINGLE,
+        [
+            _thin("2d"),
+            _thin("1d_s3_d2_causal"),
+            _thin("2d_gqa"),
+            _thin("2d_dv_smaller"),
+            _thin("2d_non_contiguous"),
+            _thin("2d_additional"),
+            _thin("2d_rpb_dilated"),
+            _thin("2d_sub"),
+            _thin("2d_large_scores"),
+            NAMED["attention_causal"],
+            NAMED["varlen_cross"],
+        ],
+    ),
+    "hopper": (
+        "hopper",
+        HALF,
+        [
+            _wide("1d", heads=2, heads_kv=2),
+            _wide("2d"),
+            _wide("3d"),
+            _wide("2d_s25_d11_cb"),
+            _wide("2d_dilation_ragged_groups"),
+            _wide("2d_gqa", heads=4, heads_kv=2),
+            _wide("2d_non_contiguous", heads=2, heads_kv=2),
+            _wide("2d_dv_smaller", head_dim_v=32, heads=2, heads_kv=2),
+            _wide("2d_additional"),
+            _wide("2d_rpb"),
+            _wide("2d_sub_strided"),
+            _wide("attention_cross"),
+            _wide("attention_causal"),
+            _wide("varlen_cross"),
+            _wide("varlen_causal"),
+            _wide("2d_scale_negative"),
+            _thin("2d_window_is_length"),
+            NAMED["2d_head_dim_256"],
+            NAMED["1d_head_dim_128"],
+        ],
+    ),
+    "blackwell": (
+        "blackwell",
+        HALF,
+        [
+            _wide("1d_s3_d1_causal", heads=2, heads_kv=2),
+            _wide("2d"),
+            _wide("2d_gqa", heads=4, heads_kv=2),
+            _wide("2d_additional"),
+            _wide("2d_rpb"),
+            _wide("3d_sub"),
+            _wide("attention_causal"),
+            _wide("varlen"),
+            NAMED["1d_head_dim_128"],
+        ],
+    ),
 }
 
 
-def _run_group(group: str) -> None:
-    for backend, dtype, cases in GROUPS[group]:
-        for case in cases:
-            check_problem(case, backend, dtype, factor=FACTOR)
+@pytest.mark.parametrize(
+    ("case", "backend", "dtype"),
+    [
+        pytest.param(case, backend, dtype, id=f"{group}-{case.name}")
+        for group, (backend, dtype, cases) in GROUPS.items()
+        for case in cases
+    ],
+)
+def test_case(case: Case, backend: str, dtype: torch.dtype) -> None:
+    check_problem(case, backend, dtype, factor=FACTOR)
 
 
-def _check_tile_shapes() -> None:
-    """Tiles that callers choose, in both passes, and the names that known clients use."""
-    check = partial(check_problem, dtype=HALF, factor=FACTOR)
-    plane = replace(NAMED["2d_k7"], batch=1, heads=1, heads_kv=1)
-    space = replace(NAMED["3d"], batch=1, heads=1, heads_kv=1)
-    check(
-        plane, "cutlass", q_tile_shape=(8, 8), kv_tile_shape=(8, 8),
-        backward_q_tile_shape=(8, 8), backward_kv_tile_shape=(8, 8),
-    )  # fmt: skip
-    check(
-        plane, "cutlass", q_tile_shape=(2, 64), kv_tile_shape=(32, 1),
-        backward_q_tile_shape=(1, 32), backward_kv_tile_shape=(128, 1),
-    )  # fmt: skip
-    check(
-        space, "cutlass", q_tile_shape=(4, 4, 4), kv_tile_shape=(4, 4, 4),
-        backward_q_tile_shape=(2, 4, 8), backward_kv_tile_shape=(4, 4, 4),
-    )  # fmt: skip
-    check(
-        replace(space, head_dim=64, head_dim_v=64), "hopper",
-        q_tile_shape=(4, 4, 8), kv_tile_shape=(4, 4, 8),
-        backward_q_tile_shape=(4, 4, 4), backward_kv_tile_shape=(4, 4, 8),
-    )  # fmt: skip
-    check(
-        _wide("attention_causal"), "hopper", q_tile_size=64, kv_tile_size=32,
-        backward_q_tile_size=32, backward_kv_tile_size=64,
-    )  # fmt: skip
+PLANE = replace(NAMED["2d_k7"], batch=1, heads=1, heads_kv=1)
+SPACE = replace(NAMED["3d"], batch=1, heads=1, heads_kv=1)
+# Tiles that callers choose, in both passes, and the names that known clients use.
+TILES: dict[str, tuple[Case, str, dict[str, Any]]] = {
+    "square": (
+        PLANE, "cutlass",
+        dict(
+            q_tile_shape=(8, 8), kv_tile_shape=(8, 8),
+            backward_q_tile_shape=(8, 8), backward_kv_tile_shape=(8, 8),
+        ),
+    ),
+    "rows_and_columns": (
+        PLANE, "cutlass",
+        dict(
+            q_tile_shape=(2, 64), kv_tile_shape=(32, 1),
+            backward_q_tile_shape=(1, 32), backward_kv_tile_shape=(128, 1),
+        ),
+    ),
+    "3d": (
+        SPACE, "cutlass",
+        dict(
+            q_tile_shape=(4, 4, 4), kv_tile_shape=(4, 4, 4),
+            backward_q_tile_shape=(2, 4, 8), backward_kv_tile_shape=(4, 4, 4),
+        ),
+    ),
+    "3d_hopper": (
+        replace(SPACE, head_dim=64, head_dim_v=64), "hopper",
+        dict(
+            q_tile_shape=(4, 4, 8), kv_tile_shape=(4, 4, 8),
+            backward_q_tile_shape=(4, 4, 4), backward_kv_tile_shape=(4, 4, 8),
+        ),
+    ),
+    "sizes": (
+        _wide("attention_causal"), "hopper",
+        dict(
+            q_tile_size=64, kv_tile_size=32, backward_q_tile_size=32, backward_kv_tile_size=64,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "backend", "tiles"), TILES.values(), ids=TILES)
+def test_tile_shapes(case: Case, backend: str, tiles: dict[str, Any]) -> None:
+    check_problem(case, backend, HALF, factor=FACTOR, **tiles)
+
+
+def test_tile_shapes_that_there_are_not() -> None:
     with pytest.raises(ValueError, match="q_tile_shape"):
-        check(plane, "cutlass", q_tile_shape=(3, 8), kv_tile_shape=(8, 8))
+        check_problem(PLANE, "cutlass", HALF, q_tile_shape=(3, 8), kv_tile_shape=(8, 8))
 
 
-def _check_schedules() -> None:
-    """The forward schedules of `hopper`, and `blackwell` with one program for each tile."""
-    for schedule in ("non", "coop", "pp"):
-        for case in (_wide("1d", heads=2, heads_kv=2), _wide("2d_s25_d11_cb")):
-            check_problem(
-                case, "hopper", HALF, factor=FACTOR, backward=False, kernel_schedule=schedule
-            )
-    case = _wide("2d_gqa", heads=4, heads_kv=2)
+@pytest.mark.parametrize("schedule", ["non", "coop", "pp"])
+@pytest.mark.parametrize(
+    "case", [_wide("1d", heads=2, heads_kv=2), _wide("2d_s25_d11_cb")], ids=str
+)
+def test_schedules(case: Case, schedule: str) -> None:
+    check_problem(case, "hopper", HALF, factor=FACTOR, backward=False, kernel_schedule=schedule)
+
+
+def test_one_program_for_each_tile() -> None:
     check_problem(
-        case, "blackwell", HALF, factor=FACTOR, backward=False, run_persistent_kernel=False
-    )
+        _wide("2d_gqa", heads=4, heads_kv=2), "blackwell", HALF, factor=FACTOR, backward=False,
+        run_persistent_kernel=False,
+    )  # fmt: skip
 
 
-def _check_backward_knobs() -> None:
-    """Splits of the key tiles, row sums by torch, memory preference, KV parallelism."""
-    check = partial(check_problem, dtype=HALF, factor=FACTOR)
-    check(_thin("2d_gqa"), "cutlass", backward_kv_splits=(1, 2))
-    check(_wide("1d_long_window"), "hopper", backward_kv_splits=(1,))
-    check(_thin("2d_rpb_additional"), "cutlass", backward_use_pt_reduction=True)
-    check(NAMED["varlen"], "cutlass", backward_use_pt_reduction=True)
-    many_queries = Case("1d_splits", (600,), (3,), batch=1, heads=1, additional=4)
-    for preference in ("strict", "unrestricted"):
-        with natten.set_memory_usage_preference(preference):
-            check(many_queries, "cutlass")
+@pytest.mark.parametrize(
+    ("case", "backend", "splits"),
+    [(_thin("2d_gqa"), "cutlass", (1, 2)), (_wide("1d_long_window"), "hopper", (1,))],
+    ids=str,
+)
+def test_splits_of_the_key_tiles(case: Case, backend: str, splits: tuple[int, ...]) -> None:
+    check_problem(case, backend, HALF, factor=FACTOR, backward_kv_splits=splits)
+
+
+@pytest.mark.parametrize("case", [_thin("2d_rpb_additional"), NAMED["varlen"]], ids=str)
+def test_row_sums_by_torch(case: Case) -> None:
+    check_problem(case, "cutlass", HALF, factor=FACTOR, backward_use_pt_reduction=True)
+
+
+MANY_QUERIES = Case("1d_splits", (600,), (3,), batch=1, heads=1, additional=4)
+
+
+@pytest.mark.parametrize("preference", ["strict", "unrestricted"])
+def test_memory_preferences(preference: str) -> None:
+    with natten.set_memory_usage_preference(preference):
+        check_problem(MANY_QUERIES, "cutlass", HALF, factor=FACTOR)
+
+
+def test_without_kv_parallelism() -> None:
+    case = replace(MANY_QUERIES, tokens=(520,), key_tokens=(520,))
     with natten.use_kv_parallelism_in_fused_na(False):
-        check(replace(many_queries, tokens=(520,), key_tokens=(520,)), "cutlass")
+        check_problem(case, "cutlass", HALF, factor=FACTOR)
 
 
-def _check_bias_tiles() -> None:
-    """The bias gradient of tiles with runs of eight, of four and of fewer tokens."""
-    for case, query, key in (
+@pytest.mark.parametrize(
+    ("case", "query", "key"),
+    [
         (Case("1d_runs", (37,), (9,), batch=2, heads=1, rpb=True), (32,), (64,)),
         (Case("2d_runs", (9, 17), (3, 5), batch=1, heads=2, rpb=True), (2, 16), (4, 8)),
         (Case("2d_mixed", (9, 17), (5, 4), batch=1, heads=1, rpb=True), (8, 4), (4, 8)),
         (Case("2d_columns", (17, 9), (5, 4), batch=1, heads=1, rpb=True), (16, 2), (32, 1)),
         (Case("3d_runs", (3, 5, 9), (2, 3, 4), batch=1, heads=1, rpb=True), (1, 4, 8), (2, 2, 8)),
-    ):
-        check_problem(
-            case, "cutlass", HALF, factor=FACTOR, backward_q_tile_shape=query,
-            backward_kv_tile_shape=key,
-        )  # fmt: skip
+    ],
+    ids=str,
+)
+def test_bias_gradient(case: Case, query: tuple[int, ...], key: tuple[int, ...]) -> None:
+    """Tiles with runs of eight, of four and of fewer tokens."""
+    check_problem(
+        case, "cutlass", HALF, factor=FACTOR, backward_q_tile_shape=query,
+        backward_kv_tile_shape=key,
+    )  # fmt: skip
 
 
-def _check_determinism() -> None:
+@pytest.mark.parametrize("name", ["2d_rpb", "1d_additional"])
+def test_determinism(name: str) -> None:
     """Determinism asked for: correct, and the same bits again, with a bias too."""
+    case = _thin(name)
     with natten.use_deterministic_algorithms():
-        for name in ("2d_rpb", "1d_additional"):
-            case = _thin(name)
-            check_problem(case, "cutlass", HALF, factor=FACTOR)
-            inputs = make_inputs(case, HALF)
-            reruns = []
-            for _ in range(2):
-                out, lse = run(case, inputs, "cutlass-fna")
-                loss = out.float().sum() + lse.sum()
-                reruns.append(torch.autograd.grad(loss, list(inputs.tensors().values())))
-            for first, second in zip(*reruns):
-                assert torch.equal(first, second)
+        check_problem(case, "cutlass", HALF, factor=FACTOR)
+        inputs = make_inputs(case, HALF)
+        reruns = []
+        for _ in range(2):
+            out, lse = run(case, inputs, "cutlass-fna")
+            loss = out.float().sum() + lse.sum()
+            reruns.append(torch.autograd.grad(loss, list(inputs.tensors().values())))
+        for first, second in zip(*reruns):
+            assert torch.equal(first, second)
 
 
-def _check_awkward_memory() -> None:
+@pytest.mark.parametrize("backend", ["cutlass", "hopper"])
+def test_packed(backend: str) -> None:
+    check_packed((backend,), HALF, "cpu")
+
+
+def test_awkward_memory() -> None:
     """Descriptors take no odd address, and no odd stride even of an axis of one token: tensors that
     torch calls contiguous may have both."""
     from natten.functional.backends.triton import launch
@@ -360,36 +397,36 @@ def _check_awkward_memory() -> None:
     launch._MAX_DESCRIPTORS = most
 
 
-def _check_missing_values() -> None:
+@pytest.mark.parametrize("backend", ["cutlass-fna", "hopper-fna"])
+def test_missing_values(backend: str) -> None:
     """What a row does not see has no effect, even if it is NaN or infinite."""
-    for backend in ("cutlass-fna", "hopper-fna"):
-        query, key, value = torch.randn(3, 1, 20, 1, 64, dtype=HALF)
-        out = natten.na1d(query, key, value, 5, backend=backend)
-        key[:, 10], value[:, 10] = torch.inf, torch.nan
-        marred = natten.na1d(query, key, value, 5, backend=backend)
-        sees = torch.zeros(20, dtype=torch.bool)
-        sees[8:13] = True
-        assert bool(marred[:, sees].isnan().all())
-        # A masked weight is 0, and 0 * NaN is NaN: only whole tiles are skipped. Keys alone may
-        # hold anything.
-        value[:, 10] = 0.0
-        marred = natten.na1d(query, key, value, 5, backend=backend)
-        torch.testing.assert_close(marred[:, ~sees], out[:, ~sees])
+    query, key, value = torch.randn(3, 1, 20, 1, 64, dtype=HALF)
+    out = natten.na1d(query, key, value, 5, backend=backend)
+    key[:, 10], value[:, 10] = torch.inf, torch.nan
+    marred = natten.na1d(query, key, value, 5, backend=backend)
+    sees = torch.zeros(20, dtype=torch.bool)
+    sees[8:13] = True
+    assert bool(marred[:, sees].isnan().all())
+    # A masked weight is 0, and 0 * NaN is NaN: only whole tiles are skipped. Keys alone may
+    # hold anything.
+    value[:, 10] = 0.0
+    marred = natten.na1d(query, key, value, 5, backend=backend)
+    torch.testing.assert_close(marred[:, ~sees], out[:, ~sees])
 
 
-def _check_empty() -> None:
+@pytest.mark.parametrize("shape", [(0, 7, 2, 16), (0, 5, 6, 2, 16)], ids=str)
+def test_empty(shape: tuple[int, ...]) -> None:
     """Batch 0 has empty results and zero gradients of the parameters."""
-    for shape in ((0, 7, 2, 16), (0, 5, 6, 2, 16)):
-        tensors = [torch.randn(shape, dtype=HALF, requires_grad=True) for _ in range(3)]
-        rank = len(shape) - 3
-        rpb = torch.randn(2, *(5,) * rank, dtype=HALF, requires_grad=True)
-        out = natten.functional.neighborhood_attention_generic(
-            *tensors, 3, rpb=rpb, backend="cutlass-fna"
-        )
-        assert out.shape == shape
-        gradients = torch.autograd.grad(out.sum(), [*tensors, rpb])
-        assert all(g.shape == t.shape for g, t in zip(gradients, tensors))
-        assert bool((gradients[-1] == 0).all())
+    tensors = [torch.randn(shape, dtype=HALF, requires_grad=True) for _ in range(3)]
+    rank = len(shape) - 3
+    rpb = torch.randn(2, *(5,) * rank, dtype=HALF, requires_grad=True)
+    out = natten.functional.neighborhood_attention_generic(
+        *tensors, 3, rpb=rpb, backend="cutlass-fna"
+    )
+    assert out.shape == shape
+    gradients = torch.autograd.grad(out.sum(), [*tensors, rpb])
+    assert all(g.shape == t.shape for g, t in zip(gradients, tensors))
+    assert bool((gradients[-1] == 0).all())
 
 
 @contextmanager
@@ -455,10 +492,9 @@ def _guarded() -> Iterator[list[str]]:
         yield trespasses
 
 
-def _check_bounds() -> None:
-    """Kernels touch no memory but that of their tensors."""
-    trespasses = []
-    for backend, case in (
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [
         ("cutlass", Case("1d_inner_rpb", (130,), (100,), batch=1, heads=1, rpb=True)),
         ("cutlass", replace(_thin("2d_rpb_gqa"), heads=2, heads_kv=1)),
         ("cutlass", replace(_thin("3d_rpb"), heads=1, heads_kv=1)),
@@ -466,61 +502,29 @@ def _check_bounds() -> None:
         ("cutlass", replace(_thin("2d_additional_dilated_strided"), heads=1, heads_kv=1)),
         ("cutlass", NAMED["varlen_empty_sequences"]),
         ("hopper", _wide("2d_sub_rpb")),
-    ):
-        with _guarded() as noted:
-            inputs = make_inputs(case, HALF)
-            suffix = "fmha" if case.is_attention else "fna"
-            out, lse = run(case, inputs, f"{backend}-{suffix}")
-            loss = out.float().sum() + lse.masked_fill(lse.isinf(), 0.0).sum()
-            torch.autograd.grad(loss, list(inputs.tensors().values()))
-        trespasses += [f"{backend} {case.name}: {text}" for text in sorted(set(noted))]
-    assert not trespasses, "\n".join(trespasses)
-
-
-def _exhaustive(backend: str, dtype: torch.dtype) -> None:
-    failures = []
-    for case in CASES:
-        try:
-            check_problem(case, backend, dtype, factor=FACTOR)
-        except NotImplementedError:
-            continue
-        except AssertionError as error:
-            failures.append(f"{case}: {error}")
-    assert not failures, "\n".join(failures)
-
-
-EXHAUSTIVE = {
-    "all_cutlass_float16": partial(_exhaustive, "cutlass", HALF),
-    "all_cutlass_float32": partial(_exhaustive, "cutlass", SINGLE),
-    "all_hopper": partial(_exhaustive, "hopper", HALF),
-    "all_blackwell": partial(_exhaustive, "blackwell", HALF),
-}
-CHECKS = {
-    **{name: partial(_run_group, name) for name in GROUPS},
-    "tile_shapes": _check_tile_shapes,
-    "schedules": _check_schedules,
-    "backward_knobs": _check_backward_knobs,
-    "bias_tiles": _check_bias_tiles,
-    "determinism": _check_determinism,
-    "packed": partial(check_packed, ("cutlass", "hopper"), HALF, "cpu"),
-    "awkward_memory": _check_awkward_memory,
-    "missing_values": _check_missing_values,
-    "empty": _check_empty,
-    "bounds": _check_bounds,
-}
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(name: str) -> None:
-    run_interpreted(__file__, name)
+    ],
+    ids=str,
+)
+def test_bounds(backend: str, case: Case) -> None:
+    """Kernels touch no memory but that of their tensors."""
+    with _guarded() as trespasses:
+        inputs = make_inputs(case, HALF)
+        suffix = "fmha" if case.is_attention else "fna"
+        out, lse = run(case, inputs, f"{backend}-{suffix}")
+        loss = out.float().sum() + lse.masked_fill(lse.isinf(), 0.0).sum()
+        torch.autograd.grad(loss, list(inputs.tensors().values()))
+    assert not trespasses, "\n".join(sorted(set(trespasses)))
 
 
 @pytest.mark.exhaustive
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", EXHAUSTIVE)
-def test_all_cases(name: str) -> None:
-    run_interpreted(__file__, name, timeout=3500.0)
-
-
-if __name__ == "__main__":
-    main({**CHECKS, **EXHAUSTIVE})
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("cutlass", HALF), ("cutlass", SINGLE), ("hopper", HALF), ("blackwell", HALF)],
+    ids=str,
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_all_cases(case: Case, backend: str, dtype: torch.dtype) -> None:
+    try:
+        check_problem(case, backend, dtype, factor=FACTOR)
+    except NotImplementedError as refusal:
+        pytest.skip(str(refusal))

@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from interpret import main, run_interpreted
 from invariance import check_batch_entries, check_packed_sequences, tiles, tiles_1d
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.interpreted
 
 HALF, SINGLE = torch.float16, torch.float32
 SMALL, LARGE = tiles_1d(32, 32, 32, 64), tiles_1d(64, 64, 64, 64)
 
 
-def _packed() -> None:
-    check = partial(check_packed_sequences, heads=(1, 1))
-    check("cutlass", HALF, **SMALL, head_dim=16)
-    check("cutlass", SINGLE, **SMALL, head_dim=16, is_causal=True)
-    check("cutlass", HALF, **LARGE, head_dim=16, lengths_kv=(20, 70, 0, 33, 64))
-    # Sequences in whole tiles: alone, none needs a mask.
-    check("cutlass", SINGLE, **SMALL, head_dim=32, lengths=(64, 32, 128))
-    check("hopper", HALF, **LARGE, lengths=(64, 30))
+SHAPES = tiles((4, 8), (4, 8), (4, 8), (8, 8))
+# By name: backend, dtype, and the arguments of the check.
+PACKED: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
+    "half": ("cutlass", HALF, dict(**SMALL, heads=(1, 1), head_dim=16)),
+    "causal": ("cutlass", SINGLE, dict(**SMALL, heads=(1, 1), head_dim=16, is_causal=True)),
+    "cross": (
+        "cutlass", HALF,
+        dict(**LARGE, heads=(1, 1), head_dim=16, lengths_kv=(20, 70, 0, 33, 64)),
+    ),
+    # Alone, none of these sequences needs a mask.
+    "whole_tiles": (
+        "cutlass", SINGLE, dict(**SMALL, heads=(1, 1), head_dim=32, lengths=(64, 32, 128)),
+    ),
+    "hopper": ("hopper", HALF, dict(**LARGE, heads=(1, 1), lengths=(64, 30))),
+    "grouped": ("cutlass", HALF, dict(**LARGE, heads=(4, 2), head_dim=24, lengths=(70, 33))),
+    "hopper_causal_grouped": ("hopper", HALF, dict(**LARGE, lengths=(70, 33), is_causal=True)),
+}  # fmt: skip
+ENTRIES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
+    "bias_and_context": ("cutlass", HALF, dict(**SHAPES, head_dim=16, rpb=True, additional=5)),
+    "strided": ("cutlass", SINGLE, dict(**SHAPES, head_dim=16, stride=(1, 2))),
+    "hopper": ("hopper", HALF, tiles((4, 16), (4, 8), (4, 8), (8, 8))),
+}
 
 
-def _grouped() -> None:
-    check_packed_sequences("cutlass", HALF, **LARGE, heads=(4, 2), head_dim=24, lengths=(70, 33))
-    check_packed_sequences("hopper", HALF, **LARGE, lengths=(70, 33), is_causal=True)
+@pytest.mark.parametrize(("backend", "dtype", "arguments"), PACKED.values(), ids=PACKED)
+def test_packed_sequences(backend: str, dtype: torch.dtype, arguments: dict[str, Any]) -> None:
+    check_packed_sequences(backend, dtype, **arguments)
 
 
-def _entries() -> None:
-    shapes = tiles((4, 8), (4, 8), (4, 8), (8, 8))
-    check = partial(check_batch_entries, tokens=(5, 9), batch=2, heads=(2, 1))
-    check("cutlass", HALF, head_dim=16, rpb=True, additional=5, **shapes)
-    check("cutlass", SINGLE, head_dim=16, stride=(1, 2), **shapes)
-    check("hopper", HALF, **tiles((4, 16), (4, 8), (4, 8), (8, 8)))
-
-
-CHECKS = {"packed": _packed, "grouped": _grouped, "entries": _entries}
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(name: str) -> None:
-    run_interpreted(__file__, name)
-
-
-if __name__ == "__main__":
-    main(CHECKS)
+@pytest.mark.parametrize(("backend", "dtype", "arguments"), ENTRIES.values(), ids=ENTRIES)
+def test_batch_entries(backend: str, dtype: torch.dtype, arguments: dict[str, Any]) -> None:
+    check_batch_entries(backend, dtype, tokens=(5, 9), batch=2, heads=(2, 1), **arguments)

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from interpret import main, run_interpreted
 from torch import Tensor
 
 from natten.functional import attention, neighborhood_attention_generic
 
 pytest.importorskip("triton")
-
-HALF, SINGLE = torch.float16, torch.float32
+pytestmark = pytest.mark.interpreted
 
 
 def _permuted(tensor: Tensor) -> Tensor:
@@ -75,6 +73,9 @@ LAYOUTS: list[Callable[[Tensor], Tensor]] = [
     _permuted, _heads_first, _sliced, _inside, _shifted, _expanded, _spread, _overlapping, _turned,
 ]  # fmt: skip
 
+each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__[1:])
+ENDS = torch.tensor([0, 20, 20, 55], dtype=torch.int32)
+
 
 def _same(
     call: Callable[..., Any], views: dict[str, Tensor], gradients: tuple[Tensor, ...]
@@ -95,78 +96,62 @@ def _same(
         assert torch.equal(got, right), number
 
 
-def _grid(backend: str, dtype: torch.dtype, head_dim: int, **knobs: Any) -> None:
+@each_layout
+@pytest.mark.parametrize(
+    ("backend", "head_dim"),
+    [pytest.param("cutlass", 16, id="pointers"), pytest.param("hopper", 64, id="descriptors")],
+)
+def test_grids(backend: str, head_dim: int, layout: Callable[[Tensor], Tensor]) -> None:
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape).to(dtype)
+        return torch.randn(shape).half()
 
     def attend(**tensors: Tensor) -> Any:
         return neighborhood_attention_generic(
-            **tensors, kernel_size=(3, 4), backend=f"{backend}-fna", return_lse=True, **knobs
+            **tensors, kernel_size=(3, 4), backend=f"{backend}-fna", return_lse=True
         )
 
-    for layout in LAYOUTS:
-        tensors = {
-            "query": randn(2, 5, 6, 2, head_dim), "key": randn(2, 5, 6, 2, head_dim),
-            "value": randn(2, 5, 6, 2, head_dim),
-        }  # fmt: skip
-        if backend == "cutlass":
-            tensors |= {
-                "additional_keys": randn(2, 3, 2, head_dim),
-                "additional_values": randn(2, 3, 2, head_dim),
-                "rpb": randn(2, 5, 7),
-            }
-        views = {name: layout(tensor) for name, tensor in tensors.items()}
-        if backend == "cutlass":
-            views["additional_lengths"] = _sliced(torch.tensor([3, 1]))
-        gradients = layout(randn(2, 5, 6, 2, head_dim)), layout(torch.randn(2, 5, 6, 2))
-        _same(attend, views, gradients)
-
-
-def _pointers() -> None:
-    _grid("cutlass", HALF, 16)
-
-
-def _descriptors() -> None:
-    _grid("hopper", HALF, 64)
-
-
-def _packed() -> None:
-    """Cumulative lengths that are not contiguous, and packed tokens of any layout."""
-    for layout in LAYOUTS:
-        views = {
-            name: layout(torch.randn(1, 60, 2, 16).half()) for name in ("query", "key", "value")
+    tensors = {
+        "query": randn(2, 5, 6, 2, head_dim), "key": randn(2, 5, 6, 2, head_dim),
+        "value": randn(2, 5, 6, 2, head_dim),
+    }  # fmt: skip
+    if backend == "cutlass":
+        tensors |= {
+            "additional_keys": randn(2, 3, 2, head_dim),
+            "additional_values": randn(2, 3, 2, head_dim),
+            "rpb": randn(2, 5, 7),
         }
-        ends = torch.tensor([0, 20, 20, 55], dtype=torch.int32)
-        for cumulative in (_sliced(ends), _shifted(ends), torch.stack([ends, ends + 7], 1)[:, 0]):
-            assert cumulative.tolist() == ends.tolist()
+    views = {name: layout(tensor) for name, tensor in tensors.items()}
+    if backend == "cutlass":
+        views["additional_lengths"] = _sliced(torch.tensor([3, 1]))
+    gradients = layout(randn(2, 5, 6, 2, head_dim)), layout(torch.randn(2, 5, 6, 2))
+    _same(attend, views, gradients)
 
-            def attend(cumulative: Tensor = cumulative, **tensors: Tensor) -> Any:
-                return attention(
-                    **tensors, backend="cutlass-fmha", return_lse=True,
-                    cumulative_seqlen_Q=cumulative, cumulative_seqlen_KV=cumulative,
-                    max_seqlen_Q=35, max_seqlen_KV=35,
-                )  # fmt: skip
 
-            out, _lse = attend(**views)
-            contiguous, _lse = attend(cumulative=ends, **views)
-            assert torch.equal(out, contiguous)
+def _attend(cumulative: Tensor, **tensors: Tensor) -> Any:
+    return attention(
+        **tensors, backend="cutlass-fmha", return_lse=True,
+        cumulative_seqlen_Q=cumulative, cumulative_seqlen_KV=cumulative,
+        max_seqlen_Q=35, max_seqlen_KV=35,
+    )  # fmt: skip
+
+
+@each_layout
+def test_packed(layout: Callable[[Tensor], Tensor]) -> None:
+    """Cumulative lengths that are not contiguous, and packed tokens of any layout."""
+    views = {name: layout(torch.randn(1, 60, 2, 16).half()) for name in ("query", "key", "value")}
+    for cumulative in (_sliced(ENDS), _shifted(ENDS), torch.stack([ENDS, ENDS + 7], 1)[:, 0]):
+        assert cumulative.tolist() == ENDS.tolist()
+        out, _lse = _attend(cumulative, **views)
+        contiguous, _lse = _attend(ENDS, **views)
+        assert torch.equal(out, contiguous)
+
+
+def test_packed_gradients() -> None:
+    views = {name: _turned(torch.randn(1, 60, 2, 16).half()) for name in ("query", "key", "value")}
     gradients = _permuted(torch.randn(1, 60, 2, 16).half()), _sliced(torch.zeros(1, 60, 2))
 
-    def differentiable(**tensors: Tensor) -> Any:
-        out, lse = attend(cumulative=_sliced(ends), **tensors)
+    def attend(**tensors: Tensor) -> Any:
+        out, lse = _attend(_sliced(ENDS), **tensors)
         return out, lse.masked_fill(lse.isinf(), 0.0)
 
-    _same(differentiable, views, gradients)
-
-
-CHECKS = {"pointers": _pointers, "descriptors": _descriptors, "packed": _packed}
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(name: str) -> None:
-    run_interpreted(__file__, name)
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    main(CHECKS)
+    _same(attend, views, gradients)

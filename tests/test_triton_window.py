@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from interpret import main, run_interpreted
 from torch import Tensor
 
 from natten.window import Axis, axis_mask, position_bounds
 
 triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.interpreted
 
 import triton.language as tl  # noqa: E402
 
@@ -100,48 +100,48 @@ def _lengths() -> list[int]:
     return [*range(1, 22), 33, 40]
 
 
-def _check_windows() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows(causal: bool) -> None:
     """Every kernel size and stride of small axes, and some of larger ones."""
-    for causal in (False, True):
-        columns: list[list[Tensor]] = []
-        expected: list[list[Tensor]] = []
-        random = Random(0)
-        for length in _lengths():
-            position = torch.arange(length)
-            for kernel in range(1, length + 1):
-                for stride in range(1, kernel + 1):
-                    if length > 22 and random.random() > 0.1:
-                        continue
-                    axis = Axis(length, kernel, stride, 1, causal)
-                    start, end = position_bounds(position, 0, axis)
-                    seen = (start[:, None] <= position) & (position < end[:, None])
-                    fills = (torch.full_like(position, n) for n in (length, kernel, stride))
-                    columns.append([position, *fills])
-                    # argmax finds the first; a key that nobody sees has an empty range.
-                    first = seen.int().argmax(0)
-                    last = length - seen.flip(0).int().argmax(0)
-                    expected.append([start, end, first, last, seen.any(0)])
-        count = sum(len(c[0]) for c in columns)
-        block = 1 << 14
-        padding = -count % block
-        arguments = [
-            torch.nn.functional.pad(torch.cat(parts), (0, padding), value=1).int()
-            for parts in zip(*columns)
-        ]
-        start, end, first, last, anyone = (torch.cat(parts) for parts in zip(*expected))
-        for inverse in (False, True):
-            got = torch.empty(2, count + padding, dtype=torch.int32)
-            window_kernel[((count + padding) // block,)](
-                *arguments, got[0], got[1], block, causal, inverse
-            )
-            low, high = got[:, :count]
-            if not inverse:
-                torch.testing.assert_close(low.long(), start)
-                torch.testing.assert_close(high.long(), end)
-                continue
-            assert bool((high <= low)[~anyone].all()), "unseen keys must have an empty range"
-            torch.testing.assert_close(low[anyone].long(), first[anyone])
-            torch.testing.assert_close(high[anyone].long(), last[anyone])
+    columns: list[list[Tensor]] = []
+    expected: list[list[Tensor]] = []
+    random = Random(0)
+    for length in _lengths():
+        position = torch.arange(length)
+        for kernel in range(1, length + 1):
+            for stride in range(1, kernel + 1):
+                if length > 22 and random.random() > 0.1:
+                    continue
+                axis = Axis(length, kernel, stride, 1, causal)
+                start, end = position_bounds(position, 0, axis)
+                seen = (start[:, None] <= position) & (position < end[:, None])
+                fills = (torch.full_like(position, n) for n in (length, kernel, stride))
+                columns.append([position, *fills])
+                # argmax finds the first; a key that nobody sees has an empty range.
+                first = seen.int().argmax(0)
+                last = length - seen.flip(0).int().argmax(0)
+                expected.append([start, end, first, last, seen.any(0)])
+    count = sum(len(c[0]) for c in columns)
+    block = 1 << 14
+    padding = -count % block
+    arguments = [
+        torch.nn.functional.pad(torch.cat(parts), (0, padding), value=1).int()
+        for parts in zip(*columns)
+    ]
+    start, end, first, last, anyone = (torch.cat(parts) for parts in zip(*expected))
+    for inverse in (False, True):
+        got = torch.empty(2, count + padding, dtype=torch.int32)
+        window_kernel[((count + padding) // block,)](
+            *arguments, got[0], got[1], block, causal, inverse
+        )
+        low, high = got[:, :count]
+        if not inverse:
+            torch.testing.assert_close(low.long(), start)
+            torch.testing.assert_close(high.long(), end)
+            continue
+        assert bool((high <= low)[~anyone].all()), "unseen keys must have an empty range"
+        torch.testing.assert_close(low[anyone].long(), first[anyone])
+        torch.testing.assert_close(high[anyone].long(), last[anyone])
 
 
 class _AxisProblem(NamedTuple):
@@ -169,16 +169,18 @@ def _axis_problem(random: Random, causal: bool) -> _AxisProblem:
     return _AxisProblem(Axis(length, kernel, stride, dilation, causal), *boxes)
 
 
-def _check_axis_rows(problems: int = 120) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("tile_size", "column_size"), [(1, 4), (4, 1), (8, 8), (16, 4), (4, 32)], ids=str
+)
+def test_axis_rows(tile_size: int, column_size: int, causal: bool) -> None:
     """Tiles hold every row once, know its window, and the boxes that they visit are right."""
-    random = Random(1)
-    total = 0
-    for tile_size, column_size in ((1, 4), (4, 1), (8, 8), (16, 4), (4, 32)):
-        for causal in (False, True):
-            chosen = [_axis_problem(random, causal) for _ in range(problems)]
-            for inverse in (False, True):
-                total += _check_tiles(chosen, tile_size, column_size, causal, inverse)
-    assert total > 10 * problems
+    random = Random(f"{tile_size} {column_size} {causal}")
+    problems = [_axis_problem(random, causal) for _ in range(120)]
+    tiles = sum(
+        _check_tiles(problems, tile_size, column_size, causal, inverse) for inverse in (False, True)
+    )
+    assert tiles > 2 * len(problems)
 
 
 def _check_tiles(
@@ -257,34 +259,34 @@ def _check_problem(
     assert bool((count[:, 0] == least)[full].all()), f"fewest tiles: {problem}"
 
 
-def _check_enumeration() -> None:
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_enumeration(rank: int) -> None:
     """Every tile of a box is visited once, and those inside it are told from the others."""
     random = Random(2)
     tile = (2, 4, 8)
-    for rank in (1, 2, 3):
-        parameters, expected = [], []
-        for _ in range(300):
-            union, counts, inner, inner_counts = [0] * 3, [1] * 3, [0] * 3, [1] * 3
-            for axis in range(3 - rank, 3):
-                union[axis] = random.randint(0, 9)
-                counts[axis] = random.randint(1, 5)
-                inner[axis] = random.randint(0, counts[axis])
-                inner_counts[axis] = random.randint(0, counts[axis] - inner[axis])
-            ranges = (range(n) for n in counts)
-            for t, place in enumerate(product(*ranges)):
-                parameters.append((t, *union, *counts, *inner, *inner_counts))
-                corner = [u + p * n for u, p, n in zip(union, place, tile)]
-                whole = all(i <= p < i + n for p, i, n in zip(place, inner, inner_counts))
-                expected.append([*corner, int(whole)])
-        count = triton.next_power_of_2(len(parameters))
-        parameters += parameters[-1:] * (count - len(parameters))
-        table = torch.tensor(parameters, dtype=torch.int32).T.contiguous()
-        results = torch.empty(4, count, dtype=torch.int32)
-        enumeration_kernel[(1,)](table, results, count, rank, tile)
-        assert results.T[: len(expected)].tolist() == expected, f"rank {rank}"
+    parameters, expected = [], []
+    for _ in range(300):
+        union, counts, inner, inner_counts = [0] * 3, [1] * 3, [0] * 3, [1] * 3
+        for axis in range(3 - rank, 3):
+            union[axis] = random.randint(0, 9)
+            counts[axis] = random.randint(1, 5)
+            inner[axis] = random.randint(0, counts[axis])
+            inner_counts[axis] = random.randint(0, counts[axis] - inner[axis])
+        ranges = (range(n) for n in counts)
+        for t, place in enumerate(product(*ranges)):
+            parameters.append((t, *union, *counts, *inner, *inner_counts))
+            corner = [u + p * n for u, p, n in zip(union, place, tile)]
+            whole = all(i <= p < i + n for p, i, n in zip(place, inner, inner_counts))
+            expected.append([*corner, int(whole)])
+    count = triton.next_power_of_2(len(parameters))
+    parameters += parameters[-1:] * (count - len(parameters))
+    table = torch.tensor(parameters, dtype=torch.int32).T.contiguous()
+    results = torch.empty(4, count, dtype=torch.int32)
+    enumeration_kernel[(1,)](table, results, count, rank, tile)
+    assert results.T[: len(expected)].tolist() == expected
 
 
-def _check_quotients() -> None:
+def test_quotients() -> None:
     """Exact up to the limit that the launches keep."""
     random = Random(3)
     pairs = [(0, 1), (2**31 - 1, 1), (2**31 - 1, 2), (65535, 65536), (65536, 65535)]
@@ -299,20 +301,3 @@ def _check_quotients() -> None:
     result = torch.empty_like(dividend)
     quotient_kernel[(1,)](dividend, divisor, result, len(pairs))
     assert torch.equal(result, dividend // divisor)
-
-
-CHECKS = {
-    "windows": _check_windows,
-    "axis_rows": _check_axis_rows,
-    "enumeration": _check_enumeration,
-    "quotients": _check_quotients,
-}
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(name: str) -> None:
-    run_interpreted(__file__, name)
-
-
-if __name__ == "__main__":
-    main(CHECKS)
