@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
+import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -282,17 +284,18 @@ def test_nothing_is_said_or_done_otherwise(monkeypatch):
 
 
 PROGRAM = """
-import torch, natten
-q = torch.randn(1, 7, 9, 2, 8)
+import time, torch, natten
+q = torch.randn(1, 7, 9, 2, 8, requires_grad=True)
+start = time.perf_counter()
+natten.na2d(q, q, q, 3).sum().backward()
+seconds = time.perf_counter() - start
 natten.na2d(q, q, q, 3)
-natten.na2d(q, q, q, 3)
-print("end of the program")
+print(f"end of the program, {seconds} s")
 """
+END = re.compile(r"end of the program, (.*) s\n")
 
 
 def run_program(**environment: str) -> tuple[str, str]:
-    import os
-
     known = {k: v for k, v in os.environ.items() if not k.startswith("NATTEN_")}
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=known | environment, cwd=ROOT, text=True,
@@ -301,17 +304,25 @@ def run_program(**environment: str) -> tuple[str, str]:
     return result.stdout, result.stderr
 
 
-def test_messages_of_a_program(tmp_path):
+def test_messages_and_cache_of_a_program(tmp_path):
     """With a cache that holds nothing, and with what the first run left there."""
-    cache = str(tmp_path / "cache")
+    cache = tmp_path / "cache"
+    environment = {"NUMBA_CACHE_DIR": str(cache)}
     path = tmp_path / "natten.log"
-    out, _ = run_program(NATTEN_LOG_LEVEL="DEBUG", NATTEN_LOG_PIPE=str(path), NUMBA_CACHE_DIR=cache)
-    assert out == "end of the program\n"
+    out, _ = run_program(NATTEN_LOG_LEVEL="DEBUG", NATTEN_LOG_PIPE=str(path), **environment)
+    first = END.fullmatch(out)
+    assert first, out
     written = path.read_text()
     assert written.count("cpu runs calls like this one") == 1
     assert written.count("numba compiled forward, which was not in its cache") == 1
-    out, _ = run_program(NATTEN_LOG_LEVEL="DEBUG", NUMBA_CACHE_DIR=cache)
+    stored = {file: file.stat().st_mtime_ns for file in cache.rglob("*.nbc")}
+    assert len(stored) == 3
+    out, _ = run_program(NATTEN_LOG_LEVEL="DEBUG", **environment)
     assert out.count("cpu runs calls like this one") == 1
     assert "numba compiled" not in out
-    out, err = run_program(NUMBA_CACHE_DIR=cache)
-    assert (out, "natten" in err) == ("end of the program\n", False)
+    assert {file: file.stat().st_mtime_ns for file in cache.rglob("*.nbc")} == stored
+    out, err = run_program(**environment)
+    second = END.fullmatch(out)
+    assert second, out
+    assert "natten" not in err
+    assert float(second[1]) < float(first[1]) / 2
