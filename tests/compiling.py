@@ -20,6 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from natten import devices
+from natten.functional.backend import Inputs, Results
 from natten.functional.backends.triton import launch
 from natten.functional.problem import Problem
 
@@ -127,16 +128,15 @@ def measuring(arch: int) -> Iterator[list[Memory]]:
         yield found
 
 
-class Tensors(NamedTuple):
-    """The tensors of a problem, without memory."""
+class Given(NamedTuple):
+    """What a backend is given beside the problem and its knobs."""
 
-    inputs: tuple[Tensor | None, ...]
-    out: Tensor
-    lse: Tensor
+    inputs: Inputs
+    results: Results
     needs: tuple[bool, ...]
 
 
-def without_memory(problem: Problem) -> Tensors:
+def without_memory(problem: Problem) -> Given:
     """Tensors of a problem, as backends take them."""
 
     def tensor(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
@@ -154,15 +154,13 @@ def without_memory(problem: Problem) -> Tensors:
         sequences = tensor(4, dtype=torch.int32)
     if problem.has_lengths:
         lengths = tensor(batch, dtype=torch.int64)
-    inputs = (
+    inputs = Inputs(
         tensor(batch, *problem.query_shape, problem.heads, head_dim),
         tensor(batch, *problem.key_shape, heads_kv, head_dim),
         tensor(batch, *problem.key_shape, heads_kv, head_dim_v),
         bias, more_keys, more_values, sequences, sequences, lengths,
     )  # fmt: skip
-    return Tensors(
-        inputs,
-        tensor(*problem.output_shape),
-        tensor(*problem.lse_shape, dtype=torch.float32),
-        (True, True, True, problem.has_rpb, context > 0, context > 0),
-    )
+    out = tensor(*problem.output_shape)
+    lse = tensor(*problem.lse_shape, dtype=torch.float32)
+    needs = (True, True, True, problem.has_rpb, context > 0, context > 0)
+    return Given(inputs, Results(out, lse, out), needs)

@@ -16,6 +16,7 @@ from cases import CASES, Case, random_case
 from checks import check_problem, make_inputs, run
 
 from natten.functional import dispatch, neighborhood_attention_generic
+from natten.functional.backend import Inputs, Results
 from natten.functional.backends import cpu
 from natten.functional.problem import DEFAULT_CONFIG, Problem, Unavailable
 
@@ -258,26 +259,23 @@ def test_loops_never_get_tensors_of_another_problem(name, wrong):
     right = dict.fromkeys(names[:3], torch.zeros(1, 8, 1, 8)) | dict.fromkeys(names[3:])
     tensors = list((right | {name: wrong}).values())
     with pytest.raises(ValueError, match=name):
-        cpu.CPU.forward(problem(), DEFAULT_CONFIG, *tensors, None, None, None)
-    out, lse = cpu.CPU.forward(problem(), DEFAULT_CONFIG, *right.values(), None, None, None)
+        cpu.CPU.forward(problem(), DEFAULT_CONFIG, Inputs(*tensors))
+    out, lse = cpu.CPU.forward(problem(), DEFAULT_CONFIG, Inputs(*right.values()))
     with pytest.raises(ValueError, match=name):
         cpu.CPU.backward(
-            problem(), DEFAULT_CONFIG, out, None, *tensors, None, None, None, out, lse, (True,) * 6
+            problem(), DEFAULT_CONFIG, Inputs(*tensors), Results(out, lse, out), (True,) * 6
         )
 
 
 @pytest.mark.parametrize("name", ["grad_out", "grad_lse", "out", "lse"])
 def test_loops_never_get_results_of_another_problem(name):
     x = torch.zeros(1, 8, 1, 8)
-    tensors = (x, x, x, *[None] * 6)
-    out, lse = cpu.CPU.forward(problem(), DEFAULT_CONFIG, *tensors)
+    inputs = Inputs(x, x, x)
+    out, lse = cpu.CPU.forward(problem(), DEFAULT_CONFIG, inputs)
     results = {"grad_out": out, "grad_lse": lse, "out": out, "lse": lse}
     results[name] = results[name][:, :7]
-    grad_out, grad_lse, *rest = results.values()
     with pytest.raises(ValueError, match=f"^{name} must be"):
-        cpu.CPU.backward(
-            problem(), DEFAULT_CONFIG, grad_out, grad_lse, *tensors, *rest, (True,) * 6
-        )
+        cpu.CPU.backward(problem(), DEFAULT_CONFIG, inputs, Results(**results), (True,) * 6)
 
 
 def test_chosen_on_the_cpu():

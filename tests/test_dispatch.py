@@ -9,13 +9,14 @@ import torch
 
 import natten
 from natten.functional import dispatch
+from natten.functional.backend import Backend
 from natten.functional.problem import DEFAULT_CONFIG, Config, Unavailable, decode_config
 from natten.types import KernelSchedule
 
 Q = torch.randn(1, 8, 9, 2, 16)
 
 
-class Fake:
+class Fake(Backend):
     """A backend that says what the test wants."""
 
     def __init__(self, name, reason=None, pairs=()):
@@ -33,9 +34,13 @@ class Fake:
 
     backward_configs = configs
 
-    def forward(self, problem, config, query, *others):
+    def forward(self, problem, config, inputs):
         self.config = config
+        query = inputs.query
         return query.new_zeros(problem.output_shape), query.new_zeros(problem.lse_shape)
+
+    def backward(self, problem, config, inputs, results, needs, destinations=None):
+        raise AssertionError("nobody asked for gradients")
 
 
 @pytest.fixture

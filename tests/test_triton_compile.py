@@ -112,12 +112,12 @@ def compile_setting(setting: Setting) -> dict[str, Any]:
     """All kernels of a forward and backward pass."""
     problem, config = setting.problem(), Config(**setting.knobs)
     backend = BACKEND[setting.arch]
-    inputs, out, lse, needs = without_memory(problem)
+    inputs, results, needs = without_memory(problem)
     with compiling(setting.arch) as kernels:
         assert backend.refusal(problem, config) is None
-        backend.forward(problem, config, *inputs)
+        backend.forward(problem, config, inputs)
         if setting.backward:
-            backend.backward(problem, config, out, None, *inputs, out, lse, needs)
+            backend.backward(problem, config, inputs, results, needs)
     return kernels
 
 

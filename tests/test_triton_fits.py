@@ -114,12 +114,12 @@ def draw(random: Random) -> Draw | None:
 
 def measure(drawn: Draw) -> list[Memory]:
     backend, problem = BACKENDS[drawn.backend], drawn.problem
-    inputs, out, lse, needs = without_memory(problem)
+    inputs, results, needs = without_memory(problem)
     with measuring(drawn.arch) as found:
         if drawn.backward:
-            backend.backward(problem, drawn.config, out, None, *inputs, out, lse, needs)
+            backend.backward(problem, drawn.config, inputs, results, needs)
         else:
-            backend.forward(problem, drawn.config, *inputs)
+            backend.forward(problem, drawn.config, inputs)
     return found
 
 
@@ -264,16 +264,16 @@ def test_default_tiles_that_do_not_fit_become_smaller(
     backend: Any, arch: int, names: set[str]
 ) -> None:
     problem = replace(_problem(), num_additional=9)
-    inputs, out, lse, needs = without_memory(problem)
+    inputs, results, needs = without_memory(problem)
     launched = set()
     with launches(arch, lambda name, _: launched.add(name)), _too_large(names, ROOM):
-        backend.forward(problem, DEFAULT_CONFIG, *inputs)
-        backend.backward(problem, DEFAULT_CONFIG, out, None, *inputs, out, lse, needs)
+        backend.forward(problem, DEFAULT_CONFIG, inputs)
+        backend.backward(problem, DEFAULT_CONFIG, inputs, results, needs)
         assert launched >= KERNELS
         # It is remembered.
         refused = set(tiles._refused)
-        backend.forward(problem, DEFAULT_CONFIG, *inputs)
-        backend.backward(problem, DEFAULT_CONFIG, out, None, *inputs, out, lse, needs)
+        backend.forward(problem, DEFAULT_CONFIG, inputs)
+        backend.backward(problem, DEFAULT_CONFIG, inputs, results, needs)
         assert tiles._refused == refused
         assert len(refused) >= 3
         tilings = [
@@ -290,15 +290,15 @@ def test_default_tiles_that_do_not_fit_become_smaller(
 @pytest.mark.parametrize("backward", [False, True])
 def test_named_tiles_that_do_not_fit(backward: bool) -> None:
     problem = _problem()
-    inputs, out, lse, needs = without_memory(problem)
+    inputs, results, needs = without_memory(problem)
     prefix = "backward_" if backward else ""
 
     def attend(query: int, key: int) -> None:
         config = Config(**{f"{prefix}q_tile_shape": (query,), f"{prefix}kv_tile_shape": (key,)})  # type: ignore[arg-type]
         if backward:
-            CUTLASS.backward(problem, config, out, None, *inputs, out, lse, needs)
+            CUTLASS.backward(problem, config, inputs, results, needs)
         else:
-            CUTLASS.forward(problem, config, *inputs)
+            CUTLASS.forward(problem, config, inputs)
 
     with launches(80, lambda name, _: None), _too_large(KERNELS, ROOM):
         # Its tiles are not loaded ahead, but they are those that were named.
@@ -328,7 +328,7 @@ def test_nothing_fits() -> None:
         _too_large(KERNELS, 0),
         pytest.raises(NotImplementedError, match="no tiles of head_dim 64"),
     ):
-        CUTLASS.forward(problem, DEFAULT_CONFIG, *inputs)
+        CUTLASS.forward(problem, DEFAULT_CONFIG, inputs)
 
 
 def test_launches_say_that_tiles_are_too_large() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from natten.functional import neighborhood_attention_generic
+from natten.functional.backend import Inputs, Results
 from natten.functional.backends.triton import wide
 from natten.functional.problem import Problem
 
@@ -24,8 +25,8 @@ def _problem(heads: int, heads_kv: int, features: int) -> Problem:
     )  # fmt: skip
 
 
-def _attend(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
-    query, key, value, rpb, context_key, context_value = tensors
+def _attend(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    query, key, value, rpb, context_key, context_value, *_ = inputs
     return neighborhood_attention_generic(
         query, key, value, **WINDOW, rpb=rpb, additional_keys=context_key,
         additional_values=context_value, return_lse=True, backend="reference",
@@ -47,7 +48,7 @@ def test_slices(heads: int, heads_kv: int, features: int) -> None:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
-    tensors: tuple[Tensor | None, ...] = (
+    tensors = Inputs(
         randn(2, 5, 6, heads, 8), randn(2, 5, 6, heads_kv, 8), randn(2, 5, 6, heads_kv, features),
         randn(heads, 5, 9) if problem.has_rpb else None,
         randn(2, 3, heads_kv, 8), randn(2, 3, heads_kv, features),
@@ -59,17 +60,21 @@ def test_slices(heads: int, heads_kv: int, features: int) -> None:
 
     with torch.no_grad():
         inputs = slices.inputs(tensors)
-    inputs = tuple(None if t is None else t.double().requires_grad_() for t in inputs)
+    inputs = Inputs._make([None if t is None else t.double().requires_grad_() for t in inputs])
     narrow_out, narrow_lse = _attend(inputs)
     assert narrow_out.shape == narrow.output_shape
     torch.testing.assert_close(slices.join(narrow_out), out)
     torch.testing.assert_close(slices.first(narrow_lse), lse)
     torch.testing.assert_close(slices.repeat(lse, -1), narrow_lse)
 
-    given = (slices.split(grad_out), slices.only_first(grad_lse))
+    sliced = slices.results(Results(out, lse, grad_out, grad_lse))
+    torch.testing.assert_close((sliced.out, sliced.lse), (narrow_out, narrow_lse))
+    given = sliced[2:]
     present = [t for t in inputs if t is not None]
     found = iter(torch.autograd.grad((narrow_out, narrow_lse), present, given))
-    gradients = slices.gradients(tuple(None if t is None else next(found) for t in inputs))
+    gradients = slices.gradients(
+        tuple(None if t is None else next(found) for t in inputs.differentiable)
+    )
     got = [gradient for gradient in gradients if gradient is not None]
     for tensor, gradient, expected in zip(leaves, got, exact, strict=True):
         assert gradient.shape == tensor.shape
@@ -81,9 +86,8 @@ def test_values_of_heads_that_share_nothing_are_not_copied() -> None:
     assert slices is not None
     value = torch.randn(2, 5, 6, 2, 384)
     parts = slices.split(value)
-    assert parts is not None
     assert parts.data_ptr() == value.data_ptr()
-    assert slices.join(parts).data_ptr() == value.data_ptr()  # type: ignore[union-attr]
+    assert slices.join(parts).data_ptr() == value.data_ptr()
 
 
 def test_narrow_values_stay() -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from natten import validation
+from natten.functional.backend import Inputs
 from natten.functional.problem import Config, Problem, decode_config
 
 # What the operator takes as kernel_size for a window of everything there is along an axis.
@@ -172,18 +173,17 @@ class Call:
         is_unused = problem.varlen and not (problem.max_seqlen_q and problem.max_seqlen_kv)
         return not has_queries or not has_keys or is_unused
 
-    def prepared(self, tensors: Tensors) -> Tensors:
+    def prepared(self, tensors: Tensors) -> Inputs:
         """The tensors as backends take them."""
-        if self.is_packed or self.is_flat:
-            query, key, value = separated(tensors, self.parameters.heads_kv)
-            if self.is_flat:
-                query, key, value = flat(query), flat(key), flat(value)
-            tensors = Tensors(query, key, value, *tensors[3:])
-        if tensors.additional_keys is not None and not self.problem.num_additional:
-            tensors = tensors._replace(
+        query, key, value = separated(tensors, self.parameters.heads_kv)
+        if self.is_flat:
+            query, key, value = flat(query), flat(key), flat(value)
+        inputs = Inputs(query, key, value, *tensors[3:])
+        if inputs.additional_keys is not None and not self.problem.num_additional:
+            inputs = inputs._replace(
                 additional_keys=None, additional_values=None, additional_lengths=None
             )
-        return tensors
+        return inputs
 
     def result(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
         """A result of a backend as the operator returns it."""

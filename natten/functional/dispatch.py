@@ -1,25 +1,7 @@
 """The table of backends: who runs a problem, and why the others do not.
 
-Every backend is an object with
-
-    name                          its name, without suffix
-    refusal(problem, config)      None if it can run the problem, else the reason in one sentence
-                                  (an Unavailable if the environment lacks something)
-    forward(problem, config, query, key, value, rpb, additional_keys, additional_values,
-            cumulative_seqlen_q, cumulative_seqlen_kv, additional_lengths) -> (out, logsumexp)
-    backward(problem, config, grad_out, grad_lse, *the same tensors, out, logsumexp, needs)
-            -> six gradients
-    configs(problem), backward_configs(problem)
-                                  (q_tile_shape, kv_tile_shape) pairs that it accepts, or
-                                  ((q_tile_shape, kv_tile_shape), kernel_schedule); an empty list
-                                  if it has no such knobs, which are then ignored
-
-and, optionally,
-
-    auto_refusal(problem, config) a reason not to be chosen unless named
-    takes_destinations            true if backward takes ``destinations=``: views that it may write
-                                  the gradients of query, key and value into, which are always
-                                  needed then, and return
+:class:`natten.functional.backend.Backend` says what each of them is. Nothing but this table names
+one.
 """
 
 from __future__ import annotations
@@ -30,31 +12,50 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from natten import tuned
 from natten.context import Preferences, preferences
+from natten.functional.backend import Backend, Gradients, Inputs
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem, Unavailable
 
 logger = logging.getLogger("natten")
 
+
+class Entry(NamedTuple):
+    """Where a backend is, and what is known of it before its module is imported.
+
+    Attributes:
+        module: Its module.
+        attribute: The object in it.
+        device: The tensors that it is for; it is loaded for others only when named. None for any.
+        is_bare: Whether its name may be used without suffix: it has no counterpart elsewhere.
+        is_expected: Whether this is what such a device ought to run on.
+    """
+
+    module: str
+    attribute: str
+    device: str | None = None
+    is_bare: bool = False
+    is_expected: bool = False
+
+
+_TRITON = "natten.functional.backends.triton"
 # In order of preference.
-BACKENDS: dict[str, tuple[str, str]] = {
-    "blackwell": ("natten.functional.backends.triton", "BLACKWELL"),
-    "hopper": ("natten.functional.backends.triton", "HOPPER"),
-    "cutlass": ("natten.functional.backends.triton", "CUTLASS"),
-    "cpu": ("natten.functional.backends.cpu", "CPU"),
-    "flex": ("natten.functional.backends.flex", "FLEX"),
-    "reference": ("natten.functional.backends.reference", "REFERENCE"),
+BACKENDS: dict[str, Entry] = {
+    "blackwell": Entry(_TRITON, "BLACKWELL", "cuda"),
+    "hopper": Entry(_TRITON, "HOPPER", "cuda"),
+    "cutlass": Entry(_TRITON, "CUTLASS", "cuda", is_expected=True),
+    "cpu": Entry("natten.functional.backends.cpu", "CPU", "cpu", is_bare=True, is_expected=True),
+    "flex": Entry("natten.functional.backends.flex", "FLEX"),
+    "reference": Entry("natten.functional.backends.reference", "REFERENCE", is_bare=True),
 }
-# Loaded only for tensors of the device they are for, or when named.
-_DEVICES = {"blackwell": "cuda", "hopper": "cuda", "cutlass": "cuda", "cpu": "cpu"}
-# Names that may be used without suffix: they have no counterpart elsewhere.
-_UNSUFFIXED = ("cpu", "reference")
 FNA, FMHA = "fna", "fmha"
 
 
-class _Missing:
+class _Missing(Backend):
     """Stands in for a backend that this installation lacks."""
 
     def __init__(self, name: str, reason: str) -> None:
@@ -64,16 +65,17 @@ class _Missing:
     def refusal(self, problem: Problem, config: Config) -> str | None:
         return self.reason
 
-    def configs(self, problem: Problem) -> list[Any]:
-        return []
+    def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        raise RuntimeError(self.reason)
 
-    backward_configs = configs
+    def backward(self, problem: Problem, config: Config, *arguments: Any) -> Gradients:
+        raise RuntimeError(self.reason)
 
 
 @cache
-def load(name: str) -> Any:
+def load(name: str) -> Backend:
     """The backend object called ``name`` (without suffix); imports its module."""
-    module, attribute = BACKENDS[name]
+    module, attribute, *_ = BACKENDS[name]
     if find_spec(module) is None:
         return _Missing(name, f"the {name} kernels are not part of this installation")
     try:
@@ -85,7 +87,8 @@ def load(name: str) -> Any:
 
 def public_names(kind: str) -> list[str]:
     """The names that ``backend=`` takes for "fna" (na1d, na2d, na3d) or "fmha" (attention)."""
-    return [f"{name}-{kind}" for name in BACKENDS] + list(_UNSUFFIXED)
+    bare = [name for name, entry in BACKENDS.items() if entry.is_bare]
+    return [f"{name}-{kind}" for name in BACKENDS] + bare
 
 
 def parse_name(backend: Any, kind: str) -> str:
@@ -100,7 +103,8 @@ def parse_name(backend: Any, kind: str) -> str:
     if not isinstance(backend, str):
         raise ValueError(f"backend must be a str or None, got {backend!r}")
     name, _, suffix = backend.partition("-")
-    if name in BACKENDS and (suffix == kind or (not suffix and backend in _UNSUFFIXED)):
+    entry = BACKENDS.get(name)
+    if entry is not None and (suffix == kind or (entry.is_bare and backend == name)):
         return name
     raise NotImplementedError(
         f"backend must be None or one of {', '.join(public_names(kind))}, got {backend!r}"
@@ -108,7 +112,7 @@ def parse_name(backend: Any, kind: str) -> str:
 
 
 def _device_refusal(name: str, problem: Problem) -> str | None:
-    device = _DEVICES.get(name)
+    device = BACKENDS[name].device
     if device is None or problem.device.type == device:
         return None
     return Unavailable(f"it runs on {device} tensors, and these are on {problem.device.type}")
@@ -116,7 +120,7 @@ def _device_refusal(name: str, problem: Problem) -> str | None:
 
 def refusal(name: str, problem: Problem, config: Config) -> str | None:
     """Why the backend called ``name`` (without suffix) would not run ``problem`` if named."""
-    if _DEVICES.get(name) == "cpu":
+    if BACKENDS[name].device == "cpu":
         reason = _device_refusal(name, problem)
         if reason is not None:
             return reason
@@ -130,9 +134,7 @@ def _auto_refusal(name: str, problem: Problem, config: Config) -> str | None:
         return reason
     backend = load(name)
     reason = backend.refusal(problem, config)
-    if reason is None and hasattr(backend, "auto_refusal"):
-        reason = backend.auto_refusal(problem, config)
-    return reason
+    return backend.auto_refusal(problem, config) if reason is None else reason
 
 
 def can_run(name: str, problem: Problem, config: Config) -> bool:
@@ -179,7 +181,7 @@ def _check_pair(
     )
 
 
-def check_tiles(backend: Any, problem: Problem, config: Config) -> None:
+def check_tiles(backend: Backend, problem: Problem, config: Config) -> None:
     """Raise ValueError if the tile shapes in ``config`` are not among the backend's own."""
     _check_pair(
         ("q_tile_shape", "kv_tile_shape"),
@@ -206,7 +208,7 @@ def _suggest_once(name: str, reason: str) -> None:
         logger.warning("the fast backend %r is not used here: %s", name, reason)
 
 
-def resolve(problem: Problem, config: Config, name: str = "") -> Any:
+def resolve(problem: Problem, config: Config, name: str = "") -> Backend:
     """The backend that runs ``problem``: the one named, or the first that can.
 
     Raises:
@@ -230,7 +232,7 @@ def forget() -> None:
 
 # Refusals may depend on the preferences, which are part of the key for that reason.
 @lru_cache(maxsize=4096)
-def _resolve(problem: Problem, config: Config, name: str, _: Preferences) -> Any:
+def _resolve(problem: Problem, config: Config, name: str, _: Preferences) -> Backend:
     backend = _decide(problem, config, name)
     if logger.isEnabledFor(logging.DEBUG):
         from natten.functional import messages
@@ -239,7 +241,7 @@ def _resolve(problem: Problem, config: Config, name: str, _: Preferences) -> Any
     return backend
 
 
-def _decide(problem: Problem, config: Config, name: str) -> Any:
+def _decide(problem: Problem, config: Config, name: str) -> Backend:
     if name:
         if name not in BACKENDS:
             raise NotImplementedError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
@@ -261,9 +263,8 @@ def _decide(problem: Problem, config: Config, name: str) -> Any:
             check_tiles(backend, problem, config)
             return backend
         reasons.append(f"{candidate}: {reason}")
-        # These two are what a CPU or a GPU ought to run on.
         lacks = isinstance(reason, Unavailable) and _device_refusal(candidate, problem) is None
-        if lacks and candidate in ("cpu", "cutlass"):
+        if lacks and BACKENDS[candidate].is_expected:
             _suggest_once(candidate, reason)
     raise NotImplementedError("no backend can run this problem; " + "; ".join(reasons))
 

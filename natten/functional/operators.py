@@ -20,6 +20,7 @@ from torch import Tensor
 
 from natten import _internals
 from natten._internals import is_plain, plain_apply, transformed, transforming
+from natten.functional.backend import Backend, Results
 from natten.functional.call import (
     NUM_TENSORS,
     Call,
@@ -30,6 +31,7 @@ from natten.functional.call import (
     unpacked,
 )
 from natten.functional.dispatch import resolve
+from natten.functional.problem import Config
 from natten.tuned import with_profile
 
 _TENSORS = (
@@ -97,7 +99,7 @@ def _run(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
             query.new_zeros(shape),
             query.new_full(shape[:-1], -torch.inf, dtype=problem.accumulation_dtype),
         )
-    out, lse = backend.forward(problem, config, *call.prepared(tensors))
+    out, lse = backend.forward(problem, config, call.prepared(tensors))
     return call.result(out, call.out_shape), call.result(lse, call.out_shape[:-1])
 
 
@@ -130,8 +132,8 @@ def _run_backward(
 
 def _fill(
     call: Call,
-    config: Any,
-    backend: Any,
+    config: Config,
+    backend: Backend,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
     tensors: Tensors,
@@ -146,19 +148,15 @@ def _fill(
     if call.is_flat:
         out, grad_out, lse = flat(out), flat(grad_out), lse.flatten(1, -2)
         grad_lse = None if grad_lse is None else grad_lse.flatten(1, -2)
-    named: dict[str, Any] = {}
     whole, parts = gradients[0], None
     if call.is_packed:
         needs = (needs[0],) * 3 + needs[3:]
         if whole is not None:
             whole = flat(whole) if call.is_flat else whole
             parts = unpacked(whole, call.parameters.heads_kv)
-            if getattr(backend, "takes_destinations", False):
-                named["destinations"] = parts
+    results = Results(out, lse, grad_out, grad_lse)
     inputs = call.prepared(tensors)
-    found = backend.backward(
-        call.problem, config, grad_out, grad_lse, *inputs, out, lse, needs, **named
-    )
+    found = backend.backward(call.problem, config, inputs, results, needs, parts)
     if parts is not None:
         for destination, part in zip(parts, found[:3], strict=True):
             if part is None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from natten.context import is_flex_compile_allowed, is_flex_compile_backprop_allowed
+from natten.functional.backend import Backend, Gradients, Inputs, Results
 from natten.functional.problem import Config, Problem, Unavailable
 from natten.window import absent, cleared, mask
 
@@ -300,15 +301,7 @@ def _autograd_allowed() -> Iterator[None]:
 def _run(
     problem: Problem,
     config: Config,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    cumulative_seqlen_q: Tensor | None,
-    cumulative_seqlen_kv: Tensor | None,
-    additional_lengths: Tensor | None,
+    inputs: Inputs,
     weigh: Callable[..., ScoreMod] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp, in the layouts of the operator.
@@ -317,6 +310,8 @@ def _run(
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+    query, key, value, rpb, additional_keys, additional_values, *cumulative, _ = inputs
+    additional_lengths = inputs.additional_lengths
     q, k, v = (t.flatten(1, -3) for t in (query, key, value))
     tiles: tuple[tuple[int, ...], tuple[int, ...]] = ((_BLOCK,), (_BLOCK,))
     if config.q_tile_shape is not None and config.kv_tile_shape is not None:
@@ -337,10 +332,10 @@ def _run(
             additional_values = cleared(additional_values, hidden)
         k, v = torch.cat([k, additional_keys], dim=1), torch.cat([v, additional_values], dim=1)
     q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-    if cumulative_seqlen_q is not None and cumulative_seqlen_kv is not None:
+    if cumulative[0] is not None and cumulative[1] is not None:
         sequences = (
-            *_sequences(cumulative_seqlen_q, problem.num_queries),
-            *_sequences(cumulative_seqlen_kv, problem.num_keys),
+            *_sequences(cumulative[0], problem.num_queries),
+            *_sequences(cumulative[1], problem.num_keys),
         )
         block_mask = _block_mask(problem, _visible(problem, sequences), blocks)
     else:
@@ -354,7 +349,7 @@ def _run(
                 problem.num_keys,
                 orders,
             )
-    attend = _compiled() if config.torch_compile else flex_attention
+    attend: Any = _compiled() if config.torch_compile else flex_attention
     score_mod = _score_mod(problem, rpb, orders)
     out, aux = attend(
         q,
@@ -393,19 +388,20 @@ def _finite(*tensors: Tensor | None) -> bool:
 
 
 def _with_infinite_values(
-    problem: Problem, config: Config, *tensors: Tensor | None
+    problem: Problem, config: Config, inputs: Inputs
 ) -> tuple[Tensor, Tensor]:
     """What `_run` returns, where only those see a value that is not finite whose window holds it.
 
     FlexAttention multiplies masked values by zero, and zero times NaN is NaN: it gets finite values
     here, and is asked apart who sees the others, with a weight above zero or of zero.
     """
-    query, key, value, rpb, more_keys, more_values, *rest = tensors
 
     def run(change: Callable[[Tensor], Tensor], weigh: Any = None) -> tuple[Tensor, Tensor]:
-        values = (None if v is None else change(v).to(query.dtype) for v in (value, more_values))
-        own, more = values
-        return _run(problem, config, query, key, own, rpb, more_keys, more, *rest, weigh=weigh)
+        changed = inputs._replace(value=change(inputs.value).to(problem.dtype))
+        if inputs.additional_values is not None:
+            more = change(inputs.additional_values).to(problem.dtype)
+            changed = changed._replace(additional_values=more)
+        return _run(problem, config, changed, weigh)
 
     out, lse = run(lambda v: v.masked_fill(~v.isfinite(), 0.0))
     kept = lse.flatten(1, -2).transpose(1, 2).contiguous()
@@ -434,7 +430,7 @@ def _with_infinite_values(
     return out.masked_fill(is_nan | (is_inf & is_minus_inf), torch.nan), lse
 
 
-class Flex:
+class Flex(Backend):
     """The FlexAttention backend."""
 
     name = "flex"
@@ -473,19 +469,13 @@ class Flex:
     def configs(self, problem: Problem) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         return list(_TILES[problem.rank])
 
-    def backward_configs(self, problem: Problem) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        return []
-
-    def forward(
-        self,
-        problem: Problem,
-        config: Config,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
         with _autograd_allowed(), torch.no_grad():
-            plain = [None if t is None else t.detach() for t in tensors]
-            attend = _run if _finite(plain[2], plain[5]) else _with_infinite_values
-            out, lse = attend(problem, config, *plain)  # type: ignore[arg-type]
+            plain = Inputs._make([None if t is None else t.detach() for t in inputs])
+            attend = (
+                _run if _finite(plain.value, plain.additional_values) else _with_infinite_values
+            )
+            out, lse = attend(problem, config, plain)
             # Uncompiled, it says inf where the output is NaN.
             return out, lse.masked_fill(lse == torch.inf, torch.nan)
 
@@ -493,41 +483,31 @@ class Flex:
         self,
         problem: Problem,
         config: Config,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        additional_keys: Tensor | None,
-        additional_values: Tensor | None,
-        cumulative_seqlen_q: Tensor | None,
-        cumulative_seqlen_kv: Tensor | None,
-        additional_lengths: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        needs: tuple[bool, bool, bool, bool, bool, bool],
-    ) -> tuple[Tensor | None, ...]:
-        inputs = (query, key, value, rpb, additional_keys, additional_values)
+        inputs: Inputs,
+        results: Results,
+        needs: tuple[bool, ...],
+        destinations: tuple[Tensor, ...] | None = None,
+    ) -> Gradients:
+        grad_out, grad_lse = results.grad_out, results.grad_lse
         # Tiles are named for the forward pass. Of the backward pass not all compile: it has none.
         config = replace(config, q_tile_shape=None, kv_tile_shape=None)
         with _autograd_allowed(), torch.enable_grad():
             leaves = [
                 None if t is None else t.detach().requires_grad_(need)
-                for t, need in zip(inputs, needs, strict=True)
+                for t, need in zip(inputs.differentiable, needs, strict=True)
             ]
-            rest = (cumulative_seqlen_q, cumulative_seqlen_kv, additional_lengths)
-            results = _run(problem, config, *leaves, *rest)  # type: ignore[arg-type]
+            again = _run(problem, config, Inputs._make([*leaves, *inputs[6:]]))
             wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
             gradients = iter(
                 torch.autograd.grad(
-                    results if grad_lse is not None else results[:1],
+                    again if grad_lse is not None else again[:1],
                     wanted,
                     (grad_out, grad_lse) if grad_lse is not None else (grad_out,),
                     allow_unused=True,
                 )
             )
-        return tuple(next(gradients) if need else None for need in needs)
+        found = [next(gradients) if need else None for need in needs]
+        return found[0], found[1], found[2], found[3], found[4], found[5]
 
 
 FLEX = Flex()

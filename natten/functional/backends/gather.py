@@ -27,7 +27,7 @@ class Neighbors(NamedTuple):
     """
 
     first: Tensor
-    count: Tensor
+    number: Tensor
 
 
 def keys_of_queries(axis: Axis, device: torch.device | str = "cpu") -> Neighbors:
@@ -67,7 +67,7 @@ def _chunks(
     windows = [keys_of_queries(axis, device) for axis in axes]
     tables = [queries_of_keys(axis, device) for axis in axes] if inverse else windows
     widths = [
-        max(int(t.count.max()), 1) if inverse else axis.kernel_size
+        max(int(t.number.max()), 1) if inverse else axis.kernel_size
         for t, axis in zip(tables, axes, strict=True)
     ]
     tokens = prod(axis.length for axis in axes)
@@ -81,7 +81,7 @@ def _chunks(
             axes, windows, tables, widths, _coordinates(rows, axes), strict=True
         ):
             offset = torch.arange(width, device=device)
-            valid = offset < table.count[own][:, None]
+            valid = offset < table.number[own][:, None]
             other = table.first[own][:, None] + axis.dilation * offset
             other = torch.where(valid, other, own[:, None])
             if inverse:

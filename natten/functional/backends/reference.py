@@ -14,23 +14,21 @@ can change a bit of another's results.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from natten.functional.backend import Backend, Gradients, Inputs, Results, sequences
 from natten.functional.problem import Config, Problem
 from natten.window import Axis, absent, bounds_table, cleared
 
 # Scores that exist at once: 8 MB in float64, which stays in a CPU's cache.
 _SCORES = 1 << 20
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-Gradients = tuple[
-    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
-]
 
 
 @dataclass(frozen=True)
@@ -184,13 +182,11 @@ class _Tile:
 
 def _tiles(problem: Problem, shared_window_only: bool) -> Iterator[_Tile]:
     per_axis = [
-        _segments(axis, *boxes, problem.device)
-        for axis, *boxes in zip(
+        _segments(axis, *query_box, *key_box, tile, problem.device)
+        for axis, query_box, key_box, tile in zip(
             problem.axes,
-            problem.query_origin,
-            problem.query_shape,
-            problem.key_origin,
-            problem.key_shape,
+            zip(problem.query_origin, problem.query_shape, strict=True),
+            zip(problem.key_origin, problem.key_shape, strict=True),
             _tile_shape(problem, shared_window_only),
             strict=True,
         )
@@ -249,8 +245,9 @@ def _scores(
     """
     scores = (q @ k.transpose(-1, -2)).mul_(problem.scale)
     own = scores.shape[-1] - problem.num_additional
-    if tile.bias_index is not None:
-        bias = rpb[(slice(None), *tile.bias_index)]
+    if rpb is not None and tile.bias_index is not None:
+        index: tuple[Any, ...] = (slice(None), *tile.bias_index)
+        bias = rpb[index]
         group = problem.heads // problem.heads_kv
         bias = bias.reshape(problem.heads_kv, group, scores.shape[-2], own)
         scores[..., :own] += bias
@@ -269,22 +266,12 @@ def _mask(
         pairs[..., own:].masked_fill_(hidden[:, None, None, None, :], number)
 
 
-def _forward(
-    problem: Problem,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    lengths: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
+def _forward(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor) -> None:
+    query, key, value, rpb, additional_keys, additional_values, *_ = inputs
     dtype = problem.accumulation_dtype
     groups = problem.heads_kv
     hidden, additional_keys, additional_values = _context(
-        problem, additional_keys, additional_values, lengths
+        problem, additional_keys, additional_values, inputs.additional_lengths
     )
     rpb = None if rpb is None else rpb.to(dtype)
     for tile, entry in _passes(problem, rpb, query, key, value, additional_keys, additional_values):
@@ -310,33 +297,23 @@ def _forward(
 
 
 def _backward(
-    problem: Problem,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    lengths: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    gradients: Gradients,
+    problem: Problem, inputs: Inputs, results: Results, gradients: list[Tensor | None]
 ) -> None:
     """Add to ``gradients``, zeros in the accumulation dtype; None is not wanted."""
+    query, key, value, rpb, additional_keys, additional_values, *_ = inputs
+    out, lse, grad_out, grad_lse = results
     dtype = problem.accumulation_dtype
     groups = problem.heads_kv
     hidden, additional_keys, additional_values = _context(
-        problem, additional_keys, additional_values, lengths
+        problem, additional_keys, additional_values, inputs.additional_lengths
     )
     dq, dk, dv, drpb, dk_extra, dv_extra = gradients
     rpb = None if rpb is None else rpb.to(dtype)
     scale = problem.gradient_scale
-    inputs = (query, key, value, additional_keys, additional_values, grad_out, grad_lse)
+    given = (query, key, value, additional_keys, additional_values, grad_out, grad_lse)
     # A logsumexp of -inf is tame: such rows are left out.
     known = lse.masked_fill(lse == -torch.inf, 0.0)
-    for tile, entry in _passes(problem, rpb, *inputs, known):
+    for tile, entry in _passes(problem, rpb, *given, known):
         k = tile.columns(key[entry], _entry(additional_keys, entry), dtype)
         if k.shape[-2] == 0:
             continue
@@ -394,38 +371,14 @@ def _add_columns(
 ) -> None:
     # Heads of one group sum into the key head that they share.
     columns = weights.flatten(2, 3).transpose(-1, -2) @ rows.flatten(2, 3)
-    if target is None:
+    if target is not None:
+        tile.add_columns(target, extra, columns)
+    elif extra is not None:
         count = columns.shape[-2] - problem.num_additional
         extra += columns[:, :, count:].transpose(1, 2)
-    else:
-        tile.add_columns(target, extra, columns)
 
 
-def _sequences(
-    problem: Problem, cumulative_q: Tensor, cumulative_kv: Tensor
-) -> Iterator[tuple[Problem, slice, slice]]:
-    """The problem of each packed sequence, and where its tokens are."""
-    q_ends, kv_ends = cumulative_q.tolist(), cumulative_kv.tolist()
-    for i in range(len(q_ends) - 1):
-        queries = slice(q_ends[i], q_ends[i + 1])
-        keys = slice(kv_ends[i], kv_ends[i + 1])
-        lengths = (queries.stop - queries.start, keys.stop - keys.start)
-        grid = (max(*lengths, 1),)
-        yield (
-            replace(
-                problem,
-                query_shape=lengths[:1],
-                key_shape=lengths[1:],
-                grid=grid,
-                kernel_size=grid,
-                varlen=False,
-            ),
-            queries,
-            keys,
-        )
-
-
-class Reference:
+class Reference(Backend):
     """The eager backend. Declines nothing but dtypes that torch itself does not compute with."""
 
     name = "reference"
@@ -435,99 +388,53 @@ class Reference:
             return f"it computes float32, float64, bfloat16 and float16, not {problem.dtype}"
         return None
 
-    def configs(self, problem: Problem) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        return []
-
-    def backward_configs(self, problem: Problem) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        return []
-
-    def forward(
-        self,
-        problem: Problem,
-        config: Config,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        additional_keys: Tensor | None,
-        additional_values: Tensor | None,
-        cumulative_seqlen_q: Tensor | None,
-        cumulative_seqlen_kv: Tensor | None,
-        additional_lengths: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        query = inputs.query
         out = query.new_empty(problem.output_shape)
         lse = query.new_empty(problem.lse_shape, dtype=problem.accumulation_dtype)
         if out.numel() == 0 and lse.numel() == 0:
             return out, lse
         if not problem.varlen:
-            extra = (additional_keys, additional_values, additional_lengths)
-            _forward(problem, query, key, value, rpb, *extra, out, lse)
+            _forward(problem, inputs, out, lse)
             return out, lse
         # Tokens behind the last sequence belong to none.
         out.zero_()
         lse.fill_(-torch.inf)
-        for part, q, kv in _sequences(problem, cumulative_seqlen_q, cumulative_seqlen_kv):
-            tensors = (query[:, q], key[:, kv], value[:, kv])
-            _forward(part, *tensors, None, None, None, None, out[:, q], lse[:, q])
+        for part in sequences(problem, inputs):
+            rows = part.queries
+            _forward(part.problem, part.inputs(inputs), out[:, rows], lse[:, rows])
         return out, lse
 
     def backward(
         self,
         problem: Problem,
         config: Config,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        additional_keys: Tensor | None,
-        additional_values: Tensor | None,
-        cumulative_seqlen_q: Tensor | None,
-        cumulative_seqlen_kv: Tensor | None,
-        additional_lengths: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        needs: tuple[bool, bool, bool, bool, bool, bool],
+        inputs: Inputs,
+        results: Results,
+        needs: tuple[bool, ...],
+        destinations: tuple[Tensor, ...] | None = None,
     ) -> Gradients:
-        inputs = (query, key, value, rpb, additional_keys, additional_values)
-        dtype = problem.accumulation_dtype
         sums = [
-            torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
+            torch.zeros(tensor.shape, dtype=problem.accumulation_dtype, device=tensor.device)
             if need and tensor is not None
             else None
-            for need, tensor in zip(needs, inputs, strict=True)
+            for need, tensor in zip(needs, inputs.differentiable, strict=True)
         ]
-        if lse.numel() == 0:
+        if results.lse.numel() == 0:
             pass
         elif not problem.varlen:
-            _backward(
-                problem, grad_out, grad_lse, *inputs, additional_lengths, out, lse, tuple(sums)
-            )
+            _backward(problem, inputs, results, sums)
         else:
-            for part, q, kv in _sequences(problem, cumulative_seqlen_q, cumulative_seqlen_kv):
-                rows = [None if t is None else t[:, q] for t in (grad_out, grad_lse, out, lse)]
-                _backward(
-                    part,
-                    *rows[:2],
-                    query[:, q],
-                    key[:, kv],
-                    value[:, kv],
-                    None,
-                    None,
-                    None,
-                    None,
-                    *rows[2:],
-                    tuple(
-                        None if s is None else s[:, where]
-                        for s, where in zip(sums[:3], (q, kv, kv), strict=True)
-                    )
-                    + (None, None, None),
-                )
-        return tuple(
-            None if s is None else s.to(tensor.dtype)
-            for s, tensor in zip(sums, inputs, strict=True)
-        )
+            for part in sequences(problem, inputs):
+                places = (part.queries, part.keys, part.keys)
+                own: list[Tensor | None] = [
+                    None if s is None else s[:, where] for s, where in zip(sums, places)
+                ]
+                own += [None] * 3
+                _backward(part.problem, part.inputs(inputs), part.results(results), own)
+        dq, dk, dv, *rest = [None if s is None else s.to(problem.dtype) for s in sums]
+        drpb = None if sums[3] is None or inputs.rpb is None else sums[3].to(inputs.rpb.dtype)
+        return dq, dk, dv, drpb, rest[1], rest[2]
 
 
 REFERENCE = Reference()

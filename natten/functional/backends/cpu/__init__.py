@@ -21,13 +21,14 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise, repeat
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from natten.functional.backend import Backend, Gradients, Inputs, Results, sequences
 from natten.functional.backends.cpu import dense, parallel
 from natten.functional.backends.cpu.plan import (
     Sweep,
@@ -39,8 +40,6 @@ from natten.functional.backends.cpu.plan import (
     query_sweep,
 )
 from natten.functional.problem import Config, Problem, Unavailable
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 # How kernels.py calls the storage types; FLOATING is the type of the computation itself.
 KINDS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -125,22 +124,6 @@ def _with_axis(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.unsqueeze(-1)
 
 
-def _sequences(
-    problem: Problem, cumulative_seqlen_q: Tensor | None, cumulative_seqlen_kv: Tensor | None
-) -> Iterator[tuple[Problem, slice, slice]]:
-    """The packed sequences: each as a problem of its own, and where its queries and keys are."""
-    if cumulative_seqlen_q is None or cumulative_seqlen_kv is None:
-        raise ValueError("packed sequences need cumulative_seqlen_q and cumulative_seqlen_kv")
-    ends = zip(pairwise(cumulative_seqlen_q.tolist()), pairwise(cumulative_seqlen_kv.tolist()))
-    for (q, q_end), (kv, kv_end) in ends:
-        grid = (max(q_end - q, kv_end - kv, 1),)
-        part = replace(
-            problem, query_shape=(q_end - q,), key_shape=(kv_end - kv,), grid=grid,
-            kernel_size=grid, varlen=False, max_seqlen_q=0, max_seqlen_kv=0,
-        )  # fmt: skip
-        yield part, slice(q, q_end), slice(kv, kv_end)
-
-
 def _check(problem: Problem, **tensors: Tensor | None) -> None:
     """Compiled loops trust the problem, not the tensors: make sure that they agree.
 
@@ -169,8 +152,12 @@ def _check(problem: Problem, **tensors: Tensor | None) -> None:
         if tensor is None and name in optional:
             continue
         converted = name in ("rpb", "lse", "grad_lse")
-        matches = tensor is not None and (converted or tensor.dtype == problem.dtype)
-        if not matches or tensor.shape != shapes[name] or tensor.device.type != "cpu":
+        if (
+            tensor is None
+            or not (converted or tensor.dtype == problem.dtype)
+            or tensor.shape != shapes[name]
+            or tensor.device.type != "cpu"
+        ):
             got = tensor if tensor is None else f"{tuple(tensor.shape)}, {tensor.dtype}"
             raise ValueError(
                 f"{name} must be {shapes[name]}, {problem.dtype} on the CPU for this problem, "
@@ -178,8 +165,8 @@ def _check(problem: Problem, **tensors: Tensor | None) -> None:
             )
 
 
-class CpuBackend:
-    """The backend protocol on compiled CPU kernels."""
+class CpuBackend(Backend):
+    """Compiled CPU kernels; they pick their boxes themselves, and there are no tiles to name."""
 
     name = "cpu"
 
@@ -196,47 +183,17 @@ class CpuBackend:
         reason = _numba_problem()
         return None if reason is None else Unavailable(reason)
 
-    def configs(self, problem: Problem) -> list[Any]:
-        """Tile shapes to choose from: none, the loops pick their boxes themselves."""
-        return []
-
-    def backward_configs(self, problem: Problem) -> list[Any]:
-        """Tile shapes to choose from: none, the loops pick their boxes themselves."""
-        return []
-
-    def forward(
-        self,
-        problem: Problem,
-        config: Config,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        additional_keys: Tensor | None,
-        additional_values: Tensor | None,
-        cumulative_seqlen_q: Tensor | None,
-        cumulative_seqlen_kv: Tensor | None,
-        additional_lengths: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The output and the logsumexp."""
+        query, key, value, rpb, additional_keys, additional_values, *_ = inputs
         if problem.varlen:
             # Tokens behind the last sequence belong to none.
             out = query.new_zeros(problem.output_shape)
             lse = query.new_full(problem.lse_shape, -torch.inf, dtype=problem.accumulation_dtype)
-            for part, q, kv in _sequences(problem, cumulative_seqlen_q, cumulative_seqlen_kv):
-                out[:, q], lse[:, q] = self.forward(
-                    part,
-                    config,
-                    query[:, q],
-                    key[:, kv],
-                    value[:, kv],
-                    None,
-                    None,
-                    None,
-                    None,
-                    None,
-                    None,
-                )
+            for part in sequences(problem, inputs):
+                rows = part.queries
+                found = self.forward(part.problem, config, part.inputs(inputs))
+                out[:, rows], lse[:, rows] = found
             return out, lse
         _check(
             problem, query=query, key=key, value=value, rpb=rpb,
@@ -249,7 +206,7 @@ class CpuBackend:
             if any(tame):
                 alone = replace(problem, batch=1)
                 tensors = _entries(query, key, value)
-                results = [self.forward(alone, config, *t, *[None] * 6) for t in tensors]
+                results = [self.forward(alone, config, Inputs(*t)) for t in tensors]
                 out, lse = map(torch.cat, zip(*results, strict=True))
                 return out, lse
         # numba takes half a second to import.
@@ -271,7 +228,7 @@ class CpuBackend:
             problem.head_dim,
             problem.head_dim_v,
             extra,
-            _extras(problem, additional_lengths),
+            _extras(problem, inputs.additional_lengths),
             array_of(bias),
             bias_extents(problem),
             sweep.capacity,
@@ -286,33 +243,24 @@ class CpuBackend:
         self,
         problem: Problem,
         config: Config,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        additional_keys: Tensor | None,
-        additional_values: Tensor | None,
-        cumulative_seqlen_q: Tensor | None,
-        cumulative_seqlen_kv: Tensor | None,
-        additional_lengths: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
+        inputs: Inputs,
+        results: Results,
         needs: tuple[bool, ...],
+        destinations: tuple[Tensor, ...] | None = None,
     ) -> Gradients:
         """The gradients of the six differentiable inputs, those not needed may be None or zero."""
+        query, key, value, rpb, additional_keys, additional_values, *_ = inputs
+        out, lse, grad_out, grad_lse = results
         if problem.varlen:
-            gradients = tuple(t.new_zeros(t.shape) for t in (query, key, value))
-            for part, q, kv in _sequences(problem, cumulative_seqlen_q, cumulative_seqlen_kv):
-                parts = self.backward(
-                    part, config, grad_out[:, q], None if grad_lse is None else grad_lse[:, q],
-                    query[:, q], key[:, kv], value[:, kv], None, None, None, None, None, None,
-                    out[:, q], lse[:, q], needs,
-                )  # fmt: skip
-                for gradient, place, piece in zip(gradients, (q, kv, kv), parts):
-                    gradient[:, place] = piece
-            return (*gradients, None, None, None)
+            gradients = [t.new_zeros(t.shape) for t in (query, key, value)]
+            for part in sequences(problem, inputs):
+                own = (part.inputs(inputs), part.results(results))
+                found = self.backward(part.problem, config, *own, needs)
+                places = (part.queries, part.keys, part.keys)
+                for gradient, place, piece in zip(gradients, places, found):
+                    if piece is not None:
+                        gradient[:, place] = piece
+            return gradients[0], gradients[1], gradients[2], None, None, None
         _check(
             problem, query=query, key=key, value=value, rpb=rpb,
             additional_keys=additional_keys, additional_values=additional_values,
@@ -321,15 +269,16 @@ class CpuBackend:
         if dense.covers(problem):
             tame = dense.tame(problem, query, key, value, grad_out, grad_lse)
             if all(tame):
-                gradients = dense.backward(problem, grad_out, grad_lse, query, key, value, out, lse)
-                return (*gradients, None, None, None)
+                whole = dense.backward(problem, grad_out, grad_lse, query, key, value, out, lse)
+                return (*whole, None, None, None)
             if any(tame):
                 alone = replace(problem, batch=1)
-                results = [
-                    self.backward(alone, config, *t[:5], *[None] * 6, *t[5:], needs)[:3]
-                    for t in _entries(grad_out, grad_lse, query, key, value, out, lse)
+                entries = [
+                    self.backward(alone, config, Inputs(*t[:3]), Results(*t[3:]), needs)[:3]
+                    for t in _entries(query, key, value, *results)
                 ]
-                return (*map(torch.cat, zip(*results, strict=True)), None, None, None)
+                dq, dk, dv = [torch.cat(parts) for parts in zip(*entries, strict=True)]
+                return dq, dk, dv, None, None, None
         # numba takes half a second to import.
         from natten.functional.backends.cpu import kernels
 
@@ -371,7 +320,7 @@ class CpuBackend:
                 query, key, value, additional_keys, additional_values, out, _with_axis(lse),
                 grad_out, _with_axis(grad_lse), _with_axis(delta), grad_query,
             ),
-            *shared, extra, _extras(problem, additional_lengths), array_of(bias), extents,
+            *shared, extra, _extras(problem, inputs.additional_lengths), array_of(bias), extents,
             sweep.capacity, sweep.longest, not needs_queries,
             bias_grads.reshape(-1), extra_grads.reshape(-1),
         )  # fmt: skip
@@ -382,7 +331,7 @@ class CpuBackend:
         if needs[1] or needs[2]:
             sweep = key_sweep(problem, threads)
             longest = padded(sweep.longest)
-            arguments = (
+            key_arguments = (
                 _table(
                     query, key, value, _with_axis(lse), grad_out, _with_axis(delta),
                     grad_key, grad_value,
@@ -392,19 +341,19 @@ class CpuBackend:
             scratch = (sweep.capacity + sweep.rows + 1) * (width + width_v)
             scratch += 2 * sweep.capacity + 2 * longest
             picks = 2 * longest + kernels.STATE_SIZE
-            _launch(kernels.backward_keys, sweep, arguments, scratch, picks, numpy_type)
+            _launch(kernels.backward_keys, sweep, key_arguments, scratch, picks, numpy_type)
 
         grad_rpb = grad_extra_keys = grad_extra_values = None
         if rpb is not None and needs[3]:
             # The sum runs over batch entries and boxes, always in this order.
-            parts = torch.from_numpy(bias_grads).view(
+            of_boxes = torch.from_numpy(bias_grads).view(
                 problem.batch * boxes, problem.heads_kv, biases
             )
-            grad_rpb = parts.sum(0).view(rpb.shape).to(rpb.dtype)
+            grad_rpb = of_boxes.sum(0).view(rpb.shape).to(rpb.dtype)
         if needs_extra:
-            parts = torch.from_numpy(extra_grads)
-            parts = parts.view(problem.batch, boxes, problem.heads_kv, -1).sum(1)
-            keys, values = parts.split([extra * width, extra * width_v], -1)
+            of_boxes = torch.from_numpy(extra_grads)
+            of_entries = of_boxes.view(problem.batch, boxes, problem.heads_kv, -1).sum(1)
+            keys, values = of_entries.split([extra * width, extra * width_v], -1)
 
             def features(part: Tensor, size: int) -> Tensor:
                 part = part.view(problem.batch, problem.heads_kv, extra, -1)[..., :size]

@@ -99,11 +99,10 @@ def _heads_first(tensor: Tensor, part: int, group: int, features: int) -> Tensor
 def _paired(problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, or each twice where the batch has one head in all.
 
-    The products of one head alone would be left to all threads of oneDNN, which then sums in
+    The products of one head alone would be left to all threads of MKL or oneDNN, which then sum in
     another order than for the same head in a larger batch.
     """
-    alone = problem.batch * problem.heads_kv == 1 and problem.dtype.itemsize == 2
-    if not alone or torch.get_num_threads() == 1:
+    if problem.batch * problem.heads_kv > 1 or torch.get_num_threads() == 1:
         return tensors
     return tuple(t.expand(2, *t.shape[1:]) for t in tensors)
 
@@ -171,7 +170,7 @@ def backward(
         out, grad_out = torch.cat([out, *columns], -1), torch.cat([grad_out, *factors], -1)
     keys, values = (_heads_first(t, 0, 1, features) for t in (key, value))
     grads_query = []
-    grad_key = grad_value = None
+    grads_key_value: list[Tensor] = []
     for part in range(group):
         tensors = _paired(
             problem,
@@ -189,8 +188,12 @@ def backward(
         if group > 1:
             # Sums over a group's heads are rounded once.
             grad_k, grad_v = (g.to(problem.accumulation_dtype) for g in (grad_k, grad_v))
-        grad_key = grad_k if grad_key is None else grad_key.add_(grad_k)
-        grad_value = grad_v if grad_value is None else grad_value.add_(grad_v)
+        if not grads_key_value:
+            grads_key_value = [grad_k, grad_v]
+        else:
+            for total, grad in zip(grads_key_value, (grad_k, grad_v), strict=True):
+                total.add_(grad)
+    grad_key, grad_value = grads_key_value
     grad_query = _interleave(grads_query, 2).reshape(query.shape)
     grad_key = grad_key.transpose(1, 2)[..., : problem.head_dim].to(key.dtype)
     grad_value = grad_value.transpose(1, 2)[..., :size_v].to(value.dtype)

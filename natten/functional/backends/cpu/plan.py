@@ -277,7 +277,7 @@ def array_of(tensor: torch.Tensor) -> np.ndarray:
     if not tensor.numel():
         return np.empty(tensor.shape, dtype)
     memory = (ctypes.c_byte * tensor.nbytes).from_address(tensor.data_ptr())
-    return np.ndarray(tensor.shape, dtype, memory)
+    return np.ndarray(tensor.shape, dtype, memoryview(memory))
 
 
 def element_strides(tensor: torch.Tensor) -> tuple[int, ...]:

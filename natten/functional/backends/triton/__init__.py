@@ -25,6 +25,7 @@ from natten.devices import Device
 from natten.devices import capability as _capability
 from natten.devices import multiprocessors as _multiprocessors
 from natten.devices import shared_memory as _device_memory
+from natten.functional.backend import Backend, Gradients, Inputs, Results
 from natten.functional.backends.triton import launch, tiles, wide
 from natten.functional.backends.triton.launch import BackwardTilings
 from natten.functional.backends.triton.tiles import Chip, Tiling
@@ -64,13 +65,12 @@ def _narrow(problem: Problem) -> Problem:
     return problem if slices is None else slices.problem
 
 
-class _Backend:
+class _Backend(Backend):
     """An entry of the dispatch table; subclasses differ in what they run."""
 
     name: str
     tma = False
     largest_tile = 128
-    takes_destinations = True
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 
     def _device_refusal(self, capability: tuple[int, int]) -> str | None:
@@ -213,50 +213,43 @@ class _Backend:
         of those with the other two tilings."""
         return None
 
-    def forward(
-        self, problem: Problem, config: Config, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """out and logsumexp; see the backend protocol in `natten.functional.dispatch`."""
+    def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """out and logsumexp."""
         slices = wide.sliced(problem)
         if slices is not None:
-            problem, tensors = slices.problem, slices.inputs(tensors)
+            problem, inputs = slices.problem, slices.inputs(inputs)
         with _on(problem.device):
             while True:
                 tiling = self.forward_tiling(problem, config)
                 try:
-                    out, lse = launch.forward(problem, tiling, *tensors)  # type: ignore[arg-type]
+                    out, lse = launch.forward(problem, tiling, inputs)
                     break
                 except launch.TooLargeError as error:
                     self._refuse(problem, error)
-        if slices is None:
-            return out, lse
-        return slices.join(out), slices.first(lse)  # type: ignore[return-value]
+        return (out, lse) if slices is None else (slices.join(out), slices.first(lse))
 
     def backward(
         self,
         problem: Problem,
         config: Config,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        *tensors: Any,
+        inputs: Inputs,
+        results: Results,
+        needs: tuple[bool, ...],
         destinations: tuple[Tensor, ...] | None = None,
-    ) -> tuple[Tensor | None, ...]:
-        """The six gradients; see the backend protocol in `natten.functional.dispatch`."""
+    ) -> Gradients:
+        """The six gradients."""
         slices = wide.sliced(problem)
         if slices is not None:
-            *inputs, out, lse, needs = tensors
             problem, destinations = slices.problem, None
-            grad_out, grad_lse = slices.split(grad_out), slices.only_first(grad_lse)  # type: ignore[assignment]
-            outputs = slices.split(out), slices.repeat(lse, -1)
-            tensors = (*slices.inputs(tuple(inputs)), *outputs, needs)
+            inputs, results = slices.inputs(inputs), slices.results(results)
         options = config.backward_use_pt_reduction, preferences().deterministic
         with _on(problem.device):
             while True:
                 tilings = self.backward_tilings(problem, config)
                 try:
-                    gradients = launch.backward(
-                        problem, tilings, *options, grad_out, grad_lse, *tensors, destinations
-                    )
+                    gradients = launch.BackwardPass(
+                        problem, tilings, *options, inputs, results, needs, destinations
+                    ).run()
                     break
                 except launch.TooLargeError as error:
                     self._refuse(problem, error)
@@ -367,12 +360,13 @@ class _Hopper(_Descriptors):
             or not tiles.suits_together(problem)
         ):
             return None
-        asked = config.backward_q_tile_shape, config.backward_kv_tile_shape
-        if asked[0] is None or asked[1] is None:
+        rows, columns = config.backward_q_tile_shape, config.backward_kv_tile_shape
+        if rows is None or columns is None:
             faster = tiles.is_faster_together(problem, query, key_value)
             found = tiles.together(problem) if faster else None
         else:
-            found = tiles.together(problem, *asked) if tiles.are_together(problem, *asked) else None
+            suits = tiles.are_together(problem, rows, columns)
+            found = tiles.together(problem, rows, columns) if suits else None
         if found is None or not tiles.fits(
             found, problem, tiles.KEY_VALUE_GRADIENT, _chip(problem)
         ):

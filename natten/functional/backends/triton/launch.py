@@ -19,6 +19,7 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from natten.devices import capability
+from natten.functional.backend import Gradients, Inputs, Results
 from natten.functional.backends.triton.backward import (
     key_value_gradient_kernel,
     query_gradient_kernel,
@@ -536,21 +537,10 @@ def _sequences(problem: Problem, cumulative: Tensor | None) -> int:
     return problem.batch if cumulative is None else cumulative.shape[0] - 1
 
 
-def forward(
-    problem: Problem,
-    tiling: Tiling,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    cumulative_query: Tensor | None,
-    cumulative_key: Tensor | None,
-    additional_lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """out and logsumexp; arguments as in the backend protocol."""
-    cumulative_query, cumulative_key = _counts(cumulative_query), _counts(cumulative_key)
+def forward(problem: Problem, tiling: Tiling, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """out and logsumexp."""
+    query, key, value, rpb, additional_keys, additional_values, *cumulative, lengths = inputs
+    cumulative_query, cumulative_key = map(_counts, cumulative)
     out = _allocate(problem, problem.output_shape, query.dtype, query.device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=query.device)
     if problem.varlen:
@@ -562,7 +552,7 @@ def forward(
     if additional_keys is not None and additional_values is not None:
         additional_keys, additional_values = rows(additional_keys), rows(additional_values)
         additional = (additional_keys.stride(), additional_values.stride())
-    paddings = _NO_PADDINGS
+    paddings: tuple[int, ...] = _NO_PADDINGS
     bias = None
     if rpb is not None:
         paddings = _bias_paddings(tiling)
@@ -595,7 +585,7 @@ def forward(
         _descriptor(key, key_tile) if tiling.tma else key,
         _descriptor(value, key_tile) if tiling.tma else value,
         out, lse, bias, additional_keys, additional_values, cumulative_query, cumulative_key,
-        _counts(additional_lengths),
+        _counts(lengths),
     )  # fmt: skip
     return out, lse
 
@@ -630,35 +620,6 @@ class BackwardTilings:
         return _bias_paddings(self.query, self.key_value)
 
 
-def backward(
-    problem: Problem,
-    tilings: BackwardTilings,
-    torch_reduction: bool,
-    deterministic: bool,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    cumulative_query: Tensor | None,
-    cumulative_key: Tensor | None,
-    additional_lengths: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    needs: tuple[bool, ...],
-    destinations: tuple[Tensor, ...] | None = None,
-) -> tuple[Tensor | None, ...]:
-    """The six gradients; arguments as in the backend protocol."""
-    return _Backward(
-        problem, tilings, torch_reduction, deterministic, grad_out, grad_lse, query, key, value,
-        rpb, additional_keys, additional_values, cumulative_query, cumulative_key,
-        additional_lengths, out, lse, needs, destinations,
-    ).run()  # fmt: skip
-
-
 @lru_cache(maxsize=4096)
 def _statistics_plan(
     tokens: int,
@@ -683,7 +644,7 @@ def _statistics_plan(
     return _Plan(0, options)
 
 
-class _Backward:
+class BackwardPass:
     """One backward pass: its tensors in readable layouts, and the launches on them."""
 
     def __init__(
@@ -692,22 +653,13 @@ class _Backward:
         tilings: BackwardTilings,
         torch_reduction: bool,
         deterministic: bool,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        additional_keys: Tensor | None,
-        additional_values: Tensor | None,
-        cumulative_query: Tensor | None,
-        cumulative_key: Tensor | None,
-        additional_lengths: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
+        inputs: Inputs,
+        results: Results,
         needs: tuple[bool, ...],
         destinations: tuple[Tensor, ...] | None,
     ) -> None:
+        query, key, value, rpb, additional_keys, additional_values, *cumulative, lengths = inputs
+        out, lse, grad_out, grad_lse = results
         self.needs, self.destinations = needs, destinations
         self.problem, self.tilings, self.dtype = problem, tilings, query.dtype
         self.deterministic = deterministic
@@ -720,7 +672,9 @@ class _Backward:
         self.query, self.grad_out = query_layout(query), query_layout(grad_out.contiguous())
         self.key, self.value = key_layout(key), key_layout(value)
         self.rpb = rpb
-        self.bias_paddings, self.bias, self.bias_sums = _NO_PADDINGS, None, None
+        self.bias_paddings: tuple[int, ...] = _NO_PADDINGS
+        self.bias: Tensor | None = None
+        self.bias_sums: Tensor | None = None
         if rpb is not None:
             self.bias_paddings = tilings.bias_paddings
             sums = None
@@ -732,9 +686,9 @@ class _Backward:
         self.additional: tuple[Tensor, ...] = ()
         if additional_keys is not None and additional_values is not None:
             self.additional = (_readable(additional_keys), _readable(additional_values))
-        self.cumulative = (_counts(cumulative_query), _counts(cumulative_key))
-        self.counts = _counts(additional_lengths)
-        self.sequences = _sequences(problem, cumulative_query)
+        self.cumulative = (_counts(cumulative[0]), _counts(cumulative[1]))
+        self.counts = _counts(lengths)
+        self.sequences = _sequences(problem, cumulative[0])
         self.precision = _precision(query)
         self.out, self.lse = out.contiguous(), lse.contiguous()
         self.grad_lse = None if grad_lse is None else grad_lse.contiguous()
@@ -762,7 +716,7 @@ class _Backward:
             plan, self.out, self.grad_out, self.lse, self.grad_lse, self.statistics,
         )  # fmt: skip
 
-    def run(self) -> tuple[Tensor | None, ...]:
+    def run(self) -> Gradients:
         if self.together is not None:
             self._statistics()
             return (*self._all(self.together), None, None, None)

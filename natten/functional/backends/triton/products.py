@@ -132,7 +132,7 @@ def _tables(
     def tables(neighbors: Any) -> list[Tensor]:
         return [t.to(device, torch.int32) for axis in axes for t in neighbors(axis)]
 
-    longest = [int(queries_of_keys(axis).count.max()) for axis in axes]
+    longest = [int(queries_of_keys(axis).number.max()) for axis in axes]
     sizes = (
         *(axis.length for axis in axes[1:]),
         *(axis.kernel_size for axis in axes),

@@ -629,7 +629,7 @@ def _can_name(problem: Problem, kind: str, chip: Chip, queries: int, keys: int) 
 
 def any_fit(problem: Problem, chip: Chip) -> bool:
     """Whether the smallest tiles fit, in all kernels that the problem needs."""
-    kinds = (FORWARD,)
+    kinds: tuple[str, ...] = (FORWARD,)
     if problem.requires_grad:
         kinds = (FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT)
     return all(_can_name(problem, kind, chip, _LEAST_TOKENS, _LEAST_TOKENS) for kind in kinds)

@@ -7,6 +7,7 @@ the gradients of what was repeated are sums over the slices.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from natten.functional.backend import Gradients, Inputs, Results
 from natten.functional.problem import Problem
 
 MAX_VALUE_DIM = 256
@@ -43,18 +45,14 @@ class Slices:
         sizes = (-1, self.number) if self.neighbors else (self.number, -1)
         return tensor.unflatten(axis, sizes), axis if self.neighbors else axis - 1
 
-    def repeat(self, tensor: Tensor | None, axis: int = -2) -> Tensor | None:
+    def repeat(self, tensor: Tensor, axis: int = -2) -> Tensor:
         """Heads once for each slice."""
-        if tensor is None:
-            return None
         if self.neighbors:
             return tensor.repeat_interleave(self.number, axis)
         return torch.cat([tensor] * self.number, axis)
 
-    def split(self, tensor: Tensor | None) -> Tensor | None:
+    def split(self, tensor: Tensor) -> Tensor:
         """[..., heads, features] to [..., slices as heads, width], with zeros behind the last."""
-        if tensor is None:
-            return None
         width = self.problem.head_dim_v
         missing = self.number * width - self.features
         if missing:
@@ -62,18 +60,14 @@ class Slices:
         tensor = tensor.unflatten(-1, (self.number, width))
         return (tensor if self.neighbors else tensor.transpose(-3, -2)).flatten(-3, -2)
 
-    def join(self, tensor: Tensor | None) -> Tensor | None:
+    def join(self, tensor: Tensor) -> Tensor:
         """The inverse of `split`."""
-        if tensor is None:
-            return None
         tensor, _axis = self._apart(tensor, -2)
         tensor = tensor if self.neighbors else tensor.transpose(-3, -2)
         return tensor.flatten(-2)[..., : self.features]
 
-    def add(self, tensor: Tensor | None, axis: int = -2) -> Tensor | None:
+    def add(self, tensor: Tensor, axis: int = -2) -> Tensor:
         """The gradient of `repeat`, summed in float32."""
-        if tensor is None:
-            return None
         tensor, slices = self._apart(tensor, axis)
         return tensor.float().sum(slices)
 
@@ -82,38 +76,50 @@ class Slices:
         lse, slices = self._apart(lse, -1)
         return lse.select(slices, 0)
 
-    def only_first(self, lse_gradient: Tensor | None) -> Tensor | None:
+    def only_first(self, lse_gradient: Tensor) -> Tensor:
         """The gradient of `first`: the slices share a logsumexp, whose gradient counts once."""
-        if lse_gradient is None:
-            return None
         if self.neighbors:
             return F.pad(lse_gradient.unsqueeze(-1), (0, self.number - 1)).flatten(-2)
         return F.pad(lse_gradient, (0, (self.number - 1) * lse_gradient.shape[-1]))
 
-    def inputs(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """The tensors of the problem, from query to cumulative lengths, as those of its slices."""
-        query, key, value, rpb, context_key, context_value, *rest = tensors
-        return (
+    def inputs(self, inputs: Inputs) -> Inputs:
+        """The tensors of the problem as those of its slices."""
+        query, key, value, rpb, context_key, context_value, *rest = inputs
+        return Inputs(
             self.repeat(query),
             self.repeat(key),
             self.split(value),
             # Its gradient, a sum over slices, comes in this dtype.
             None if rpb is None else self.repeat(rpb.float(), -rpb.dim()),
-            self.repeat(context_key),
-            self.split(context_value),
+            self._if_any(self.repeat, context_key),
+            self._if_any(self.split, context_value),
             *rest,
         )
 
-    def gradients(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    def results(self, results: Results) -> Results:
+        """Likewise of what the forward pass gave, and its gradients."""
+        out, lse, grad_out, grad_lse = results
+        return Results(
+            self.split(out),
+            self.repeat(lse, -1),
+            self.split(grad_out),
+            self._if_any(self.only_first, grad_lse),
+        )
+
+    @staticmethod
+    def _if_any(change: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else change(tensor)
+
+    def gradients(self, tensors: Gradients) -> Gradients:
         """The gradients of the six inputs from those of their slices."""
         query, key, value, rpb, context_key, context_value = tensors
         return (
-            self.add(query),
-            self.add(key),
-            self.join(value),
+            self._if_any(self.add, query),
+            self._if_any(self.add, key),
+            self._if_any(self.join, value),
             None if rpb is None else self.add(rpb, -rpb.dim()),
-            self.add(context_key),
-            self.join(context_value),
+            self._if_any(self.add, context_key),
+            self._if_any(self.join, context_value),
         )
 
 

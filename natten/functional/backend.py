@@ -1,0 +1,144 @@
+"""What a backend is, and what it is given."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from natten.functional.problem import Config, Problem
+
+Gradients = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call as backends take them; the first six are differentiable.
+
+    Backends may trust them: they are checked, and those of an empty context are left out.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rpb: Tensor | None = None
+    additional_keys: Tensor | None = None
+    additional_values: Tensor | None = None
+    cumulative_seqlen_q: Tensor | None = None
+    cumulative_seqlen_kv: Tensor | None = None
+    additional_lengths: Tensor | None = None
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """Those that gradients are asked for."""
+        return self[:6]
+
+
+class Results(NamedTuple):
+    """What the forward pass gave, and the gradients of that."""
+
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None = None
+
+
+class Sequence(NamedTuple):
+    """One of the packed sequences of a call, as a problem of its own."""
+
+    problem: Problem
+    queries: slice
+    keys: slice
+
+    def inputs(self, inputs: Inputs) -> Inputs:
+        """Its tensors."""
+        query, key, value, *_ = inputs
+        return Inputs(query[:, self.queries], key[:, self.keys], value[:, self.keys])
+
+    def results(self, results: Results) -> Results:
+        """Its results and their gradients."""
+        out, lse, grad_out, grad_lse = results
+        rows = self.queries
+        last = None if grad_lse is None else grad_lse[:, rows]
+        return Results(out[:, rows], lse[:, rows], grad_out[:, rows], last)
+
+
+def sequences(problem: Problem, inputs: Inputs) -> Iterator[Sequence]:
+    """The packed sequences of a call. Looks at where they end, which waits for a GPU.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if inputs.cumulative_seqlen_q is None or inputs.cumulative_seqlen_kv is None:
+        raise ValueError("packed sequences need cumulative_seqlen_q and cumulative_seqlen_kv")
+    ends = (inputs.cumulative_seqlen_q.tolist(), inputs.cumulative_seqlen_kv.tolist())
+    for (q, q_end), (kv, kv_end) in zip(*map(pairwise, ends), strict=True):
+        grid = (max(q_end - q, kv_end - kv, 1),)
+        part = replace(
+            problem, query_shape=(q_end - q,), key_shape=(kv_end - kv,), grid=grid,
+            kernel_size=grid, varlen=False, max_seqlen_q=0, max_seqlen_kv=0,
+        )  # fmt: skip
+        yield Sequence(part, slice(q, q_end), slice(kv, kv_end))
+
+
+class Backend(ABC):
+    """Somebody who can compute a problem, or says why not.
+
+    Attributes:
+        name: As in the table of :mod:`natten.functional.dispatch`.
+    """
+
+    name: str
+
+    @abstractmethod
+    def refusal(self, problem: Problem, config: Config) -> str | None:
+        """The reason, in one sentence, why it cannot run the problem; None if it can.
+
+        An :class:`~natten.functional.problem.Unavailable` if the environment lacks something.
+        """
+
+    def auto_refusal(self, problem: Problem, config: Config) -> str | None:
+        """A reason not to be chosen unless named."""
+        return None
+
+    def configs(self, problem: Problem) -> list[Any]:
+        """(q_tile_shape, kv_tile_shape) pairs that the forward pass accepts, the default first, or
+        ((q_tile_shape, kv_tile_shape), kernel_schedule). Without any, these knobs are ignored."""
+        return []
+
+    def backward_configs(self, problem: Problem) -> list[Any]:
+        """(q_tile_shape, kv_tile_shape) pairs that the backward pass accepts, the default first."""
+        return []
+
+    @abstractmethod
+    def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """out ``[batch, *query_shape, heads, head_dim_v]`` in the problem's dtype, and logsumexp
+        ``[batch, *query_shape, heads]`` in its accumulation dtype."""
+
+    @abstractmethod
+    def backward(
+        self,
+        problem: Problem,
+        config: Config,
+        inputs: Inputs,
+        results: Results,
+        needs: tuple[bool, ...],
+        destinations: tuple[Tensor, ...] | None = None,
+    ) -> Gradients:
+        """The gradients of the six differentiable inputs.
+
+        Args:
+            problem, config, inputs: As of the forward pass.
+            results: Its results and their gradients.
+            needs: Which gradients are asked for. Others, and those that are zero, may be None.
+            destinations: Views that the gradients of query, key and value, which are all asked for
+                then, may be written into and that are returned then.
+        """
+
+
+__all__ = ["Backend", "Gradients", "Inputs", "Results", "Sequence", "sequences"]
