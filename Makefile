@@ -8,8 +8,7 @@ INSTALLED := $(VENV)/.installed
 # Two processes with one thread each are faster here than one process with many threads: the
 # tests are small. Override for another machine: make test WORKERS=8
 WORKERS ?= 2
-SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
-	TORCHINDUCTOR_COMPILE_THREADS=1
+SINGLE_THREADED := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 TESTS = $(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
 	--durations 15
 

@@ -99,10 +99,11 @@ def _heads_first(tensor: Tensor, part: int, group: int, features: int) -> Tensor
 def _paired(problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, or each twice where the batch has one head in all.
 
-    The products of one head alone would be left to all threads of MKL or oneDNN, which then sum in
+    The products of one head alone would be left to all threads of oneDNN, which then sums in
     another order than for the same head in a larger batch.
     """
-    if problem.batch * problem.heads_kv > 1 or torch.get_num_threads() == 1:
+    alone = problem.batch * problem.heads_kv == 1 and problem.dtype.itemsize == 2
+    if not alone or torch.get_num_threads() == 1:
         return tensors
     return tuple(t.expand(2, *t.shape[1:]) for t in tensors)
 
