@@ -293,6 +293,10 @@ def packed_attention(
     return attend(tensors, (None, heads_kv, asked), _parameters)
 
 
+# As Python names it where an argument is missing or unknown.
+_neighborhood_attention.__qualname__ = "neighborhood_attention"
+
+
 def _without_rank(
     function: Callable[Concatenate[int | None, P], R],
 ) -> Callable[[Callable[..., R]], Callable[P, R]]:
