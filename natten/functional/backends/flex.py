@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from natten._internals import AUTOGRAD
 from natten.context import is_flex_compile_allowed, is_flex_compile_backprop_allowed
 from natten.functional.backend import Backend, Gradients, Inputs, Results
 from natten.functional.problem import Config, Problem, Unavailable
@@ -275,18 +276,11 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
-_AUTOGRAD = (
-    torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
-    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradOther)
-    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradNestedTensor)
-)
-
-
 @contextmanager
 def _autograd_allowed() -> Iterator[None]:
     """Undo what an operator's kernel runs under, so that FlexAttention may use autograd itself."""
     # What hides autograd, and nothing else: the excluded keys also keep autocast off.
-    exclude = torch._C._dispatch_tls_local_exclude_set() - _AUTOGRAD
+    exclude = torch._C._dispatch_tls_local_exclude_set() - AUTOGRAD
     include = torch._C._dispatch_tls_local_include_set()
     with (
         torch._C._ForceDispatchKeyGuard(include, exclude),
