@@ -15,10 +15,11 @@ from natten.distributed.exchange import agree, heads_to_tokens, tokens_to_heads
 from natten.distributed.operator import sharded_agreement, sharded_attention
 from natten.distributed.sharding import GridSharding, check_own
 from natten.functional import sharded
-from natten.functional.call import Parameters, Tensors
+from natten.functional.call import Parameters, Tensors, encode_window
 from natten.functional.dispatch import FNA, parse_name
 from natten.functional.neighborhood import neighborhood_attention_generic
-from natten.functional.operators import attend, autocast, autocast_dtype
+from natten.functional.operators import attend, autocast, autocast_dtype, needs_grad
+from natten.functional.ranks import without_rank
 from natten.types import BoolOrSequence, IntOrSequence
 
 METHODS = ("auto", "halo", "merge", "ring")
@@ -63,9 +64,6 @@ def _checked(
     if head_chunks is None:
         head_chunks = _HEAD_CHUNKS
     validation.check_positive_int("head_chunks", head_chunks)
-    requires_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in inputs[:6]
-    )
     return (
         sharding.key,
         *checked,
@@ -75,7 +73,7 @@ def _checked(
         _one_of("transport", transport, TRANSPORTS),
         head_chunks,
         validation.optional_bool("save_halo", save_halo),
-        requires_grad,
+        needs_grad(inputs),
     )
 
 
@@ -170,7 +168,7 @@ def _over_heads(
     else:
         # Each rank has the whole grid, of some heads.
         kernel_size, stride, dilation, is_causal, factor, name = parameters[1:7]
-        encoded = (*kernel_size, *stride, *dilation, *map(int, is_causal))
+        encoded = encode_window(kernel_size, stride, dilation, is_causal)
         given = Parameters(0, encoded, factor, 0, 0, name, "", False)
         tensors = Tensors(query, key, value, moved.rpb, *context[:2], None, None, lengths)
         out, lse = attend(tensors, given, _as_given)
@@ -179,7 +177,44 @@ def _over_heads(
     )
 
 
-def neighborhood_attention(
+def _attend_somewhere(
+    rank: int | None,
+    inputs: Inputs,
+    window: tuple[Any, ...],
+    scale: float | None,
+    sharding: GridSharding | None,
+    heads_dim: int | str | None,
+    return_lse: bool,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    dtype = autocast_dtype(inputs.query)
+    if dtype is not None:
+        # Before the exchange: half of its bytes. The bias keeps its own.
+        *others, lengths = autocast(dtype, *inputs)
+        inputs = Inputs._make([*others[:3], inputs.rpb, *others[4:], lengths])
+    if sharded.is_dtensor(inputs.query):
+        if sharded.current is not None:
+            raise ValueError("tensors must be plain inside of context_parallel, got DTensors")
+        out, lse = dtensors.attend(
+            lambda local, placed: _attend(rank, local, window, scale, placed, heads_dim, **options),
+            lambda local: _alone(rank, local, window, scale, options["backend"]),
+            inputs,
+            sharding,
+        )
+    else:
+        if sharding is None:
+            if sharded.current is None:
+                raise ValueError(
+                    "sharding must say which box of the grid is whose: give a GridSharding, or "
+                    "DTensors, or call this inside of context_parallel"
+                )
+            sharding = sharded.current.sharding
+        out, lse = _attend(rank, inputs, window, scale, sharding, heads_dim, **options)
+    return (out, lse) if return_lse else out
+
+
+def _neighborhood_attention(
+    rank: int | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -202,6 +237,29 @@ def neighborhood_attention(
     head_chunks: int | None = None,
     save_halo: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """The functions below; ``rank`` is how many axes of tokens there must be, None for any."""
+    return _attend_somewhere(
+        rank,
+        Inputs(query, key, value, rpb, additional_keys, additional_values, additional_lengths),
+        (kernel_size, stride, dilation, is_causal),
+        scale,
+        sharding,
+        heads_dim,
+        return_lse,
+        backend=backend,
+        method=method,
+        transport=transport,
+        head_chunks=head_chunks,
+        save_halo=save_halo,
+    )
+
+
+# As Python names it where an argument is missing or unknown.
+_neighborhood_attention.__qualname__ = "neighborhood_attention"
+
+
+@without_rank(_neighborhood_attention)
+def neighborhood_attention(*arguments: Any, **named: Any) -> Tensor | tuple[Tensor, Tensor]:
     r"""Neighborhood attention of a grid of tokens that is sharded over the ranks of a device mesh.
 
     What :func:`natten.functional.neighborhood_attention_generic` computes of the whole grid, where
@@ -253,20 +311,25 @@ def neighborhood_attention(
             it. Ranks that differ in anything but their tensors' values, likewise.
         NotImplementedError: As for one process; and DTensors that shard head_dim.
     """
-    return _neighborhood_attention(
-        None,
-        Inputs(query, key, value, rpb, additional_keys, additional_values, additional_lengths),
-        (kernel_size, stride, dilation, is_causal),
-        scale,
-        sharding,
-        heads_dim,
-        return_lse,
-        backend=backend,
-        method=method,
-        transport=transport,
-        head_chunks=head_chunks,
-        save_halo=save_halo,
-    )
+    return _neighborhood_attention(None, *arguments, **named)
+
+
+@without_rank(_neighborhood_attention)
+def na1d(*arguments: Any, **named: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`neighborhood_attention` of a sequence, ``[batch, X, heads, head_dim]``."""
+    return _neighborhood_attention(1, *arguments, **named)
+
+
+@without_rank(_neighborhood_attention)
+def na2d(*arguments: Any, **named: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`neighborhood_attention` of a plane, ``[batch, X, Y, heads, head_dim]``."""
+    return _neighborhood_attention(2, *arguments, **named)
+
+
+@without_rank(_neighborhood_attention)
+def na3d(*arguments: Any, **named: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`neighborhood_attention` of a volume, ``[batch, X, Y, Z, heads, head_dim]``."""
+    return _neighborhood_attention(3, *arguments, **named)
 
 
 def attend_where_sharded(
@@ -280,7 +343,7 @@ def attend_where_sharded(
     if backend is not None:
         options["backend"] = backend
     heads_dim = options.pop("heads_dim")
-    out, lse = _neighborhood_attention(
+    out, lse = _attend_somewhere(
         rank, Inputs._make(tensors), window, scale, None, heads_dim, True, **options
     )
     return out, lse
@@ -290,162 +353,6 @@ _DEFAULTS: dict[str, Any] = dict(
     backend=None, method="auto", transport="all_to_all", heads_dim=None, head_chunks=None,
     save_halo=True,
 )  # fmt: skip
-
-
-def _neighborhood_attention(
-    rank: int | None,
-    inputs: Inputs,
-    window: tuple[Any, ...],
-    scale: float | None,
-    sharding: GridSharding | None,
-    heads_dim: int | str | None,
-    return_lse: bool,
-    **options: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    dtype = autocast_dtype(inputs.query)
-    if dtype is not None:
-        # Before the exchange: half of its bytes. The bias keeps its own.
-        *others, lengths = autocast(dtype, *inputs)
-        inputs = Inputs._make([*others[:3], inputs.rpb, *others[4:], lengths])
-    if sharded.is_dtensor(inputs.query):
-        if sharded.current is not None:
-            raise ValueError("tensors must be plain inside of context_parallel, got DTensors")
-        out, lse = dtensors.attend(
-            lambda local, placed: _attend(rank, local, window, scale, placed, heads_dim, **options),
-            lambda local: _alone(rank, local, window, scale, options["backend"]),
-            inputs,
-            sharding,
-        )
-    else:
-        if sharding is None:
-            if sharded.current is None:
-                raise ValueError(
-                    "sharding must say which box of the grid is whose: give a GridSharding, or "
-                    "DTensors, or call this inside of context_parallel"
-                )
-            sharding = sharded.current.sharding
-        out, lse = _attend(rank, inputs, window, scale, sharding, heads_dim, **options)
-    return (out, lse) if return_lse else out
-
-
-def na1d(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: IntOrSequence,
-    stride: IntOrSequence = 1,
-    dilation: IntOrSequence = 1,
-    is_causal: BoolOrSequence = False,
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    *,
-    sharding: GridSharding | None = None,
-    return_lse: bool = False,
-    rpb: Tensor | None = None,
-    additional_lengths: Tensor | None = None,
-    backend: str | None = None,
-    method: str = "auto",
-    transport: str = "all_to_all",
-    heads_dim: int | str | None = None,
-    head_chunks: int | None = None,
-    save_halo: bool = True,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`neighborhood_attention` of a sequence, ``[batch, X, heads, head_dim]``."""
-    return _neighborhood_attention(
-        1,
-        Inputs(query, key, value, rpb, additional_keys, additional_values, additional_lengths),
-        (kernel_size, stride, dilation, is_causal),
-        scale,
-        sharding,
-        heads_dim,
-        return_lse,
-        backend=backend,
-        method=method,
-        transport=transport,
-        head_chunks=head_chunks,
-        save_halo=save_halo,
-    )
-
-
-def na2d(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: IntOrSequence,
-    stride: IntOrSequence = 1,
-    dilation: IntOrSequence = 1,
-    is_causal: BoolOrSequence = False,
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    *,
-    sharding: GridSharding | None = None,
-    return_lse: bool = False,
-    rpb: Tensor | None = None,
-    additional_lengths: Tensor | None = None,
-    backend: str | None = None,
-    method: str = "auto",
-    transport: str = "all_to_all",
-    heads_dim: int | str | None = None,
-    head_chunks: int | None = None,
-    save_halo: bool = True,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`neighborhood_attention` of a plane, ``[batch, X, Y, heads, head_dim]``."""
-    return _neighborhood_attention(
-        2,
-        Inputs(query, key, value, rpb, additional_keys, additional_values, additional_lengths),
-        (kernel_size, stride, dilation, is_causal),
-        scale,
-        sharding,
-        heads_dim,
-        return_lse,
-        backend=backend,
-        method=method,
-        transport=transport,
-        head_chunks=head_chunks,
-        save_halo=save_halo,
-    )
-
-
-def na3d(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: IntOrSequence,
-    stride: IntOrSequence = 1,
-    dilation: IntOrSequence = 1,
-    is_causal: BoolOrSequence = False,
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    *,
-    sharding: GridSharding | None = None,
-    return_lse: bool = False,
-    rpb: Tensor | None = None,
-    additional_lengths: Tensor | None = None,
-    backend: str | None = None,
-    method: str = "auto",
-    transport: str = "all_to_all",
-    heads_dim: int | str | None = None,
-    head_chunks: int | None = None,
-    save_halo: bool = True,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`neighborhood_attention` of a volume, ``[batch, X, Y, Z, heads, head_dim]``."""
-    return _neighborhood_attention(
-        3,
-        Inputs(query, key, value, rpb, additional_keys, additional_values, additional_lengths),
-        (kernel_size, stride, dilation, is_causal),
-        scale,
-        sharding,
-        heads_dim,
-        return_lse,
-        backend=backend,
-        method=method,
-        transport=transport,
-        head_chunks=head_chunks,
-        save_halo=save_halo,
-    )
 
 
 def attention(
@@ -471,7 +378,7 @@ def attention(
     """
     placed = sharding or (sharded.current and sharded.current.sharding)
     length = query.shape[1] if sharded.is_dtensor(query) or placed is None else placed.grid[0]
-    return _neighborhood_attention(
+    return _attend_somewhere(
         1,
         Inputs(query, key, value, None, None, None, None),
         (length, 1, 1, is_causal),

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from natten.distributed.boxes import Box, viewers
-from natten.distributed.call import Call, Gradients, Inputs, Results, accumulation_dtype, unpacked
+from natten.distributed.call import Call, Gradients, Inputs, Results, unpacked
 from natten.distributed.exchange import Exchange
+from natten.functional.problem import accumulation_dtype
 
 Block = tuple[Box, Sequence[Tensor]]  # a box, its keys and values
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from natten.distributed.boxes import Box, chunk_lengths, interior_first, needed
 from natten.distributed.exchange import Exchange
 from natten.distributed.sharding import Layout
-from natten.functional.call import Parameters
+from natten.functional.call import Parameters, encode_window
 from natten.functional.operators import neighborhood_attention, neighborhood_attention_backward
+from natten.functional.problem import accumulation_dtype
 from natten.window import Axis
 
 _ALL = slice(None)
@@ -96,11 +97,6 @@ class Gradients:
         return iter([self.query, self.key, self.value, *self._rest])
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @dataclass(frozen=True)
 class Call:
     """A call without its tensors, and this rank's part of it."""
@@ -175,9 +171,9 @@ class Call:
     def parameters(self, queries: Box, keys: Box) -> Parameters:
         """The operator's, for a box of queries and one of keys."""
         _, kernel_size, stride, dilation, is_causal = zip(*self.axes)
-        window = (*kernel_size, *stride, *dilation, *map(int, is_causal))
-        boxes = (*self.layout.grid, *queries.origin, *keys.origin)
-        return Parameters(0, window + boxes, self.scale, 0, 0, self.backend, "", True)
+        boxes = (self.layout.grid, queries.origin, keys.origin)
+        window = encode_window(kernel_size, stride, dilation, is_causal, *boxes)
+        return Parameters(0, window, self.scale, 0, 0, self.backend, "", True)
 
     def attend(
         self, inputs: Inputs, queries: Box, keys: Box, pair: Sequence[Tensor]
@@ -273,7 +269,6 @@ __all__ = [
     "Gradients",
     "Inputs",
     "Results",
-    "accumulation_dtype",
     "automatic_method",
     "unpacked",
 ]

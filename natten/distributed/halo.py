@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from natten.distributed.boxes import Box
-from natten.distributed.call import Call, Gradients, Inputs, Results, accumulation_dtype
+from natten.distributed.call import Call, Gradients, Inputs, Results
 from natten.distributed.exchange import Beside, Exchange
+from natten.functional.problem import accumulation_dtype
 
 Wait = Callable[[], Sequence[Tensor]]
 

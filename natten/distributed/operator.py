@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from natten.distributed import blocks, halo
-from natten.distributed.call import Call, Inputs, Results, accumulation_dtype, automatic_method
+from natten.distributed.call import Call, Inputs, Results, automatic_method
 from natten.distributed.exchange import Statement, agree
 from natten.distributed.sharding import layout
 from natten.flops import attention_backward_flops, attention_flops
+from natten.functional.problem import accumulation_dtype
 from natten.window import Axis
 
 _TENSORS = (

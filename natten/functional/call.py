@@ -81,6 +81,21 @@ class Window(NamedTuple):
     key_origin: tuple[int, ...]
 
 
+def encode_window(
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    *boxes: Sequence[int],
+) -> tuple[int, ...]:
+    """The operator's window; ``boxes`` are the grid and the origins in it of query and key, if they
+    are needed."""
+    window = (*kernel_size, *stride, *dilation, *map(int, is_causal))
+    for box in boxes:
+        window += tuple(box)
+    return window
+
+
 def decode_window(
     window: Sequence[int], query_shape: Sequence[int], key_shape: Sequence[int]
 ) -> Window:
@@ -384,6 +399,7 @@ __all__ = [
     "Window",
     "check_ends",
     "decode_window",
+    "encode_window",
     "flat",
     "is_full_window",
     "make_call",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, fields
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from natten.functional.attention import attention
 from natten.functional.call import (
     Parameters,
     Tensors,
+    encode_window,
     flat,
     make_problem,
     separated,
@@ -30,10 +30,8 @@ from natten.functional.operators import (
     needs_grad,
 )
 from natten.functional.problem import DEFAULT_CONFIG, decode_config, encode_config
+from natten.functional.ranks import without_rank
 from natten.types import AttentionKwargs, BoolOrSequence, IntOrSequence, KernelSchedule
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _NO_KNOBS = astuple(DEFAULT_CONFIG)
 
@@ -79,12 +77,9 @@ def _parameters(tensors: Tensors, rank: int | None, heads_kv: int, asked: _Asked
     validation.check_additional(query, key, value, *tensors[4:6])
     validation.check_lengths(tensors.additional_lengths, query, tensors.additional_keys)
     validation.check_rpb(tensors.rpb, query, kernel_size, is_causal)
-    flags = tuple([int(c) for c in is_causal])
     checked_knobs = validation.check_knobs(rank, knobs)
     name = parse_name(backend, FNA)
-    encoded = (*kernel_size, *stride, *dilation, *flags)
-    for box in placed:
-        encoded += box
+    encoded = encode_window(kernel_size, stride, dilation, is_causal, *placed)
     return Parameters(
         heads_kv,
         encoded,
@@ -120,11 +115,11 @@ def _attend_separately(
     rank: int | None,
     tensors: Tensors,
     asked: _Asked,
+    parameters: Parameters,
     is_full: bool,
     attention_kwargs: AttentionKwargs,
 ) -> tuple[Tensor, Tensor]:
     """With the user's attention_kwargs, for whatever is plain attention."""
-    parameters = _parameters(tensors, rank, 0, asked)
     query, key, value, _, additional_keys, additional_values, *_ = tensors
     config = decode_config(parameters.config)
 
@@ -233,8 +228,7 @@ def _neighborhood_attention(
         return (out, lse) if return_lse else out
     if attention_kwargs and not try_fuse_additional_kv:
         validation.check_mapping("attention_kwargs", attention_kwargs)
-        # Wrong arguments are told before anything is made of them.
-        _parameters(tensors, rank, 0, asked)
+        parameters = _parameters(tensors, rank, 0, asked)
         is_full = _is_full(tensors, window, knobs, grid)
         if is_full or additional_keys is not None:
             if additional_lengths is not None:
@@ -242,7 +236,9 @@ def _neighborhood_attention(
                     "additional_lengths and attention_kwargs, which make additional keys an "
                     "attention of their own, do not go together without try_fuse_additional_kv=True"
                 )
-            out, lse = _attend_separately(rank, tensors, asked, is_full, attention_kwargs)
+            out, lse = _attend_separately(
+                rank, tensors, asked, parameters, is_full, attention_kwargs
+            )
             return (out, lse) if return_lse else out
     if isinstance(additional_lengths, Tensor) and isinstance(additional_keys, Tensor):
         # What they hold; all else is remembered once it is checked.
@@ -282,8 +278,7 @@ def packed_attention(
     if dtype is not None:
         (qkv,) = autocast(dtype, qkv)
     tensors = Tensors(qkv, None, None, rpb)
-    if not isinstance(heads_kv, int) or heads_kv < 1:
-        raise ValueError(f"heads_kv must be a positive int, got {heads_kv!r}")
+    validation.check_positive_int("heads_kv", heads_kv)
     window = (kernel_size, stride, dilation, is_causal)
     boxes = (grid, origin, origin)
     asked = (window, scale, backend, _NO_KNOBS, boxes)
@@ -297,27 +292,7 @@ def packed_attention(
 _neighborhood_attention.__qualname__ = "neighborhood_attention"
 
 
-def _without_rank(
-    function: Callable[Concatenate[int | None, P], R],
-) -> Callable[[Callable[..., R]], Callable[P, R]]:
-    """Gives a function the signature of another without its first parameter: types are written
-    once."""
-
-    def decorate(wrapper: Callable[..., R]) -> Callable[P, R]:
-        signature = inspect.signature(function)
-        _, *parameters = signature.parameters.values()
-        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {
-            name: annotation
-            for name, annotation in function.__annotations__.items()
-            if name != "rank"
-        }
-        return wrapper
-
-    return decorate
-
-
-@_without_rank(_neighborhood_attention)
+@without_rank(_neighborhood_attention)
 def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
     """Neighborhood attention over 1, 2 or 3 axes of tokens, as many as the tensors have.
 
@@ -384,7 +359,7 @@ def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
     return _neighborhood_attention(None, *arguments, **named)
 
 
-@_without_rank(_neighborhood_attention)
+@without_rank(_neighborhood_attention)
 def na1d(*arguments: Any, **named: Any) -> Any:
     """1-D neighborhood attention.
 
@@ -404,7 +379,7 @@ def na1d(*arguments: Any, **named: Any) -> Any:
     return _neighborhood_attention(1, *arguments, **named)
 
 
-@_without_rank(_neighborhood_attention)
+@without_rank(_neighborhood_attention)
 def na2d(*arguments: Any, **named: Any) -> Any:
     """2-D neighborhood attention.
 
@@ -424,7 +399,7 @@ def na2d(*arguments: Any, **named: Any) -> Any:
     return _neighborhood_attention(2, *arguments, **named)
 
 
-@_without_rank(_neighborhood_attention)
+@without_rank(_neighborhood_attention)
 def na3d(*arguments: Any, **named: Any) -> Any:
     """3-D neighborhood attention.
 

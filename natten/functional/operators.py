@@ -20,7 +20,7 @@ from torch import Tensor
 
 from natten import _internals
 from natten._internals import is_plain, plain_apply, transformed, transforming
-from natten.functional.backend import Backend, Results
+from natten.functional.backend import Results
 from natten.functional.call import (
     NUM_TENSORS,
     Call,
@@ -31,7 +31,7 @@ from natten.functional.call import (
     unpacked,
 )
 from natten.functional.dispatch import resolve
-from natten.functional.problem import Config
+from natten.functional.problem import accumulation_dtype
 from natten.tuned import with_profile
 
 _TENSORS = (
@@ -103,6 +103,10 @@ def _run(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
     return call.result(out, call.out_shape), call.result(lse, call.out_shape[:-1])
 
 
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
 def _run_backward(
     call: Call,
     grad_out: Tensor | None,
@@ -115,48 +119,27 @@ def _run_backward(
     """The gradients of the first six tensors; None where none is asked for."""
     problem = call.problem
     needs = tuple([n and t is not None for n, t in zip(needs, tensors[:6], strict=True)])
-    gradients: list[Tensor | None] = [None] * 6
-    if call.is_packed and needs[0]:
-        gradients[0] = torch.empty_like(tensors.query, memory_format=torch.contiguous_format)
     backend = resolve(problem, call.config, call.parameters.backend)
     config = with_profile(call.config, problem, backend.name)
     call.check_values(tensors)
-    if not call.is_empty and (grad_out is not None or grad_lse is not None):
-        _fill(call, config, backend, grad_out, grad_lse, tensors, out, lse, needs, gradients)
-    else:
-        for i, (need, tensor) in enumerate(zip(needs, tensors[:6], strict=True)):
-            if need and tensor is not None:
-                gradients[i] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return gradients
-
-
-def _fill(
-    call: Call,
-    config: Config,
-    backend: Backend,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    tensors: Tensors,
-    out: Tensor,
-    lse: Tensor,
-    needs: tuple[bool, ...],
-    gradients: list[Tensor | None],
-) -> None:
-    """Have the backend compute the gradients that are needed."""
+    wanted = [t if need else None for need, t in zip(needs, tensors[:6], strict=True)]
+    if call.is_empty or (grad_out is None and grad_lse is None):
+        return [None if t is None else _zeros(t) for t in wanted]
+    gradients: list[Tensor | None] = [None] * 6
+    parts = None
+    if call.is_packed:
+        if needs[0]:
+            whole = torch.empty_like(tensors.query, memory_format=torch.contiguous_format)
+            gradients[0] = whole
+            parts = unpacked(flat(whole) if call.is_flat else whole, call.parameters.heads_kv)
+        needs = (needs[0],) * 3 + needs[3:]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     if call.is_flat:
         out, grad_out, lse = flat(out), flat(grad_out), lse.flatten(1, -2)
         grad_lse = None if grad_lse is None else grad_lse.flatten(1, -2)
-    whole, parts = gradients[0], None
-    if call.is_packed:
-        needs = (needs[0],) * 3 + needs[3:]
-        if whole is not None:
-            whole = flat(whole) if call.is_flat else whole
-            parts = unpacked(whole, call.parameters.heads_kv)
     results = Results(out, lse, grad_out, grad_lse)
-    inputs = call.prepared(tensors)
-    found = backend.backward(call.problem, config, inputs, results, needs, parts)
+    found = backend.backward(problem, config, call.prepared(tensors), results, needs, parts)
     if parts is not None:
         for destination, part in zip(parts, found[:3], strict=True):
             if part is None:
@@ -164,13 +147,11 @@ def _fill(
             elif part is not destination:
                 destination.copy_(part)
     for i in range(3 if call.is_packed else 0, 6):
-        tensor, gradient = tensors[i], found[i]
-        if not needs[i] or tensor is None:
-            continue
-        if gradient is None:
-            gradient = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        gradient = _of_dtype(gradient, tensor.dtype)
-        gradients[i] = call.result(gradient, tensor.shape)
+        tensor, gradient = wanted[i], found[i]
+        if tensor is not None:
+            gradient = _zeros(tensor) if gradient is None else _of_dtype(gradient, tensor.dtype)
+            gradients[i] = call.result(gradient, tensor.shape)
+    return gradients
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -206,7 +187,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     if key is None:
         rows = (*query.shape[:-2], query.shape[-2] - 2 * heads_kv)
     features = query.shape[-1] if value is None else value.shape[-1]
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(query.dtype)
     return query.new_empty((*rows, features)), query.new_empty(rows, dtype=accumulate)
 
 

@@ -19,6 +19,11 @@ class Unavailable(str):
     """
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of a dtype are summed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Problem:
     """Everything about one call but its data. Tuples have one value for each axis.
@@ -113,7 +118,7 @@ class Problem:
     @property
     def accumulation_dtype(self) -> torch.dtype:
         """Dtype of logsumexp and of intermediate results: float64 for float64, else float32."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return accumulation_dtype(self.dtype)
 
     @property
     def gradient_scale(self) -> float:
@@ -220,4 +225,12 @@ def decode_config(text: str) -> Config:
     )
 
 
-__all__ = ["DEFAULT_CONFIG", "Config", "Problem", "Unavailable", "decode_config", "encode_config"]
+__all__ = [
+    "DEFAULT_CONFIG",
+    "Config",
+    "Problem",
+    "Unavailable",
+    "accumulation_dtype",
+    "decode_config",
+    "encode_config",
+]

@@ -32,6 +32,7 @@ from torch import Tensor
 from natten import validation
 from natten.functional.backends import gather
 from natten.functional.operators import check_devices, define
+from natten.functional.problem import accumulation_dtype
 from natten.window import Axis
 
 # Plain integers, is_causal 0 and 1: torch.jit.trace takes no other lists.
@@ -141,7 +142,7 @@ def _run(name: str, first: Tensor, second: Tensor, window: tuple[Any, ...], *mor
         backend = _kernels() or gather
     elif a.device.type == "cpu":
         # torch's matrix products of 16 bits do not all sum in float32 on CPUs.
-        precise = torch.float64 if a.dtype == torch.float64 else torch.float32
+        precise = accumulation_dtype(a.dtype)
         a, b = a.to(precise), b.to(precise)
         backend = _compiled() or gather
     out = getattr(backend, name)(a, b, axes, *more)
