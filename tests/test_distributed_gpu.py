@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 def ranks(request) -> Iterator[Ranks]:
     if torch.cuda.device_count() < request.param:
         pytest.skip(f"needs {request.param} GPUs")
-    group = Ranks(request.param, "distributed_checks", timeout=120, device="cuda")
+    group = Ranks(request.param, "distributed_checks", timeout=240, device="cuda")
     yield group
     group.stop()
 
