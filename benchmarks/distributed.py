@@ -354,7 +354,7 @@ def main() -> None:
         HEADS, HEAD_DIM, KERNEL_SIZE = 4, 16, (3, 4, 4)
         cases = {name: (n // 15 * 4, 8, 16) for name, (n, _, _) in CASES.items()}
         weak = (8, 8, 16 * world)
-    result: dict[str, Any] = {"links": links(device), "cases": {}, "profiles": {}}
+    result: dict[str, Any] = {"links": links(device), "cases": {}}
     if options.only:
         cases = dict([next(iter(cases.items()))])
     for name, grid in cases.items():

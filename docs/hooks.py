@@ -338,8 +338,7 @@ def distributed_results() -> str:
                 )
         header = ["GPUs", "way", "forward, ms", "and backward", "speedup", "MB received"]
         table = markdown_table([*header, "hidden", "peak GB"], rows)
-        how = results["notes"][case]
-        parts.append(f"{_shape(alone['grid'])} tokens, {_CALL} ({how}):\n\n{table}")
+        parts.append(f"{_shape(alone['grid'])} tokens, {_CALL}:\n\n{table}")
     weak = "; ".join(
         f"{_shape(results[w]['weak']['grid'])} on {w}: {results[w]['weak']['both_ms']:.0f} ms"
         for w in worlds
