@@ -61,11 +61,22 @@ from natten.utils import log
 from natten.version import __version__
 
 if TYPE_CHECKING:
+    # What __getattr__ imports, so that a misspelled name is a type error.
+    from natten import attn_merge as attn_merge
+    from natten import backends as backends
+    from natten import distributed as distributed
+    from natten import experimental as experimental
+    from natten import legacy as legacy
+    from natten import models as models  # type: ignore[attr-defined]
+    from natten import modules as modules
+    from natten import nn as nn
+    from natten import viz as viz
     from natten.nn import (
         NeighborhoodAttention1D,
         NeighborhoodAttention2D,
         NeighborhoodAttention3D,
     )
+    from natten.older.functions import *  # noqa: F403
     from natten.profile_file import load_profile
     from natten.simulator import simulate
 
@@ -83,7 +94,7 @@ if (
     and (_here.parent / "models" / "__init__.py").exists()
     and (_here.parent / "pyproject.toml").exists()
 ):
-    __path__.append(str(_here.parent))
+    __path__.append(str(_here.parent))  # noqa: F405
 
 
 def _load_profile(path: str) -> int:
@@ -126,12 +137,14 @@ _LAZY_MODULES = (
 )
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    if name in _LAZY_MODULES:
-        return import_module(f"natten.{name}")
-    return older.find(__name__, name)
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return getattr(import_module(_LAZY[name]), name)
+        if name in _LAZY_MODULES:
+            return import_module(f"natten.{name}")
+        return older.find(__name__, name)
 
 
 __all__ = [

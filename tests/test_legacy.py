@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import natten
 from natten import flops
-from natten.functional import products
-from natten.functional.backends import gather
+from natten.functional.window_products import eager, operators
 from natten.legacy import na3d_qk_with_bias, natten1dav, natten1dqkrpb, natten3dqkrpb
 from natten.nn.core import attend_packed
 from natten.window import Axis, attended, grid_mask
@@ -44,12 +43,12 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["compiled", "gather"])
+@pytest.fixture(params=["compiled", "eager"])
 def _implementation(request, monkeypatch):
     """On a CPU, loops that numba compiles and plain torch operations."""
-    if request.param == "gather":
-        monkeypatch.setattr(products, "_compiled", lambda: None)
-    elif products._compiled() is None:
+    if request.param == "eager":
+        monkeypatch.setattr(operators, "_compiled", lambda: None)
+    elif operators._compiled() is None:
         pytest.skip("needs numba")
 
 
@@ -360,7 +359,7 @@ def test_same_bits_on_every_run():
 
 def test_memory_is_linear(monkeypatch):
     """65536 queries: dense scores would take 16 GiB."""
-    monkeypatch.setattr(products, "_compiled", lambda: None)
+    monkeypatch.setattr(operators, "_compiled", lambda: None)
     query = randn(1, 1, 256, 256, 1, dtype=torch.float32)
     scores = natten.na2d_qk(query, query, 3)
     out = natten.na2d_av(scores.softmax(-1), query, 3)
@@ -804,18 +803,16 @@ def test_kernels_in_the_interpreter(axes, dim, name):
     a, b = torch.randn(2, 3, tokens, dim, dtype=torch.float64)
     weights = torch.randn(3, tokens, slots, dtype=torch.float64)
     arguments = PRODUCTS[name](axes, a, b, weights)
-    torch.testing.assert_close(
-        getattr(kernels, name)(*arguments), getattr(gather, name)(*arguments)
-    )
+    torch.testing.assert_close(getattr(kernels, name)(*arguments), getattr(eager, name)(*arguments))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("implementation", ["triton", "gather"])
+@pytest.mark.parametrize("implementation", ["triton", "eager"])
 def test_gpu(case, dtype, implementation, monkeypatch):
-    if implementation == "gather":
-        monkeypatch.setattr(products, "_kernels", lambda: None)
+    if implementation == "eager":
+        monkeypatch.setattr(operators, "_kernels", lambda: None)
     rank, arguments, _ = window(case)
     query, key, value = (t.detach().to(dtype) for t in make(case, count=3, dim=16))
     has_bias = "causal" not in case
@@ -834,9 +831,9 @@ def test_gpu(case, dtype, implementation, monkeypatch):
         assert got.equal(again)
 
 
-def test_gather_is_chunked(monkeypatch):
+def test_eager_products_are_chunked(monkeypatch):
     """The same in small pieces."""
-    monkeypatch.setattr(products, "_compiled", lambda: None)
+    monkeypatch.setattr(operators, "_compiled", lambda: None)
     query, key = make("2d")
     arguments = window("2d")[1]
 
@@ -845,6 +842,6 @@ def test_gather_is_chunked(monkeypatch):
         return [scores, *torch.autograd.grad(scores.sum(), (query, key))]
 
     whole = run()
-    monkeypatch.setattr(gather, "CHUNK", {"cpu": 1})
+    monkeypatch.setattr(eager, "CHUNK", {"cpu": 1})
     for a, b in zip(whole, run()):
         torch.testing.assert_close(a, b)

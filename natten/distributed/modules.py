@@ -127,7 +127,7 @@ class Plan:
             sharding=padded,
             **self.options,
         )
-        return _cropped(out, self.sharding.own)  # type: ignore[arg-type]
+        return _cropped(out, self.sharding.own)
 
     def _attend_registers(
         self,
@@ -147,7 +147,7 @@ class Plan:
             for part, of_registers in zip((out, lse), own)
         ]
         merged = merge_attentions(outs, lses)
-        return merged  # type: ignore[return-value]
+        return merged
 
 
 def _padded(x: Tensor, name: str, own: Box, padded: Box) -> Tensor:

@@ -11,7 +11,14 @@ from natten.functional.neighborhood import (
     na3d,
     neighborhood_attention_generic,
 )
-from natten.functional.unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
+from natten.functional.window_products.functions import (
+    na1d_av,
+    na1d_qk,
+    na2d_av,
+    na2d_qk,
+    na3d_av,
+    na3d_qk,
+)
 
 __all__ = [
     "attention",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor
 
@@ -15,6 +15,9 @@ from natten.functional.operators import attend, autocast, autocast_dtype
 from natten.functional.problem import DEFAULT_CONFIG, encode_config
 from natten.types import KernelSchedule
 from natten.utils.varlen import generate_varlen_parameters
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _max_seqlen(name: str, value: Any) -> int:
@@ -67,6 +70,48 @@ def _parameters(
     scale = validation.check_scale(scale, query.shape[-1])
     name, config = parse_name(backend, FMHA), encode_config(*checked_knobs)
     return Parameters(0, window, scale, *longest, name, config, False)
+
+
+class Options(TypedDict, total=False):
+    """What type checkers take by name only."""
+
+    q_tile_size: int | None
+    kv_tile_size: int | None
+    backward_q_tile_size: int | None
+    backward_kv_tile_size: int | None
+    backward_kv_splits: int | None
+    backward_use_pt_reduction: bool
+    run_persistent_kernel: bool
+    kernel_schedule: str | KernelSchedule | None
+    torch_compile: bool
+    is_causal: bool
+    seqlens_Q: Tensor | None
+    seqlens_KV: Tensor | None
+    cumulative_seqlen_Q: Tensor | None
+    cumulative_seqlen_KV: Tensor | None
+    max_seqlen_Q: int | None
+    max_seqlen_KV: int | None
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None,
+    backend: str | None = None, *, return_lse: Literal[False] = False, **options: Unpack[Options],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None,
+    backend: str | None = None, *, return_lse: Literal[True], **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None,
+    backend: str | None = None, *, return_lse: bool, **options: Unpack[Options],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def attention(

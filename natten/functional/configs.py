@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +13,9 @@ from natten.functional.dispatch import FMHA, FNA, can_run, load
 from natten.functional.problem import DEFAULT_CONFIG, Problem
 from natten.types import KernelSchedule
 
-_FORWARD = """Tile shapes of the forward pass that backend="{public}" accepts.
-
-Args:
-    query: As {function} takes it.
-    key: Likewise.
-    value: Likewise.
-
-Returns:
-    {entries}; [] where the backend cannot run such tensors. {default}
-"""
-_BACKWARD = _FORWARD.replace("forward", "backward")
+TileShapes = tuple[tuple[int, ...], tuple[int, ...]]
+TileSizes = tuple[int, int]
+Schedule = KernelSchedule | None
 
 
 def problem_of_tensors(
@@ -60,7 +51,8 @@ def _list(
     if not can_run(backend_name, problem, DEFAULT_CONFIG):
         return []
     backend = load(backend_name)
-    return backend.backward_configs(problem) if backward else backend.configs(problem)
+    entries = backend.backward_configs(problem) if backward else backend.configs(problem)
+    return [_public(entry, kind) for entry in entries]
 
 
 def _public(entry: Any, kind: str) -> Any:
@@ -71,42 +63,113 @@ def _public(entry: Any, kind: str) -> Any:
     return (first[0], second[0]) if kind == FMHA else (tuple(first), tuple(second))
 
 
-def _getter(backend_name: str, kind: str, backward: bool) -> Callable[..., list[Any]]:
-    def getter(query: Tensor, key: Tensor, value: Tensor) -> list[Any]:
-        entries = _list(backend_name, kind, backward, query, key, value)
-        return [_public(entry, kind) for entry in entries]
+def get_configs_for_cutlass_fna(query: Tensor, key: Tensor, value: Tensor) -> list[TileShapes]:
+    """Tile shapes of the forward pass that ``backend="cutlass-fna"`` accepts.
 
-    family = backend_name if backend_name in ("cutlass", "flex") else f"cutlass_{backend_name}"
-    prefix = "get_bwd_configs_for" if backward else "get_configs_for"
-    getter.__name__ = getter.__qualname__ = f"{prefix}_{family}_{kind}"
-    pair = "(q_tile_size, kv_tile_size)" if kind == FMHA else "(q_tile_shape, kv_tile_shape)"
-    if backend_name == "hopper" and not backward:
-        pair = f"({pair}, KernelSchedule)"
-    getter.__doc__ = (_BACKWARD if backward else _FORWARD).format(
-        public=f"{backend_name}-{kind}",
-        function="attention" if kind == FMHA else "na1d, na2d or na3d",
-        entries=f"A list of {pair}",
-        default=(
-            "Along one axis the first is the default; without a choice, grids of more axes are cut "
-            "into rows of 128 tokens instead of tiles."
-            if (backend_name, kind) == ("flex", FNA)
-            else "The first is the default."
-        ),
-    )
-    return getter
+    Args:
+        query: As na1d, na2d or na3d takes it.
+        key: Likewise.
+        value: Likewise.
+
+    Returns:
+        A list of (q_tile_shape, kv_tile_shape), the default first; [] where the backend cannot run
+        such tensors.
+    """
+    return _list("cutlass", FNA, False, query, key, value)
 
 
-get_configs_for_cutlass_fna = _getter("cutlass", FNA, False)
-get_bwd_configs_for_cutlass_fna = _getter("cutlass", FNA, True)
-get_configs_for_cutlass_fmha = _getter("cutlass", FMHA, False)
-get_bwd_configs_for_cutlass_fmha = _getter("cutlass", FMHA, True)
-get_configs_for_cutlass_hopper_fna = _getter("hopper", FNA, False)
-get_bwd_configs_for_cutlass_hopper_fna = _getter("hopper", FNA, True)
-get_configs_for_cutlass_hopper_fmha = _getter("hopper", FMHA, False)
-get_bwd_configs_for_cutlass_hopper_fmha = _getter("hopper", FMHA, True)
-get_configs_for_cutlass_blackwell_fna = _getter("blackwell", FNA, False)
-get_bwd_configs_for_cutlass_blackwell_fna = _getter("blackwell", FNA, True)
-get_configs_for_cutlass_blackwell_fmha = _getter("blackwell", FMHA, False)
-get_bwd_configs_for_cutlass_blackwell_fmha = _getter("blackwell", FMHA, True)
-get_configs_for_flex_fna = _getter("flex", FNA, False)
-get_configs_for_flex_fmha = _getter("flex", FMHA, False)
+def get_bwd_configs_for_cutlass_fna(query: Tensor, key: Tensor, value: Tensor) -> list[TileShapes]:
+    """Tile shapes of the backward pass that ``backend="cutlass-fna"`` accepts."""
+    return _list("cutlass", FNA, True, query, key, value)
+
+
+def get_configs_for_cutlass_fmha(query: Tensor, key: Tensor, value: Tensor) -> list[TileSizes]:
+    """Tile sizes of the forward pass that ``backend="cutlass-fmha"`` accepts.
+
+    Args:
+        query: As attention takes it.
+        key: Likewise.
+        value: Likewise.
+
+    Returns:
+        A list of (q_tile_size, kv_tile_size), the default first; [] where the backend cannot run
+        such tensors.
+    """
+    return _list("cutlass", FMHA, False, query, key, value)
+
+
+def get_bwd_configs_for_cutlass_fmha(query: Tensor, key: Tensor, value: Tensor) -> list[TileSizes]:
+    """Tile sizes of the backward pass that ``backend="cutlass-fmha"`` accepts."""
+    return _list("cutlass", FMHA, True, query, key, value)
+
+
+def get_configs_for_cutlass_hopper_fna(
+    query: Tensor, key: Tensor, value: Tensor
+) -> list[tuple[TileShapes, Schedule]]:
+    """Tile shapes of the forward pass that ``backend="hopper-fna"`` accepts, as
+    ((q_tile_shape, kv_tile_shape), KernelSchedule)."""
+    return _list("hopper", FNA, False, query, key, value)
+
+
+def get_bwd_configs_for_cutlass_hopper_fna(
+    query: Tensor, key: Tensor, value: Tensor
+) -> list[TileShapes]:
+    """Tile shapes of the backward pass that ``backend="hopper-fna"`` accepts."""
+    return _list("hopper", FNA, True, query, key, value)
+
+
+def get_configs_for_cutlass_hopper_fmha(
+    query: Tensor, key: Tensor, value: Tensor
+) -> list[tuple[TileSizes, Schedule]]:
+    """Tile sizes of the forward pass that ``backend="hopper-fmha"`` accepts, as
+    ((q_tile_size, kv_tile_size), KernelSchedule)."""
+    return _list("hopper", FMHA, False, query, key, value)
+
+
+def get_bwd_configs_for_cutlass_hopper_fmha(
+    query: Tensor, key: Tensor, value: Tensor
+) -> list[TileSizes]:
+    """Tile sizes of the backward pass that ``backend="hopper-fmha"`` accepts."""
+    return _list("hopper", FMHA, True, query, key, value)
+
+
+def get_configs_for_cutlass_blackwell_fna(
+    query: Tensor, key: Tensor, value: Tensor
+) -> list[TileShapes]:
+    """Tile shapes of the forward pass that ``backend="blackwell-fna"`` accepts."""
+    return _list("blackwell", FNA, False, query, key, value)
+
+
+def get_bwd_configs_for_cutlass_blackwell_fna(
+    query: Tensor, key: Tensor, value: Tensor
+) -> list[TileShapes]:
+    """Tile shapes of the backward pass that ``backend="blackwell-fna"`` accepts."""
+    return _list("blackwell", FNA, True, query, key, value)
+
+
+def get_configs_for_cutlass_blackwell_fmha(
+    query: Tensor, key: Tensor, value: Tensor
+) -> list[TileSizes]:
+    """Tile sizes of the forward pass that ``backend="blackwell-fmha"`` accepts."""
+    return _list("blackwell", FMHA, False, query, key, value)
+
+
+def get_bwd_configs_for_cutlass_blackwell_fmha(
+    query: Tensor, key: Tensor, value: Tensor
+) -> list[TileSizes]:
+    """Tile sizes of the backward pass that ``backend="blackwell-fmha"`` accepts."""
+    return _list("blackwell", FMHA, True, query, key, value)
+
+
+def get_configs_for_flex_fna(query: Tensor, key: Tensor, value: Tensor) -> list[TileShapes]:
+    """Tile shapes of the forward pass that ``backend="flex-fna"`` accepts.
+
+    Along one axis the first is the default; without a choice, grids of more axes are cut into rows
+    of 128 tokens instead of tiles.
+    """
+    return _list("flex", FNA, False, query, key, value)
+
+
+def get_configs_for_flex_fmha(query: Tensor, key: Tensor, value: Tensor) -> list[TileSizes]:
+    """Tile sizes of the forward pass that ``backend="flex-fmha"`` accepts."""
+    return _list("flex", FMHA, False, query, key, value)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import CodeType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -126,6 +126,27 @@ def _refuse_unpacking() -> None:
             "merge_attentions returns the output alone, and the caller unpacks two values: call it "
             "with return_lse=True for output and logsumexp"
         )
+
+
+@overload
+def merge_attentions(
+    outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor], torch_compile: bool = True,
+    *, return_lse: Literal[False] = False, use_autograd_fix: bool = True,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def merge_attentions(
+    outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor], torch_compile: bool = True,
+    *, return_lse: Literal[True], use_autograd_fix: bool = True,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def merge_attentions(
+    outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor], torch_compile: bool = True,
+    *, return_lse: bool, use_autograd_fix: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def merge_attentions(

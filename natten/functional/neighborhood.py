@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, overload
 
 from torch import Tensor
 
@@ -32,6 +32,9 @@ from natten.functional.operators import (
 from natten.functional.problem import DEFAULT_CONFIG, decode_config, encode_config
 from natten.functional.ranks import without_rank
 from natten.types import AttentionKwargs, BoolOrSequence, IntOrSequence, KernelSchedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _NO_KNOBS = astuple(DEFAULT_CONFIG)
 
@@ -292,7 +295,64 @@ def packed_attention(
 _neighborhood_attention.__qualname__ = "neighborhood_attention"
 
 
-@without_rank(_neighborhood_attention)
+class Options(TypedDict, total=False):
+    """What type checkers take by name only."""
+
+    attention_kwargs: AttentionKwargs | None
+    backend: str | None
+    q_tile_shape: Sequence[int] | None
+    kv_tile_shape: Sequence[int] | None
+    backward_q_tile_shape: Sequence[int] | None
+    backward_kv_tile_shape: Sequence[int] | None
+    backward_kv_splits: Sequence[int] | None
+    backward_use_pt_reduction: bool
+    run_persistent_kernel: bool
+    kernel_schedule: str | KernelSchedule | None
+    torch_compile: bool
+    try_fuse_additional_kv: bool
+    rpb: Tensor | None
+    additional_lengths: Tensor | None
+    grid: Sequence[int] | None
+    query_origin: Sequence[int] | None
+    key_origin: Sequence[int] | None
+
+
+class NeighborhoodAttention(Protocol):
+    """The signature of the functions below, whose result depends on ``return_lse``."""
+
+    @overload
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, kernel_size: IntOrSequence,
+        stride: IntOrSequence | None = 1, dilation: IntOrSequence | None = 1,
+        is_causal: BoolOrSequence | None = False, scale: float | None = None,
+        additional_keys: Tensor | None = None, additional_values: Tensor | None = None,
+        *, return_lse: Literal[False] = False, **options: Unpack[Options],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, kernel_size: IntOrSequence,
+        stride: IntOrSequence | None = 1, dilation: IntOrSequence | None = 1,
+        is_causal: BoolOrSequence | None = False, scale: float | None = None,
+        additional_keys: Tensor | None = None, additional_values: Tensor | None = None,
+        *, return_lse: Literal[True], **options: Unpack[Options],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, kernel_size: IntOrSequence,
+        stride: IntOrSequence | None = 1, dilation: IntOrSequence | None = 1,
+        is_causal: BoolOrSequence | None = False, scale: float | None = None,
+        additional_keys: Tensor | None = None, additional_values: Tensor | None = None,
+        *, return_lse: bool, **options: Unpack[Options],
+    ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+_without_rank = without_rank(_neighborhood_attention)
+_public: Callable[[Callable[..., Any]], NeighborhoodAttention] = _without_rank
+
+
+@_public
 def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
     """Neighborhood attention over 1, 2 or 3 axes of tokens, as many as the tensors have.
 
@@ -359,7 +419,7 @@ def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
     return _neighborhood_attention(None, *arguments, **named)
 
 
-@without_rank(_neighborhood_attention)
+@_public
 def na1d(*arguments: Any, **named: Any) -> Any:
     """1-D neighborhood attention.
 
@@ -379,7 +439,7 @@ def na1d(*arguments: Any, **named: Any) -> Any:
     return _neighborhood_attention(1, *arguments, **named)
 
 
-@without_rank(_neighborhood_attention)
+@_public
 def na2d(*arguments: Any, **named: Any) -> Any:
     """2-D neighborhood attention.
 
@@ -399,7 +459,7 @@ def na2d(*arguments: Any, **named: Any) -> Any:
     return _neighborhood_attention(2, *arguments, **named)
 
 
-@without_rank(_neighborhood_attention)
+@_public
 def na3d(*arguments: Any, **named: Any) -> Any:
     """3-D neighborhood attention.
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def without_rank(
-    function: Callable[Concatenate[int | None, P], R],
-) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    function: Callable[Concatenate[Any, P], R],
+) -> Callable[[Callable[..., Any]], Callable[P, R]]:
     """Gives a function the signature of another without its first parameter: types are written
     once."""
 
-    def decorate(wrapper: Callable[..., R]) -> Callable[P, R]:
+    def decorate(wrapper: Callable[..., Any]) -> Callable[P, R]:
         signature = inspect.signature(function)
         _, *parameters = signature.parameters.values()
         wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """Names and call forms of NATTEN 0.14 to 0.17 that programs still use.
 
 Their tensors are heads-first, ``[batch, heads, *tokens, head_dim]``; what they compute is
-:mod:`natten.functional.unfused`. Modules take the arguments of that time as well
+:mod:`natten.functional.window_products.functions`. Modules take the arguments of that time as well
 (:mod:`natten.older.modules`).
 
 Functions that once chose among kernels are here so that programs start. There is nothing left to
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten.functional.unfused import (
+from natten.functional.window_products.functions import (
     na1d_av,
     na1d_qk,
     na2d_av,

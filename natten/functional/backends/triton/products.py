@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from natten.functional.backends.gather import keys_of_queries, queries_of_keys
+from natten.functional.window_products.eager import keys_of_queries, queries_of_keys
 from natten.window import Axis
 
 # Numbers that a program holds of one tensor.
@@ -160,21 +160,21 @@ def _launch(
 
 
 def dot(a: Tensor, b: Tensor, axes: tuple[Axis, ...], empty: float) -> Tensor:
-    """As :func:`natten.functional.backends.gather.dot`."""
+    """As :func:`natten.functional.window_products.eager.dot`."""
     windows, _, _, sizes = _tables(axes, a.device)
     out = a.new_empty(*a.shape[:2], prod(axis.kernel_size for axis in axes))
     return _launch(_dot, (a.contiguous(), b.contiguous(), out), windows, (empty, *sizes))
 
 
 def weighted_sum(weights: Tensor, b: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """As :func:`natten.functional.backends.gather.weighted_sum`."""
+    """As :func:`natten.functional.window_products.eager.weighted_sum`."""
     windows, _, _, sizes = _tables(axes, b.device)
     tensors = (weights.contiguous(), b.contiguous(), torch.empty_like(b))
     return _launch(_weighted_sum, tensors, windows, sizes)
 
 
 def scatter(weights: Tensor, a: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """As :func:`natten.functional.backends.gather.scatter`."""
+    """As :func:`natten.functional.window_products.eager.scatter`."""
     windows, inverses, longest, sizes = _tables(axes, a.device)
     tensors = (weights.contiguous(), a.contiguous(), torch.empty_like(a))
     return _launch(_scatter, tensors, windows + inverses, (*longest, *sizes))

@@ -20,7 +20,7 @@ from torch import Tensor
 from natten.functional.backends.cpu import parallel
 from natten.functional.backends.cpu.kernels import entry
 from natten.functional.backends.cpu.plan import array_of
-from natten.functional.backends.gather import keys_of_queries, queries_of_keys
+from natten.functional.window_products.eager import keys_of_queries, queries_of_keys
 from natten.window import Axis
 
 # Multiply-adds of one piece of work, which a thread takes at a time.
@@ -127,20 +127,20 @@ def _slots(axes: Sequence[Axis]) -> int:
 
 
 def dot(a: Tensor, b: Tensor, axes: tuple[Axis, ...], empty: float) -> Tensor:
-    """As :func:`natten.functional.backends.gather.dot`, of float32 or float64."""
+    """As :func:`natten.functional.window_products.eager.dot`, of float32 or float64."""
     slots = _slots(axes)
     out = a.new_full((*a.shape[:2], slots), empty)
     return _run(_dot, _tables(axes)[0], (a, b), out, slots * a.shape[2])
 
 
 def weighted_sum(weights: Tensor, b: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """As :func:`natten.functional.backends.gather.weighted_sum`, of float32 or float64."""
+    """As :func:`natten.functional.window_products.eager.weighted_sum`, of float32 or float64."""
     out = b.new_zeros(b.shape)
     return _run(_weighted_sum, _tables(axes)[0], (weights, b), out, _slots(axes) * b.shape[2])
 
 
 def scatter(weights: Tensor, a: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """As :func:`natten.functional.backends.gather.scatter`, of float32 or float64."""
+    """As :func:`natten.functional.window_products.eager.scatter`, of float32 or float64."""
     windows, inverses = _tables(axes)
     out = a.new_zeros(a.shape)
     return _run(_scatter, (*windows, *inverses), (weights, a), out, _slots(axes) * a.shape[2])

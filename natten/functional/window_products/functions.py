@@ -9,7 +9,6 @@ for whatever has to see or change the scores or the weights, and for weights tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from natten import validation
 from natten.functional.operators import autocast, autocast_dtype
-from natten.functional.products import window_bias, window_dot, window_sum
+from natten.functional.ranks import without_rank
+from natten.functional.window_products.operators import window_bias, window_dot, window_sum
 from natten.types import BoolOrSequence, IntOrSequence
 
 
@@ -141,13 +141,15 @@ def window_values(
     return out
 
 
-_QK = """The dot products of every query with the keys of its window, over {axes}.
+@without_rank(window_scores)
+def na1d_qk(*arguments: Any, **named: Any) -> Any:
+    """The dot products of every query with the keys of its window, over one axis.
 
     Nothing is scaled: multiply the query by ``head_dim ** -0.5`` for attention. Forward and
     backward take memory linear in tokens times window; derivatives of every order exist.
 
     Args:
-        query: ``[batch, heads, {tokens}, head_dim]`` (heads first), any floating dtype.
+        query: ``[batch, heads, X, head_dim]`` (heads first), any floating dtype.
         key: Of query's shape.
         kernel_size: Window size, an int or one for each axis.
         dilation: Distance of neighbors.
@@ -158,26 +160,44 @@ _QK = """The dot products of every query with the keys of its window, over {axes
         stride: Queries that share one window.
 
     Returns:
-        ``[batch, heads, {tokens}, slots]``, slots = the product of kernel_size, and context more
-        with additional keys, which come last. Slot j of an axis is the key ``start + j *
-        dilation``; slots are in row-major order. Causal windows that the border cuts short hold
-        -inf in the slots at their tail.
+        ``[batch, heads, X, slots]``, slots = the product of kernel_size, and context more with
+        additional keys, which come last. Slot j of an axis is the key ``start + j * dilation``;
+        slots are in row-major order. Causal windows that the border cuts short hold -inf in the
+        slots at their tail.
 
     Raises:
         ValueError: An argument is wrong by itself, or does not fit the others.
 
     References: https://arxiv.org/abs/2204.07143, https://arxiv.org/abs/2209.15001
     """
+    return window_scores(1, *arguments, **named)
 
-_AV = """The sum of the values of every query's window, weighted, over {axes}.
+
+@without_rank(window_scores)
+def na2d_qk(*arguments: Any, **named: Any) -> Any:
+    """:func:`na1d_qk` over two axes: ``[batch, heads, X, Y, head_dim]`` to
+    ``[batch, heads, X, Y, slots]``."""
+    return window_scores(2, *arguments, **named)
+
+
+@without_rank(window_scores)
+def na3d_qk(*arguments: Any, **named: Any) -> Any:
+    """:func:`na1d_qk` over three axes: ``[batch, heads, X, Y, Z, head_dim]`` to
+    ``[batch, heads, X, Y, Z, slots]``."""
+    return window_scores(3, *arguments, **named)
+
+
+@without_rank(window_values)
+def na1d_av(*arguments: Any, **named: Any) -> Any:
+    """The weighted sum of the values of every query's window, over one axis.
 
     The weights are the caller's: they need not come from a softmax, nor sum to 1. Those in slots
     that a causal window leaves empty are not read.
 
     Args:
-        attn: ``[batch, heads, {tokens}, slots]`` in the order of :func:`na{rank}d_qk`.
-        value: ``[batch, heads, {tokens}, head_dim]``, of attn's dtype. Either of both may have a
-            batch of 1, which then goes with all of the other.
+        attn: ``[batch, heads, X, slots]`` in the order of :func:`na1d_qk`.
+        value: ``[batch, heads, X, head_dim]``, of attn's dtype. Either of both may have a batch of
+            1, which then goes with all of the other.
         kernel_size: Window size, an int or one for each axis.
         dilation: Distance of neighbors.
         additional_values: ``[batch, heads, context, head_dim]``, for the last slots of attn.
@@ -190,66 +210,21 @@ _AV = """The sum of the values of every query's window, weighted, over {axes}.
     Raises:
         ValueError: An argument is wrong by itself, or does not fit the others.
     """
+    return window_values(1, *arguments, **named)
 
 
-def _qk_of_rank(rank: int) -> Callable[..., Tensor]:
-    def function(
-        query: Tensor,
-        key: Tensor,
-        kernel_size: IntOrSequence,
-        dilation: IntOrSequence | None = 1,
-        additional_keys: Tensor | None = None,
-        is_causal: BoolOrSequence | None = False,
-        rpb: Tensor | None = None,
-        *,
-        stride: IntOrSequence | None = 1,
-    ) -> Tensor:
-        return window_scores(
-            rank,
-            query,
-            key,
-            kernel_size,
-            dilation,
-            additional_keys,
-            is_causal,
-            rpb,
-            stride=stride,
-        )
-
-    return _named(function, f"na{rank}d_qk", _QK, rank)
+@without_rank(window_values)
+def na2d_av(*arguments: Any, **named: Any) -> Any:
+    """:func:`na1d_av` over two axes: ``[batch, heads, X, Y, slots]`` and
+    ``[batch, heads, X, Y, head_dim]``."""
+    return window_values(2, *arguments, **named)
 
 
-def _av_of_rank(rank: int) -> Callable[..., Tensor]:
-    def function(
-        attn: Tensor,
-        value: Tensor,
-        kernel_size: IntOrSequence,
-        dilation: IntOrSequence | None = 1,
-        additional_values: Tensor | None = None,
-        is_causal: BoolOrSequence | None = False,
-        *,
-        stride: IntOrSequence | None = 1,
-    ) -> Tensor:
-        return window_values(
-            rank, attn, value, kernel_size, dilation, additional_values, is_causal, stride=stride
-        )
+@without_rank(window_values)
+def na3d_av(*arguments: Any, **named: Any) -> Any:
+    """:func:`na1d_av` over three axes: ``[batch, heads, X, Y, Z, slots]`` and
+    ``[batch, heads, X, Y, Z, head_dim]``."""
+    return window_values(3, *arguments, **named)
 
-    return _named(function, f"na{rank}d_av", _AV, rank)
-
-
-def _named(
-    function: Callable[..., Tensor], name: str, doc: str, rank: int
-) -> Callable[..., Tensor]:
-    function.__name__ = function.__qualname__ = name
-    function.__doc__ = doc.format(
-        rank=rank,
-        axes="one axis" if rank == 1 else f"{rank} axes",
-        tokens=", ".join("XYZ"[:rank]),
-    )
-    return function
-
-
-na1d_qk, na2d_qk, na3d_qk = map(_qk_of_rank, (1, 2, 3))
-na1d_av, na2d_av, na3d_av = map(_av_of_rank, (1, 2, 3))
 
 __all__ = ["na1d_av", "na1d_qk", "na2d_av", "na2d_qk", "na3d_av", "na3d_qk"]

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from natten import validation
-from natten.functional.backends import gather
 from natten.functional.operators import check_devices, define
 from natten.functional.problem import accumulation_dtype
+from natten.functional.window_products import eager
 from natten.window import Axis
 
 # Plain integers, is_causal 0 and 1: torch.jit.trace takes no other lists.
@@ -57,9 +57,9 @@ def _compiled() -> ModuleType | None:
     if _numba_problem() is not None:
         return None
     # numba takes half a second to import.
-    from natten.functional.backends.cpu import products
+    from natten.functional.window_products import cpu
 
-    return products
+    return cpu
 
 
 def _axes(tokens: Any, window: tuple[Any, ...]) -> tuple[Axis, ...]:
@@ -137,14 +137,14 @@ def _run(name: str, first: Tensor, second: Tensor, window: tuple[Any, ...], *mor
     if not (units and tokens):
         width = prod(window[0]) if name == "dot" else shape[-1]
         return first.new_empty(*shape[:-1], width)
-    backend: Any = gather
+    backend: Any = eager
     if a.device.type == "cuda":
-        backend = _kernels() or gather
+        backend = _kernels() or eager
     elif a.device.type == "cpu":
         # torch's matrix products of 16 bits do not all sum in float32 on CPUs.
         precise = accumulation_dtype(a.dtype)
         a, b = a.to(precise), b.to(precise)
-        backend = _compiled() or gather
+        backend = _compiled() or eager
     out = getattr(backend, name)(a, b, axes, *more)
     return out.to(first.dtype).view(*shape[:-1], out.shape[-1])
 
@@ -167,7 +167,7 @@ def _relative(axes: tuple[Axis, ...], device: torch.device) -> list[Tensor]:
     entries = []
     for axis in axes:
         own = torch.arange(axis.length, device=device)
-        start = (gather.keys_of_queries(axis, device).first - own) // axis.dilation
+        start = (eager.keys_of_queries(axis, device).first - own) // axis.dilation
         slot = torch.arange(axis.kernel_size, device=device)
         last = 2 * axis.kernel_size - 2
         # Only empty slots leave the table.
