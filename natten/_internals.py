@@ -6,6 +6,7 @@ calls which nobody but autograd watches go around it. :func:`is_plain` decides w
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -134,6 +135,45 @@ def scripted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.jit.script(function)
 
 
+def called_directly(operator: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Have programs that Inductor writes in Python call a function where they would call an
+    operator, whose arguments it takes: the dispatcher's way costs more than all the rest.
+
+    Args:
+        operator: An overload of ``torch.ops``.
+        name: What the function is called in the operator's namespace, where programs find it, also
+            those that a cache keeps on disk.
+        function: Computes it, of plain tensors.
+
+    Returns:
+        What tells Inductor so, once it has been imported. To be called while a program is traced.
+    """
+    setattr(getattr(torch.ops, operator.namespace), name, function)
+    is_told = False
+
+    def tell() -> None:
+        nonlocal is_told
+        lowering = sys.modules.get("torch._inductor.lowering")
+        if lowering is None or is_told:
+            return
+        is_told = True
+        fall_back = lowering.fallback_handler(operator, add_to_fallback_set=False)
+
+        def lower(*arguments: Any) -> Any:
+            results = fall_back(*arguments)
+            # Programs in C++ have the dispatcher alone.
+            if not V.graph.cpp_wrapper:
+                (kernel,) = results[0].data.data.inputs
+                kernel.python_kernel_name = f"torch.ops.{operator.namespace}.{name}"
+            return results
+
+        from torch._inductor.virtualized import V
+
+        lowering.register_lowering(operator, type_promotion_kind=None)(lower)
+
+    return tell
+
+
 def below_autocast() -> AbstractContextManager[Any]:
     """Keeps autocast from seeing what it has cast already."""
     return excluding(AUTOCAST)
@@ -161,6 +201,7 @@ __all__ = [
     "any_requires_grad",
     "below_autocast",
     "below_autograd",
+    "called_directly",
     "in_forward_mode",
     "is_known",
     "is_plain",

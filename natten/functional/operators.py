@@ -369,7 +369,13 @@ def define(
 
     library.impl(name, implementation, "CompositeExplicitAutograd")
     library.impl(name, differentiated, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"natten::{name}", fake, lib=library)
+    tell_inductor = _internals.called_directly(operator, f"{name}_compiled", implementation)
+
+    def traced(*arguments: Any) -> Any:
+        tell_inductor()
+        return fake(*arguments)
+
+    torch.library.register_fake(f"natten::{name}", traced, lib=library)
     if cast is not None:
 
         def under_autocast(*arguments: Any) -> Any:
