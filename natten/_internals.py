@@ -163,10 +163,14 @@ def called_directly(operator: Any, name: str, function: Callable[..., Any]) -> C
             results = fall_back(*arguments)
             # Programs in C++ have the dispatcher alone.
             if not V.graph.cpp_wrapper:
-                (kernel,) = results[0].data.data.inputs
+                first = results[0] if isinstance(results, list | tuple) else results
+                kernel = first.data.data
+                if not isinstance(kernel, FallbackKernel):
+                    (kernel,) = kernel.inputs
                 kernel.python_kernel_name = f"torch.ops.{operator.namespace}.{name}"
             return results
 
+        from torch._inductor.ir import FallbackKernel
         from torch._inductor.virtualized import V
 
         lowering.register_lowering(operator, type_promotion_kind=None)(lower)

@@ -53,6 +53,17 @@ def test_no_dispatcher_in_compiled_programs():
                 torch.testing.assert_close(mine, true)
 
 
+def test_unfused_products_compile():
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return natten.na2d_av(natten.na2d_qk(query, key, 3, 1).softmax(-1), value, 3, 1)
+
+    tensors = [torch.randn(1, 2, 5, 6, 8) for _ in range(3)]
+    compiled = torch.compile(attend, fullgraph=True)
+    found, (code,) = run_and_get_code(compiled, *tensors)
+    torch.testing.assert_close(found, attend(*tensors))
+    assert len(re.findall(r"= torch.ops.natten.\w+_compiled\(", code)) == 2
+
+
 def test_module_compiles():
     """A packed projection and a bias."""
     torch.manual_seed(0)
