@@ -13,7 +13,7 @@ TESTS = $(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(WORKERS) --d
 	--durations 15
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-timm test-transformers lint format typecheck figures docs notebooks \
+.PHONY: help demo test test-timm test-transformers lint format typecheck figures docs docs-check notebooks \
 	clean
 
 help:  ## what there is
@@ -59,7 +59,11 @@ figures: $(INSTALLED)  ## draw docs/figures again
 	@$(BIN)/python docs/figures.py
 
 docs: $(INSTALLED)  ## the documentation site, in site/; warnings are errors
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "open site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict && echo "open site/index.html"
+
+docs-check: docs  ## the site in a headless Chromium: every page, two widths, light and dark, the search
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check playwright
+	@$(BIN)/python tests/check_site.py site --screenshots build/screenshots
 
 notebooks: $(INSTALLED)  ## run all notebooks on the CPU and store their outputs
 	@cd notebooks && failed=0 && for script in *.py; do \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 from collections.abc import Callable
@@ -204,6 +205,27 @@ def distributed() -> Figure:
     return figure
 
 
+def video_curve() -> Figure:
+    """How a causal denoiser learns to predict frames: what `natten.models.clip train` wrote."""
+    with (FIGURES / "video-curve.csv").open() as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    axes = figure.subplots()
+    steps = [row["step"] for row in rows]
+    for number, (key, label) in enumerate(
+        (("psnr_held_out", "causal neighborhood attention"),
+         ("psnr_of_copying", "copy of the frame before"))
+    ):  # fmt: skip
+        axes.plot(
+            steps, [row[key] for row in rows], "--" if number else "-", label=label,
+            color=viz.SERIES_COLORS[number],
+        )  # fmt: skip
+    axes.set(xlabel="training step", ylabel="PSNR of held-out next frames, dB")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
 # name: its function, whether it needs measurements
 DRAWN: dict[str, tuple[Callable[[], Figure], bool]] = {
     "neighborhoods": (neighborhoods, False),
@@ -215,6 +237,7 @@ DRAWN: dict[str, tuple[Callable[[], Figure], bool]] = {
     "benchmark": (benchmark, True),
     "prediction": (prediction, True),
     "distributed": (distributed, True),
+    "video-curve": (video_curve, False),
 }
 
 
@@ -231,8 +254,8 @@ def main() -> None:
         for theme, suffix in (("light", ""), ("dark", "-dark")):
             with viz.theme(theme):
                 draw().savefig(options.output / f"{name}{suffix}.png", dpi=80)
-    if not options.names or "attention" in options.names:
-        demo.main(["--output", str(options.output / "attention.png")])
+            with viz.theme(theme):
+                demo.main(["--output", str(options.output / f"attention{suffix}.png")])
 
 
 if __name__ == "__main__":

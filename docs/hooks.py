@@ -9,12 +9,14 @@ become pages with their stored outputs.
 from __future__ import annotations
 
 import html
+import inspect
 import json
 import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -469,17 +471,89 @@ def _drawn(match: re.Match[str]) -> str:
     )
 
 
+_FIGURE = re.compile(r'<img [^>]*?src="[^"]*figures/([\w-]+)\.png"[^>]*>')
+
+
+def _for_both_themes(match: re.Match[str]) -> str:
+    """A figure and its twin for dark pages, of which the theme shows one."""
+    name = match[1]
+    if not (ROOT / "docs" / "figures" / f"{name}-dark.png").is_file():
+        return match[0]
+    light = match[0].replace(f"{name}.png", f"{name}.png#only-light")
+    return light + match[0].replace(f"{name}.png", f"{name}-dark.png#only-dark")
+
+
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    return _EQUATION.sub(_drawn, content)
+    return _FIGURE.sub(_for_both_themes, _EQUATION.sub(_drawn, content))
 
 
 _ROLE = re.compile(r":(?:func|class|meth|mod|attr):`~?([^`]+)`")
+_DOCTEST = re.compile(r"(?:^ *>>> .*\n(?:^ *(?:>>>|\.\.\.|\S).*(?:\n|$))*)", re.MULTILINE)
+# An entry of Args that describes several parameters, which may go on in the next line.
+_TOGETHER = re.compile(r"^( +)(\w+(?:,\s+\w+)+):((?: .*)?(?:\n\1 .*|\n *(?=\n\1 ))*)", re.MULTILINE)
 
 
-class PlainRoles(griffe.Extension):
-    """Docstrings name functions as Sphinx does; on the site, names are code."""
+class Docstrings(griffe.Extension):
+    """What docstrings say for readers of code, as the site's Markdown says it."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
             text = _ROLE.sub(r"`\1`", obj.docstring.value)
+            text = _TOGETHER.sub(_one_by_one, text)
+            text = _DOCTEST.sub(_fenced, text)
             obj.docstring.value = re.sub(r"::$", ":", text, flags=re.MULTILINE)
+
+    def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **_: Any) -> None:
+        """What cannot be read from the folder of the package: `natten.models`, which is another
+        folder, and functions whose signature is written once, which get what `help` shows."""
+        if pkg.name != "natten":
+            return
+        pkg.set_member("models", loader.load("models"))
+        for module in _WITH_ONE_SIGNATURE:
+            shown = pkg[module.removeprefix("natten.")]
+            for name, value in vars(import_module(module)).items():
+                if not inspect.isfunction(value) or not hasattr(value, "__signature__"):
+                    continue
+                made = _as_help_shows(name, value)
+                shown.set_member(name, made)
+                self.on_object(obj=made)
+
+
+_WITH_ONE_SIGNATURE = (
+    "natten.distributed.attention",
+    "natten.functional.neighborhood",
+    "natten.functional.window_products.functions",
+)
+
+
+def _one_by_one(match: re.Match[str]) -> str:
+    indent, names, text = match.groups()
+    return "\n".join(f"{indent}{name}:{text}" for name in re.split(r",\s+", names))
+
+
+def _fenced(match: re.Match[str]) -> str:
+    lines = match[0].rstrip("\n").split("\n")
+    indent = " " * (len(lines[0]) - len(lines[0].lstrip()))
+    lines = [line.split("  # doctest:")[0] for line in lines]
+    return "\n".join([f"{indent}```pycon", *lines, f"{indent}```", ""])
+
+
+def _as_help_shows(name: str, function: Callable[..., Any]) -> griffe.Function:
+    signature = inspect.signature(function)
+    empty = inspect.Parameter.empty
+    return griffe.Function(
+        name,
+        parameters=griffe.Parameters(
+            *(
+                griffe.Parameter(
+                    p.name,
+                    annotation=None if p.annotation is empty else str(p.annotation),
+                    kind=griffe.ParameterKind(p.kind.description),
+                    default=None if p.default is empty else repr(p.default),
+                )
+                for p in signature.parameters.values()
+            )
+        ),
+        returns=None if signature.return_annotation is empty else str(signature.return_annotation),
+        docstring=griffe.Docstring(inspect.getdoc(function) or ""),
+    )

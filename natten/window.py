@@ -9,12 +9,10 @@ group ``index % d`` and sits there at position ``index // d``. Group g has
 that position j stands for token ``g + d * j``. With stride s, the s queries of a stride group
 share the window of their leader:
 
-=============  ====================================  ===================================  =========
-\\              leader                                start                                end
-=============  ====================================  ===================================  =========
-bidirectional  ``min(p // s * s + s // 2, Lg - 1)``  ``clamp(leader - k // 2, 0, Lg-k)``  start + k
-causal         ``min(p // s * s + s - 1, Lg - 1)``   ``max(leader - k + 1, 0)``           p + 1
-=============  ====================================  ===================================  =========
+| axis | leader | start | end |
+|-|-|-|-|
+| bidirectional | `min(p//s*s + s//2, L_g - 1)` | `clamp(leader - k//2, 0, L_g - k)` | `start + k` |
+| causal | `min(p//s*s + s - 1, L_g - 1)` | `max(leader - k + 1, 0)` | `p + 1` |
 
 Windows are clamped into the axis, never cut by its border. An N-dimensional window is the product
 of the windows of its axes. Both ends of a window grow with the query's position, and stride is at

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import json
 import os
 import re
 import shlex
@@ -164,7 +166,7 @@ def build_site(folder: Path) -> None:
     pytest.importorskip("latex2mathml", reason="needs pip install '.[docs]'")
     pytest.importorskip("nbconvert", reason="needs pip install '.[notebooks]'")
     run = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
@@ -202,6 +204,40 @@ def check_links(site: Path) -> None:
                 assert anchor in anchors[goal], f"{page.relative_to(site)} links to {target}"
 
 
+def check_names(site: Path) -> None:
+    """Every public name is a heading of the reference, with an anchor, and the search knows it."""
+    sections = json.loads((site / "search" / "search_index.json").read_text())["docs"]
+    found = {
+        section["location"].rpartition(".")[2]: re.sub(r"<[^>]*>|¶", "", section["title"]).strip()
+        for section in sections
+        if ".html#natten." in section["location"]
+    }
+    for module in (
+        "natten",
+        "natten.functional",
+        "natten.nn",
+        "natten.models",
+        "natten.distributed",
+    ):
+        loaded = importlib.import_module(module)
+        for name in loaded.__all__:
+            if callable(getattr(loaded, name)):
+                assert found.get(name) == name, f"{module}.{name} has no heading of its own"
+
+
+def check_docstrings_are_drawn(site: Path) -> None:
+    """Nothing of another markup, of an interpreter's session or of an address is left as text."""
+    for page in ("operations", "modules", "models", "distributed", "profiler"):
+        text = (site / f"{page}.html").read_text()
+        assert not re.search(r"={6,}|:func:|&gt;&gt;&gt; .*</p>", text), page
+        assert not re.search(r"(?<![\"/>])https?://arxiv[^<]*</p>", text), page
+    cross = (site / "modules.html").read_text().split('id="natten.nn.cross_attention')[1]
+    for name in ("embed_dim", "num_heads", "kernel_size", "rotary", "context_dim", "device"):
+        assert f"<code>{name}</code>" in cross or f">{name}</" in cross, name
+    window = (site / "operations.html").read_text().split('id="natten.window"')[1]
+    assert "<td>bidirectional</td>" in window
+
+
 def check_nothing_comes_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text()
@@ -217,5 +253,7 @@ def check_nothing_comes_from_elsewhere(site: Path) -> None:
 def test_site(tmp_path):
     build_site(tmp_path)
     check_tables(tmp_path)
+    check_names(tmp_path)
+    check_docstrings_are_drawn(tmp_path)
     check_links(tmp_path)
     check_nothing_comes_from_elsewhere(tmp_path)

@@ -317,23 +317,18 @@ _public: Callable[[Callable[..., Any]], NeighborhoodAttention] = _without_rank
 
 @_public
 def neighborhood_attention(*arguments: Any, **named: Any) -> Any:
-    r"""Neighborhood attention of a grid of tokens that is sharded over the ranks of a device mesh.
+    """Neighborhood attention of a grid of tokens that is sharded over the ranks of a device mesh.
 
     What :func:`natten.functional.neighborhood_attention_generic` computes of the whole grid, where
     every rank has one box of it. All ranks of the sharding call it, with the same arguments but
     for their tensors. Tensors are either all DTensors, in true global shapes, or all plain ones:
 
-    ==================  ==============================  ==========================================
-    \                   plain tensors                   DTensors
-    ==================  ==============================  ==========================================
-    query, key, value   this rank's box                 the grid, sharded along tokens, batch or
-                                                        heads, all three alike
-    additional_*, rpb   the same on all ranks           any placements
-    out, logsumexp      this rank's box                 placed as query
-    their gradients     of additional_*, rpb: this      of what is replicated over ranks with
-                        rank's contribution; add them   different tokens: Partial
-                        up, as DDP and FSDP do
-    ==================  ==============================  ==========================================
+    - Plain tensors are this rank's box, and so are out and logsumexp. ``additional_*`` and ``rpb``
+      are the same on all ranks; their gradients are this rank's contribution: add them up, as DDP
+      and FSDP do.
+    - DTensors are the grid, sharded along tokens, batch or heads, query, key and value alike; out
+      and logsumexp are placed as query. ``additional_*`` and ``rpb`` have any placements; gradients
+      of what is replicated over ranks with different tokens are ``Partial``.
 
     Args:
         query: ``[batch, *tokens, heads, head_dim]``.
