@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.abc
 import sys
 from collections.abc import Callable
-from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from itertools import pairwise
@@ -22,34 +21,10 @@ import torch
 from torch import Tensor
 
 from natten.functional.call import NUM_TENSORS, Parameters, Tensors, decode_window, separated
-from natten.window import Axis, bounds_table
+from natten.functional.geometry import count_pairs
+from natten.window import Axis
 
 _COUNTER = "torch.utils.flop_counter"
-
-
-@lru_cache(maxsize=1024)
-def count_pairs(
-    axes: tuple[Axis, ...],
-    query_shape: tuple[int, ...] | None = None,
-    key_shape: tuple[int, ...] | None = None,
-    query_origin: tuple[int, ...] | None = None,
-    key_origin: tuple[int, ...] | None = None,
-) -> int:
-    """Pairs of a query and a key that it attends to, in a grid or between two boxes of it."""
-    rank = len(axes)
-    lengths = tuple(axis.length for axis in axes)
-    total = 1
-    for axis, origin, extent, origin_kv, extent_kv in zip(
-        axes,
-        query_origin or (0,) * rank,
-        query_shape or lengths,
-        key_origin or (0,) * rank,
-        key_shape or lengths,
-        strict=True,
-    ):
-        start, end = bounds_table(axis, origin, extent, origin_kv, extent_kv)
-        total *= int((end - start).sum())
-    return total
 
 
 def _readable(tensor: Tensor) -> bool:

@@ -14,25 +14,23 @@ Method: Generalized Neighborhood Attention (https://arxiv.org/abs/2504.16922).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 
-from natten import devices, validation, window
+from natten import devices, validation
 from natten.advice import Advice, advise
 from natten.devices import Device
+from natten.functional import geometry
 from natten.functional.dispatch import tile_pairs
+from natten.functional.geometry import Shape, needed_pairs
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
 from natten.tables import table
 from natten.types import BoolOrSequence, IntOrSequence
-from natten.window import Axis
-
-Shape = tuple[int, ...]
 
 
 class _Costs(NamedTuple):
@@ -63,98 +61,6 @@ _BACKWARD_COSTS = _Costs(0.62, 0.027, 9.9, 55e-9, 0.82e-6, 3.6e-6)
 _LANES, _EXPONENTIAL_LANES = 128, 16
 # Shares of the maker's bandwidth that a copy reaches.
 _BANDWIDTH_EFFICIENCY = 0.9
-
-
-class _AxisCounts(NamedTuple):
-    """Along one axis, summed over dilation groups: tiles of rows, of rows and columns."""
-
-    row_tiles: int
-    visited: int
-    full: int
-    all: int
-
-
-class _Box(NamedTuple):
-    """Rows and columns along one axis: origin and extent of each, in tokens of the grid."""
-
-    row_origin: int
-    row_extent: int
-    column_origin: int
-    column_extent: int
-
-
-class _Group(NamedTuple):
-    """A dilation group along one axis: its length, and its rows and columns as positions."""
-
-    length: int
-    row_begin: int
-    row_end: int
-    column_begin: int
-    column_end: int
-
-
-@lru_cache(maxsize=65536)
-def _count_axis(
-    axis: Axis, box: _Box, row_tile: int, column_tile: int, inverse: bool, aligned: bool
-) -> _AxisCounts:
-    # Most groups are alike: those are counted once.
-    groups: Counter[_Group] = Counter()
-    for group in range(axis.dilation):
-        rows = window.box_bounds(group, axis.dilation, box.row_origin, box.row_extent)
-        columns = window.box_bounds(group, axis.dilation, box.column_origin, box.column_extent)
-        bounds = (max(0, int(bound)) for bound in (*rows, *columns))
-        groups[_Group(int(window.group_length(group, axis)), *bounds)] += 1
-    total = [0, 0, 0, 0]
-    for alike, times in groups.items():
-        found = _count_group(axis, alike, row_tile, column_tile, inverse, aligned)
-        total = [t + times * n for t, n in zip(total, found, strict=True)]
-    return _AxisCounts(*total)
-
-
-def _count_group(
-    axis: Axis, alike: _Group, row_tile: int, column_tile: int, inverse: bool, aligned: bool
-) -> _AxisCounts:
-    length, row_begin, row_end, column_begin, column_end = alike
-    if row_end <= row_begin:
-        return _AxisCounts(0, 0, 0, 0)
-    # A group is an axis without dilation.
-    inside = axis._replace(length=length, dilation=1)
-    bounds = window.inverse_position_bounds if inverse else window.position_bounds
-    start = row_begin // row_tile * row_tile
-    first = torch.arange(start, row_end, row_tile, device="cpu")
-    last = (first + row_tile).clamp(max=row_end) - 1
-    first = first.clamp(min=row_begin)
-    (begin, sight_end), (sight, end) = (
-        tuple(b.clamp(column_begin, max(column_end, column_begin)) for b in bounds(row, 0, inside))
-        for row in (first, last)
-    )
-    origin = torch.full_like(begin, column_begin) if aligned else begin
-    first_tile = (begin - origin) // column_tile
-    end_tile = torch.where(end > begin, -(-(end - origin) // column_tile), first_tile)
-    first_full = -(-(sight - origin) // column_tile)
-    end_full = torch.minimum((sight_end - origin) // column_tile, end_tile)
-    full = (end_full - torch.maximum(first_full, first_tile)).clamp(min=0)
-    whole = -(-(column_end - column_begin) // column_tile)
-    return _AxisCounts(
-        len(first), int((end_tile - first_tile).sum()), int(full.sum()), len(first) * whole
-    )
-
-
-def _boxes(problem: Problem, inverse: bool) -> list[_Box]:
-    queries = zip(problem.query_origin, problem.query_shape, strict=True)
-    keys = zip(problem.key_origin, problem.key_shape, strict=True)
-    pairs = zip(keys, queries) if inverse else zip(queries, keys)
-    return [_Box(*row, *column) for row, column in pairs]
-
-
-@lru_cache(maxsize=4096)
-def needed_pairs(problem: Problem) -> int:
-    """Pairs of a query and a key that it attends to, for one batch entry and head."""
-    total = 1
-    for axis, box in zip(problem.axes, _boxes(problem, False), strict=True):
-        start, end = window.bounds_table(axis, *box)
-        total *= int((end - start).sum())
-    return total + problem.num_queries * problem.num_additional
 
 
 @dataclass(frozen=True)
@@ -306,13 +212,10 @@ def _simulate_pass(
     rows, columns = tiling.query, tiling.key
     if kernel.inverse:
         rows, columns = columns, rows
-    counts = [
-        _count_axis(axis, box, row, column, kernel.inverse, aligned)
-        for axis, box, row, column in zip(
-            problem.axes, _boxes(problem, kernel.inverse), rows, columns, strict=True
-        )
-    ]
-    row_tiles, visited, full, everything = (prod(numbers) for numbers in zip(*counts))
+    boxes = geometry.boxes(problem, kernel.inverse)
+    row_tiles, visited, full, everything = geometry.count_tiles(
+        problem.axes, boxes, rows, columns, kernel.inverse, aligned
+    )
     if problem.num_additional and not kernel.inverse:
         size = prod(columns)
         visited += row_tiles * -(-problem.num_additional // size)

@@ -17,10 +17,12 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from natten import window
+from natten.functional import geometry
 from natten.validation import check_window, int_tuple
 
 if TYPE_CHECKING:
@@ -286,16 +288,19 @@ def _draw_context(axes: Axes, count: int) -> None:
     axes.set_xlabel(f"{count} context", fontsize=9)
 
 
+def _row_tiles(axis: window.Axis, q_tile: int) -> geometry.RowTiles:
+    whole = geometry.Box(0, axis.length, 0, axis.length)
+    return geometry.row_tiles((axis,), (whole,), (q_tile,))
+
+
 def _tile_states(axis: window.Axis, q_tile: int, kv_tile: int) -> Tensor:
     """States of tiles on multiples of their shapes along an axis: 0 skipped, 1 partial, 2 full."""
-    mask = window.grid_mask([axis], device="cpu")
-    rows = -(-axis.length // q_tile)
-    columns = -(-axis.length // kv_tile)
-    states = torch.zeros(rows, columns, dtype=torch.int64, device="cpu")
-    for row, column in product(range(rows), range(columns)):
-        tile = mask[row * q_tile : (row + 1) * q_tile, column * kv_tile : (column + 1) * kv_tile]
-        states[row, column] = int(tile.any()) + int(tile.all())
-    return states
+    tiles = _row_tiles(axis, q_tile)
+    begin = np.arange(0, axis.length, kv_tile)
+    end = np.minimum(begin + kv_tile, axis.length)
+    seen = (end > tiles.begin[:, None]) & (begin < tiles.stop[:, None])
+    full = (begin >= tiles.sight[:, None]) & (end <= tiles.sight_stop[:, None])
+    return torch.from_numpy(seen.astype(int) + full)
 
 
 def draw_block_mask(
@@ -384,9 +389,11 @@ def draw_tiles(
         first = tile[n] * q_tile[n]
         if not 0 <= first < axis.length:
             raise ValueError(f"tile must lie in the grid {shape}, got {tuple(tile)} of {q_tile}")
-        last = min(first + q_tile[n], axis.length) - 1
-        start, end = (int(b) for b in window.union_bounds(first, last, 0, axis))
-        sight, sight_end = (int(b) for b in window.intersection_bounds(first, last, 0, axis))
+        tiles = _row_tiles(axis, q_tile[n])
+        last, start, end, sight, sight_end = (
+            int(part[tile[n]])
+            for part in (tiles.end - 1, tiles.begin, tiles.stop, tiles.sight, tiles.sight_stop)
+        )
         origin = start // kv_tile[n] * kv_tile[n] if aligned else start
         spans.append(
             [

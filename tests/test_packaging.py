@@ -127,7 +127,7 @@ def test_metadata(built: Built) -> None:
 # Distributions whose module has another name, and modules that come with another distribution.
 MODULES = {"scikit-learn": "sklearn", "sk-video": "skvideo"}
 BROUGHT = {
-    "llvmlite": "numba", "numpy": "numba", "PIL": "matplotlib", "triton": "torch",
+    "llvmlite": "numba", "numpy": "timm", "PIL": "matplotlib", "triton": "torch",
     "typing_extensions": "torch",
 }  # fmt: skip
 # Asked for only where a program has imported it.

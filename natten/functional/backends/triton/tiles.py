@@ -8,32 +8,35 @@ tables below. Nothing is timed at run time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from triton import next_power_of_2
 
-from natten import window
+from natten.functional import geometry
+from natten.functional.geometry import Array, Shape
 from natten.functional.problem import Problem
-from natten.window import Axis
 
-Shape = tuple[int, ...]
+_POWERS = tuple(1 << n for n in range(10))
 # Tokens of the smallest tile: a matrix product takes no less.
 _LEAST_TOKENS = 16
 # Bytes of shared memory that only GPUs for data centers have.
 _ROOMY = 128 * 1024
-# Column tiles have up to 2 ** _MAX_LOG tokens along an axis.
-_MAX_LOG = 9
 
 
 def block(features: int) -> int:
     """Features of a tile: a power of two, at least what a matrix product takes."""
-    return max(16, next_power_of_2(features))
+    return max(16, _power(features))
+
+
+def _power(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (number - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -138,52 +141,6 @@ _TABLES = {
 }
 
 
-class _AxisWork(NamedTuple):
-    """Rows times columns that are computed along one axis, for column tiles of 1, 2, 4 ... tokens.
-
-    ``inside`` counts those of column tiles in full sight of their row tile.
-    """
-
-    covered: tuple[float, ...]
-    inside: tuple[float, ...]
-
-
-@lru_cache(maxsize=4096)
-def _axis_work(
-    axis: Axis,
-    row_origin: int,
-    row_extent: int,
-    column_origin: int,
-    column_extent: int,
-    tile: int,
-    inverse: bool,
-) -> _AxisWork:
-    """Rows come in tiles of ``tile``; each visits the column tiles that cover their windows' union.
-
-    Counted in the first dilation group, which is as large as any, times their number.
-    """
-    begin, end = window.box_bounds(0, axis.dilation, row_origin, row_extent)
-    column_begin, column_end = window.box_bounds(0, axis.dilation, column_origin, column_extent)
-    begin, end = int(begin), int(end)
-    if end <= begin:
-        return _AxisWork((0.0,) * (_MAX_LOG + 1), (0.0,) * (_MAX_LOG + 1))
-    first = torch.arange(begin // tile * tile, end, tile, device="cpu")
-    last = (first + tile).clamp(max=end) - 1
-    first = first.clamp(min=begin)
-    bounds = window.inverse_position_bounds if inverse else window.position_bounds
-    limits = int(column_begin), int(column_end)
-    starts, stops = (t.clamp(*limits) for t in bounds(torch.stack([first, last]), 0, axis))
-    union = (stops[1] - starts[0]).clamp(min=0)
-    rows = float(tile * axis.dilation)
-    covered, inside = [], []
-    for width in (1 << n for n in range(_MAX_LOG + 1)):
-        covered.append(rows * width * float(((union + width - 1) // width).sum()))
-        inner_first = (starts[1] - starts[0] + width - 1) // width
-        inner = ((stops[0] - starts[0]) // width - inner_first).clamp(min=0)
-        inside.append(rows * width * float(inner.sum()))
-    return _AxisWork(tuple(covered), tuple(inside))
-
-
 class Work(NamedTuple):
     """Query-key pairs that tiles cover, for one batch entry and head, and those without a mask."""
 
@@ -191,20 +148,37 @@ class Work(NamedTuple):
     inside: float
 
 
+class _Table(NamedTuple):
+    """`Work` along each axis, ``[axes, sizes, sizes]`` for sizes of row and of column tiles."""
+
+    covered: Array
+    inside: Array
+
+
+def _counted_sizes(rank: int) -> Shape:
+    """The sizes of tiles along an axis that are counted at once."""
+    return _POWERS[4:] if rank == 1 else _POWERS
+
+
+@lru_cache(maxsize=4096)
+def _table(problem: Problem, inverse: bool, sizes: Shape) -> _Table:
+    boxes = geometry.boxes(problem, inverse)
+    found = geometry.count(problem.axes, boxes, sizes, sizes, inverse)
+    pairs = np.outer(sizes, sizes)
+    return _Table(found.visited * pairs, found.full * pairs)
+
+
 @lru_cache(maxsize=16384)
 def work(problem: Problem, query_tile: Shape, key_tile: Shape, inverse: bool = False) -> Work:
     """What tiles of these shapes compute; ``inverse`` for the kernel whose rows are keys."""
-    queries = zip(problem.query_origin, problem.query_shape, query_tile, strict=True)
-    keys = zip(problem.key_origin, problem.key_shape, key_tile, strict=True)
-    rows, columns = (keys, queries) if inverse else (queries, keys)
-    covered = inside = 1.0
-    for axis, (origin, extent, tile), (column_origin, column_extent, column_tile) in zip(
-        problem.axes, rows, columns, strict=True
-    ):
-        by_size = _axis_work(axis, origin, extent, column_origin, column_extent, tile, inverse)
-        covered *= by_size.covered[column_tile.bit_length() - 1]
-        inside *= by_size.inside[column_tile.bit_length() - 1]
-    return Work(covered, inside)
+    rows, columns = (key_tile, query_tile) if inverse else (query_tile, key_tile)
+    # First in the table that the choice among all shapes is made by.
+    sizes = _counted_sizes(problem.rank)
+    if not set(sizes).issuperset(rows + columns):
+        sizes = tuple(sorted({*rows, *columns}))
+    table = _table(problem, inverse, sizes)
+    at = [(n, sizes.index(r), sizes.index(c)) for n, (r, c) in enumerate(zip(rows, columns))]
+    return Work(*(prod(float(part[place]) for place in at) for part in table))
 
 
 def shapes(tokens: int, rank: int) -> Iterator[Shape]:
@@ -219,21 +193,72 @@ def shapes(tokens: int, rank: int) -> Iterator[Shape]:
         first *= 2
 
 
+class _Pairs(NamedTuple):
+    """All pairs of shapes of query and key tiles of so many tokens, ``[queries, keys]``.
+
+    Attributes:
+        queries: The shapes of query tiles.
+        keys: Those of key tiles.
+        at: Where `_Table` has the work of each pair along each axis ``[axes, queries, keys]``.
+        runs: Less where a tile reads longer runs along the last axis, of keys first.
+        is_short: Whether a run is of less than eight tokens.
+    """
+
+    queries: list[Shape]
+    keys: list[Shape]
+    at: Array
+    runs: Array
+    is_short: Array
+
+
+@lru_cache(maxsize=256)
+def _all_pairs(queries: int, keys: int, rank: int, inverse: bool) -> _Pairs:
+    of_queries, of_keys = list(shapes(queries, rank)), list(shapes(keys, rank))
+    q, k = np.array(of_queries).T[:, :, None], np.array(of_keys).T[:, None, :]
+    sizes = _counted_sizes(rank)
+    rows, columns = (np.searchsorted(sizes, part) for part in ((k, q) if inverse else (q, k)))
+    at = (np.arange(rank)[:, None, None] * len(sizes) + rows) * len(sizes) + columns
+    runs = -(k[-1] * 4096 + q[-1])
+    return _Pairs(of_queries, of_keys, at, runs, np.minimum(q[-1], k[-1]) < 8)
+
+
+def _work_of_all(problem: Problem, pairs: _Pairs, inverse: bool = False) -> tuple[Array, Array]:
+    """`Work` of all pairs."""
+    table = _table(problem, inverse, _counted_sizes(problem.rank))
+    covered, inside = (part.take(pairs.at).prod(0) for part in table)
+    return covered, inside
+
+
+def _first_least(pairs: _Pairs, *costs: Array) -> tuple[Shape, Shape]:
+    """The pair of the least cost, by the first of them in which pairs differ; then that which reads
+    the longest runs."""
+    are_least = True
+    for cost in (*costs, pairs.runs):
+        left = np.where(are_least, cost, np.inf)
+        are_least = left == left.min()
+    query, key = divmod(int(np.argmax(are_least)), len(pairs.keys))
+    return pairs.queries[query], pairs.keys[key]
+
+
 def half(tile: Shape) -> Shape:
     """The first half of a tile's tokens, which is a box too."""
     axis = next(axis for axis, size in enumerate(tile) if size > 1)
     return (*tile[:axis], tile[axis] // 2, *tile[axis + 1 :])
 
 
-def _cover(shape: Shape, tile: Shape) -> int:
-    """Tokens of the tiles that cover a box."""
-    return prod(-(-n // t) * t for n, t in zip(shape, tile, strict=True))
+@lru_cache(maxsize=64)
+def _halved(queries: int, keys: int, rank: int) -> _Pairs:
+    """`_all_pairs` with the first halves of their query tiles."""
+    pairs, halves = (_all_pairs(n, keys, rank, False) for n in (queries, queries // 2))
+    at = halves.at[:, [halves.queries.index(half(shape)) for shape in pairs.queries]]
+    return pairs._replace(at=at)
 
 
 def _apart_cost(problem: Problem, query_tile: Shape, key_tile: Shape) -> float:
     """Pairs that the halves of query tiles compute, which skip key tiles they do not see."""
     covered, inside = work(problem, half(query_tile), key_tile)
-    start = _APART_START * _cover(problem.query_shape, query_tile) * prod(key_tile)
+    tokens = int(geometry.covering(problem.query_shape, query_tile))
+    start = _APART_START * tokens * prod(key_tile)
     return covered + _APART_MASK * (covered - inside) + start
 
 
@@ -243,13 +268,12 @@ def best_apart_shapes(problem: Problem, queries: int, keys: int) -> tuple[Shape,
 
     Among equals, those that load the fewest tiles, then those that read the longest runs.
     """
-
-    def cost(pair: tuple[Shape, Shape]) -> tuple[float, ...]:
-        loaded = work(problem, *pair).covered
-        return (_apart_cost(problem, *pair), loaded, -pair[1][-1], -pair[0][-1])
-
-    pairs = ((q, k) for q in shapes(queries, problem.rank) for k in shapes(keys, problem.rank))
-    return min(pairs, key=cost)
+    pairs = _all_pairs(queries, keys, problem.rank, False)
+    covered, inside = _work_of_all(problem, _halved(queries, keys, problem.rank))
+    tokens = geometry.covering(problem.query_shape, np.array(pairs.queries))
+    start = _APART_START * tokens[:, None] * keys
+    cost = covered + _APART_MASK * (covered - inside) + start
+    return _first_least(pairs, cost, _work_of_all(problem, pairs)[0])
 
 
 @lru_cache(maxsize=4096)
@@ -261,14 +285,9 @@ def best_shapes(
     Among equals, those that read the longest runs along the last axis. With ``sums_bias``, runs of
     less than eight tokens count double: of their pairs, more numbers are added to memory.
     """
-
-    def cost(pair: tuple[Shape, Shape]) -> tuple[float, ...]:
-        is_slow = sums_bias and min(pair[0][-1], pair[1][-1]) < 8
-        covered = work(problem, *pair, inverse).covered
-        return (covered * 2 if is_slow else covered, -pair[1][-1], -pair[0][-1])
-
-    pairs = ((q, k) for q in shapes(queries, problem.rank) for k in shapes(keys, problem.rank))
-    return min(pairs, key=cost)
+    pairs = _all_pairs(queries, keys, problem.rank, inverse)
+    covered, _ = _work_of_all(problem, pairs, inverse)
+    return _first_least(pairs, covered * (1 + pairs.is_short) if sums_bias else covered)
 
 
 def is_apart(rows: int, columns: int) -> bool:
@@ -310,7 +329,8 @@ def suits_together(problem: Problem) -> bool:
 def _together_cost(problem: Problem, query_tile: Shape, key_tile: Shape) -> float:
     """Pairs times products. Halves of key tiles wait for each other: skipping gains nothing."""
     covered, inside = work(problem, query_tile, key_tile, inverse=True)
-    start = _TOGETHER_START * _cover(problem.key_shape, key_tile) * prod(query_tile)
+    tokens = int(geometry.covering(problem.key_shape, key_tile))
+    start = _TOGETHER_START * tokens * prod(query_tile)
     start *= problem.heads_kv / problem.heads
     return 5 * (covered + _TOGETHER_MASK * (covered - inside) + start)
 
@@ -345,7 +365,7 @@ def _sizes(problem: Problem, kind: str, split: bool, chip: Chip) -> tuple[_Size,
         # Twice the memory a token, and three products for one: small tiles.
         features = max(problem.head_dim, problem.head_dim_v)
         return (_Size(64 if features <= 128 else 32, 64 if features <= 32 else 32, 4, 2, 1.0),)
-    features = next_power_of_2(max(problem.head_dim, problem.head_dim_v, 32))
+    features = _power(max(problem.head_dim, problem.head_dim_v, 32))
     if chip.products in ("turing", "ampere"):
         # Without warp-group products, which read shared memory, large tiles spill registers.
         split = False
@@ -635,26 +655,6 @@ def any_fit(problem: Problem, chip: Chip) -> bool:
     return all(_can_name(problem, kind, chip, _LEAST_TOKENS, _LEAST_TOKENS) for kind in kinds)
 
 
-def _covered(problem: Problem, inverse: bool) -> Callable[[Shape, Shape], float]:
-    """`work(...).covered` for thousands of pairs."""
-    boxes = [problem.query_origin, problem.query_shape, problem.key_origin, problem.key_shape]
-    if inverse:
-        boxes = boxes[2:] + boxes[:2]
-    by_tile = [
-        {1 << n: _axis_work(*axis, 1 << n, inverse).covered for n in range(_MAX_LOG)}
-        for axis in zip(problem.axes, *boxes, strict=True)
-    ]
-
-    def covered(query: Shape, key: Shape) -> float:
-        rows, columns = (key, query) if inverse else (query, key)
-        pairs = 1.0
-        for table, row, column in zip(by_tile, rows, columns, strict=True):
-            pairs *= table[row][column.bit_length() - 1]
-        return pairs
-
-    return covered
-
-
 def listed(
     problem: Problem, kinds: tuple[str, ...], default: Tiling, chip: Chip, largest: int
 ) -> list[tuple[Shape, Shape]]:
@@ -673,15 +673,13 @@ def listed(
     # The smallest tiles are for heads that leave no room for others.
     least = 32 if suit(64, 64) else _LEAST_TOKENS
     sizes = [n for n in (16, 32, 64, 128, 256) if least <= n <= largest]
-    shaped = {n: list(shapes(n, problem.rank)) for n in sizes}
-    pairs = {
-        (q, k)
-        for queries, keys in product(sizes, sizes)
-        if suit(queries, keys)
-        for q, k in product(shaped[queries], shaped[keys])
-    }
-    covered = _covered(problem, inverse)
-    ordered = sorted(pairs, key=lambda pair: (covered(*pair), pair))
+    covered: dict[tuple[Shape, Shape], float] = {}
+    for queries, keys in product(sizes, sizes):
+        if suit(queries, keys):
+            pairs = _all_pairs(queries, keys, problem.rank, inverse)
+            work_of_pairs = _work_of_all(problem, pairs, inverse)[0].flatten().tolist()
+            covered |= zip(product(pairs.queries, pairs.keys), work_of_pairs, strict=True)
+    ordered = sorted(covered, key=lambda pair: (covered[pair], pair))
     first = (default.query, default.key)
     if not suit(prod(first[0]), prod(first[1])):
         return ordered
