@@ -47,6 +47,15 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 AUTOCAST = key_set(_KEY.AutocastCPU, _KEY.AutocastCUDA)
 AUTOGRAD = key_set(_KEY.AutogradFunctionality, _KEY.AutogradOther, _KEY.AutogradNestedTensor)
 
+
+def _empty_cuda(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
+
+
+# Allocates on the current device, as Inductor's programs do: without the dispatcher if torch can.
+empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_cuda)
+
+
 after_autograd = torch._C._after_autograd_keyset
 below_autograd = torch._C._AutoDispatchBelowAutograd
 excluding = torch._C._ExcludeDispatchKeyGuard
@@ -74,6 +83,11 @@ def is_plain(tensors: Iterable[Tensor | None]) -> bool:
         or torch.autograd._profiler_enabled()
         or forward_ad._current_level >= 0
     )
+
+
+def hooks_of_saved_tensors() -> bool:
+    """Whether something else may be handed back for a tensor that autograd saves now."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def plain_apply(function: type[torch.autograd.Function]) -> Any:
@@ -206,6 +220,8 @@ __all__ = [
     "below_autocast",
     "below_autograd",
     "called_directly",
+    "empty_cuda",
+    "hooks_of_saved_tensors",
     "in_forward_mode",
     "is_known",
     "is_plain",

@@ -14,7 +14,8 @@ Backends read the preferences when they run, in the backward pass too, whichever
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property, lru_cache
 from threading import RLock
 from types import TracebackType
 from typing import Any
@@ -33,6 +34,14 @@ class Preferences:
     memory: MemoryUsagePreference = MemoryUsagePreference.Default
     flex_compile: bool = False
     flex_compile_backprop: bool = False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    # Every call looks things up by its preferences, and hashes of enumerations are slow.
+    @cached_property
+    def _hash(self) -> int:
+        return hash(astuple(self))
 
 
 _lock = RLock()
@@ -76,6 +85,7 @@ def preferences() -> Preferences:
     return now
 
 
+@lru_cache
 def _torch_deterministic(now: Preferences) -> Preferences:
     return replace(now, deterministic=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -15,6 +15,11 @@ from natten.functional.problem import Config, Problem
 Gradients = tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]
+
+Tensors = tuple[Tensor | None, ...]
+# A call done again on tensors at other addresses. Returns its results, or None where it has to be
+# done as the first time.
+Replay = Callable[[list[int]], Tensors | None]
 
 
 class Inputs(NamedTuple):
@@ -140,5 +145,12 @@ class Backend(ABC):
                 then, may be written into and that are returned then.
         """
 
+    def record(
+        self, function: Callable[[], Tensors], inputs: list[Tensor]
+    ) -> tuple[Tensors, Replay | None]:
+        """The results of a call on ``inputs``, no two of which have the same address, and how to do
+        it again on others with the same sizes, strides and alignment; None if that is no faster."""
+        return function(), None
 
-__all__ = ["Backend", "Gradients", "Inputs", "Results", "Sequence", "sequences"]
+
+__all__ = ["Backend", "Gradients", "Inputs", "Replay", "Results", "Sequence", "sequences"]

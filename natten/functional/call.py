@@ -7,10 +7,10 @@ or exported program, or ``torch.ops.natten``. One is made for each kind of call 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -170,6 +170,7 @@ class Call:
         is_packed: Whether query, key and value are the heads of one tensor.
         is_flat: Whether the tokens are to be flattened.
         out_shape: Of the output.
+        replays: How to do it again, by layouts and settings; see `natten.functional.operators`.
     """
 
     parameters: Parameters
@@ -178,6 +179,7 @@ class Call:
     is_packed: bool
     is_flat: bool
     out_shape: tuple[int, ...]
+    replays: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def is_empty(self) -> bool:

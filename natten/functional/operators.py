@@ -12,7 +12,7 @@ are fresh contiguous tensors.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from natten import _internals
 from natten._internals import is_plain, plain_apply, transformed, transforming
+from natten.context import preferences
 from natten.functional.backend import Results
 from natten.functional.call import (
     NUM_TENSORS,
@@ -87,8 +88,60 @@ def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+# Replays of one call, of which there is one for each pattern of strides. Beside replays: what has
+# been done once, and what has to be done as the first time for good.
+_MAX_REPLAYS = 64
+_ONCE, _NEVER = object(), object()
+
+
+def _again(
+    call: Call,
+    what: Any,
+    tensors: tuple[Tensor | None, ...],
+    compute: Callable[[], tuple[Tensor | None, ...]],
+) -> Any:
+    """The results of ``compute``: by what the backend recorded of an earlier call, if it did.
+
+    Args:
+        call: Which call.
+        what: Which of its passes, and which of ``tensors`` are None that need not be.
+        tensors: All that are looked at.
+        compute: Computes the results.
+    """
+    present = [t for t in tensors if t is not None]
+    pointers = [t.data_ptr() for t in present]
+    key = (
+        what,
+        *[t.stride() for t in present],
+        *[p & 15 for p in pointers],
+        preferences(),
+        torch.get_float32_matmul_precision() if call.problem.dtype == torch.float32 else None,
+    )
+    found = call.replays.get(key)
+    if found is None:
+        # For all that is done once, such as compiling.
+        if len(call.replays) >= _MAX_REPLAYS:
+            call.replays.clear()
+        call.replays[key] = _ONCE
+        return compute()
+    if found is _ONCE:
+        if len(set(pointers)) < len(pointers):
+            return compute()
+        backend = resolve(call.problem, call.config, call.parameters.backend)
+        results, replay = backend.record(compute, present)
+        call.replays[key] = replay or _NEVER
+        return results
+    return compute() if found is _NEVER else found(pointers) or compute()
+
+
 def _run(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
     """out and logsumexp."""
+    if call.problem.device.type == "cpu":
+        return _compute(call, tensors)
+    return _again(call, 0, tensors, lambda: _compute(call, tensors))
+
+
+def _compute(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
     problem = call.problem
     backend = resolve(problem, call.config, call.parameters.backend)
     config = with_profile(call.config, problem, backend.name)
@@ -115,8 +168,27 @@ def _run_backward(
     out: Tensor,
     lse: Tensor,
     needs: tuple[bool, ...],
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """The gradients of the first six tensors; None where none is asked for."""
+
+    def compute() -> tuple[Tensor | None, ...]:
+        return tuple(_compute_backward(call, grad_out, grad_lse, tensors, out, lse, needs))
+
+    if call.problem.device.type == "cpu":
+        return compute()
+    what = (*needs, grad_out is None, grad_lse is None)
+    return _again(call, what, (*tensors, out, lse, grad_out, grad_lse), compute)
+
+
+def _compute_backward(
+    call: Call,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    tensors: Tensors,
+    out: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
     problem = call.problem
     needs = tuple([n and t is not None for n, t in zip(needs, tensors[:6], strict=True)])
     backend = resolve(problem, call.config, call.parameters.backend)
@@ -230,14 +302,14 @@ class _Attention(torch.autograd.Function):
 
 def _gradients(
     ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, needs: tuple[bool, ...]
-) -> list[Tensor | None]:
+) -> Sequence[Tensor | None]:
     """The six gradients, on the shortest way that autograd, compilers and torch.func allow."""
     # Once: hooks on saved tensors, as of checkpointing, may compute them.
     saved = ctx.saved_tensors
     if (
         ctx.call is not None
         and not torch.is_grad_enabled()
-        and is_plain((grad_out, grad_lse, *saved))
+        and is_plain((grad_out, grad_lse, *saved) if ctx.may_differ else (grad_out, grad_lse))
     ):
         tensors = Tensors(*saved[:NUM_TENSORS])
         out, lse = saved[NUM_TENSORS:]
@@ -259,6 +331,8 @@ class _PlainAttention(torch.autograd.Function):
         output = _run(call, Tensors(*tensors))
         ctx.save_for_backward(*tensors, *output)
         ctx.parameters, ctx.call = call.parameters, call
+        # Otherwise what was saved is as plain as it was.
+        ctx.may_differ = _internals.hooks_of_saved_tensors()
         ctx.set_materialize_grads(False)
         return output
 

@@ -8,7 +8,7 @@ they take; there is no C++ here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
@@ -25,8 +25,8 @@ from natten.devices import Device
 from natten.devices import capability as _capability
 from natten.devices import multiprocessors as _multiprocessors
 from natten.devices import shared_memory as _device_memory
-from natten.functional.backend import Backend, Gradients, Inputs, Results
-from natten.functional.backends.triton import launch, tiles, wide
+from natten.functional.backend import Backend, Gradients, Inputs, Replay, Results
+from natten.functional.backends.triton import launch, replay, tiles, wide
 from natten.functional.backends.triton.launch import BackwardTilings
 from natten.functional.backends.triton.tiles import Chip, Tiling
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem, Unavailable
@@ -254,6 +254,13 @@ class _Backend(Backend):
                 except launch.TooLargeError as error:
                     self._refuse(problem, error)
         return gradients if slices is None else slices.gradients(gradients)
+
+    def record(
+        self, function: Callable[[], Any], inputs: list[Tensor]
+    ) -> tuple[Any, Replay | None]:
+        if inputs[0].device.type != "cuda" or torch.version.hip is not None:
+            return function(), None
+        return replay.record(function, inputs)
 
     def configs(self, problem: Problem) -> list[Any]:
         """(query tile, key tile) pairs of the forward pass; the default first."""

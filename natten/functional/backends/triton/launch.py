@@ -27,6 +27,7 @@ from natten.functional.backends.triton.backward import (
 )
 from natten.functional.backends.triton.bias import bias_gradient_kernel, bias_table_kernel
 from natten.functional.backends.triton.forward import forward_kernel
+from natten.functional.backends.triton.replay import note, observed
 from natten.functional.backends.triton.tiles import (
     FORWARD,
     KEY_VALUE_GRADIENT,
@@ -383,7 +384,7 @@ def _run(kernel: Any, programs: int, plan: _Plan, *tensors: Any, **options: Any)
     ]
     identity = (programs, *kinds, *options.values())
     found = plan.compiled.get(identity)
-    if found is None or _observed():
+    if found is None or observed():
         try:
             compiled = _launch(kernel, programs, plan, tensors, options)
         except OutOfResources as error:
@@ -394,20 +395,16 @@ def _run(kernel: Any, programs: int, plan: _Plan, *tensors: Any, **options: Any)
             values = {**plan.options, **options}
             rest = kernel.arg_names[len(tensors) :]
             plan.compiled[identity] = compiled, tuple(values[name] for name in rest)
+        note(None, programs, ())
         return
     compiled, rest = found
+    note(compiled, programs, (*tensors, *rest))
     # torch.cuda.current_device() first sees to it that CUDA is initialized, as it is by now.
     stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
     compiled.run(
         programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
         *tensors, *rest,
     )  # fmt: skip
-
-
-def _observed() -> bool:
-    """Whether a profiler has asked Triton to tell it of launches."""
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 def _kind(tensor: Any) -> Any:

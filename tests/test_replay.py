@@ -1,0 +1,252 @@
+"""Calls that are done again on other tensors give what they give the first time."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import natten
+from natten.functional import operators
+from natten.simulator import make_problem
+
+pytest.importorskip("triton")
+
+from compiling import compiling, without_memory
+
+from natten.functional.backends.triton import CUTLASS, replay
+from natten.functional.problem import DEFAULT_CONFIG
+
+# PTX names of Triton's types.
+PTX = {"i32": ".u32", "i64": ".u64", "fp32": ".f32", "i1": ".u8"}
+
+
+@pytest.mark.parametrize(
+    ("grid", "kernel_size", "num_additional"), [((12, 14), (3, 5), 0), ((40,), (5,), 9)]
+)
+def test_arguments_are_those_of_the_kernel(grid, kernel_size, num_additional):
+    """One by one, in number and type, what the compiled kernel declares."""
+    problem = make_problem(
+        grid, kernel_size, heads=2, head_dim=64, dtype=torch.float16, device="cuda"
+    )
+    problem = replace(problem, num_additional=num_additional, requires_grad=True)
+    given = without_memory(problem)
+    with compiling(90) as kernels:
+        CUTLASS.forward(problem, DEFAULT_CONFIG, given.inputs)
+        CUTLASS.backward(problem, DEFAULT_CONFIG, given.inputs, given.results, given.needs)
+    assert len(kernels) >= 3
+    for kernel in kernels.values():
+        signature = tuple(kernel.src.signature.values())
+        leaves = replay.flat(signature, _as_wide_as(signature))
+        entry = re.search(r"\.entry \w+\((.*?)\)", kernel.asm["ptx"], re.DOTALL)
+        expected = [".u64" if kind.startswith("*") else PTX[kind] for kind, _ in leaves]
+        # And two scratch buffers.
+        assert re.findall(r"\.param (\.\w+)", entry.group(1)) == [*expected, ".u64", ".u64"]
+
+
+def _as_wide_as(signature: Any) -> Any:
+    return tuple(_as_wide_as(s) if isinstance(s, tuple) else 0 for s in signature)
+
+
+class _Driver:
+    """Does what kernels of two addresses and three numbers would."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __call__(self, function: Any, *rest: Any) -> int:
+        *dims, stream, places, _extra = rest
+        source, target, factor, scale = (ctypes.string_at(places[i], 8) for i in range(4))
+        numbers = struct.unpack("<q", source) + struct.unpack("<q", target)
+        numbers += struct.unpack("<i4x", factor) + struct.unpack("<f4x", scale)
+        self.seen.append((function, tuple(dims), stream, numbers))
+        return 0
+
+
+def _compiled(function: int) -> Any:
+    metadata = SimpleNamespace(
+        num_ctas=1, launch_cooperative_grid=False, launch_pdl=False, global_scratch_size=0,
+        profile_scratch_size=0, num_warps=4, shared=128,
+    )  # fmt: skip
+    signature = {"source": "*fp32", "more": ("*fp32", ("i32", "constexpr")), "scale": "fp32"}
+    return SimpleNamespace(
+        metadata=metadata,
+        function=function,
+        src=SimpleNamespace(signature=signature),
+        name="kernel",
+    )
+
+
+@pytest.fixture
+def driver():
+    found = _Driver()
+
+    def empty(size, stride, dtype):
+        return torch.empty_strided(size, stride, dtype=dtype)
+
+    with (
+        mock.patch.object(replay, "_driver", return_value=found),
+        mock.patch.object(replay, "empty_cuda", empty),
+        mock.patch.object(torch._C, "_cuda_getDevice", return_value=None, create=True),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", return_value=77, create=True),
+    ):
+        yield found
+
+
+def test_launches_on_other_tensors(driver):
+    """Addresses follow the tensors: of an input, inside of one, of memory allocated on the way."""
+
+    def call(x: Tensor) -> tuple[Tensor, None]:
+        between = torch.empty(3, 4)
+        out = x.new_empty(12)
+        replay.note(_compiled(1), 5, (x, (between, (7, None)), 0.5))
+        replay.note(_compiled(2), 6, (between.view(12)[4:], (out, (-9, None)), 0.25))
+        return out.view(3, 4), None
+
+    x = torch.randn(2, 6)
+    (out, nothing), again = replay.record(lambda: call(x), [x])
+    assert nothing is None
+    assert again is not None
+    for _ in range(2):
+        y = torch.randn(2, 6)
+        out, nothing = again([y.data_ptr()])
+        assert nothing is None
+        assert out.shape == (3, 4)
+        assert out.is_contiguous()
+        (first, second), driver.seen = driver.seen, []
+        assert first[:3] == (1, (5, 1, 1, 128, 1, 1, 128), 77)
+        assert second[:3] == (2, (6, 1, 1, 128, 1, 1, 128), 77)
+        assert first[3][0] == y.data_ptr()
+        assert first[3][2:] == (7, 0.5)
+        assert second[3][0] == first[3][1] + 16
+        assert second[3][1:] == (out.data_ptr(), -9, 0.25)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda x, out: out.zero_(),
+        lambda x, out: out.copy_(x.view(12)),
+        lambda x, out: x.t().contiguous(),
+        lambda x, out: replay.note(_compiled(1), 5, (torch.zeros(3), (out, (7, None)), 0.5)),
+        lambda x, out: replay.note(None, 5, ()),
+    ],
+)
+def test_other_work_is_not_left_out(driver, more):
+    """A call that does more than to allocate memory and launch kernels is not done again so."""
+
+    def call(x: Tensor) -> tuple[Tensor]:
+        out = torch.empty(12)
+        replay.note(_compiled(1), 5, (x, (out, (7, None)), 0.5))
+        more(x, out)
+        return (out,)
+
+    x = torch.randn(2, 6)
+    (out,), again = replay.record(lambda: call(x), [x])
+    assert out.shape == (12,)
+    assert again is None
+
+
+# --- on a GPU
+
+KINDS: dict[str, Any] = {
+    "2-D": lambda q, k, v: natten.na2d(q, k, v, (5, 7), return_lse=True),
+    "2-D, dilated and causal": lambda q, k, v: natten.na2d(
+        q, k, v, (5, 3), dilation=(2, 3), is_causal=(True, False), return_lse=True
+    ),
+    "strided, with a scale": lambda q, k, v: natten.na2d(
+        q, k, v, (8, 8), stride=(4, 2), scale=-0.3, return_lse=True
+    ),
+    "cutlass": lambda q, k, v: natten.na2d(q, k, v, (9, 7), backend="cutlass-fna"),
+    "hopper": lambda q, k, v: natten.na2d(q, k, v, (9, 7), backend="hopper-fna"),
+    "warp groups apart": lambda q, k, v: natten.na2d(q, k, v, (20, 18), return_lse=True),
+    "everything": lambda q, k, v: natten.na2d(q, k, v, (24, 30)),
+    "rpb": lambda q, k, v: natten.na2d(q, k, v, (5, 7), rpb=q.new_ones(q.shape[-2], 9, 13)),
+    "additional keys": lambda q, k, v: natten.na2d(
+        q, k, v, (5, 7), additional_keys=k[:, 0, :9], additional_values=v[:, 0, :9]
+    ),
+}
+
+
+def _data(seed: int, heads_kv: int, packed: bool, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    heads = 4 + 2 * heads_kv if packed else 4
+    counts = [heads] if packed else [heads, heads_kv, heads_kv]
+    shapes = [(2, 24, 30, count, 64) for count in counts]
+    tensors = [torch.randn(s, generator=generator, device="cuda", dtype=dtype) for s in shapes]
+    if packed:
+        tensors = list(tensors[0].split([4, heads_kv, heads_kv], -2))
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+def _both(function: Any, tensors: list[Tensor]) -> list[Tensor]:
+    found = function(*tensors)
+    found = list(found) if isinstance(found, tuple) else [found]
+    return [*found, *torch.autograd.grad([f.float().square().sum() for f in found], tensors)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", ["bfloat16", "float32", "views of one tensor", "in order"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_again_on_a_gpu(kind, settings):
+    """The third and later calls give the bits of a call that is made from scratch."""
+    dtype = torch.float32 if settings == "float32" else torch.bfloat16
+    if kind in ("hopper", "warp groups apart") and dtype == torch.float32:
+        pytest.skip("half precision only")
+    packed = settings == "views of one tensor"
+    with natten.use_deterministic_algorithms(settings == "in order" or kind == "everything"):
+        for seed in range(5):
+            tensors = _data(seed, 2, packed, dtype)
+            found = _both(KINDS[kind], tensors)
+            with mock.patch.object(operators, "_again", lambda call, what, t, compute: compute()):
+                true = _both(KINDS[kind], tensors)
+            for mine, exact in zip(found, true, strict=True):
+                if settings == "in order" or mine.shape == found[0].shape:
+                    assert torch.equal(mine, exact)
+                torch.testing.assert_close(mine, exact)
+
+
+@pytest.mark.gpu
+def test_again_on_streams_and_devices():
+    """On the stream of the moment, in a CUDA graph, and from several threads at once."""
+
+    def attend(seed: int) -> tuple[Tensor, Tensor]:
+        tensors = _data(seed, 4, False, torch.bfloat16)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            out = natten.na2d(*tensors, (5, 7))
+        torch.cuda.synchronize()
+        with mock.patch.object(operators, "_again", lambda call, what, t, compute: compute()):
+            return out, natten.na2d(*tensors, (5, 7))
+
+    for seed in range(3):
+        torch.testing.assert_close(*attend(seed), rtol=0, atol=0)
+
+    def many(seed: int) -> Tensor:
+        tensors = _data(seed, 4, False, torch.bfloat16)
+        for _ in range(50):
+            out = natten.na2d(*tensors, (5, 7))
+        return out
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(many, range(8)))
+    for seed, out in enumerate(found):
+        assert torch.equal(out, many(seed))
+    tensors = _data(11, 4, False, torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = natten.na2d(*tensors, (5, 7))
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.copy_(tensor.flip(1))
+    graph.replay()
+    assert torch.equal(out, natten.na2d(*tensors, (5, 7)))
