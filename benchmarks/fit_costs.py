@@ -51,17 +51,17 @@ class Case:
 
 
 def cases_of(path: Path) -> dict[str, list[Case]]:
-    """The cases of "forward", "apart" (the forward kernel whose groups of warps run apart),
-    "backward" and "together" (all gradients in one pass) that the host does not limit."""
+    """The cases of "forward", "ping_pong" (the forward kernel of two groups of warps that take
+    turns), "backward" and "fused" (all gradients in one pass) that the host does not limit."""
     results = json.loads(path.read_text())["cases"]
-    found: dict[str, list[Case]] = {"forward": [], "apart": [], "backward": [], "together": []}
+    found: dict[str, list[Case]] = {"forward": [], "ping_pong": [], "backward": [], "fused": []}
     for name, dtype, simulation, result in rows(path):
         family = re.sub(r"^(dense|causal) \d+", r"\1", name)
         by_host = host_bound(result, results)
         kernels = ((simulation.forward,), simulation.backward)
         kinds = (
-            "apart" if simulation.forward.apart else "forward",
-            "together" if simulation.backward[0].apart else "backward",
+            "ping_pong" if simulation.forward.warp_specialized else "forward",
+            "fused" if simulation.backward[0].warp_specialized else "backward",
         )
         for kind, own, key, bound in zip(kinds, kernels, ("fwd_ms", "bwd_ms"), by_host):
             if not bound and result.get(key) is not None:

@@ -14,9 +14,10 @@ Method: Generalized Neighborhood Attention (https://arxiv.org/abs/2504.16922).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -50,11 +51,11 @@ class _Costs(NamedTuple):
 
 
 _FORWARD_COSTS = _Costs(0.578, 0.5, 5.3, 40e-9, 0.70e-6, 5e-6)
-# The forward kernel whose groups of warps run apart, see `natten.functional.backends.triton`.
-_APART_COSTS = _Costs(0.977, 0.301, 0.949, 5.05e-07, 2.91e-06, 5e-06)
+# The forward kernel of two groups of warps that take turns.
+_PING_PONG_COSTS = _Costs(0.977, 0.301, 0.949, 5.05e-07, 2.91e-06, 5e-06)
 # The backward kernel that computes all gradients in one pass. From the times of a step and of a
 # program: as all its tiles need the same products, no fit tells these from what a visit takes.
-_TOGETHER_COSTS = _Costs(0.55, 0.03, 1.0, 1e-07, 1.6e-05, 2e-05)
+_FUSED_COSTS = _Costs(0.55, 0.03, 1.0, 1e-07, 1.6e-05, 2e-05)
 # Twice the masks; the products hide most of the exponentials.
 _BACKWARD_COSTS = _Costs(0.62, 0.027, 9.9, 55e-9, 0.82e-6, 3.6e-6)
 # Lanes of a multiprocessor, for arithmetic and for exponentials.
@@ -81,7 +82,7 @@ class Pass:
         limit: What bounds them: "compute", "memory" or "occupancy" (too few tiles for the device).
         terms: Seconds that a unit of each cost of the model adds, of `efficiency` one over it.
         memory_ms: Milliseconds for what must be read and written.
-        apart: Whether it is the kernel whose groups of warps run apart.
+        warp_specialized: Whether groups of its warps take turns in computing.
     """
 
     name: str
@@ -96,32 +97,12 @@ class Pass:
     limit: str
     terms: tuple[float, ...] = field(repr=False)
     memory_ms: float
-    apart: bool = False
+    warp_specialized: bool = False
 
     @property
     def partial(self) -> int:
         """Visited tiles that have to be masked."""
         return self.visited - self.full
-
-
-class _Kernel(NamedTuple):
-    """What distinguishes the kernels, per head_dim and head_dim_v features of each pair."""
-
-    name: str
-    inverse: bool
-    products: tuple[int, int]  # with head_dim and with head_dim_v features
-
-
-_FORWARD = _Kernel("forward", False, (1, 1))
-# Two passes, each of which computes the weights and their gradients again.
-_BACKWARD = (
-    _Kernel("query gradient", False, (2, 1)),
-    _Kernel("key and value gradient", True, (2, 2)),
-)
-# Or one.
-_TOGETHER = _Kernel("all gradients", True, (3, 2))
-_CONTEXT = _Kernel("gradient of additional keys", True, (2, 2))
-_BACKWARD_PRODUCTS = (3, 2)  # that cannot be avoided
 
 
 def traffic(problem: Problem, backward: bool) -> int:
@@ -135,14 +116,58 @@ def traffic(problem: Problem, backward: bool) -> int:
     return problem.batch * (elements * problem.dtype.itemsize + statistics)
 
 
+def _backward_share(problem: Problem) -> float:
+    # Two kernels share the traffic of the backward pass.
+    return traffic(problem, True) / 2
+
+
+def _fused_traffic(problem: Problem) -> float:
+    # It fills, adds to and reads float32 sums.
+    sums = 4 * problem.batch * problem.num_queries * problem.heads * problem.head_dim
+    return traffic(problem, True) + 3 * sums
+
+
+class _Kernel(NamedTuple):
+    """What distinguishes the kernels.
+
+    Attributes:
+        name: Of its `Pass`.
+        inverse: Whether its rows are keys.
+        products: Of each pair, with head_dim and with head_dim_v features.
+        traffic: Bytes that it must read and write.
+        costs: What it spends its time on.
+        warp_specialized: As of its `Pass`.
+    """
+
+    name: str
+    inverse: bool
+    products: tuple[int, int]
+    traffic: Callable[[Problem], float]
+    costs: _Costs
+    warp_specialized: bool = False
+
+
+_FORWARD = _Kernel("forward", False, (1, 1), partial(traffic, backward=False), _FORWARD_COSTS)
+_PING_PONG = _FORWARD._replace(costs=_PING_PONG_COSTS, warp_specialized=True)
+# Two passes, each of which computes the weights and their gradients again ...
+_QUERY = _Kernel("query gradient", False, (2, 1), _backward_share, _BACKWARD_COSTS)
+_KEY_VALUE = _Kernel("key and value gradient", True, (2, 2), _backward_share, _BACKWARD_COSTS)
+# ... or one.
+_FUSED = _Kernel("all gradients", True, (3, 2), _fused_traffic, _FUSED_COSTS, True)
+_CONTEXT = _KEY_VALUE._replace(name="gradient of additional keys")
+_BACKWARD_PRODUCTS = (3, 2)  # that cannot be avoided
+
+
 class _Tiling(NamedTuple):
-    """Tiles of one kernel, whether full key tiles are computed without masks, and whether its
-    groups of warps run apart."""
+    """Tiles of one kernel, and whether full key tiles are computed without masks."""
 
     query: Shape
     key: Shape
     split: bool = False
-    apart: bool = False
+
+
+# A kernel that runs, and how.
+_Planned = tuple[_Kernel, _Tiling]
 
 
 def gpu_backend(problem: Problem, device: Device) -> Any:
@@ -178,37 +203,42 @@ def on_gpu(problem: Problem) -> Problem:
 _GPU = torch.device("cuda")
 
 
-def _tilings(problem: Problem, device: Device, config: Config, backward: bool) -> list[_Tiling]:
-    """Tilings of the forward kernel, or of the backward kernels: one or two."""
-    if backward:
-        asked = config.backward_q_tile_shape, config.backward_kv_tile_shape
-    else:
-        asked = config.q_tile_shape, config.kv_tile_shape
+def _forward_kernel(problem: Problem, device: Device, config: Config) -> _Planned:
+    asked = config.q_tile_shape, config.kv_tile_shape
     try:
         backend, there = gpu_backend(problem, device), on_gpu(problem)
         with devices.pretending(device):
-            if backward:
-                them = backend.backward_tilings(there, config)
-                found = [them.together] if them.together else [them.query, them.key_value]
-            else:
-                found = [backend.forward_tiling(there, config)]
-        # Kernels shrink tiles that do not fit the device; counts are of what was asked for.
-        return [_Tiling(asked[0] or t.query, asked[1] or t.key, t.split, t.apart) for t in found]
-    except (RuntimeError, IndexError):
-        # No backend, or tiles that are no powers of two.
+            found = backend.forward_tiling(there, config)
+    except RuntimeError:
         if asked[0] is None or asked[1] is None:
             raise
-        return [_Tiling(asked[0], asked[1])] * (2 if backward else 1)
+        return _FORWARD, _Tiling(asked[0], asked[1])
+    return _PING_PONG if found.apart else _FORWARD, _as_asked(found, *asked)
 
 
-def _backward_kernels(tilings: Sequence[_Tiling]) -> tuple[_Kernel, ...]:
-    """The kernels that these are the tilings of."""
-    return (_TOGETHER,) if len(tilings) == 1 else _BACKWARD
+def _backward_kernels(problem: Problem, device: Device, config: Config) -> list[_Planned]:
+    asked = config.backward_q_tile_shape, config.backward_kv_tile_shape
+    try:
+        backend, there = gpu_backend(problem, device), on_gpu(problem)
+        with devices.pretending(device):
+            found = backend.backward_tilings(there, config)
+    except RuntimeError:
+        if asked[0] is None or asked[1] is None:
+            raise
+        return [(kernel, _Tiling(asked[0], asked[1])) for kernel in (_QUERY, _KEY_VALUE)]
+    if found.together:
+        return [(_FUSED, _as_asked(found.together, *asked))]
+    pairs = ((_QUERY, found.query), (_KEY_VALUE, found.key_value))
+    return [(kernel, _as_asked(tiling, *asked)) for kernel, tiling in pairs]
 
 
-def _simulate_pass(
-    problem: Problem, kernel: _Kernel, device: Device, tiling: _Tiling, aligned: bool
-) -> Pass:
+def _as_asked(tiling: Any, query: Shape | None, key: Shape | None) -> _Tiling:
+    # Kernels shrink tiles that do not fit the device; counts are of what was asked for.
+    return _Tiling(query or tiling.query, key or tiling.key, tiling.split)
+
+
+def _simulate_pass(problem: Problem, planned: _Planned, device: Device, aligned: bool) -> Pass:
+    kernel, tiling = planned
     rows, columns = tiling.query, tiling.key
     if kernel.inverse:
         rows, columns = columns, rows
@@ -232,14 +262,8 @@ def _simulate_pass(
     rows_of_product = 64 if (device.capability or (0,))[0] in (9, 10) else 16
     padded = max(rows_of_product / prod(rows), 1.0)
     terms = _terms(problem, device, flops * padded, pairs, masked, visited, row_tiles)
-    # Two kernels of the backward pass share its traffic; one fills, adds to and reads float32 sums.
-    costs, moved = _BACKWARD_COSTS, traffic(problem, True) / 2
-    if kernel is _FORWARD:
-        costs, moved = _APART_COSTS if tiling.apart else _FORWARD_COSTS, traffic(problem, False)
-    elif kernel is _TOGETHER:
-        sums = 4 * problem.batch * problem.num_queries * problem.heads * problem.head_dim
-        costs, moved = _TOGETHER_COSTS, traffic(problem, True) + 3 * sums
-    memory = moved / (_BANDWIDTH_EFFICIENCY * device.bandwidth * 1e9)
+    costs = kernel.costs
+    memory = kernel.traffic(problem) / (_BANDWIDTH_EFFICIENCY * device.bandwidth * 1e9)
     *busy, launch = (1 / costs.efficiency, *costs[1:])
     compute = sum(cost * term for cost, term in zip(busy, terms))
     limit = "occupancy" if 0 < row_tiles < device.multiprocessors else "compute"
@@ -247,7 +271,8 @@ def _simulate_pass(
         limit = "memory"
     return Pass(
         kernel.name, tiling.query, tiling.key, row_tiles, visited, full, skipped, flops,
-        (max(compute, memory) + launch) * 1e3, limit, terms, memory * 1e3, tiling.apart,
+        (max(compute, memory) + launch) * 1e3, limit, terms, memory * 1e3,
+        kernel.warp_specialized,
     )  # fmt: skip
 
 
@@ -525,35 +550,30 @@ def simulate_problem(
     """
     if problem.varlen:
         raise ValueError("packed sequences cannot be simulated: give one sequence as a problem")
-    (forward_tiling,) = _tilings(problem, device, config, False)
-    if config.backward_q_tile_shape is None and config.q_tile_shape is not None:
-        try:
-            backward_tilings = _tilings(problem, device, config, True)
-        except RuntimeError:
-            backward_tilings = [forward_tiling] * 2
-    else:
-        backward_tilings = _tilings(problem, device, config, True)
-    backward = [
-        _simulate_pass(problem, kernel, device, tiling, aligned)
-        for kernel, tiling in zip(
-            _backward_kernels(backward_tilings), backward_tilings, strict=True
-        )
-    ]
+    forward = _forward_kernel(problem, device, config)
+    try:
+        kernels = _backward_kernels(problem, device, config)
+    except RuntimeError:
+        if config.backward_q_tile_shape is not None or config.q_tile_shape is None:
+            raise
+        _, tiling = forward
+        kernels = [(_QUERY, tiling), (_KEY_VALUE, tiling)]
+    backward = [_simulate_pass(problem, planned, device, aligned) for planned in kernels]
     if problem.num_additional:
         backward.append(_simulate_context(problem, device))
     times = problem.batch * problem.heads
     dense = dense_of(problem)
     try:
-        (dense_tiling,) = _tilings(dense, device, DEFAULT_CONFIG, False)
+        dense_forward = _forward_kernel(dense, device, DEFAULT_CONFIG)
     except RuntimeError:
-        dense_tiling = _Tiling((128,), (128,))
+        dense_forward = (_FORWARD, _Tiling((128,), (128,)))
     return Simulation(
         problem, device, aligned,
-        _simulate_pass(problem, _FORWARD, device, forward_tiling, aligned),
+        _simulate_pass(problem, forward, device, aligned),
         tuple(backward),
         needed_pairs(problem) * times,
         problem.num_queries * (problem.num_keys + problem.num_additional) * times,
-        _simulate_pass(dense, _FORWARD, device, dense_tiling, False).ms,
+        _simulate_pass(dense, dense_forward, device, False).ms,
     )  # fmt: skip
 
 
@@ -564,26 +584,25 @@ def _simulate_context(problem: Problem, device: Device) -> Pass:
         dense_of(problem), key_shape=(problem.num_additional,), kernel_size=length, grid=length,
         num_additional=0,
     )  # fmt: skip
-    try:
-        # Splits, one or more, are what the kernel has that computes only these.
-        config = replace(DEFAULT_CONFIG, backward_kv_splits=(1,))
-        tiling = _tilings(context, device, config, True)[1]
-    except RuntimeError:
-        tiling = _Tiling((64,), (64,))
-    return _simulate_pass(context, _CONTEXT, device, tiling, False)
+    tiling = _Tiling((64,), (64,))
+    with suppress(RuntimeError):
+        backend, there = gpu_backend(problem, device), on_gpu(problem)
+        with devices.pretending(device):
+            tiling = _as_asked(
+                backend.backward_tilings(there, DEFAULT_CONFIG).additional, None, None
+            )
+    return _simulate_pass(context, (_CONTEXT, tiling), device, False)
 
 
 def predict(
     problem: Problem, device: Device, config: Config, backward: bool = False
 ) -> tuple[float, float]:
     """Milliseconds and waste of one pass: the part of :func:`simulate_problem` that ranks tiles."""
-    tilings = _tilings(problem, device, config, backward)
-    passes = [
-        _simulate_pass(problem, kernel, device, tiling, False)
-        for kernel, tiling in zip(
-            _backward_kernels(tilings) if backward else (_FORWARD,), tilings, strict=True
-        )
-    ]
+    if backward:
+        kernels = _backward_kernels(problem, device, config)
+    else:
+        kernels = [_forward_kernel(problem, device, config)]
+    passes = [_simulate_pass(problem, planned, device, False) for planned in kernels]
     d, dv = problem.head_dim, problem.head_dim_v
     products = _BACKWARD_PRODUCTS if backward else _FORWARD.products
     needed = 2 * needed_pairs(problem) * (products[0] * d + products[1] * dv)

@@ -247,8 +247,8 @@ def test_the_fit_finds_the_costs_that_times_were_made_of(monkeypatch: pytest.Mon
 
     from natten import simulator
 
-    present = fit_costs.as_vector(simulator._APART_COSTS)
-    cases = fit_costs.cases_of(RESULTS)["apart"]
+    present = fit_costs.as_vector(simulator._PING_PONG_COSTS)
+    cases = fit_costs.cases_of(RESULTS)["ping_pong"]
     for case in cases:
         # The simulator and the script compute the same from the same.
         assert fit_costs.seconds_of(case, present) == pytest.approx(

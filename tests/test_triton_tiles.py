@@ -70,8 +70,8 @@ def test_lengths_need_a_kernel_that_reads_no_more() -> None:
     problem = make_problem(
         (64, 64), 13, heads=8, head_dim=64, dtype=torch.bfloat16, device="cuda", additional=77
     )
-    assert tiles.suits_apart(problem)
-    assert not tiles.suits_apart(replace(problem, has_lengths=True))
+    assert tiles.PING_PONG.suits(problem)
+    assert not tiles.PING_PONG.suits(replace(problem, has_lengths=True))
 
 
 def _on_gpu(problem: Problem) -> Problem:
@@ -185,14 +185,14 @@ def test_the_schedule_decides() -> None:
             ]
             assert ((128, 128) in listed) == suits
             for query, key in {*listed}:
-                assert query == 64 or tiles.is_apart(query, key)
+                assert query == 64 or tiles.is_ping_pong_size(query, key)
 
 
 @pytest.mark.parametrize("shape", [(4096,), (64, 48), (12, 20, 24)])
 def test_halves_of_tiles(shape: tuple[int, ...]) -> None:
     kernel_size = tuple(n // 2 for n in shape)
     problem = make_problem(shape, kernel_size, heads=1, head_dim=128)
-    query, key = tiles.best_apart_shapes(problem, 128, 128)
+    query, key = tiles.best_shapes(problem, tiles.PING_PONG, 128, 128)
     half = tiles.half(query)
     assert prod(half) == 64
     # In memory's order, the first half of the tokens of a tile is the half that is a box.

@@ -28,7 +28,7 @@ from natten.devices import shared_memory as _device_memory
 from natten.functional.backend import Backend, Gradients, Inputs, Replay, Results
 from natten.functional.backends.triton import launch, replay, tiles, wide
 from natten.functional.backends.triton.launch import BackwardTilings
-from natten.functional.backends.triton.tiles import Chip, Tiling
+from natten.functional.backends.triton.tiles import Chip, Kernel, Tiling
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem, Unavailable
 
 # In float32, operands of wider heads would not stay in registers.
@@ -109,22 +109,21 @@ class _Backend(Backend):
         return None
 
     def _choose(
-        self, problem: Problem, kind: str, query: Any = None, key: Any = None, apart: bool = False
+        self, problem: Problem, kernel: Kernel, query: Any = None, key: Any = None
     ) -> Tiling:
-        return self._existing(problem, kind, self.tma, query, key, apart)
+        return self._existing(problem, kernel, self.tma, query, key)
 
     def _existing(
         self,
         problem: Problem,
-        kind: str,
+        kernel: Kernel,
         tma: bool,
         query: Any = None,
         key: Any = None,
-        apart: bool = False,
     ) -> Tiling:
         """What `tiles.choose` finds, or the reason why it finds nothing."""
         chip = _chip(problem)
-        tiling = tiles.choose(problem, kind, tma, chip, query, key, apart)
+        tiling = tiles.choose(problem, kernel, tma, chip, query, key)
         if tiling is not None:
             return tiling
         room = f"{chip.shared_memory} bytes of shared memory that a program has on this GPU"
@@ -134,21 +133,19 @@ class _Backend(Backend):
                 f"{problem.dtype} fit into the {room}"
             )
         prefix, valid = "backward_", self.backward_configs(problem)
-        if kind == tiles.FORWARD:
+        if kernel.general is tiles.FORWARD:
             prefix, valid = "", _Backend.configs(self, problem)
         raise ValueError(
             f"{prefix}q_tile_shape and {prefix}kv_tile_shape must be a pair that fits into the "
             f"{room}, got {query}/{key}" + "".join(f"; {q}/{kv} does" for q, kv in valid[:1])
         )
 
-    def _first_fitting(
-        self, problem: Problem, sizes: Iterable[tuple[int, int]], apart: bool = False
-    ) -> Tiling:
+    def _first_fitting(self, problem: Problem, sizes: Iterable[tuple[int, int]]) -> Tiling:
         """The forward tiling of the first of these numbers of queries and keys that fits."""
         chip = _chip(problem)
         for queries, keys in sizes:
-            pair = tiles.best_shapes(problem, queries, keys)
-            tiling = tiles.choose(problem, tiles.FORWARD, self.tma, chip, *pair, apart)
+            pair = tiles.best_shapes(problem, tiles.FORWARD, queries, keys)
+            tiling = tiles.choose(problem, tiles.FORWARD, self.tma, chip, *pair)
             if tiling is not None:
                 return tiling
         return self._choose(problem, tiles.FORWARD)
@@ -274,8 +271,8 @@ class _Backend(Backend):
         kinds = tiles.QUERY_GRADIENT, tiles.KEY_VALUE_GRADIENT
         return self._listed(problem, kinds, found.together or found.key_value)
 
-    def _listed(self, problem: Problem, kinds: tuple[str, ...], default: Tiling) -> list[Any]:
-        return tiles.listed(_narrow(problem), kinds, default, _chip(problem), self.largest_tile)
+    def _listed(self, problem: Problem, kernels: tuple[Kernel, ...], default: Tiling) -> list[Any]:
+        return tiles.listed(_narrow(problem), kernels, default, _chip(problem), self.largest_tile)
 
 
 class _Cutlass(_Backend):
@@ -335,17 +332,18 @@ class _Hopper(_Descriptors):
         schedule = config.kernel_schedule
         query, key = config.q_tile_shape, config.kv_tile_shape
         if schedule in (None, "non"):
-            apart = self._has_apart() and schedule is None
-            return self._choose(problem, tiles.FORWARD, query, key, apart)
-        apart = self._has_apart() and schedule == "pp" and tiles.suits_apart(problem)
+            kernel = tiles.PING_PONG if self._has_apart() and schedule is None else tiles.FORWARD
+            return self._choose(problem, kernel, query, key)
+        apart = self._has_apart() and schedule == "pp" and tiles.PING_PONG.suits(problem)
+        kernel = tiles.PING_PONG if apart else tiles.FORWARD
         if query is None and apart:
-            query, key = tiles.best_apart_shapes(problem, 128, 128)
+            query, key = tiles.best_shapes(problem, kernel, 128, 128)
         if query is None:
             rows = 64 if schedule == "pp" else 128
             columns = 64 if schedule == "pp" or problem.head_dim > 64 else 128
             tiling = self._first_fitting(problem, ((rows, columns), (rows, 32)))
         else:
-            tiling = self._choose(problem, tiles.FORWARD, query, key, apart)
+            tiling = self._choose(problem, kernel, query, key)
         if tiling.apart:
             return tiling
         warps = 8 if schedule == "coop" else tiling.warps
@@ -364,19 +362,17 @@ class _Hopper(_Descriptors):
             or config.backward_kv_splits is not None
             or not self._has_apart()
             or launch.specialized_backward() is None
-            or not tiles.suits_together(problem)
+            or not tiles.FUSED.suits(problem)
         ):
             return None
         rows, columns = config.backward_q_tile_shape, config.backward_kv_tile_shape
         if rows is None or columns is None:
-            faster = tiles.is_faster_together(problem, query, key_value)
-            found = tiles.together(problem) if faster else None
+            faster = tiles.is_fused_faster(problem, query, key_value)
+            found = tiles.fused_tiling(problem) if faster else None
         else:
-            suits = tiles.are_together(problem, rows, columns)
-            found = tiles.together(problem, rows, columns) if suits else None
-        if found is None or not tiles.fits(
-            found, problem, tiles.KEY_VALUE_GRADIENT, _chip(problem)
-        ):
+            suits = tiles.is_fused_size(problem, rows, columns)
+            found = tiles.fused_tiling(problem, rows, columns) if suits else None
+        if found is None or not tiles.fits(found, problem, tiles.FUSED, _chip(problem)):
             return None
         return found
 
@@ -385,13 +381,13 @@ class _Hopper(_Descriptors):
         rows = {"non": (64, 128), "coop": (128,), "pp": (64,)}
         # With a bias, say, the kernel whose warp groups run apart does not run, and the same tiles
         # are those of programs that stay: whether a pair is listed depends on query, key and value.
-        apart = self._has_apart() and tiles.has_apart_heads(problem)
+        apart = self._has_apart() and tiles.has_ping_pong_heads(problem)
         return [
             (pair, schedule)
             for pair in super().configs(problem)
             for schedule, sizes in rows.items()
             if prod(pair[0]) in sizes
-            or (apart and schedule == "pp" and tiles.is_apart(*map(prod, pair)))
+            or (apart and schedule == "pp" and tiles.is_ping_pong_size(*map(prod, pair)))
         ]
 
     def _device_refusal(self, capability: tuple[int, int]) -> str | None:

@@ -32,6 +32,7 @@ from natten.functional.backends.triton.tiles import (
     FORWARD,
     KEY_VALUE_GRADIENT,
     QUERY_GRADIENT,
+    Kernel,
     Tiling,
     block,
     half,
@@ -316,10 +317,10 @@ class TooLargeError(RuntimeError):
 
     Attributes:
         tiling: How the kernel was to divide its work.
-        kind: Which kernel it was, as `tiles.choose` calls it.
+        kind: Which kernel it was.
     """
 
-    def __init__(self, tiling: Tiling, kind: str, reason: OutOfResources) -> None:
+    def __init__(self, tiling: Tiling, kind: Kernel, reason: OutOfResources) -> None:
         super().__init__(f"tiles {tiling.query}/{tiling.key} of the {kind} kernel: {reason}")
         self.tiling, self.kind = tiling, kind
 
@@ -331,7 +332,7 @@ class _Plan:
     programs: int
     options: dict[str, Any]
     # What the programs are made of, and for which kernel; None where no tiles are chosen.
-    tiles: tuple[Tiling, str] | None = None
+    tiles: tuple[Tiling, Kernel] | None = None
     # Compiled kernels, by what Triton specializes on besides `options`.
     compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = field(default_factory=dict)
 

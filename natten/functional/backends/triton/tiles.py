@@ -8,7 +8,7 @@ tables below. Nothing is timed at run time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -77,11 +77,79 @@ class _Size(NamedTuple):
     warps: int
     stages: int
     rate: float
-    apart: bool = False
 
 
-# Rates where most tiles are masked, and where `split` leaves masks out (large windows).
-_FORWARD: dict[int, tuple[_Size, ...]] = {
+# By head_dim.
+_Sizes = dict[int, tuple[_Size, ...]]
+
+
+def _always(_: Problem) -> bool:
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """What the choice of tiles knows of a kernel.
+
+    Attributes:
+        name: For messages.
+        inverse: Whether its rows are keys.
+        products: Matrix products of a pair of tiles.
+        sizes: Tiles to choose from, with their rates where most tiles are masked.
+        split_sizes: The same where `Tiling.split` leaves masks out (large windows).
+        suits: Whether it can run a problem.
+        instead_of: The kernel that runs what this one cannot, or not as fast; None for that itself.
+        by_halves: Whether the halves of its row tiles skip column tiles that they do not see.
+        mask: How much longer it takes for a masked tile.
+        start: How long it takes to begin and end, as one program alone fits a multiprocessor: in
+            tiles.
+        space: Share of its rate that is left in 3-D.
+    """
+
+    name: str
+    inverse: bool
+    products: int
+    sizes: _Sizes
+    split_sizes: _Sizes
+    suits: Callable[[Problem], bool] = _always
+    instead_of: Kernel | None = None
+    by_halves: bool = False
+    mask: float = 0.0
+    start: float = 0.0
+    space: float = 1.0
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def general(self) -> Kernel:
+        """The kernel that runs every problem, and takes as much memory."""
+        return self.instead_of or self
+
+    def rate(self, problem: Problem) -> float:
+        """The rate of its first tiles."""
+        size, *_ = self.sizes[max(problem.head_dim, problem.head_dim_v)]
+        return size.rate * (self.space if problem.rank == 3 else 1.0)
+
+    def time(self, problem: Problem, covered: Any, inside: Any, started: Any) -> Any:
+        """Of pairs that are covered and inside, at a rate of 1. ``started`` are pairs, too: of each
+        row tile with one column tile."""
+        start = self.start * started
+        if self.inverse:
+            start = start * (problem.heads_kv / problem.heads)
+        return covered + self.mask * (covered - inside) + start
+
+    def cost(self, problem: Problem, query: Shape, key: Shape) -> float:
+        """`time` of tiles of these shapes."""
+        covered, inside = work(problem, half(query) if self.by_halves else query, key, self.inverse)
+        extents, rows, columns = problem.query_shape, query, key
+        if self.inverse:
+            extents, rows, columns = problem.key_shape, key, query
+        started = int(geometry.covering(extents, rows)) * prod(columns)
+        return float(self.time(problem, covered, inside, started))
+
+
+_FORWARD_SIZES: _Sizes = {
     32: (_Size(64, 64, 4, 3, 1.0), _Size(64, 128, 4, 2, 0.95)),
     64: (_Size(64, 128, 4, 2, 1.0), _Size(64, 64, 4, 3, 0.93), _Size(128, 64, 4, 3, 1.05)),
     128: (_Size(128, 128, 8, 3, 1.0), _Size(64, 64, 4, 3, 0.97), _Size(128, 64, 4, 2, 1.03)),
@@ -89,20 +157,13 @@ _FORWARD: dict[int, tuple[_Size, ...]] = {
     512: (_Size(64, 64, 4, 2, 1.0),),
     1024: (_Size(64, 32, 4, 1, 1.0),),
 }
-_FORWARD_SPLIT: dict[int, tuple[_Size, ...]] = {
-    **_FORWARD,
+FORWARD = Kernel("forward", False, 2, _FORWARD_SIZES, {
+    **_FORWARD_SIZES,
     64: (_Size(128, 64, 4, 3, 1.0), _Size(64, 64, 4, 3, 0.93)),
     128: (_Size(128, 128, 8, 3, 1.0), _Size(64, 64, 4, 3, 0.92), _Size(128, 64, 4, 2, 0.93)),
-}
-# Of the kernel whose groups of warps run apart, against the others where those mask most tiles.
-_APART: dict[int, _Size] = {
-    64: _Size(128, 128, 4, 3, 1.4, True),
-    128: _Size(128, 128, 4, 2, 1.5, True),
-}
-# How much longer it takes for a masked tile, and to begin and end, as one program alone fits a
-# multiprocessor: in tiles.
-_APART_MASK, _APART_START = 0.4, 1.5
-_QUERY_GRADIENT: dict[int, tuple[_Size, ...]] = {
+})  # fmt: skip
+
+_QUERY_SIZES: _Sizes = {
     32: (_Size(64, 64, 4, 2, 1.0),),
     64: (_Size(64, 64, 4, 3, 1.0),),
     128: (_Size(64, 64, 4, 2, 1.0),),
@@ -110,12 +171,12 @@ _QUERY_GRADIENT: dict[int, tuple[_Size, ...]] = {
     512: (_Size(64, 32, 8, 2, 1.0),),
     1024: (_Size(64, 16, 8, 1, 1.0),),
 }
-_QUERY_GRADIENT_SPLIT: dict[int, tuple[_Size, ...]] = {
-    **_QUERY_GRADIENT,
+QUERY_GRADIENT = Kernel("query", False, 3, _QUERY_SIZES, {
+    **_QUERY_SIZES,
     128: (_Size(128, 64, 8, 3, 1.08), _Size(64, 64, 4, 2, 1.0)),
-}
-# Rows are keys here.
-_KEY_VALUE_GRADIENT: dict[int, tuple[_Size, ...]] = {
+})  # fmt: skip
+
+_KEY_VALUE_SIZES: _Sizes = {
     32: (_Size(64, 32, 4, 3, 1.0), _Size(64, 64, 4, 2, 0.93)),
     64: (_Size(64, 64, 4, 3, 1.0),),
     128: (_Size(64, 64, 4, 2, 1.0),),
@@ -123,22 +184,57 @@ _KEY_VALUE_GRADIENT: dict[int, tuple[_Size, ...]] = {
     512: (_Size(64, 32, 8, 1, 1.0),),
     1024: (_Size(64, 16, 8, 1, 1.0),),
 }
-# Of the kernel that computes all gradients in one pass. Rows are keys; the rate is that of its five
-# products against the seven of two kernels.
-_TOGETHER: dict[int, _Size] = {
-    64: _Size(128, 128, 4, 2, 0.9, True),
-    128: _Size(128, 64, 4, 2, 0.92, True),
+KEY_VALUE_GRADIENT = Kernel("key_value", True, 4, _KEY_VALUE_SIZES, _KEY_VALUE_SIZES)
+
+
+def has_ping_pong_heads(problem: Problem) -> bool:
+    """Whether `PING_PONG` knows heads like those of the problem."""
+    known = (problem.head_dim in _PING_PONG_SIZES, problem.head_dim_v in _PING_PONG_SIZES)
+    return all(known) and problem.dtype != torch.float32
+
+
+def _suits_ping_pong(problem: Problem) -> bool:
+    return (
+        has_ping_pong_heads(problem)
+        and not problem.has_rpb
+        # It loads whole tiles of additional keys, whatever they hold behind a length.
+        and not problem.has_lengths
+        and problem.num_keys > 0
+        and not any(d > 1 for d in problem.dilation)
+    )
+
+
+def _suits_fused(problem: Problem) -> bool:
+    return (
+        _suits_ping_pong(problem)
+        and problem.head_dim == problem.head_dim_v
+        and problem.num_queries > 0
+        and not problem.num_additional
+    )
+
+
+# Rates against those of `FORWARD` where it masks most tiles.
+_PING_PONG_SIZES: _Sizes = {
+    64: (_Size(128, 128, 4, 3, 1.4),),
+    128: (_Size(128, 128, 4, 2, 1.5),),
 }
-# How much longer it takes for a masked tile, and to begin and end: in tiles.
-_TOGETHER_MASK, _TOGETHER_START = 0.1, 6.0
-# And in space: the sums of the queries that its programs see do not stay in the cache.
-_TOGETHER_SPACE = 0.75
-FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT = "forward", "query", "key_value"
-_TABLES = {
-    FORWARD: (_FORWARD, _FORWARD_SPLIT),
-    QUERY_GRADIENT: (_QUERY_GRADIENT, _QUERY_GRADIENT_SPLIT),
-    KEY_VALUE_GRADIENT: (_KEY_VALUE_GRADIENT, _KEY_VALUE_GRADIENT),
+# Two groups of warps, each with half of the query tile, whose products and softmax alternate.
+PING_PONG = Kernel(
+    "forward", False, 2, _PING_PONG_SIZES, _PING_PONG_SIZES, _suits_ping_pong, FORWARD,
+    by_halves=True, mask=0.4, start=1.5,
+)  # fmt: skip
+
+# The rate is that of its five products against the seven of two kernels.
+_FUSED_SIZES: _Sizes = {
+    64: (_Size(128, 128, 4, 2, 0.9),),
+    128: (_Size(128, 64, 4, 2, 0.92),),
 }
+# All gradients in one pass. Halves of key tiles wait for each other: skipping gains nothing. In
+# 3-D, the sums of the queries that its programs see do not stay in the cache.
+FUSED = Kernel(
+    "key_value", True, 5, _FUSED_SIZES, _FUSED_SIZES, _suits_fused, KEY_VALUE_GRADIENT,
+    mask=0.1, start=6.0, space=0.75,
+)  # fmt: skip
 
 
 class Work(NamedTuple):
@@ -254,113 +350,55 @@ def _halved(queries: int, keys: int, rank: int) -> _Pairs:
     return pairs._replace(at=at)
 
 
-def _apart_cost(problem: Problem, query_tile: Shape, key_tile: Shape) -> float:
-    """Pairs that the halves of query tiles compute, which skip key tiles they do not see."""
-    covered, inside = work(problem, half(query_tile), key_tile)
-    tokens = int(geometry.covering(problem.query_shape, query_tile))
-    start = _APART_START * tokens * prod(key_tile)
-    return covered + _APART_MASK * (covered - inside) + start
-
-
 @lru_cache(maxsize=4096)
-def best_apart_shapes(problem: Problem, queries: int, keys: int) -> tuple[Shape, Shape]:
-    """The shapes of so many tokens that suit the kernel whose groups of warps run apart best.
-
-    Among equals, those that load the fewest tiles, then those that read the longest runs.
-    """
-    pairs = _all_pairs(queries, keys, problem.rank, False)
-    covered, inside = _work_of_all(problem, _halved(queries, keys, problem.rank))
-    tokens = geometry.covering(problem.query_shape, np.array(pairs.queries))
-    start = _APART_START * tokens[:, None] * keys
-    cost = covered + _APART_MASK * (covered - inside) + start
-    return _first_least(pairs, cost, _work_of_all(problem, pairs)[0])
-
-
-@lru_cache(maxsize=4096)
-def best_shapes(
-    problem: Problem, queries: int, keys: int, inverse: bool = False, sums_bias: bool = False
-) -> tuple[Shape, Shape]:
+def best_shapes(problem: Problem, kernel: Kernel, queries: int, keys: int) -> tuple[Shape, Shape]:
     """The shapes of so many tokens that cover the fewest pairs.
 
-    Among equals, those that read the longest runs along the last axis. With ``sums_bias``, runs of
-    less than eight tokens count double: of their pairs, more numbers are added to memory.
+    Among equals, those that read the longest runs along the last axis.
     """
-    pairs = _all_pairs(queries, keys, problem.rank, inverse)
-    covered, _ = _work_of_all(problem, pairs, inverse)
-    return _first_least(pairs, covered * (1 + pairs.is_short) if sums_bias else covered)
+    pairs = _all_pairs(queries, keys, problem.rank, kernel.inverse)
+    covered, _ = _work_of_all(problem, pairs, kernel.inverse)
+    if kernel.by_halves:
+        # Fewest pairs that are computed, then that are loaded.
+        halves = _work_of_all(problem, _halved(queries, keys, problem.rank))
+        tokens = geometry.covering(problem.query_shape, np.array(pairs.queries))
+        return _first_least(pairs, kernel.time(problem, *halves, tokens[:, None] * keys), covered)
+    if kernel is QUERY_GRADIENT and problem.has_rpb:
+        # Of the pairs of short runs, more numbers are added to the bias's gradient in memory.
+        covered = covered * (1 + pairs.is_short)
+    return _first_least(pairs, covered)
 
 
-def is_apart(rows: int, columns: int) -> bool:
-    """Whether tiles of so many tokens are those of the kernel whose groups of warps run apart."""
+def is_ping_pong_size(rows: int, columns: int) -> bool:
+    """Whether `PING_PONG` has tiles of so many tokens."""
     return rows == 128 and columns in (64, 128)
 
 
-def has_apart_heads(problem: Problem) -> bool:
-    """Whether the kernel whose groups of warps run apart knows heads like those of the problem."""
-    return (
-        problem.head_dim in _APART
-        and problem.head_dim_v in _APART
-        and problem.dtype != torch.float32
-    )
+def is_fused_size(problem: Problem, query: Shape, key: Shape) -> bool:
+    """Whether `FUSED` has tiles of these shapes."""
+    return (prod(key), prod(query)) in {size[:2] for size in _FUSED_SIZES.get(problem.head_dim, ())}
 
 
-def suits_apart(problem: Problem) -> bool:
-    """Whether the kernel whose groups of warps run apart can run the problem."""
-    return (
-        has_apart_heads(problem)
-        and not problem.has_rpb
-        # It loads whole tiles of additional keys, whatever they hold behind a length.
-        and not problem.has_lengths
-        and problem.num_keys > 0
-        and not any(d > 1 for d in problem.dilation)
-    )
-
-
-def suits_together(problem: Problem) -> bool:
-    """Whether the kernel that computes all gradients in one pass can run the problem."""
-    return (
-        suits_apart(problem)
-        and problem.head_dim == problem.head_dim_v
-        and problem.num_queries > 0
-        and not problem.num_additional
-    )
-
-
-def _together_cost(problem: Problem, query_tile: Shape, key_tile: Shape) -> float:
-    """Pairs times products. Halves of key tiles wait for each other: skipping gains nothing."""
-    covered, inside = work(problem, query_tile, key_tile, inverse=True)
-    tokens = int(geometry.covering(problem.key_shape, key_tile))
-    start = _TOGETHER_START * tokens * prod(query_tile)
-    start *= problem.heads_kv / problem.heads
-    return 5 * (covered + _TOGETHER_MASK * (covered - inside) + start)
-
-
-def are_together(problem: Problem, query: Shape, key: Shape) -> bool:
-    """Whether tiles of these shapes are those of that kernel."""
-    size = _TOGETHER.get(problem.head_dim)
-    return size is not None and (prod(key), prod(query)) == (size.rows, size.columns)
-
-
-def together(problem: Problem, query: Shape | None = None, key: Shape | None = None) -> Tiling:
-    """The tiling of that kernel."""
-    size = _TOGETHER[problem.head_dim]
+def fused_tiling(problem: Problem, query: Shape | None = None, key: Shape | None = None) -> Tiling:
+    """The tiling of `FUSED`."""
+    (size,) = _FUSED_SIZES[problem.head_dim]
     if query is None or key is None:
-        query, key = best_shapes(problem, size.columns, size.rows, inverse=True)
+        query, key = best_shapes(problem, FUSED, size.columns, size.rows)
     return Tiling(query, key, size.warps, size.stages, True, tma=True, apart=True)
 
 
-def is_faster_together(problem: Problem, query: Tiling, key_value: Tiling) -> bool:
-    """Whether that kernel is estimated to take less time than two with these tilings."""
-    separate = 3 * work(problem, query.query, query.key).covered
-    separate += 4 * work(problem, key_value.query, key_value.key, inverse=True).covered
+def is_fused_faster(problem: Problem, query: Tiling, key_value: Tiling) -> bool:
+    """Whether `FUSED` is estimated to take less time than two kernels with these tilings."""
+    two = ((QUERY_GRADIENT, query), (KEY_VALUE_GRADIENT, key_value))
+    separate = sum(k.products * k.cost(problem, t.query, t.key) for k, t in two)
     if separate / 7 * problem.heads * problem.batch * problem.head_dim < MIN_TMA_PRODUCTS:
         return False
-    rate = _TOGETHER[problem.head_dim].rate * (_TOGETHER_SPACE if problem.rank == 3 else 1.0)
-    tiling = together(problem)
-    return _together_cost(problem, tiling.query, tiling.key) / rate < separate
+    tiling = fused_tiling(problem)
+    cost = FUSED.products * FUSED.cost(problem, tiling.query, tiling.key)
+    return cost / FUSED.rate(problem) < separate
 
 
-def _sizes(problem: Problem, kind: str, split: bool, chip: Chip) -> tuple[_Size, ...]:
+def _sizes(problem: Problem, kernel: Kernel, split: bool, chip: Chip) -> tuple[_Size, ...]:
     if problem.dtype == torch.float32:
         # Twice the memory a token, and three products for one: small tiles.
         features = max(problem.head_dim, problem.head_dim_v)
@@ -369,7 +407,7 @@ def _sizes(problem: Problem, kind: str, split: bool, chip: Chip) -> tuple[_Size,
     if chip.products in ("turing", "ampere"):
         # Without warp-group products, which read shared memory, large tiles spill registers.
         split = False
-    return _TABLES[kind][split][features]
+    return (kernel.split_sizes if split else kernel.sizes)[features]
 
 
 def _splits(problem: Problem, pair: tuple[Shape, Shape], inverse: bool) -> bool:
@@ -413,7 +451,9 @@ _SMALL_THINGS = 1024
 _TENSOR_MEMORY = 512
 
 
-def _shared_memory(tiling: Tiling, problem: Problem, kind: str, products: str = "hopper") -> int:
+def _shared_memory(
+    tiling: Tiling, problem: Problem, kernel: Kernel, products: str = "hopper"
+) -> int:
     """Bytes that a program takes: close to what the compiler allocates, and not less.
 
     `tests/test_triton_fits.py` compares them. Tiles of columns are kept in as many places as there
@@ -423,10 +463,10 @@ def _shared_memory(tiling: Tiling, problem: Problem, kind: str, products: str = 
     """
     query, value = block(problem.head_dim), block(problem.head_dim_v)
     rows, columns = prod(tiling.query), prod(tiling.key)
-    if kind == KEY_VALUE_GRADIENT:
+    if kernel is KEY_VALUE_GRADIENT:
         rows, columns = columns, rows
     # The forward pass keeps rows of queries; the gradients keep pairs of rows, too.
-    kept = rows * (query if kind == FORWARD else query + value)
+    kept = rows * (query if kernel is FORWARD else query + value)
     # Specialized warps load ahead as far as the compiler likes.
     stages = 3 if tiling.specialize else tiling.stages
     step, widest = columns * (query + value), columns * max(query, value)
@@ -434,7 +474,7 @@ def _shared_memory(tiling: Tiling, problem: Problem, kind: str, products: str = 
     itemsize = problem.dtype.itemsize
     numbers = kept + stages * step
     # Scores of a bias go to memory in another layout.
-    biases = 4 * scores // itemsize if kind == QUERY_GRADIENT and problem.has_rpb else 0
+    biases = 4 * scores // itemsize if kernel is QUERY_GRADIENT and problem.has_rpb else 0
     if tiling.apart:
         # The output, between the layout of products and that of memory.
         numbers += rows // 2 * value
@@ -447,15 +487,15 @@ def _shared_memory(tiling: Tiling, problem: Problem, kind: str, products: str = 
         # Warp-group products read shared memory.
         parts = kept + columns * abs(query - value)
         numbers += biases + (parts if itemsize == 4 else 0)
-        if query > 256 and kind != FORWARD:
+        if query > 256 and kernel is not FORWARD:
             # Two warp groups share what is narrow, and pass it to each other.
             numbers += step + widest
     elif products == "blackwell" and rows >= 64:
         # So do these, but for tiles that two products read, once transposed.
-        if stages > 1 and kind != FORWARD:
-            numbers += step if kind == KEY_VALUE_GRADIENT else columns * query
+        if stages > 1 and kernel is not FORWARD:
+            numbers += step if kernel is KEY_VALUE_GRADIENT else columns * query
         numbers += biases + (widest if itemsize == 4 else 0)
-    elif itemsize == 4 and kind == FORWARD:
+    elif itemsize == 4 and kernel is FORWARD:
         numbers += kept + 2 * scores
     elif itemsize == 4:
         later = max(max(stages - 1, 1) * step, stages * widest)
@@ -465,24 +505,24 @@ def _shared_memory(tiling: Tiling, problem: Problem, kind: str, products: str = 
     else:
         numbers += biases // 2
     taken = numbers * itemsize + _SMALL_THINGS
-    if kind == KEY_VALUE_GRADIENT:
+    if kernel is KEY_VALUE_GRADIENT:
         # Logsumexp and delta of the columns.
         taken += 8 * columns * max(stages - 1, 1)
     return taken + (12 * rows if tiling.specialize else 0)
 
 
-def _tensor_memory(tiling: Tiling, problem: Problem, kind: str) -> float:
+def _tensor_memory(tiling: Tiling, problem: Problem, kernel: Kernel) -> float:
     """Columns of tensor memory that a program takes: of sums, scores, and scores as operands."""
     query, value = block(problem.head_dim), block(problem.head_dim_v)
     rows, columns = prod(tiling.query), prod(tiling.key)
-    if kind == KEY_VALUE_GRADIENT:
+    if kernel is KEY_VALUE_GRADIENT:
         rows, columns = columns, rows
-    sums = {FORWARD: value, QUERY_GRADIENT: query, KEY_VALUE_GRADIENT: query + value}[kind]
+    sums = {FORWARD: value, QUERY_GRADIENT: query, KEY_VALUE_GRADIENT: query + value}[kernel]
     scores = 1.0
     if tiling.specialize:
         scores = 2.5
     elif tiling.stages > 1:
-        scores = {FORWARD: 1.5, QUERY_GRADIENT: 2.5, KEY_VALUE_GRADIENT: 3.0}[kind]
+        scores = {FORWARD: 1.5, QUERY_GRADIENT: 2.5, KEY_VALUE_GRADIENT: 3.0}[kernel]
     return rows / 128 * (sums + scores * columns)
 
 
@@ -490,15 +530,15 @@ def _tensor_memory(tiling: Tiling, problem: Problem, kind: str) -> float:
 _refused: set[tuple[Any, ...]] = set()
 
 
-def _facts(tiling: Tiling, problem: Problem, kind: str, chip: Chip) -> tuple[Any, ...]:
+def _facts(tiling: Tiling, problem: Problem, kernel: Kernel, chip: Chip) -> tuple[Any, ...]:
     """What the memory that a kernel takes depends on, by and large."""
     sizes = prod(tiling.query), prod(tiling.key), tiling.stages, tiling.apart, tiling.specialize
-    return kind, *sizes, problem.head_dim, problem.head_dim_v, problem.dtype, chip
+    return kernel, *sizes, problem.head_dim, problem.head_dim_v, problem.dtype, chip
 
 
-def refuse(tiling: Tiling, problem: Problem, kind: str, chip: Chip) -> bool:
+def refuse(tiling: Tiling, problem: Problem, kernel: Kernel, chip: Chip) -> bool:
     """Never choose this tiling again, for a kernel did not run with it. False if that is known."""
-    facts = _facts(tiling, problem, kind, chip)
+    facts = _facts(tiling, problem, kernel, chip)
     if facts in _refused:
         return False
     _refused.add(facts)
@@ -506,19 +546,21 @@ def refuse(tiling: Tiling, problem: Problem, kind: str, chip: Chip) -> bool:
     return True
 
 
-def fits(tiling: Tiling, problem: Problem, kind: str, chip: Chip) -> bool:
+def fits(tiling: Tiling, problem: Problem, kernel: Kernel, chip: Chip) -> bool:
     """Whether a program with this tiling finds the memory it takes."""
-    if _shared_memory(tiling, problem, kind, chip.products) > chip.shared_memory:
+    if _shared_memory(tiling, problem, kernel, chip.products) > chip.shared_memory:
         return False
-    if chip.products == "blackwell" and _tensor_memory(tiling, problem, kind) > _TENSOR_MEMORY:
+    if chip.products == "blackwell" and _tensor_memory(tiling, problem, kernel) > _TENSOR_MEMORY:
         return False
-    return not _refused or _facts(tiling, problem, kind, chip) not in _refused
+    return not _refused or _facts(tiling, problem, kernel, chip) not in _refused
 
 
-def _fit(tiling: Tiling, problem: Problem, kind: str, chip: Chip, named: bool) -> Tiling | None:
+def _fit(
+    tiling: Tiling, problem: Problem, kernel: Kernel, chip: Chip, named: bool
+) -> Tiling | None:
     """The tiling with as many stages as fit, and smaller tiles where even one does not, unless
     they are ``named``; None where nothing fits."""
-    while not fits(tiling, problem, kind, chip):
+    while not fits(tiling, problem, kernel, chip):
         # The ring of the kernel whose warp groups run apart has two places at least.
         if tiling.stages > (2 if tiling.apart else 1):
             tiling = replace(tiling, stages=tiling.stages - 1)
@@ -548,127 +590,132 @@ MIN_TMA_PRODUCTS = 1.2e10
 
 
 def _make(
-    problem: Problem, pair: tuple[Shape, Shape], size: _Size, split: bool, tma: bool
+    problem: Problem, kernel: Kernel, pair: tuple[Shape, Shape], size: _Size, split: bool, tma: bool
 ) -> Tiling:
     # Narrow heads gain nothing from descriptors; dilated boxes have none, nor do empty tensors.
     use_tma = tma and problem.head_dim > 32 and not any(d > 1 for d in problem.dilation)
     use_tma = use_tma and problem.num_keys > 0
-    return Tiling(*pair, size.warps, size.stages, split, tma=use_tma, apart=size.apart)
+    is_apart = kernel is PING_PONG
+    return Tiling(*pair, size.warps, size.stages, split, tma=use_tma, apart=is_apart)
 
 
 @lru_cache(maxsize=4096)
 def choose(
     problem: Problem,
-    kind: str,
+    kernel: Kernel,
     tma: bool,
     chip: Chip,
     query: Shape | None = None,
     key: Shape | None = None,
-    apart: bool = False,
 ) -> Tiling | None:
     """The tiling with the least estimated time; ``query`` and ``key`` fix the tile shapes.
 
-    ``apart`` says that there is a kernel whose groups of warps run apart, and that it may be used.
-    None if nothing fits.
+    Of `PING_PONG` where that suits, fits and is faster than `FORWARD`. None if nothing fits.
     """
-    inverse = kind == KEY_VALUE_GRADIENT
     named = query is not None and key is not None
-    apart = apart and suits_apart(problem)
-    tiling = _choose(problem, kind, inverse, tma, chip, query, key, apart)
-    if tiling.apart and _fit(tiling, problem, kind, chip, named) is None:
-        tiling = _choose(problem, kind, inverse, tma, chip, query, key, False)
+    general = kernel.general
+    if query is not None and key is not None:
+        tiling, instead = _named(problem, kernel, query, key, tma)
+    else:
+        tiling, instead = _fastest(problem, kernel, chip, tma)
+    if instead is not None and _fit(instead, problem, general, chip, named) is not None:
+        tiling = instead
     if chip.shared_memory < _ROOMY:
         # A second program on a multiprocessor hides more than a third tile in flight.
         half = Chip(chip.shared_memory // 2, chip.products)
-        while tiling.stages > 2 and not fits(tiling, problem, kind, half):
+        while tiling.stages > 2 and not fits(tiling, problem, general, half):
             tiling = replace(tiling, stages=tiling.stages - 1)
-    fitting = _fit(tiling, problem, kind, chip, named)
+    fitting = _fit(tiling, problem, general, chip, named)
     if fitting is None:
         return None
-    return replace(fitting, whole=_whole(problem, fitting, inverse))
+    return replace(fitting, whole=_whole(problem, fitting, kernel.inverse))
 
 
-def _choose(
-    problem: Problem,
-    kind: str,
-    inverse: bool,
-    tma: bool,
-    chip: Chip,
-    query: Shape | None,
-    key: Shape | None,
-    apart: bool,
-) -> Tiling:
-    if query is not None and key is not None:
-        size = _named_size(problem, kind, prod(query), prod(key))
-        if apart and is_apart(size.rows, size.columns):
-            size = size._replace(warps=4, apart=True)
-        split = _splits(problem, (query, key), inverse)
-        return _make(problem, (query, key), size, split, tma)
+def _named(
+    problem: Problem, kernel: Kernel, query: Shape, key: Shape, tma: bool
+) -> tuple[Tiling, Tiling | None]:
+    """The tiling of the general kernel with named tiles, and that of the one to run instead."""
+    pair = query, key
+    split = _splits(problem, pair, kernel.inverse)
+    size = _named_size(problem, kernel.general, prod(query), prod(key))
+    tiling = _make(problem, kernel.general, pair, size, split, tma)
+    if kernel is kernel.general or not kernel.suits(problem):
+        return tiling, None
+    if not is_ping_pong_size(size.rows, size.columns):
+        return tiling, None
+    return tiling, _make(problem, kernel, pair, size._replace(warps=4), split, tma)
+
+
+def _fastest(
+    problem: Problem, kernel: Kernel, chip: Chip, tma: bool
+) -> tuple[Tiling, Tiling | None]:
+    """The fastest tiling of the general kernel, and that of another if it is faster yet."""
+    general, inverse = kernel.general, kernel.inverse
     found: list[tuple[bool, float, Tiling]] = []
     for split in (False, True):
-        for size in _sizes(problem, kind, split, chip):
+        for size in _sizes(problem, general, split, chip):
             queries, keys = (size.columns, size.rows) if inverse else (size.rows, size.columns)
-            sums_bias = kind == QUERY_GRADIENT and problem.has_rpb
-            pair = best_shapes(problem, queries, keys, inverse, sums_bias)
+            pair = best_shapes(problem, general, queries, keys)
             if _splits(problem, pair, inverse) != split:
                 continue
-            tiling = _make(problem, pair, size, split, tma)
-            fitting = _fit(tiling, problem, kind, chip, True)
+            tiling = _make(problem, general, pair, size, split, tma)
+            fitting = _fit(tiling, problem, general, chip, True)
             # Smaller tiles are better than tiles that nothing is loaded ahead of.
             is_cramped = fitting is None or fitting.stages < min(tiling.stages, 2)
-            found.append((is_cramped, work(problem, *pair, inverse).covered / size.rate, tiling))
+            found.append((is_cramped, general.cost(problem, *pair) / size.rate, tiling))
     if not found:
         raise RuntimeError("no tile size suits the problem")
     _is_cramped, time, tiling = min(found, key=lambda candidate: candidate[:2])
     if time * problem.heads * problem.batch * problem.head_dim < MIN_TMA_PRODUCTS:
-        return replace(tiling, tma=False)
-    if apart:
-        size = _APART[max(problem.head_dim, problem.head_dim_v)]
-        pair = best_apart_shapes(problem, size.rows, size.columns)
-        if _apart_cost(problem, *pair) / size.rate < time:
-            return _make(problem, pair, size, True, tma)
-    return tiling
+        return replace(tiling, tma=False), None
+    if kernel is general or not kernel.suits(problem):
+        return tiling, None
+    (size,) = kernel.sizes[max(problem.head_dim, problem.head_dim_v)]
+    pair = best_shapes(problem, kernel, size.rows, size.columns)
+    if kernel.cost(problem, *pair) / size.rate >= time:
+        return tiling, None
+    return tiling, _make(problem, kernel, pair, size, True, tma)
 
 
-def _named_size(problem: Problem, kind: str, queries: int, keys: int) -> _Size:
+def _named_size(problem: Problem, kernel: Kernel, queries: int, keys: int) -> _Size:
     """How tiles run that the caller names."""
-    rows, columns = (keys, queries) if kind == KEY_VALUE_GRADIENT else (queries, keys)
+    rows, columns = (keys, queries) if kernel.inverse else (queries, keys)
     # A warp group of four warps computes 64 rows. Sums of wide heads need the registers of two.
     is_large = rows >= 128 and max(problem.head_dim, columns) >= 128
-    is_wide = kind != FORWARD and problem.head_dim > 256
+    is_wide = kernel is not FORWARD and problem.head_dim > 256
     warps = 8 if is_large or is_wide else 4
     return _Size(rows, columns, warps, 2, 1.0)
 
 
-def _can_name(problem: Problem, kind: str, chip: Chip, queries: int, keys: int) -> bool:
+def _can_name(problem: Problem, kernel: Kernel, chip: Chip, queries: int, keys: int) -> bool:
     """Whether tiles of so many tokens fit, in as many stages as it may take."""
-    size = _named_size(problem, kind, queries, keys)
+    size = _named_size(problem, kernel, queries, keys)
     tiling = Tiling((queries,), (keys,), size.warps, size.stages)
-    return _fit(tiling, problem, kind, chip, True) is not None
+    return _fit(tiling, problem, kernel, chip, True) is not None
 
 
 def any_fit(problem: Problem, chip: Chip) -> bool:
     """Whether the smallest tiles fit, in all kernels that the problem needs."""
-    kinds: tuple[str, ...] = (FORWARD,)
+    kernels: tuple[Kernel, ...] = (FORWARD,)
     if problem.requires_grad:
-        kinds = (FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT)
-    return all(_can_name(problem, kind, chip, _LEAST_TOKENS, _LEAST_TOKENS) for kind in kinds)
+        kernels = (FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT)
+    return all(_can_name(problem, k, chip, _LEAST_TOKENS, _LEAST_TOKENS) for k in kernels)
 
 
 def listed(
-    problem: Problem, kinds: tuple[str, ...], default: Tiling, chip: Chip, largest: int
+    problem: Problem, kernels: tuple[Kernel, ...], default: Tiling, chip: Chip, largest: int
 ) -> list[tuple[Shape, Shape]]:
-    """All (query tile, key tile) pairs that kernels of these kinds accept, the default first, then
+    """All (query tile, key tile) pairs that these kernels accept, the default first, then
     by work.
 
     What they are does not depend on the window, nor on what else is given with query, key and
     value: whoever has asked without a bias may name a pair with one.
     """
-    inverse = kinds[-1] == KEY_VALUE_GRADIENT
+    inverse = kernels[-1].inverse
     most = replace(problem, has_rpb=True)
 
     def suit(queries: int, keys: int) -> bool:
-        return all(_can_name(most, kind, chip, queries, keys) for kind in kinds)
+        return all(_can_name(most, kernel, chip, queries, keys) for kernel in kernels)
 
     # The smallest tiles are for heads that leave no room for others.
     least = 32 if suit(64, 64) else _LEAST_TOKENS
