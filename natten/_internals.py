@@ -144,7 +144,7 @@ def is_known(condition: Any) -> bool:
 def scripted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function whose branches on sizes stay branches in what torch.jit.trace records."""
     with warnings.catch_warnings():
-        # Tracing is as deprecated; whoever does it knows.
+        # All of torch.jit is deprecated, of which tracing warns itself.
         warnings.simplefilter("ignore")
         return torch.jit.script(function)
 

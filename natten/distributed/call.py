@@ -67,8 +67,8 @@ class Results(NamedTuple):
 
 
 class Gradients:
-    """Of the six inputs that have them. Whoever computes those of query, key and value writes them
-    whole; the others are sums of what is added."""
+    """The gradients of the six differentiable inputs. Those of query, key and value are written
+    once; the others are sums of what is added."""
 
     def __init__(self, inputs: Inputs, needs: Sequence[bool]) -> None:
         self.query, self.key, self.value = [
@@ -82,7 +82,7 @@ class Gradients:
         ]
 
     def of_keys(self, heads_kv: slice) -> list[Tensor]:
-        """Of keys and values of some heads."""
+        """The gradients of keys and values of some heads."""
         return [t[..., heads_kv, :] for t in (self.key, self.value)]
 
     def add_rest(self, got: Sequence[Tensor], heads: slice = _ALL, heads_kv: slice = _ALL) -> None:
@@ -203,7 +203,7 @@ class Call:
     # --- exchanges
 
     def elements(self, inputs: Inputs, boxes: Sequence[Box]) -> list[int]:
-        """Of keys and values of each box."""
+        """Numbers in the keys and values of each box."""
         return [box.tokens * sum([_width(t) for t in inputs[1:3]]) for box in boxes]
 
     def fetch(self, inputs: Inputs, halo: Tensor) -> Exchange:

@@ -85,7 +85,7 @@ class Plan:
         return module._output(out)
 
     def mean(self, x: Tensor) -> Tensor:
-        """Of all tokens of the grid, ``[batch, *tokens, channels]`` to ``[batch, channels]``."""
+        """The mean of ``[batch, *tokens, channels]`` over all tokens of the grid."""
         check_own(x, "x", self.sharding.own)
         total = x.flatten(1, -2).sum(1) / prod(self.sharding.grid)
         return gathered(total, self.sharding.group).sum(0)

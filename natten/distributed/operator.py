@@ -220,7 +220,7 @@ def _backward_flops(grad_out: Any, grad_lse: Any, *arguments: Any, out_val: Any 
     out, lse, _, *parameters, needs = arguments[_NUM_TENSORS:]
     call = _call_of(parameters)
     of_one = (*_of_one(inputs, call), out, lse, *call.parameters(call.own, call.needed))
-    # All three, whoever needs them.
+    # All three, whichever are needed.
     return attention_backward_flops(grad_out, grad_lse, *of_one, [True] * 3 + list(needs[3:]))
 
 

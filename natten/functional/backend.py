@@ -92,7 +92,7 @@ def sequences(problem: Problem, inputs: Inputs) -> Iterator[Sequence]:
 
 
 class Backend(ABC):
-    """Somebody who can compute a problem, or says why not.
+    """An implementation of attention, which says what it cannot compute.
 
     Attributes:
         name: As in the table of :mod:`natten.functional.dispatch`.

@@ -1,7 +1,8 @@
 """A call of the operator: its tensors, its parameters, and what follows from both but the data.
 
-:class:`Call` is where arguments are validated, whoever gives them: the public functions, a compiled
-or exported program, or ``torch.ops.natten``. One is made for each kind of call and then looked up.
+:class:`Call` is where arguments are validated, wherever they come from: the public functions, a
+compiled or exported program, or ``torch.ops.natten``. One is made for each kind of call and then
+looked up.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class Call:
 
     @cached_property
     def is_empty(self) -> bool:
-        """Whether there is no query, or no query sees a key: no backend is troubled with that."""
+        """Whether there is no query, or no query sees a key: no backend is asked to run that."""
         problem = self.problem
         has_queries = problem.batch and problem.num_queries and problem.heads
         has_keys = problem.num_keys or problem.num_additional

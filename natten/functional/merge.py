@@ -115,7 +115,7 @@ def _unpacks(code: CodeType, call: int) -> bool:
 
 
 def _refuse_unpacking() -> None:
-    """Raise if whoever called merge_attentions unpacks what is one tensor.
+    """Raise if the caller of merge_attentions unpacks what is one tensor.
 
     A tensor unpacks along its first dimension: with a batch of 2, ``out, lse = ...`` would go on
     with the two entries of the batch. Compilers hide who calls.

@@ -286,8 +286,8 @@ def packed_attention(
     boxes = (grid, origin, origin)
     asked = (window, scale, backend, _NO_KNOBS, boxes)
     if sharded.current is not None or sharded.is_dtensor(qkv):
-        apart = Tensors(*separated(tensors, heads_kv), rpb)
-        return _attend_sharded(None, apart, asked, None)
+        unpacked = Tensors(*separated(tensors, heads_kv), rpb)
+        return _attend_sharded(None, unpacked, asked, None)
     return attend(tensors, (None, heads_kv, asked), _parameters)
 
 

@@ -98,7 +98,7 @@ def _order(shape: tuple[int, ...], tile: tuple[int, ...], device: torch.device) 
 def _orders(
     problem: Problem, tiles: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> tuple[_Order, _Order]:
-    """Of queries and of keys, additional keys at the end."""
+    """The orders of queries and of keys, with additional keys at the end."""
     query = _order(problem.query_shape, tiles[0], problem.device)
     key = _order(problem.key_shape, tiles[1], problem.device)
     more = torch.arange(problem.num_additional, device=problem.device)
@@ -145,7 +145,7 @@ def _visible(
 
 
 def _sequences(cumulative: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Of each packed token: its sequence (-1 behind the last one) and where that starts."""
+    """The sequence of each packed token (-1 behind the last one), and where that starts."""
     index = torch.arange(tokens, device=cumulative.device)
     number = torch.searchsorted(cumulative[1:].long(), index, right=True)
     beyond = number >= cumulative.shape[0] - 1
@@ -374,7 +374,7 @@ def _kernel_options(blocks: tuple[int, int]) -> Any:
 
 
 def _finite(*tensors: Tensor | None) -> bool:
-    """Whether all numbers are. On a GPU this waits for it; while a graph is captured nobody may."""
+    """Whether all numbers are finite. Waits for a GPU, which graph capture does not allow."""
     given = [t for t in tensors if t is not None and t.numel()]
     if given and given[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return True

@@ -45,7 +45,7 @@ def queries_of_keys(axis: Axis, device: torch.device | str = "cpu") -> Neighbors
 
 
 def _coordinates(rows: Tensor, axes: Sequence[Axis]) -> list[Tensor]:
-    """Flat indices of tokens to one index an axis."""
+    """Flat indices of tokens to one index per axis."""
     coordinates = []
     for axis in reversed(axes):
         coordinates.append(rows % axis.length)

@@ -162,8 +162,8 @@ def na1d_qk(*arguments: Any, **named: Any) -> Any:
     Returns:
         ``[batch, heads, X, slots]``, slots = the product of kernel_size, and context more with
         additional keys, which come last. Slot j of an axis is the key ``start + j * dilation``;
-        slots are in row-major order. Causal windows that the border cuts short hold -inf in the
-        slots at their tail.
+        slots are in row-major order. Causal windows that the border cuts short hold -inf in their
+        last slots.
 
     Raises:
         ValueError: An argument is wrong by itself, or does not fit the others.
@@ -205,7 +205,7 @@ def na1d_av(*arguments: Any, **named: Any) -> Any:
         stride: Queries that share one window.
 
     Returns:
-        Of value's shape, batch apart.
+        Of value's shape, with the larger of the two batch sizes.
 
     Raises:
         ValueError: An argument is wrong by itself, or does not fit the others.

@@ -13,7 +13,7 @@ every order exist, in backward and forward mode and under torch.func. Memory is 
 times window, and sums have a fixed order: results are the same on every run.
 
 Tensors are heads-first, ``[batch, heads, *tokens, features]``; slots are in row-major order from
-the start of the window. Causal windows leave slots at their tail empty: the dot product there is
+the start of the window. Causal windows may leave their last slots empty: the dot product there is
 ``empty``, and weights there are not read. Numbers of 16 bits are summed in float32.
 """
 
@@ -121,7 +121,7 @@ def _checked(
 
 
 def _run(name: str, first: Tensor, second: Tensor, window: tuple[Any, ...], *more: Any) -> Tensor:
-    """A product of two tensors ``[batch, heads, *tokens, features]`` by whoever can."""
+    """A product of two tensors ``[batch, heads, *tokens, features]``, by what is fastest."""
     shape = second.shape
     width = shape[-1] if name == "dot" else prod(window[0])
     axes = _checked(

@@ -55,7 +55,7 @@ def tame(
     grad_out: Tensor | None = None,
     grad_lse: Tensor | None = None,
 ) -> list[bool]:
-    """Of each batch entry, whether all that the operator computes for it is finite.
+    """For each batch entry, whether all that the operator computes for it is finite.
 
     It returns 0 for rows of NaN, multiplies masked tokens by zero, and rounds the gradients of
     scores to the dtype of the tensors.

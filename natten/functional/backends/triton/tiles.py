@@ -44,14 +44,14 @@ class Tiling:
     """How one kernel divides its work.
 
     Attributes:
-        query: Query tile, one extent an axis; powers of two.
+        query: Query tile, one extent per axis; powers of two.
         key: Key tile.
         warps: Warps of a program.
         stages: Tiles in flight.
-        split: Whether tiles in full sight of the others are told apart, and not masked.
-        whole: Whether all tiles are: none is masked.
+        split: Whether only tiles at the edges of windows are masked.
+        whole: Whether no tile is masked: all are in full sight of each other.
         tma: Whether tiles of the inner loop are loaded by the tensor memory accelerator.
-        programs: For persistent kernels, the number of programs; 0 for one a tile.
+        programs: For persistent kernels, the number of programs; 0 for one per tile.
         specialize: Whether loads, products and softmax get warps of their own.
         apart: Whether two groups of warps work on halves of the query tile without waiting for
             each other.
@@ -132,8 +132,8 @@ class Kernel:
         return size.rate * (self.space if problem.rank == 3 else 1.0)
 
     def time(self, problem: Problem, covered: Any, inside: Any, started: Any) -> Any:
-        """Of pairs that are covered and inside, at a rate of 1. ``started`` are pairs, too: of each
-        row tile with one column tile."""
+        """Estimated time for so many pairs that are covered and inside, at a rate of 1; ``started``
+        are those of each row tile with one column tile."""
         start = self.start * started
         if self.inverse:
             start = start * (problem.heads_kv / problem.heads)
@@ -531,7 +531,7 @@ _refused: set[tuple[Any, ...]] = set()
 
 
 def _facts(tiling: Tiling, problem: Problem, kernel: Kernel, chip: Chip) -> tuple[Any, ...]:
-    """What the memory that a kernel takes depends on, by and large."""
+    """What the memory that a kernel takes mostly depends on."""
     sizes = prod(tiling.query), prod(tiling.key), tiling.stages, tiling.apart, tiling.specialize
     return kernel, *sizes, problem.head_dim, problem.head_dim_v, problem.dtype, chip
 
@@ -561,7 +561,7 @@ def _fit(
     """The tiling with as many stages as fit, and smaller tiles where even one does not, unless
     they are ``named``; None where nothing fits."""
     while not fits(tiling, problem, kernel, chip):
-        # The ring of the kernel whose warp groups run apart has two places at least.
+        # The ring of the ping-pong kernel has at least two places.
         if tiling.stages > (2 if tiling.apart else 1):
             tiling = replace(tiling, stages=tiling.stages - 1)
         elif named or tiling.apart:
@@ -649,7 +649,7 @@ def _named(
 def _fastest(
     problem: Problem, kernel: Kernel, chip: Chip, tma: bool
 ) -> tuple[Tiling, Tiling | None]:
-    """The fastest tiling of the general kernel, and that of another if it is faster yet."""
+    """The fastest tiling of the general kernel, and that of another one if that is even faster."""
     general, inverse = kernel.general, kernel.inverse
     found: list[tuple[bool, float, Tiling]] = []
     for split in (False, True):
@@ -709,7 +709,7 @@ def listed(
     by work.
 
     What they are does not depend on the window, nor on what else is given with query, key and
-    value: whoever has asked without a bias may name a pair with one.
+    value: pairs listed for a call without a bias are valid with one.
     """
     inverse = kernels[-1].inverse
     most = replace(problem, has_rpb=True)
