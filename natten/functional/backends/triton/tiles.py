@@ -500,7 +500,7 @@ def _shared_memory(
     elif itemsize == 4:
         later = max(max(stages - 1, 1) * step, stages * widest)
         numbers = max(numbers, 2 * kept + later) + min(stages, 2) * scores + biases
-        if min(rows, columns) < 32 and max(query, value) >= 256:
+        if rows < 32 or (columns < 32 and max(query, value) >= 256):
             # Warps that share narrow tiles pass the widest operand to each other.
             numbers = max(numbers, 2 * kept + widest + min(widest, 8192))
     elif stages == 1:
