@@ -92,22 +92,29 @@ def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 # been done once, and what has to be done as the first time for good.
 _MAX_REPLAYS = 64
 _ONCE, _NEVER = object(), object()
+# The passes of a call: this one, and backward ones by the gradients that are asked for.
+_FORWARD = 0
 
 
 def _again(
     call: Call,
     what: Any,
     tensors: tuple[Tensor | None, ...],
-    compute: Callable[[], tuple[Tensor | None, ...]],
+    compute: Callable[..., tuple[Tensor | None, ...]],
+    *arguments: Any,
 ) -> Any:
-    """The results of ``compute``: by what the backend recorded of an earlier call, if it did.
+    """``compute(call, *arguments)``, on a GPU by what the backend recorded of an earlier call, if
+    it did.
 
     Args:
         call: Which call.
         what: Which of its passes, and which of ``tensors`` are None that need not be.
         tensors: All that are looked at.
         compute: Computes the results.
+        arguments: More of its arguments.
     """
+    if call.problem.device.type != "cuda":
+        return compute(call, *arguments)
     present = [t for t in tensors if t is not None]
     pointers = [t.data_ptr() for t in present]
     key = (
@@ -123,25 +130,20 @@ def _again(
         if len(call.replays) >= _MAX_REPLAYS:
             call.replays.clear()
         call.replays[key] = _ONCE
-        return compute()
+        return compute(call, *arguments)
     if found is _ONCE:
         if len(set(pointers)) < len(pointers):
-            return compute()
+            return compute(call, *arguments)
         backend = resolve(call.problem, call.config, call.parameters.backend)
-        results, replay = backend.record(compute, present)
+        results, replay = backend.record(lambda: compute(call, *arguments), present)
         call.replays[key] = replay or _NEVER
         return results
-    return compute() if found is _NEVER else found(pointers) or compute()
-
-
-def _run(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """out and logsumexp."""
-    if call.problem.device.type != "cuda":
-        return _compute(call, tensors)
-    return _again(call, 0, tensors, lambda: _compute(call, tensors))
+    found = None if found is _NEVER else found(pointers)
+    return compute(call, *arguments) if found is None else found
 
 
 def _compute(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """out and logsumexp."""
     problem = call.problem
     backend = resolve(problem, call.config, call.parameters.backend)
     config = with_profile(call.config, problem, backend.name)
@@ -170,14 +172,12 @@ def _run_backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the first six tensors; None where none is asked for."""
-
-    def compute() -> tuple[Tensor | None, ...]:
-        return tuple(_compute_backward(call, grad_out, grad_lse, tensors, out, lse, needs))
-
-    if call.problem.device.type != "cuda":
-        return compute()
     what = (*needs, grad_out is None, grad_lse is None)
-    return _again(call, what, (*tensors, out, lse, grad_out, grad_lse), compute)
+    given = (*tensors, out, lse, grad_out, grad_lse)
+    found: tuple[Tensor | None, ...] = _again(
+        call, what, given, _compute_backward, grad_out, grad_lse, tensors, out, lse, needs
+    )
+    return found
 
 
 def _compute_backward(
@@ -188,7 +188,7 @@ def _compute_backward(
     out: Tensor,
     lse: Tensor,
     needs: tuple[bool, ...],
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     problem = call.problem
     needs = tuple([n and t is not None for n, t in zip(needs, tensors[:6], strict=True)])
     backend = resolve(problem, call.config, call.parameters.backend)
@@ -196,7 +196,7 @@ def _compute_backward(
     call.check_values(tensors)
     wanted = [t if need else None for need, t in zip(needs, tensors[:6], strict=True)]
     if call.is_empty or (grad_out is None and grad_lse is None):
-        return [None if t is None else _zeros(t) for t in wanted]
+        return tuple([None if t is None else _zeros(t) for t in wanted])
     gradients: list[Tensor | None] = [None] * 6
     parts = None
     if call.is_packed:
@@ -223,12 +223,14 @@ def _compute_backward(
         if tensor is not None:
             gradient = _zeros(tensor) if gradient is None else _of_dtype(gradient, tensor.dtype)
             gradients[i] = call.result(gradient, tensor.shape)
-    return gradients
+    return tuple(gradients)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors = Tensors(*arguments[:NUM_TENSORS])
-    return _run(_planned(tensors, Parameters(*arguments[NUM_TENSORS:])), tensors)
+    call = _planned(tensors, Parameters(*arguments[NUM_TENSORS:]))
+    out, lse = _again(call, _FORWARD, tensors, _compute, tensors)
+    return out, lse
 
 
 def _backward(
@@ -328,7 +330,7 @@ class _PlainAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Any) -> tuple[Tensor, Tensor]:
-        output = _run(call, Tensors(*tensors))
+        output: tuple[Tensor, Tensor] = _again(call, _FORWARD, tensors, _compute, Tensors(*tensors))
         ctx.save_for_backward(*tensors, *output)
         ctx.parameters, ctx.call = call.parameters, call
         # Otherwise what was saved is as plain as it was.
@@ -547,7 +549,10 @@ def attend(
         else:
             if not is_plain(tensors):
                 return neighborhood_attention(*tensors, *call.parameters)
-            return _apply_plainly(call, *tensors) if needs else _run(call, tensors)
+            if needs:
+                return _apply_plainly(call, *tensors)
+            out, lse = _again(call, _FORWARD, tensors, _compute, tensors)
+            return out, lse
     parameters = check(tensors, *arguments)._replace(requires_grad=needs_grad(tensors))
     if torch.jit.is_tracing():
         return torch.ops.natten.neighborhood_attention_traced(*tensors, *parameters)
