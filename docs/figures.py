@@ -26,6 +26,7 @@ import predictions  # noqa: E402
 
 FIGURES = Path(__file__).parent / "figures"
 RESULTS = ROOT / "benchmarks" / "results" / "h100.json"
+PEERS = ROOT / "benchmarks" / "peers" / "h100.json"
 DISTRIBUTED = RESULTS.with_name("distributed.json")
 
 
@@ -94,6 +95,63 @@ def _measured() -> list[tuple[str, natten.simulator.Simulation, dict[str, Any]]]
         for name, dtype, found, result in predictions.rows(RESULTS)
         if dtype == "bfloat16" and "case" in result
     ]
+
+
+# What a reader knows, beside names of cases.
+_FAMOUS = {
+    "nat_t_s1": "NAT-Tiny\n56x56, window 7x7",
+    "hdit_64_w7_d64": "HDiT\n64x64, window 7x7",
+    "ltx_3x7x7": "video decoder\n16x68x120, window 3x7x7",
+    "1d_32k_h24_w2k": "sequence\n32,768, window 2,048",
+    "flux_w80": "image\n256x256, window 80x80",
+    "hunyuan_na": "video\n30x48x80, window 18x24x24",
+}
+_OTHERS = {
+    "NATTEN 0.21.7, its fastest kernel": "natten 0.21.7",
+    "FlexAttention, compiled": "torch.compile(flex_attention)",
+    "dense attention, the fastest of torch": "torch SDPA",
+}
+
+
+def times_of_others() -> dict[str, dict[str, float]]:
+    """By case and other: forward and backward time in bfloat16 over that of natten."""
+    peers = {case["name"]: case["peers"] for case in json.loads(PEERS.read_text())["cases"]}
+    found = {}
+    for name, _, result in _measured():
+        ours = result["fwd_ms"] + result["bwd_ms"]
+        found[name] = {
+            label: sum(
+                min(times[kind] for peer, times in peers[name]["bfloat16"].items()
+                    if peer.startswith(prefix))
+                for kind in ("fwd_ms", "bwd_ms")
+            ) / ours
+            for label, prefix in _OTHERS.items()
+            if any(peer.startswith(prefix) for peer in peers[name]["bfloat16"])
+        }  # fmt: skip
+    return found
+
+
+def speed() -> Figure:
+    """How many times as long others take, forward and backward, for calls that models make."""
+    times = times_of_others()
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    axes = figure.subplots()
+    for number, label in enumerate(("natten", *_OTHERS)):
+        heights = [1.0 if number == 0 else times[case].get(label) for case in _FAMOUS]
+        places = [place + (number - 1.5) * 0.21 for place in range(len(heights))]
+        shown = [(x, height) for x, height in zip(places, heights) if height is not None]
+        bars = axes.bar(
+            *zip(*shown), 0.2, label=label, color=viz.SERIES_COLORS[number],
+            hatch=("", "////", "....", "xxxx")[number], edgecolor=(0, 0, 0, 0.4), linewidth=0,
+        )  # fmt: skip
+        axes.bar_label(bars, fmt="{:.1f}" if number else "1", fontsize=8, padding=1)
+    axes.set_xticks(range(len(_FAMOUS)), labels=list(_FAMOUS.values()), fontsize=8.5)
+    axes.set_ylabel("time over natten's\nforward and backward", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="x", length=0)
+    axes.legend(fontsize=8.5, frameon=False, loc="upper left", ncols=2)
+    axes.set_ylim(0, 9.5)
+    return figure
 
 
 def roofline() -> Figure:
@@ -233,12 +291,15 @@ DRAWN: dict[str, tuple[Callable[[], Figure], bool]] = {
     "neighborhood-3d": (neighborhood_3d, False),
     "tiles": (tiles, False),
     "advice": (advice, False),
+    "speed": (speed, True),
     "roofline": (roofline, True),
     "benchmark": (benchmark, True),
     "prediction": (prediction, True),
     "distributed": (distributed, True),
     "video-curve": (video_curve, False),
 }
+
+_THEMES = (("light", ""), ("dark", "-dark"))
 
 
 def main() -> None:
@@ -251,9 +312,11 @@ def main() -> None:
     for name, (draw, is_measured) in DRAWN.items():
         if (options.names and name not in options.names) or (is_measured and not RESULTS.exists()):
             continue
-        for theme, suffix in (("light", ""), ("dark", "-dark")):
+        for theme, suffix in _THEMES:
             with viz.theme(theme):
                 draw().savefig(options.output / f"{name}{suffix}.png", dpi=80)
+    if not options.names or "attention" in options.names:
+        for theme, suffix in _THEMES:
             with viz.theme(theme):
                 demo.main(["--output", str(options.output / f"attention{suffix}.png")])
 
