@@ -11,5 +11,6 @@ setup(
         *find_packages(include=["natten", "natten.*"]),
         *(f"natten.{name}" for name in find_packages(include=["models", "models.*"])),
     ],
+    py_modules=["natten_command"],
     package_dir={"natten": "natten", "natten.models": "models"},
 )

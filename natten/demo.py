@@ -263,7 +263,7 @@ def _run(options: argparse.Namespace) -> int:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"the demo needs {error.name}: pip install 'natten[cpu,profiler]'"
+            f"the demo needs {error.name}, which is not installed: pip install rich matplotlib"
         ) from error
 
     console = Console(markup=False, emoji=False)

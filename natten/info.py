@@ -71,10 +71,20 @@ def _caches() -> list[tuple[str, str]]:
     triton = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
     inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
     found = [("triton", _size(Path(triton))), ("torch.compile", _size(Path(inductor)))]
-    kernels = Path(natten.__file__).parent / "functional" / "backends" / "cpu" / "__pycache__"
-    numba = sorted(kernels.glob("*.nb[ic]")) if kernels.exists() else []
-    size = sum(path.stat().st_size for path in numba) / 2**20
-    return [*found, ("numba", f"{kernels}: {len(numba)} files, {size:.1f} MiB")]
+    return [*found, ("numba", _numba_cache())]
+
+
+def _numba_cache() -> str:
+    """The folder that numba has chosen: beside the kernels where it may write, or the user's."""
+    try:
+        from natten.functional.backends.cpu.kernels import forward
+    except ImportError as error:
+        return f"none: {error.name} is not installed"
+    folder = getattr(getattr(forward, "_cache", None), "cache_path", None)
+    if folder is None:
+        return "none: numba has no folder that it may write to"
+    files = sorted(Path(folder).glob("*.nb[ic]"))
+    return f"{folder}: {len(files)} files, {sum(f.stat().st_size for f in files) / 2**20:.1f} MiB"
 
 
 def _variable(name: str) -> str:

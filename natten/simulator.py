@@ -515,6 +515,8 @@ def make_problem(
     ):  # fmt: skip
         if not isinstance(value, int) or value < minimum:
             raise ValueError(f"{name} must be an int of at least {minimum}, got {value!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if heads % heads_kv:
         raise ValueError(f"heads must be a multiple of heads_kv, got {heads} and {heads_kv}")
     zeros = (0,) * len(shape)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,9 +15,45 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 
+def terminal_width() -> int | None:
+    """Columns of the terminal, or of the environment variable COLUMNS; None where nothing says."""
+    return shutil.get_terminal_size((0, 0)).columns or None
+
+
+def wrapped(text: str) -> str:
+    """Text whose lines are broken, and indented, where the terminal is too narrow for them."""
+    width = terminal_width()
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if width is None or len(line) <= width:
+            lines.append(line)
+            continue
+        indent = " " * (len(line) - len(line.lstrip()) + 4)
+        lines += textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
-    """Columns of text under a header; the first ``left`` are aligned to the left."""
+    """Columns of text under a header; the first ``left`` are aligned to the left.
+
+    Where the terminal is too narrow, the columns that do not fit go on below, after those on the
+    left.
+    """
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    room = (terminal_width() or sys.maxsize) - sum(widths[:left]) - 2 * left + 2
+    blocks: list[list[int]] = [[]]
+    for n in range(left, len(widths)):
+        if blocks[-1] and sum(widths[m] + 2 for m in (*blocks[-1], n)) > room:
+            blocks.append([])
+        blocks[-1].append(n)
+    return "\n\n".join(
+        _block([[row[n] for n in (*range(left), *block)] for row in cells], left)
+        for block in blocks
+    )
+
+
+def _block(cells: list[list[str]], left: int) -> str:
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = [
         "  ".join(
@@ -72,13 +111,14 @@ class Table:
 
     def __str__(self) -> str:
         lines = table(self.columns, self.rows, self.left).split("\n")
-        for n in sorted(self.sections, reverse=True):
-            lines.insert(2 + n, lines[1])
+        if len(lines) == 2 + len(self.rows):
+            for n in sorted(self.sections, reverse=True):
+                lines.insert(2 + n, lines[1])
         return "\n".join([self.title, *lines, *([self.caption] if self.caption else []), ""])
 
 
 def console(stderr: bool = False, width: int = 120) -> Console | None:
-    """Rich's console, `width` wide where it is no terminal; None without rich."""
+    """Rich's console, `width` wide where nothing says how wide it is; None without rich."""
     try:
         from rich.console import Console
     except ModuleNotFoundError:
@@ -86,7 +126,7 @@ def console(stderr: bool = False, width: int = 120) -> Console | None:
     # Names of files and texts of errors hold brackets, which are not meant for rich.
     plainly: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
     found = Console(stderr=stderr, **plainly)
-    if not found.is_terminal and found.width < width:
+    if not found.is_terminal and "COLUMNS" not in os.environ:
         # A pipe has no width: do not fold.
         return Console(stderr=stderr, width=width, **plainly)
     return found
@@ -95,9 +135,9 @@ def console(stderr: bool = False, width: int = 120) -> Console | None:
 def show(thing: Table | str, console: Console | None) -> None:
     """Print to a console, or plainly to standard output."""
     if console is None:
-        sys.stdout.write(f"{thing}\n")
+        sys.stdout.write(wrapped(str(thing)) + "\n")
     else:
         console.print(thing.drawn() if isinstance(thing, Table) else thing)
 
 
-__all__ = ["Table", "console", "show", "table"]
+__all__ = ["Table", "console", "show", "table", "terminal_width", "wrapped"]

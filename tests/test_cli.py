@@ -32,7 +32,6 @@ def failure_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ((), "arguments are required: COMMAND"),
         (("fly",), "invalid choice: 'fly'"),
         (("profile", "-w", "3"), "arguments are required: -i"),
         (("profile", "-i", "8", "8", "-w", "9"), "kernel_size * dilation must be at most"),
@@ -127,7 +126,60 @@ def test_a_missing_package_is_said_in_one_line(
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     line = failure_of(capsys, "simulate", *SMALL, "--plot", str(tmp_path / "x.png"))
-    assert "is not installed: pip install 'natten[all]'" in line
+    assert line.endswith("error: matplotlib is not installed: pip install matplotlib")
+
+
+def test_no_command_is_a_question_for_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("profile", "simulate", "explain", "info", "demo"))
+
+
+def test_an_interrupted_import_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    code = """
+import sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+import natten_command
+sys.exit(natten_command.main())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("has_rich", [True, False], ids=["rich", "plain"])
+def test_tables_keep_to_the_width_of_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, has_rich: bool
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("COLUMNS", str(width))
+    if not has_rich:
+        for name in ("rich", "rich.console", "rich.table", "rich.progress"):
+            monkeypatch.setitem(sys.modules, name, None)
+    for words in (
+        ["simulate", *SMALL, "--advise"],
+        ["explain", *SMALL, "--device", "cpu"],
+        ["profile", *SMALL, "--dry-run", "--device-name", "h100", "--max-configs", "3"],
+        ["profile", *SMALL, "--device", "cpu", "--warmup-steps", "1", "--baseline"],
+    ):
+        assert cli.main(words) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= width, max(lines, key=len)
+
+
+def test_columns_that_do_not_fit_go_on_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "14")
+    found = tables.table(("name", "one", "two", "three"), [("a", 1, 22, 333)])
+    assert found.split("\n") == [
+        "name  one  two", "----  ---  ---", "a       1   22", "",
+        "name  three", "----  -----", "a       333",
+    ]  # fmt: skip
 
 
 def test_the_module_reports_under_its_own_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_BEHIND = ("*.egg-info", "*.pyc", "__pycache__", "build", "demo.png", "dist", "runs", "site")
-HIDDEN_SOURCE = {".ci", ".pre-commit-config.yaml"}
+HIDDEN_SOURCE = {".ci", ".github", ".pre-commit-config.yaml"}
 BUILD = """
 import sys
 from setuptools import build_meta
@@ -85,7 +85,7 @@ def run_python(code: str, cwd: Path, first_on_path: Path) -> str:
 
 
 def test_wheel_holds_the_packages_and_nothing_else(built: Built) -> None:
-    shipped = {
+    shipped = {"natten_command.py"} | {
         path.replace("models/", "natten/models/", 1) if path.startswith("models/") else path
         for path in files(built.tree)
         if path.startswith(("natten/", "models/")) and is_shipped(path)
@@ -185,12 +185,12 @@ def test_models_are_found_in_the_wheel(built: Built) -> None:
 
 def test_readme_example_runs() -> None:
     text = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    example = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]
     printed = run_python(example, cwd=ROOT, first_on_path=ROOT)
     assert "> cpu-fna" in printed or "> flex-fna" in printed or "> reference-fna" in printed
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
 def test_links_of_the_front_pages_lead_somewhere(name: str) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / name).read_text())
     assert [link for link in links if not (ROOT / link).exists()] == []

@@ -64,7 +64,9 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
         "-c", "--causal", type=boolean, nargs="*", default=[False], metavar="BOOL",
         help="one value per axis, or one for all; alone it means True",
     )  # fmt: skip
-    group.add_argument("--dtype", choices=DTYPES, default="fp16")
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="default: fp32 on a CPU, which computes in it, else fp16"
+    )
     group.add_argument(
         "--add-kv", type=int, default=0, metavar="N", help="additional keys that all queries see"
     )
@@ -194,10 +196,12 @@ def problem_of(options: argparse.Namespace, device: torch.device | str = "cpu") 
     Raises:
         ValueError: They do not fit each other.
     """
+    device = torch.device(device)
+    dtype = options.dtype or ("fp32" if device.type == "cpu" else "fp16")
     return make_problem(
         tuple(options.input_size), **window_of(options), batch=options.batch_size,
         heads=options.heads, heads_kv=options.heads_kv, head_dim=options.dim,
-        head_dim_v=options.dim_value, additional=options.add_kv, dtype=DTYPES[options.dtype],
+        head_dim_v=options.dim_value, additional=options.add_kv, dtype=DTYPES[dtype],
         device=device, requires_grad=options.backprop,
     )  # fmt: skip
 

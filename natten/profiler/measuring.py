@@ -113,10 +113,17 @@ def median_ms(
     call: Callable[[], Any], device: torch.device, *, seconds: float = 0.3, least: int = 3
 ) -> float:
     """Median milliseconds of calls that take ``seconds`` together, ``least`` or more of them."""
+    return median(times_ms(call, device, seconds=seconds, least=least))
+
+
+def times_ms(
+    call: Callable[[], Any], device: torch.device, *, seconds: float, least: int = 3
+) -> list[float]:
+    """The milliseconds of each of such calls."""
     times: list[float] = []
     while len(times) < least or (sum(times) < seconds * 1e3 and len(times) < 1000):
         times.append(_once(call, device))
-    return median(times)
+    return times
 
 
 def _once(call: Callable[[], Any], device: torch.device) -> float:
@@ -229,7 +236,7 @@ class Limits:
     """What a device reaches, measured.
 
     Attributes:
-        tflops: TFLOP/s of a large matrix product.
+        tflops: TFLOP/s of a large matrix product in the type that attention is computed in.
         bandwidth: GB/s of a large copy, reads and writes counted.
     """
 
@@ -239,19 +246,24 @@ class Limits:
 
 @cache
 def limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Measure the rate of matrix products of ``dtype`` and the bandwidth of memory."""
+    """Measure the rate of matrix products and the bandwidth of memory: the best of some calls.
+
+    GPUs multiply ``dtype``; on a CPU, half precision is storage, and the arithmetic float32's.
+    """
     on_gpu = device.type == "cuda"
-    size = 8192 if on_gpu else 768
+    size = 8192 if on_gpu else 1024
+    if not on_gpu and dtype.itemsize < 4:
+        dtype = torch.float32
     factors = [torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)]
     product = torch.empty_like(factors[0])
     torch.mm(*factors, out=product)
-    ms = median_ms(lambda: torch.mm(*factors, out=product), device, seconds=0.2)
+    ms = min(times_ms(lambda: torch.mm(*factors, out=product), device, seconds=0.2))
     tflops = 2 * size**3 / ms / 1e9
     count = (1 << 30) if on_gpu else (1 << 26)
     source = torch.zeros(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    ms = median_ms(lambda: target.copy_(source), device, seconds=0.2)
+    ms = min(times_ms(lambda: target.copy_(source), device, seconds=0.2))
     return Limits(tflops, 2 * count / ms / 1e6)
 
 
@@ -291,4 +303,5 @@ __all__ = [
     "readable",
     "record",
     "synchronize",
+    "times_ms",
 ]

@@ -173,8 +173,15 @@ class _Stopped(KeyboardInterrupt):
 
 
 def _time(
-    problem: Problem, tensors: Tensors, backend: str, config: Config, warmup: int, backward: bool
+    problem: Problem,
+    tensors: Tensors,
+    backend: str,
+    config: Config,
+    warmup: int,
+    backward: bool,
+    until: float,
 ) -> Trial:
+    """Time a configuration; with fewer calls where more would not end before ``until``."""
     call = natten_call(problem, tensors, backend, config)
     device = problem.device
     first = None
@@ -186,6 +193,8 @@ def _time(
             # The first call compiles. Slow calls need little warming up.
             timed()
             first = measuring.median_ms(timed, device, seconds=0, least=1)
+            if time.perf_counter() + 3 * first / 1e3 > until:
+                return Trial(backend, config, first, None, backward)
             for _ in range(min(warmup, int(200 / max(first, 1e-3)))):
                 timed()
             ms = measuring.median_ms(timed, device, seconds=min(0.2, 6e-3 * first))
@@ -242,7 +251,7 @@ def search(
             if n and began + longest > start + until:
                 return
             tell(f"{name}-fna {'backward' if backward else 'forward'} {describe(config)}")
-            found.add(_time(problem, tensors, name, config, warmup, backward))
+            found.add(_time(problem, tensors, name, config, warmup, backward, start + until))
             longest = max(longest, time.perf_counter() - began)
 
     try:

@@ -217,7 +217,7 @@ def _measured(request: Request, output: _Output) -> int:
         tell("the call")
         if backend in OTHERS:
             subject = subjects.measure_other(
-                backend, problem, tensors, options.warmup_steps, limits, operations=True
+                backend, problem, tensors, options.warmup_steps, operations=True
             )
             if subject.failure is not None:
                 raise RuntimeError(f"--backend {backend}: {subject.failure}")
@@ -228,9 +228,7 @@ def _measured(request: Request, output: _Output) -> int:
         baselines = []
         for name in names:
             tell(name)
-            baselines.append(
-                subjects.measure_other(name, problem, tensors, options.warmup_steps, limits)
-            )
+            baselines.append(subjects.measure_other(name, problem, tensors, options.warmup_steps))
     dense_pairs = problem.num_queries * (problem.num_keys + problem.num_additional)
     if subjects.is_causal_dense(problem):
         dense_pairs = problem.num_queries * (problem.num_queries + 1) // 2

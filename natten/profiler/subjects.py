@@ -240,11 +240,25 @@ def measure_natten(
     )
 
 
-def _too_slow(problem: Problem, limits: measuring.Limits, seconds: float) -> str | None:
-    pairs = problem.num_queries * (problem.num_keys + problem.num_additional)
-    flops = 2 * pairs * problem.batch * problem.heads * (problem.head_dim + problem.head_dim_v)
-    # Measured in passes, of which a few warm up.
-    estimate = flops * (3.5 if problem.requires_grad else 1) / (0.3 * limits.tflops * 1e12)
+# What a probe of dense attention computes: milliseconds of a GPU, and of a core.
+_PROBE_FLOPS = {"cuda": 1e11, "cpu": 1e9}
+
+
+def _too_slow(problem: Problem, tensors: Tensors, seconds: float) -> str | None:
+    """Whether dense attention takes longer, by the time of some of its queries."""
+    query, key, value = (t.detach().transpose(1, 2) for t in _joined(tensors))
+    flops = 2 * problem.batch * problem.heads * (problem.head_dim + problem.head_dim_v)
+    flops *= problem.num_keys + problem.num_additional
+    count = int(min(max(_PROBE_FLOPS[problem.device.type] / flops, 1), problem.num_queries))
+    grouped = problem.heads != problem.heads_kv
+
+    def probe() -> Tensor:
+        return scaled_dot_product_attention(query[:, :, :count], key, value, enable_gqa=grouped)
+
+    ms = min(measuring.times_ms(probe, problem.device, seconds=0, least=2))
+    # The backward pass takes about two and a half times as long.
+    passes = 3.5 if problem.requires_grad else 1.0
+    estimate = ms / 1e3 * passes * problem.num_queries / count
     return f"one call would take about {estimate:.0f} s" if estimate > seconds else None
 
 
@@ -253,13 +267,12 @@ def measure_other(
     problem: Problem,
     tensors: Tensors,
     warmup: int,
-    limits: measuring.Limits,
     *,
     operations: bool = False,
 ) -> Measurement:
     """Time an implementation of others. What keeps it from running is reported, not raised."""
     label = _LABELS[name]
-    reason = unavailable(name, problem) or _too_slow(problem, limits, 10.0)
+    reason = unavailable(name, problem) or _too_slow(problem, tensors, 10.0)
     if reason is not None:
         return Measurement(label, failure=reason)
     try:

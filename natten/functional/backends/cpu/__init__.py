@@ -52,10 +52,7 @@ def _numba_problem() -> str | None:
     try:
         importlib.import_module("numba")
     except ImportError as error:
-        return (
-            f"numba, which compiles it, is missing ({error}): run `pip install 'natten[cpu]'` "
-            "or `pip install numba`"
-        )
+        return f"numba, which compiles it, is missing ({error}): run `pip install numba`"
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return (
             "it is compiled by numba, and the environment variable NUMBA_DISABLE_JIT forbids that"
