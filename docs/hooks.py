@@ -309,6 +309,41 @@ def gpu_results() -> str:
     return "\n\n".join(parts)
 
 
+def accuracy() -> str:
+    """What `benchmarks/accuracy.py` measured: the worst of its calls, by type and backend."""
+    results = _benchmark("accuracy.json")
+    if results is None:
+        return "Not measured yet: `python benchmarks/accuracy.py`."
+    worst: dict[tuple[str, str], dict[str, float]] = {}
+    for row in results["rows"]:
+        found = worst.setdefault((row["dtype"], row["backend"]), {})
+        for name, error in row["errors"].items():
+            found[name] = max(error, found.get(name, 0.0))
+    table = markdown_table(
+        ["type", "backend", "output", "query's gradient", "key's", "value's"],
+        [
+            [dtype, name if " " in name else f"`{name}`"]
+            + [f"{errors[k]:.1e}" if k in errors else "–" for k in ("out", "query", "key", "value")]
+            for (dtype, name), errors in worst.items()
+            if any(errors.values())  # not the reference in float64 beside itself
+        ],
+    )
+    return f"{table}\n\n*{results['device']}, torch {results['torch']}, {results['date']}.*"
+
+
+def gpu_accuracy() -> str:
+    """The largest error of the cases of `benchmarks/gpu.py`, by type."""
+    results = _benchmark("results/h100.json")
+    if results is None:
+        return "Not measured yet: `python benchmarks/gpu.py`."
+    found: dict[str, list[float]] = {}
+    for case in results["cases"]:
+        found.setdefault(case["dtype"].removeprefix("torch."), []).append(case["error"])
+    rows = [[d, len(e), f"{min(e):.1e}", f"{max(e):.1e}"] for d, e in found.items()]
+    table = markdown_table(["type", "cases", "smallest error", "largest error"], rows)
+    return f"{table}\n\n*{results['device']}, torch {results['torch']}, {results['date']}.*"
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
@@ -396,6 +431,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "model-speeds": model_speeds,
     "cpu-results": cpu_results,
     "gpu-results": gpu_results,
+    "accuracy": accuracy,
+    "gpu-accuracy": gpu_accuracy,
     "distributed-results": distributed_results,
     "distributed-predictions": distributed_predictions,
 }

@@ -514,9 +514,11 @@ def make_problem(
         ("head_dim", head_dim, 1), ("head_dim_v", head_dim_v, 1), ("additional", additional, 0),
     ):  # fmt: skip
         if not isinstance(value, int) or value < minimum:
-            raise ValueError(f"{name} must be an int of at least {minimum}, got {value!r}")
+            got = validation.shown(value)
+            raise ValueError(f"{name} must be an int of at least {minimum}, got {got}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+        got = validation.shown(dtype)
+        raise ValueError(f"dtype must be a floating-point torch.dtype, got {got}")
     if heads % heads_kv:
         raise ValueError(f"heads must be a multiple of heads_kv, got {heads} and {heads_kv}")
     zeros = (0,) * len(shape)

@@ -26,6 +26,14 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _TEXTS = (str, bytes, bytearray, memoryview)
 
 
+def shown(value: object) -> str:
+    """What an error says of a wrong value: tensors by their shapes, and nothing at length."""
+    if isinstance(value, Tensor) and value.dim():
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}… ({type(value).__name__})"
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, (int, torch.SymInt, Integral))
 
@@ -37,14 +45,14 @@ def int_tuple(name: str, value: Any, rank: int, minimum: int = 1) -> tuple[Any, 
     elif isinstance(value, Sequence) and not isinstance(value, _TEXTS):
         values = tuple(value)
     else:
-        raise ValueError(f"{name} must be an int or a sequence of {rank} ints, got {value!r}")
+        raise ValueError(f"{name} must be an int or a sequence of {rank} ints, got {shown(value)}")
     if len(values) != rank:
-        raise ValueError(f"{name} must have {rank} values, one for each axis, got {value!r}")
+        raise ValueError(f"{name} must have {rank} values, one for each axis, got {shown(value)}")
     for v in values:
         if not _is_int(v) or v < minimum:
-            raise ValueError(f"{name} must hold integers of at least {minimum}, got {value!r}")
+            raise ValueError(f"{name} must hold integers of at least {minimum}, got {shown(value)}")
         if not isinstance(v, torch.SymInt) and v > _LARGEST:
-            raise ValueError(f"{name} must hold integers of at most {_LARGEST}, got {value!r}")
+            raise ValueError(f"{name} must hold integers of at most {_LARGEST}, got {shown(value)}")
     # int() turns bools and numpy's integers into plain ones; a SymInt must stay what it is.
     return tuple([v if isinstance(v, torch.SymInt) else int(v) for v in values])
 
@@ -53,30 +61,32 @@ def bool_tuple(name: str, value: Any, rank: int) -> tuple[bool, ...]:
     """One bool per axis, from a bool (repeated) or a sequence of ``rank`` of them."""
     values = value if isinstance(value, (tuple, list)) else (value,) * rank
     if len(values) != rank:
-        raise ValueError(f"{name} must have {rank} values, one for each axis, got {value!r}")
+        raise ValueError(f"{name} must have {rank} values, one for each axis, got {shown(value)}")
     for v in values:
         if not isinstance(v, bool):
-            raise ValueError(f"{name} must be a bool or a sequence of {rank} bools, got {value!r}")
+            raise ValueError(
+                f"{name} must be a bool or a sequence of {rank} bools, got {shown(value)}"
+            )
     return tuple(values)
 
 
 def optional_bool(name: str, value: Any) -> bool:
     """A flag."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be a bool, got {value!r}")
+        raise ValueError(f"{name} must be a bool, got {shown(value)}")
     return value
 
 
 def check_mapping(name: str, value: Any) -> None:
     """Arguments by name."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name} must be a dict of arguments by name or None, got {value!r}")
+        raise ValueError(f"{name} must be a dict of arguments by name or None, got {shown(value)}")
 
 
 def check_positive_int(name: str, value: Any) -> None:
     """A count of something that there is."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}")
+        raise ValueError(f"{name} must be a positive int, got {shown(value)}")
 
 
 def check_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
@@ -84,14 +94,14 @@ def check_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
     if scale is None:
         return float(head_dim) ** -0.5 if head_dim else 1.0
     if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymFloat)):
-        raise ValueError(f"{name} must be a number or None, got {scale!r}")
+        raise ValueError(f"{name} must be a number or None, got {shown(scale)}")
     try:
         number = float(scale)
     except OverflowError:
         number = inf
     # Compilers may keep it symbolic; the operator looks again.
     if not torch.compiler.is_compiling() and not isfinite(number):
-        raise ValueError(f"{name} must be a finite number or None, got {scale!r}")
+        raise ValueError(f"{name} must be a finite number or None, got {shown(scale)}")
     return number
 
 
@@ -100,9 +110,9 @@ def _warn_of_flags(dilation: Any) -> None:
     values = dilation if isinstance(dilation, (tuple, list)) else (dilation,)
     if any(isinstance(v, bool) for v in values):
         warnings.warn(
-            f"dilation got {dilation!r}: by position, the arguments after kernel_size are stride, "
-            "dilation and is_causal, and were dilation and is_causal up to NATTEN 0.17. Write "
-            "dilation= and is_causal= by name",
+            f"dilation got {shown(dilation)}: by position, the arguments after kernel_size are "
+            "stride, dilation and is_causal, and were dilation and is_causal up to NATTEN 0.17. "
+            "Write dilation= and is_causal= by name",
             UserWarning,
             stacklevel=2,
         )
@@ -134,7 +144,8 @@ def check_window(
             raise ValueError(
                 "kernel_size * dilation must be at most the number of tokens along every axis, "
                 f"got kernel_size={kernel} and dilation={dilations} for tokens of shape "
-                f"{tuple(grid)}"
+                f"{tuple(grid)}; if the first of these is the heads, put them behind the tokens, "
+                "[batch, *tokens, heads, head_dim]: x.movedim(1, -2)"
             )
     return kernel, strides, dilations, causal
 
@@ -154,6 +165,10 @@ def check_is_tensor(name: str, tensor: Any) -> None:
         )
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+    if tensor.dtype.itemsize < 2:
+        raise NotImplementedError(
+            f"{name} is {tensor.dtype}, and no backend computes 8-bit numbers: cast to bfloat16"
+        )
 
 
 def _check_same(name: str, tensor: Tensor, query: Tensor) -> None:
@@ -175,7 +190,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int | None = None
     if rank is not None and found != rank:
         raise ValueError(
             f"query must have {rank + 3} dimensions, [batch, {rank} of tokens, heads, head_dim], "
-            f"got shape {tuple(query.shape)}"
+            f"got shape {tuple(query.shape)}; axes of tokens are not flattened, and channels come "
+            "last and are split into heads: x.unflatten(-1, (heads, head_dim))"
         )
     if not 1 <= found <= 3:
         raise ValueError(
@@ -360,7 +376,8 @@ def check_tiles(
         return None, None
     if q_tile is None or kv_tile is None:
         raise ValueError(
-            f"{names[0]} and {names[1]} must be given together, got {q_tile!r} and {kv_tile!r}"
+            f"{names[0]} and {names[1]} must be given together, got {shown(q_tile)} and "
+            f"{shown(kv_tile)}"
         )
     return int_tuple(names[0], q_tile, rank), int_tuple(names[1], kv_tile, rank)
 
@@ -371,7 +388,9 @@ def check_schedule(kernel_schedule: Any) -> str | None:
         return None
     names = list(map(str, KernelSchedule))
     if not isinstance(kernel_schedule, str) or kernel_schedule not in names:
-        raise ValueError(f"kernel_schedule must be None or one of {names}, got {kernel_schedule!r}")
+        raise ValueError(
+            f"kernel_schedule must be None or one of {names}, got {shown(kernel_schedule)}"
+        )
     return str(kernel_schedule)
 
 

@@ -11,11 +11,12 @@ markers, for prints in grey.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -48,6 +49,25 @@ _DARK = {
     "xtick.color": "#C8C8C8", "ytick.color": "#C8C8C8", "grid.color": "#3A3D44",
     "legend.facecolor": "#22252C", "legend.edgecolor": "#3A3D44",
 }  # fmt: skip
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _drawing(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that needs matplotlib, and says so where it is missing."""
+
+    @wraps(function)
+    def draw(*arguments: P.args, **named: P.kwargs) -> R:
+        try:
+            return function(*arguments, **named)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "matplotlib":
+                raise
+            raise RuntimeError("matplotlib is not installed: pip install matplotlib") from error
+
+    return draw
 
 
 @contextmanager
@@ -185,6 +205,7 @@ def _draw_grid(
     axes.spines[:].set_visible(False)
 
 
+@_drawing
 def draw_neighborhood(
     axes: Axes,
     positions: Sequence[Sequence[int]],
@@ -219,6 +240,7 @@ def _label_grid(axes: Axes, rank: int) -> None:
         axes.set_ylabel(f"axis {rank - 2}", fontsize=8)
 
 
+@_drawing
 def neighborhood_figure(
     positions: Sequence[Sequence[int]],
     shape: Sequence[int],
@@ -303,6 +325,7 @@ def _tile_states(axis: window.Axis, q_tile: int, kv_tile: int) -> Tensor:
     return torch.from_numpy(seen.astype(int) + full)
 
 
+@_drawing
 def draw_block_mask(
     axes: Axes,
     shape: Sequence[int],
@@ -355,6 +378,7 @@ def _hatch(axes: Axes, boxes: Sequence[tuple[float, float, float, float]]) -> No
         )  # fmt: skip
 
 
+@_drawing
 def draw_tiles(
     axes: Axes,
     tile: Sequence[int],
@@ -436,6 +460,7 @@ def draw_tiles(
     axes.spines[:].set_visible(False)
 
 
+@_drawing
 def draw_tile_legend(figure: Figure) -> None:
     """What the colours of :func:`draw_tiles` and :func:`draw_block_mask` mean, below a figure."""
     from matplotlib.patches import Patch
@@ -451,6 +476,7 @@ def draw_tile_legend(figure: Figure) -> None:
     )  # fmt: skip
 
 
+@_drawing
 def draw_attention(
     axes: Axes,
     image: Tensor,
@@ -494,6 +520,7 @@ def draw_attention(
     return layer
 
 
+@_drawing
 def module_attention_figure(
     module: nn.Module,
     x: Tensor,
@@ -537,6 +564,7 @@ def module_attention_figure(
     return figure
 
 
+@_drawing
 def draw_roofline(
     axes: Axes,
     device: Device,
@@ -575,6 +603,7 @@ def draw_roofline(
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
+@_drawing
 def draw_benchmark(
     axes: Axes, names: Sequence[str], series: Mapping[str, Sequence[float | None]], unit: str
 ) -> None:
@@ -611,6 +640,7 @@ def draw_benchmark(
     axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 
 
+@_drawing
 def advice_figure(advice: Advice) -> Figure:
     """Speedup against stride, and the Pareto front of window size and time."""
     from matplotlib.figure import Figure

@@ -205,3 +205,45 @@ def test_empty_context():
     assert got.equal(expected)
     got.sum().backward()
     assert empty.grad.shape == empty.shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"kernel_size": torch.randn(50, 50)}, "got a tensor of shape (50, 50)"),
+        ({"stride": torch.randn(500)}, "got a tensor of shape (500,)"),
+        ({"is_causal": torch.randn(500)}, "got a tensor of shape (500,)"),
+        ({"scale": torch.randn(500)}, "got a tensor of shape (500,)"),
+        ({"backend": torch.randn(500)}, "got a tensor of shape (500,)"),
+        ({"kernel_schedule": torch.randn(500)}, "got a tensor of shape (500,)"),
+        ({"return_lse": torch.randn(500)}, "got a tensor of shape (500,)"),
+        ({"q_tile_shape": torch.randn(500), "kv_tile_shape": 4}, "got a tensor of shape (500,)"),
+        ({"kernel_size": list(range(5000))}, "… (list)"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_errors_are_short(arguments, text):
+    x = torch.randn(1, 14, 14, 2, 16)
+    with pytest.raises(ValueError, match="must ") as error:
+        natten.na2d(x, x, x, **{"kernel_size": 7, **arguments})
+    assert text in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_tensors_of_other_layouts_are_helped():
+    heads_first = torch.randn(1, 4, 28, 28, 16)
+    with pytest.raises(ValueError, match=r"heads.* behind the tokens.*movedim\(1, -2\)"):
+        natten.na2d(heads_first, heads_first, heads_first, kernel_size=7)
+    channels_first = torch.randn(1, 64, 28, 28)
+    with pytest.raises(ValueError, match=r"channels come last.*unflatten"):
+        natten.na2d(channels_first, channels_first, channels_first, kernel_size=7)
+    module = natten.NeighborhoodAttention2D(64, 4, 7)
+    with pytest.raises(ValueError, match=r"channels-first: x.movedim\(1, -1\)"):
+        module(channels_first)
+
+
+@pytest.mark.parametrize("backend", [None, "cpu-fna", "flex-fna", "reference"])
+def test_eight_bit_numbers_are_refused(backend):
+    x = torch.randn(1, 14, 14, 2, 16).to(torch.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match="no backend computes 8-bit numbers"):
+        natten.na2d(x, x, x, kernel_size=7, backend=backend)

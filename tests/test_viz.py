@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -209,3 +210,10 @@ def test_grids_have_labelled_axes() -> None:
     panels = viz.neighborhood_figure([(1, 1, 1)], (2, 5, 5), (1, 3, 3)).axes
     assert (panels[0].get_xlabel(), panels[0].get_ylabel()) == ("axis 2", "axis 1")
     assert [axes.get_title() for axes in panels] == ["0 on axis 0", "1 on axis 0"]
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RuntimeError, match="pip install matplotlib"):
+        viz.neighborhood_figure([(4, 4)], (9, 9), 3)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from natten import tuned
+from natten import tuned, validation
 from natten.context import Preferences, preferences
 from natten.functional.backend import Backend, Gradients, Inputs
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem, Unavailable
@@ -101,7 +101,7 @@ def parse_name(backend: Any, kind: str) -> str:
     if backend is None:
         return ""
     if not isinstance(backend, str):
-        raise ValueError(f"backend must be a str or None, got {backend!r}")
+        raise ValueError(f"backend must be a str or None, got {validation.shown(backend)}")
     name, _, suffix = backend.partition("-")
     entry = BACKENDS.get(name)
     if entry is not None and (suffix == kind or (entry.is_bare and backend == name)):

@@ -292,7 +292,7 @@ def check_grid(x: Tensor, rank: int, channels: int, name: str) -> None:
     if x.shape[-1] != channels:
         raise ValueError(
             f"{name} must have {channels} channels in its last dimension, "
-            f"got a tensor of shape {list(x.shape)}"
+            f"got a tensor of shape {list(x.shape)}; if it is channels-first: x.movedim(1, -1)"
         )
 
 
