@@ -13,7 +13,7 @@ TESTS = $(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(WORKERS) --d
 	--durations 15
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-timm test-transformers lint format typecheck figures docs docs-check notebooks \
+.PHONY: help demo test test-timm test-transformers test-hub lint format typecheck figures docs docs-check notebooks \
 	clean
 
 help:  ## what there is
@@ -43,6 +43,9 @@ test-timm: $(INSTALLED)  ## timm's own model tests on our models (downloads its 
 
 test-transformers: $(INSTALLED)  ## DiNAT and Nat of Hugging Face transformers on our operations (pip, network)
 	@$(SINGLE_THREADED) $(BIN)/python tests/run_transformers.py
+
+test-hub: $(INSTALLED)  ## diffusers and transformers on our kernels, loaded from a Hub folder (pip, network)
+	@$(SINGLE_THREADED) $(BIN)/python tests/run_hub_kernel.py
 
 lint: $(INSTALLED)  ## ruff: lint rules and format, changing nothing
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . || \

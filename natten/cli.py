@@ -1,4 +1,4 @@
-"""The command `natten`: profile, simulate, explain, info and demo."""
+"""The command `natten`: profile, simulate, explain, info, hub-kernel and demo."""
 
 from __future__ import annotations
 
@@ -118,6 +118,19 @@ def _info(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _hub_kernel_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="to write; made if it does not exist")
+
+
+def _hub_kernel(options: argparse.Namespace) -> int:
+    from natten.hub_kernel import REPOSITORY, write_hub_kernel
+
+    folder = write_hub_kernel(options.folder)
+    _write(f"Programs that load {REPOSITORY} load this natten where they are started with")
+    sys.stdout.write(f"LOCAL_KERNELS={REPOSITORY}={folder}\n")
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     from natten import demo
 
@@ -137,6 +150,11 @@ _COMMANDS: dict[str, _Command] = {
     "simulate": ("count tiles, predict times, give advice", _simulate_arguments, _simulate),
     "explain": ("who would run a call, and why others would not", _explain_arguments, _explain),
     "info": ("versions, devices, backends: for a bug report", _info_arguments, _info),
+    "hub-kernel": (
+        "a folder that Hugging Face kernels loads this library from",
+        _hub_kernel_arguments,
+        _hub_kernel,
+    ),
 }
 
 

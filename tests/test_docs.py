@@ -257,3 +257,32 @@ def test_site(tmp_path):
     check_docstrings_are_drawn(tmp_path)
     check_links(tmp_path)
     check_nothing_comes_from_elsewhere(tmp_path)
+
+
+# --- figures of the README
+
+
+def test_speeds_in_the_readme_are_those_of_the_benchmarks():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    cases = json.loads((ROOT / "benchmarks" / "results" / "h100.json").read_text())["cases"]
+    ratios = {
+        kind: [case[f"peer_{kind}_ms"] / case[f"{kind}_ms"] for case in cases]
+        for kind in ("fwd", "bwd")
+    }
+    claim = re.search(
+        r"In all (\d+) rows of that table natten is faster than the fastest of them, ([\d.]+) to "
+        r"(\d+) times in the forward and ([\d.]+) to ([\d.]+) times in the backward pass; on two "
+        r"CPU cores, (\d+) to (\d+) times",
+        text,
+    )
+    assert claim is not None
+    cpu = json.loads((ROOT / "benchmarks" / "cpu.json").read_text())
+    assert cpu["machine"]["threads"] == 2
+    faster = [case["times_faster"] for case in cpu["cases"]]
+    assert list(claim.groups()) == [
+        str(len(cases)),
+        f"{min(ratios['fwd']):.1f}", f"{max(ratios['fwd']):.0f}",
+        f"{min(ratios['bwd']):.1f}", f"{max(ratios['bwd']):.1f}",
+        f"{min(faster):.0f}", f"{max(faster):.0f}",
+    ]  # fmt: skip
+    assert min(*ratios["fwd"], *ratios["bwd"], *faster) > 1
