@@ -131,6 +131,14 @@ def transformed(function: type[torch.autograd.Function], arguments: tuple[Any, .
     return level.wrap_tensors(results)
 
 
+def is_exporting() -> bool:
+    """Whether a program is exported, which is one for all sizes, and not compiled.
+
+    Dynamo says so of itself in torch 2.11, whatever it does; what it traces may branch on sizes.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def is_known(condition: Any) -> bool:
     """A comparison of sizes; False where a compiler would have to guard on it."""
     if not torch.compiler.is_compiling():
@@ -223,6 +231,7 @@ __all__ = [
     "empty_cuda",
     "hooks_of_saved_tensors",
     "in_forward_mode",
+    "is_exporting",
     "is_known",
     "is_plain",
     "key_set",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natten._internals import is_known, scripted
+from natten._internals import is_exporting, is_known, scripted
 from natten.functional import neighborhood_attention_generic, sharded
 from natten.functional.attention import attention_with_context
 from natten.functional.neighborhood import packed_attention
@@ -311,7 +311,7 @@ def fit_window(x: Tensor, kernel_size: list[int], dilation: list[int], pad: bool
     if not torch.jit.is_scripting():
         if torch.jit.is_tracing():
             return scripted(_fit_window)(x, list(kernel_size), list(dilation), pad)
-        if pad and torch.compiler.is_exporting():
+        if pad and is_exporting():
             # An exported program is one for all sizes.
             amounts: list[Any] = [0, 0]
             for extent, k, d in zip(x.shape[1:], kernel_size, dilation):
@@ -384,8 +384,9 @@ def crop(x: Tensor, extent: list[int]) -> Tensor:
             # A tracer would take the answer for that of all sizes.
             is_tracing = torch.jit.is_tracing()
             needed = is_tracing or not is_known(x.shape[axis + 1] == extent[axis])
-            if needed and torch.compiler.is_exporting():
-                x = torch.narrow_copy(x, axis + 1, 0, extent[axis])
+            if needed and is_exporting():
+                amounts = [0, 0] * (x.dim() - axis - 2)
+                x = F.pad(x, [*amounts, 0, extent[axis] - x.shape[axis + 1]])
                 continue
         # A view of everything would still fill a tensor with zeros and copy in the backward pass.
         if needed:

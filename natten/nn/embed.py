@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natten._internals import scripted
+from natten._internals import is_exporting, scripted
 from natten.validation import check_is_tensor, check_positive_int, optional_bool
 
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -259,7 +259,7 @@ def _padded_to_multiple(x: Tensor, size: list[int], first_dim: int, pad: bool) -
     amounts = [0, 0] * behind + amounts
     if not torch.jit.is_scripting():  # noqa: SIM102
         # An exported program is one for all sizes.
-        if pad and torch.compiler.is_exporting():
+        if pad and is_exporting():
             return F.pad(x, amounts)
     return x if sum(amounts) == 0 else F.pad(x, amounts)
 
