@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from natten import validation
 from natten.functional.call import EVERYTHING, Parameters, Tensors, separated
 from natten.functional.dispatch import FMHA, parse_name
 from natten.functional.operators import attend, autocast, autocast_dtype
-from natten.functional.problem import DEFAULT_CONFIG, encode_config
+from natten.functional.problem import NO_KNOBS, encode_config
 from natten.types import KernelSchedule
 from natten.utils.varlen import generate_varlen_parameters
 
@@ -225,7 +224,7 @@ def attention_with_context(
     """:func:`attention` to ``key`` and to additional keys, in one softmax; nothing is copied or
     merged."""
     tensors = Tensors(query, key, value, None, additional_keys, additional_values)
-    asked = (scale, None, astuple(DEFAULT_CONFIG), False, None, None)
+    asked = (scale, None, NO_KNOBS, False, None, None)
     return attend(tensors, asked, _parameters)[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, overload
 
 from torch import Tensor
@@ -29,14 +29,13 @@ from natten.functional.operators import (
     autocast_dtype,
     needs_grad,
 )
-from natten.functional.problem import DEFAULT_CONFIG, decode_config, encode_config
+from natten.functional.problem import DEFAULT_CONFIG, NO_KNOBS, decode_config, encode_config
 from natten.functional.ranks import without_rank
 from natten.types import AttentionKwargs, BoolOrSequence, IntOrSequence, KernelSchedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_NO_KNOBS = astuple(DEFAULT_CONFIG)
 
 
 def _boxes(
@@ -160,7 +159,7 @@ def _attend_sharded(
 ) -> tuple[Tensor, Tensor]:
     """Where the grid is sharded over ranks."""
     window, scale, backend, knobs, (grid, query_origin, key_origin) = asked
-    named = zip(fields(DEFAULT_CONFIG), knobs, _NO_KNOBS, strict=True)
+    named = zip(fields(DEFAULT_CONFIG), knobs, NO_KNOBS, strict=True)
     given = {f.name: None if knob == default else knob for f, knob, default in named}
     given |= dict(
         attention_kwargs=attention_kwargs, grid=grid, query_origin=query_origin,
@@ -284,7 +283,7 @@ def packed_attention(
     validation.check_positive_int("heads_kv", heads_kv)
     window = (kernel_size, stride, dilation, is_causal)
     boxes = (grid, origin, origin)
-    asked = (window, scale, backend, _NO_KNOBS, boxes)
+    asked = (window, scale, backend, NO_KNOBS, boxes)
     if sharded.current is not None or sharded.is_dtensor(qkv):
         unpacked = Tensors(*separated(tensors, heads_kv), rpb)
         return _attend_sharded(None, unpacked, asked, None)

@@ -180,7 +180,7 @@ class Config:
 
 
 DEFAULT_CONFIG = Config()
-_DEFAULTS = tuple(f.default for f in fields(Config))
+NO_KNOBS = tuple(f.default for f in fields(Config))
 
 
 def encode_config(*values: object) -> str:
@@ -188,7 +188,7 @@ def encode_config(*values: object) -> str:
 
     A tuple becomes "4x8", True and False "1" and "0", None "".
     """
-    if values == _DEFAULTS:
+    if values == NO_KNOBS:
         return ""
     parts = []
     for value in values:
@@ -209,8 +209,8 @@ def decode_config(text: str) -> Config:
     if not text:
         return DEFAULT_CONFIG
     parts = text.split(",")
-    if len(parts) != len(_DEFAULTS):
-        raise ValueError(f"config must hold {len(_DEFAULTS)} values, as encode_config writes them")
+    if len(parts) != len(NO_KNOBS):
+        raise ValueError(f"config must hold {len(NO_KNOBS)} values, as encode_config writes them")
     *tiles, reduction, persistent, schedule, compiled = parts
     try:
         shapes = [tuple(int(n) for n in tile.split("x")) if tile else None for tile in tiles]
@@ -227,6 +227,7 @@ def decode_config(text: str) -> Config:
 
 __all__ = [
     "DEFAULT_CONFIG",
+    "NO_KNOBS",
     "Config",
     "Problem",
     "Unavailable",
