@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-
 def _boxes(
     query: Tensor, key: Tensor, grid: Any, query_origin: Any, key_origin: Any
 ) -> tuple[tuple[int, ...], ...]:
