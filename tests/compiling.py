@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from natten import devices
 from natten.functional.backend import Inputs, Results
-from natten.functional.backends.triton import launch
+from natten.functional.backends.triton import arguments
 from natten.functional.problem import Problem
 
 # A device of each compute capability.
@@ -52,7 +52,7 @@ def launches(arch: int, done: Callable[[str, Callable[[], Any]], None]) -> Itera
     with (
         mock.patch.object(type(driver), "active", active),
         mock.patch.object(JITFunction, "run", not_run),
-        mock.patch.object(launch, "_precision", precision),
+        mock.patch.object(arguments, "precision", precision),
         mock.patch.object(torch.cuda, "current_device", return_value=0),
         devices.pretending(devices.find(DEVICE[arch])),
     ):

@@ -24,7 +24,8 @@ from torch import Tensor
 
 import natten
 from natten.functional import neighborhood_attention_generic
-from natten.functional.backends.triton import launch, tiles
+from natten.functional.backends.triton import tiles
+from natten.functional.backends.triton.launcher import Launch
 
 # Descriptors for small problems too, which by default are too small to be worth it.
 tiles.MIN_TMA_PRODUCTS = 0.0
@@ -327,9 +328,9 @@ def check_apart_problem(number: int, seed: int) -> None:
     case = family_case(chosen, seed)
     with _launched() as names:
         check(case, "hopper", chosen.dtype, **dict(chosen.knobs))
-    wanted = {"specialized_forward_kernel"}
+    wanted = {"hopper_forward_kernel"}
     if not case.additional:
-        wanted.add("specialized_gradients_kernel")
+        wanted.add("hopper_gradients_kernel")
     assert wanted <= names, f"{wanted - names} did not run, but {names}"
 
 
@@ -337,13 +338,13 @@ def check_apart_problem(number: int, seed: int) -> None:
 def _launched() -> Iterator[set[str]]:
     """The names of the kernels that are launched inside."""
     names = set()
-    run = launch._run
+    run = Launch.run
 
-    def noted(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-        names.add(kernel.fn.__name__)
-        run(kernel, programs, *arguments, **options)
+    def noted(launch: Launch, *tensors: Any) -> None:
+        names.add(launch.kernel.fn.__name__)
+        run(launch, *tensors)
 
-    with mock.patch.object(launch, "_run", noted):
+    with mock.patch.object(Launch, "run", noted):
         yield names
 
 
@@ -772,7 +773,7 @@ def check_one_pass() -> None:
     """All gradients in one pass: by default where that is faster, unless something forbids it."""
     if not has_hopper():
         return
-    name = "specialized_gradients_kernel"
+    name = "hopper_gradients_kernel"
     for head_dim in (64, 128):
         case = Case("large", (8192,), None, batch=1, heads=3, heads_kv=3, head_dim=head_dim)
         for preference in ("strict", "default", "unrestricted"):

@@ -104,11 +104,11 @@ def test_the_window_defaults_to_the_whole_input() -> None:
     ("kernel", "name"),
     [
         ("forward_kernel", "attention, forward"),
-        ("specialized_forward_kernel", "attention, forward"),
+        ("hopper_forward_kernel", "attention, forward"),
         ("bias_table_kernel", "table of biases"),
         ("query_gradient_kernel", "gradient of queries"),
         ("key_value_gradient_kernel", "gradients of keys and values"),
-        ("specialized_gradients_kernel", "gradients of queries, keys and values"),
+        ("hopper_gradients_kernel", "gradients of queries, keys and values"),
         ("statistics_kernel", "row sums for the backward pass"),
         ("natten::neighborhood_attention", "attention, forward"),
         ("natten::neighborhood_attention_backward", "attention, backward"),

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import races
 
-KERNEL = "specialized_forward_kernel"
+KERNEL = "hopper_forward_kernel"
 
 
 @pytest.fixture(scope="module")
 def places() -> tuple[int, int]:
-    lines = (races.KERNELS / "specialized.py").read_text().splitlines()
+    lines = (races.KERNELS / "hopper_forward.py").read_text().splitlines()
     (begin,) = (n for n, line in enumerate(lines, 1) if f"def {KERNEL}(" in line)
     (call,) = (n for n, line in enumerate(lines, 1) if "gl.warp_specialize(" in line)
     return begin, call
 
 
-def report(read: int, write: int, kernel: str = KERNEL, file: str = "specialized.py") -> str:
+def report(read: int, write: int, kernel: str = KERNEL, file: str = "hopper_forward.py") -> str:
     return (
         f"========= Error: Race reported between Read access at {kernel}+0x120 in {file}:{read}\n"
         f"=========     and Write access at {kernel}+0x7420 in {file}:{write} [11 hazards]\n"

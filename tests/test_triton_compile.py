@@ -9,6 +9,7 @@ looked; a kernel that takes more fails. To accept new numbers, with the Triton o
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -30,8 +31,9 @@ from compiling import compiling, without_memory  # noqa: E402
 from triton import knobs  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from natten.functional.backends import triton as triton_backends  # noqa: E402
 from natten.functional.backends.triton import BLACKWELL, CUTLASS, HOPPER  # noqa: E402
-from natten.functional.backends.triton.launch import specialized  # noqa: E402
+from natten.functional.backends.triton.launcher import in_gluon  # noqa: E402
 
 RECORDED = Path(__file__).with_name("triton_resources.json")
 # Another patch of the same compiler may schedule a little differently.
@@ -227,6 +229,21 @@ def _check(setting: Setting) -> None:
     assert not complaints, "\n".join(complaints)
 
 
+def test_arguments_travel_in_groups() -> None:
+    """No kernel, and no function that kernels call, has a long list of parameters."""
+    folder = Path(triton_backends.__file__).parent
+    found = 0
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(decorator).startswith(("triton.jit", "gluon.jit"))
+                for decorator in node.decorator_list
+            ):
+                found += 1
+                assert len(node.args.args) <= 12, f"{path.name}: {node.name}"
+    assert found > 50
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.title)
 def test_resources(setting: Setting) -> None:
     _check(setting)
@@ -244,12 +261,12 @@ def test_descriptors() -> None:
 
 @pytest.mark.parametrize("title", ["sm_90/1d_d64", "sm_90/1d_d128_causal", "sm_90/3d_d128"])
 def test_groups_of_warps_run_apart(title: str) -> None:
-    """Products of the specialized kernel stay in flight: the assembler waits for each of them where
-    it takes them for unsafe, or short of registers, which makes the kernel useless."""
-    if specialized() is None:
+    """Products of the warp-specialized kernel stay in flight: the assembler waits for each of them
+    where it takes them for unsafe, or short of registers, which makes the kernel useless."""
+    if in_gluon("hopper_forward") is None:
         pytest.skip(f"Triton {triton.__version__} has another dialect of Gluon")
     setting = next(s for s in SETTINGS if s.title == title)
-    kernel = compile_setting(replace(setting, backward=False))["specialized_forward_kernel"]
+    kernel = compile_setting(replace(setting, backward=False))["hopper_forward_kernel"]
     sass = instructions(kernel)
     products, waits = sass.count("HGMMA"), sass.count("WARPGROUP.DEPBAR")
     assert products >= 16
@@ -260,12 +277,12 @@ def test_groups_of_warps_run_apart(title: str) -> None:
 @pytest.mark.parametrize("title", ["sm_90/1d_d128_causal", "sm_90/2d_d128", "sm_90/1d_d64_dense"])
 def test_gradients_in_one_pass(title: str) -> None:
     """The same of the kernel for all gradients; it is short of registers outside its products."""
-    if specialized() is None:
+    if in_gluon("hopper_forward") is None:
         pytest.skip(f"Triton {triton.__version__} has another dialect of Gluon")
     setting = next(s for s in SETTINGS + MORE_SETTINGS if s.title == title)
     kernels = compile_setting(setting)
     assert "query_gradient_kernel" not in kernels
-    kernel = kernels["specialized_gradients_kernel"]
+    kernel = kernels["hopper_gradients_kernel"]
     sass = instructions(kernel)
     products, waits = sass.count("HGMMA"), sass.count("WARPGROUP.DEPBAR")
     assert products >= 64

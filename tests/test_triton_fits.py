@@ -25,7 +25,8 @@ pytest.importorskip("triton")
 from compiling import DEVICE, Memory, launches, measuring, without_memory
 from triton.runtime.errors import OutOfResources
 
-from natten.functional.backends.triton import BLACKWELL, CUTLASS, HOPPER, launch, tiles
+from natten.functional.backends.triton import BLACKWELL, CUTLASS, HOPPER, tiles
+from natten.functional.backends.triton.launcher import Launch, TooLargeError
 
 BACKENDS = {"cutlass": CUTLASS, "hopper": HOPPER, "blackwell": BLACKWELL}
 GRIDS = {1: ((2000,), (555,)), 2: ((60, 50), (23, 17)), 3: ((12, 14, 18), (5, 7, 9))}
@@ -222,17 +223,17 @@ def test_wide_heads(device: str) -> None:
 def _too_large(names: set[str], largest: int) -> Any:
     """A stand-in for launches that fail where tiles of a kernel have more tokens than ``largest``
     or are loaded ahead."""
-    run = launch._run
+    run = Launch.run
 
-    def failing(kernel: Any, programs: int, plan: Any, *tensors: Any, **options: Any) -> None:
-        if kernel.fn.__name__ in names:
-            tokens = prod(plan.options["QUERY_TILE"]) * prod(plan.options["KEY_TILE"])
-            if tokens > largest or plan.options["STAGES"] > 1:
+    def failing(launch: Launch, *tensors: Any) -> None:
+        if launch.kernel.fn.__name__ in names:
+            variant = launch.variant
+            if largest < variant.QUERIES * variant.KEYS or variant.STAGES > 1:
                 error = OutOfResources(262144, 232448, "shared memory")
-                raise launch.TooLargeError(*plan.tiles, error)
-        run(kernel, programs, plan, *tensors, **options)
+                raise TooLargeError(*launch.tiles, error)
+        run(launch, *tensors)
 
-    return mock.patch.object(launch, "_run", failing)
+    return mock.patch.object(Launch, "run", failing)
 
 
 @pytest.fixture
@@ -247,7 +248,7 @@ def _forgetful() -> Any:
 
 ROOM = 32 * 64
 KERNELS = {"forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel"}
-APART = {"specialized_forward_kernel", "specialized_gradients_kernel"}
+APART = {"hopper_forward_kernel", "hopper_gradients_kernel"}
 
 
 @pytest.mark.usefixtures("_forgetful")
@@ -336,12 +337,12 @@ def test_launches_say_that_tiles_are_too_large() -> None:
     kernel = mock.MagicMock()
     kernel.__getitem__.return_value.side_effect = OutOfResources(262144, 232448, "shared memory")
     tiling = tiles.Tiling((64,), (64,))
-    plan = launch._Plan(1, {}, (tiling, tiles.FORWARD))
-    with pytest.raises(launch.TooLargeError, match=r"\(64,\)/\(64,\).*262144") as caught:
-        launch._run(kernel, 1, plan)
+    launch = Launch(kernel, 1, (), tiles=(tiling, tiles.FORWARD))
+    with pytest.raises(TooLargeError, match=r"\(64,\)/\(64,\).*262144") as caught:
+        launch.run()
     assert (caught.value.tiling, caught.value.kind) == (tiling, tiles.FORWARD)
     with pytest.raises(OutOfResources):
-        launch._run(kernel, 1, launch._Plan(1, {}))
+        Launch(kernel, 1, ()).run()
 
 
 def test_devices_do_not_share_their_tiles() -> None:

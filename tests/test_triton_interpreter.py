@@ -371,7 +371,7 @@ def test_packed(backend: str) -> None:
 def test_awkward_memory() -> None:
     """Descriptors take no odd address, and no odd stride even of an axis of one token: tensors that
     torch calls contiguous may have both."""
-    from natten.functional.backends.triton import launch
+    from natten.functional.backends.triton import launcher
 
     shape = (1, 70, 1, 64)
     tiles = {"q_tile_shape": (64,), "kv_tile_shape": (64,)}
@@ -389,12 +389,12 @@ def test_awkward_memory() -> None:
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
-    most, launch._MAX_DESCRIPTORS = launch._MAX_DESCRIPTORS, 3
-    launch._descriptors.clear()
+    most, launcher._MAX_DESCRIPTORS = launcher._MAX_DESCRIPTORS, 3
+    launcher._descriptors.clear()
     for length in range(70, 90):
-        launch._descriptor(torch.zeros(1, length, 1, 64, dtype=HALF), (1, 1, 64))
-        assert 0 < len(launch._descriptors) <= 3
-    launch._MAX_DESCRIPTORS = most
+        launcher.descriptor(torch.zeros(1, length, 1, 64, dtype=HALF), (1, 1, 64))
+        assert 0 < len(launcher._descriptors) <= 3
+    launcher._MAX_DESCRIPTORS = most
 
 
 @pytest.mark.parametrize("backend", ["cutlass-fna", "hopper-fna"])
@@ -435,22 +435,25 @@ def _guarded() -> Iterator[list[str]]:
     from triton.runtime.interpreter import InterpreterBuilder
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from natten.functional.backends.triton import launch
+    from natten.functional.backends.triton.launcher import Launch
 
     trespasses: list[str] = []
     ranges: dict[str, tuple[int, int]] = {}
     kernels: list[str] = []
-    launch_run = launch._run
+    launch_run = Launch.run
 
-    def run(kernel: Any, programs: int, plan: Any, *tensors: Any, **options: Any) -> None:
+    def run(launch: Launch, *tensors: Any) -> None:
         ranges.clear()
-        kernels[:] = [kernel.fn.__name__]
-        for name, tensor in zip(kernel.arg_names, tensors):
+        kernels[:] = [launch.kernel.fn.__name__]
+        names = launch.kernel.arg_names
+        if launch.group is not None:
+            names = (*names[: launch.alone], *launch.group._fields)
+        for name, tensor in zip(names, tensors):
             tensor = tensor.base if isinstance(tensor, TensorDescriptor) else tensor
             if tensor is not None:
                 storage = tensor.untyped_storage()
                 ranges[name] = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-        launch_run(kernel, programs, plan, *tensors, **options)
+        launch_run(launch, *tensors)
 
     def watch(method: Any, pointer: int, mask: int) -> Any:
         def function(self: Any, *arguments: Any, **more: Any) -> Any:
@@ -472,7 +475,7 @@ def _guarded() -> Iterator[list[str]]:
         return function
 
     with (
-        mock.patch.object(launch, "_run", run),
+        mock.patch.object(Launch, "run", run),
         mock.patch.object(
             InterpreterBuilder,
             "create_masked_load",

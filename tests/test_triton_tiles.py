@@ -19,7 +19,7 @@ from natten.simulator import make_problem
 pytest.importorskip("triton")
 
 from natten.functional.backends.triton import CUTLASS, HOPPER, tiles
-from natten.functional.backends.triton.launch import specialized
+from natten.functional.backends.triton.launcher import in_gluon
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -86,7 +86,9 @@ def _large(**changes: object) -> Problem:
     return _on_gpu(made)
 
 
-needs_gluon = pytest.mark.skipif(specialized() is None, reason="another dialect of Gluon")
+needs_gluon = pytest.mark.skipif(
+    in_gluon("hopper_forward") is None, reason="another dialect of Gluon"
+)
 
 
 @needs_gluon
@@ -131,7 +133,7 @@ def test_gradients_come_in_one_pass_where_that_is_faster(monkeypatch: pytest.Mon
             "small": _large(shape=(2048,), kernel_size=(2048,)),
         }
         together = {
-            name: HOPPER.backward_tilings(problem, DEFAULT_CONFIG).together
+            name: HOPPER.backward_tilings(problem, DEFAULT_CONFIG).fused
             for name, problem in chosen.items()
         }
     assert [name for name, tiling in together.items() if tiling] == [
@@ -151,21 +153,21 @@ def test_one_pass_is_not_for_all_that_may_be_asked() -> None:
         def found(**knobs: Any) -> Any:
             return HOPPER.backward_tilings(problem, Config(**knobs))
 
-        assert found().together is not None
+        assert found().fused is not None
         # Half of the heads at a time: their sums take less memory.
         assert found().launches == 2
-        assert found(backward_kv_splits=(2, 2)).together is None
+        assert found(backward_kv_splits=(2, 2)).fused is None
         shapes = {"backward_q_tile_shape": (8, 8), "backward_kv_tile_shape": (8, 8)}
-        assert found(**shapes).together is None
+        assert found(**shapes).fused is None
         shapes = {"backward_q_tile_shape": (4, 16), "backward_kv_tile_shape": (16, 8)}
-        assert (found(**shapes).together.query, found(**shapes).together.key) == ((4, 16), (16, 8))
+        assert (found(**shapes).fused.query, found(**shapes).fused.key) == ((4, 16), (16, 8))
         assert HOPPER.backward_configs(problem)[0] == (
-            found().together.query, found().together.key,
+            found().fused.query, found().fused.key,
         )  # fmt: skip
         with natten.use_deterministic_algorithms():
-            assert found().together is None
+            assert found().fused is None
         with natten.set_memory_usage_preference("strict"):
-            assert found().together is None
+            assert found().fused is None
         with natten.set_memory_usage_preference("unrestricted"):
             assert found().launches == 1
 

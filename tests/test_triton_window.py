@@ -21,7 +21,7 @@ pytestmark = pytest.mark.interpreted
 
 import triton.language as tl  # noqa: E402
 
-from natten.functional.backends.triton import launch  # noqa: E402
+from natten.functional.backends.triton import arguments  # noqa: E402
 from natten.functional.backends.triton.primitives import (  # noqa: E402
     axis_rows,
     column_tile,
@@ -58,9 +58,11 @@ def axis_kernel(
     offset = tl.arange(0, TILE)[None, :]
     at = parameters + i
     rows, box, columns = axis_rows(
-        tl.load(at), tl.load(at + COUNT), tl.load(at + 2 * COUNT), tl.load(at + 3 * COUNT),
-        tl.load(at + 4 * COUNT), tl.load(at + 5 * COUNT), tl.load(at + 6 * COUNT),
-        tl.load(at + 7 * COUNT), tl.load(at + 8 * COUNT), tl.load(at + 9 * COUNT), offset,
+        tl.load(at), tl.load(at + COUNT), offset,
+        (tl.load(at + 2 * COUNT), tl.load(at + 3 * COUNT), tl.load(at + 4 * COUNT),
+         tl.load(at + 5 * COUNT)),
+        (tl.load(at + 6 * COUNT), tl.load(at + 7 * COUNT)),
+        (tl.load(at + 8 * COUNT), tl.load(at + 9 * COUNT)),
         TILE, COLUMN_TILE, CAUSAL, INVERSE, True,
     )  # fmt: skip
     for n in tl.static_range(5):
@@ -189,7 +191,7 @@ def _check_tiles(
     parameters: list[tuple[int, ...]] = []
     for axis, query, key in problems:
         row, column = (key, query) if inverse else (query, key)
-        (tiles,) = launch._tile_counts((row[0],), (row[1],), (axis.dilation,), (tile_size,))
+        (tiles,) = arguments._tile_counts((row[0],), (row[1],), (axis.dilation,), (tile_size,))
         parameters += [
             (tile, tiles, axis.length, axis.kernel_size, axis.stride, axis.dilation, *row, *column)
             for tile in range(tiles * axis.dilation)
@@ -208,7 +210,7 @@ def _check_tiles(
         mask = problem.mask()
         if inverse:
             mask = mask.T
-        (tiles,) = launch._tile_counts(
+        (tiles,) = arguments._tile_counts(
             *(((problem.key if inverse else problem.query)[n],) for n in (0, 1)),
             (problem.axis.dilation,),
             (tile_size,),

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from natten.functional import neighborhood_attention_generic
 from natten.functional.backend import Inputs, Results
-from natten.functional.backends.triton import wide
+from natten.functional.backends.triton import value_slices
 from natten.functional.problem import Problem
 
 WINDOW = {"kernel_size": (3, 5), "dilation": (1, 1)}
@@ -37,7 +37,7 @@ def _attend(inputs: Inputs) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("heads", "heads_kv"), [(2, 2), (6, 2), (3, 1)])
 def test_slices(heads: int, heads_kv: int, features: int) -> None:
     problem = _problem(heads, heads_kv, features)
-    slices = wide.sliced(problem)
+    slices = value_slices.sliced(problem)
     assert slices is not None
     narrow = slices.problem
     assert narrow.head_dim_v % 8 == 0
@@ -82,7 +82,7 @@ def test_slices(heads: int, heads_kv: int, features: int) -> None:
 
 
 def test_values_of_heads_that_share_nothing_are_not_copied() -> None:
-    slices = wide.sliced(_problem(2, 2, 384))
+    slices = value_slices.sliced(_problem(2, 2, 384))
     assert slices is not None
     value = torch.randn(2, 5, 6, 2, 384)
     parts = slices.split(value)
@@ -91,4 +91,4 @@ def test_values_of_heads_that_share_nothing_are_not_copied() -> None:
 
 
 def test_narrow_values_stay() -> None:
-    assert wide.sliced(_problem(2, 2, 256)) is None
+    assert value_slices.sliced(_problem(2, 2, 256)) is None

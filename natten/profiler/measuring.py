@@ -21,10 +21,10 @@ from torch import Tensor
 _OURS, _EXTRA, _MEMORY, _OTHER = "natten", "additional pass", "memory", "other"
 _NAMES: tuple[tuple[str, str, str], ...] = (
     # The longer of two names that one pattern matches comes first.
-    (r"specialized_gradients_kernel", "gradients of queries, keys and values", _OURS),
+    (r"hopper_gradients_kernel", "gradients of queries, keys and values", _OURS),
     (r"key_value_gradient_kernel", "gradients of keys and values", _OURS),
     (r"query_gradient_kernel", "gradient of queries", _OURS),
-    (r"(\b|specialized_)forward_kernel", "attention, forward", _OURS),
+    (r"(\b|hopper_)forward_kernel", "attention, forward", _OURS),
     (r"bias_gradient_kernel", "sum of the bias gradient", _EXTRA),
     (r"bias_table_kernel", "table of biases", _EXTRA),
     (r"statistics_kernel", "row sums for the backward pass", _EXTRA),

@@ -26,9 +26,15 @@ from natten.devices import capability as _capability
 from natten.devices import multiprocessors as _multiprocessors
 from natten.devices import shared_memory as _device_memory
 from natten.functional.backend import Backend, Gradients, Inputs, Replay, Results
-from natten.functional.backends.triton import launch, replay, tiles, wide
-from natten.functional.backends.triton.launch import BackwardTilings
+from natten.functional.backends.triton import launcher, replay, tiles
+from natten.functional.backends.triton.backward import (
+    BackwardPass,
+    BackwardTilings,
+    dense_problem,
+)
+from natten.functional.backends.triton.forward import forward
 from natten.functional.backends.triton.tiles import Chip, Kernel, Tiling
+from natten.functional.backends.triton.value_slices import sliced
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem, Unavailable
 
 # In float32, operands of wider heads would not stay in registers.
@@ -61,7 +67,7 @@ def _chip(problem: Problem) -> Chip:
 
 def _narrow(problem: Problem) -> Problem:
     """The problem that kernels run: values that are too wide come in slices."""
-    slices = wide.sliced(problem)
+    slices = sliced(problem)
     return problem if slices is None else slices.problem
 
 
@@ -166,7 +172,7 @@ class _Backend(Backend):
         """The tilings of the backward pass."""
         return self._backward_tilings(problem, config, preferences(), devices.pretended())
 
-    def _refuse(self, problem: Problem, error: launch.TooLargeError) -> None:
+    def _refuse(self, problem: Problem, error: launcher.TooLargeError) -> None:
         """Never again choose tiles that turned out to be too large. Next time others are found, or
         it is said why there are none."""
         if not tiles.refuse(error.tiling, problem, error.kind, _chip(problem)):
@@ -182,13 +188,13 @@ class _Backend(Backend):
         fixed = (config.backward_q_tile_shape, config.backward_kv_tile_shape)
         query = self._choose(problem, tiles.QUERY_GRADIENT, *fixed)
         key_value = self._choose(problem, tiles.KEY_VALUE_GRADIENT, *fixed)
-        loops = 0 if config.backward_kv_splits is None else prod(config.backward_kv_splits)
+        persistent = 0 if config.backward_kv_splits is None else prod(config.backward_kv_splits)
         if not problem.num_additional:
-            together = self._together(problem, config, now, query, key_value)
+            fused = self._fused(problem, config, now, query, key_value)
             sums = 4 * problem.batch * problem.num_queries * problem.heads * problem.head_dim
             launches = 1 if now.memory == "unrestricted" or sums <= _SMALL_SUMS else 2
-            return BackwardTilings(query, key_value, key_value, 1, loops, together, launches)
-        dense = launch.dense_problem(problem, problem.num_queries, problem.num_additional)
+            return BackwardTilings(query, key_value, key_value, 1, persistent, fused, launches)
+        dense = dense_problem(problem, problem.num_queries, problem.num_additional)
         additional = self._existing(dense, tiles.KEY_VALUE_GRADIENT, False)
         splits = 1
         if now.kv_parallelism and now.memory != "strict":
@@ -201,9 +207,9 @@ class _Backend(Backend):
                 # The order of additions must not depend on how many other entries there are.
                 most = wanted = 4
             splits = max(1, min(most, wanted, problem.num_queries // 256))
-        return BackwardTilings(query, key_value, additional, splits, loops)
+        return BackwardTilings(query, key_value, additional, splits, persistent)
 
-    def _together(
+    def _fused(
         self, problem: Problem, config: Config, now: Preferences, query: Tiling, key_value: Tiling
     ) -> Tiling | None:
         """The tiling of a kernel that computes all gradients in one pass, if that is to run instead
@@ -212,16 +218,17 @@ class _Backend(Backend):
 
     def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """out and logsumexp."""
-        slices = wide.sliced(problem)
+        slices = sliced(problem)
         if slices is not None:
             problem, inputs = slices.problem, slices.inputs(inputs)
         with _on(problem.device):
             while True:
                 tiling = self.forward_tiling(problem, config)
                 try:
-                    out, lse = launch.forward(problem, tiling, inputs)
+                    run = launcher.in_gluon("hopper_forward").forward if tiling.apart else forward
+                    out, lse = run(problem, tiling, inputs)
                     break
-                except launch.TooLargeError as error:
+                except launcher.TooLargeError as error:
                     self._refuse(problem, error)
         return (out, lse) if slices is None else (slices.join(out), slices.first(lse))
 
@@ -235,7 +242,7 @@ class _Backend(Backend):
         destinations: tuple[Tensor, ...] | None = None,
     ) -> Gradients:
         """The six gradients."""
-        slices = wide.sliced(problem)
+        slices = sliced(problem)
         if slices is not None:
             problem, destinations = slices.problem, None
             inputs, results = slices.inputs(inputs), slices.results(results)
@@ -244,11 +251,11 @@ class _Backend(Backend):
             while True:
                 tilings = self.backward_tilings(problem, config)
                 try:
-                    gradients = launch.BackwardPass(
+                    gradients = BackwardPass(
                         problem, tilings, *options, inputs, results, needs, destinations
                     ).run()
                     break
-                except launch.TooLargeError as error:
+                except launcher.TooLargeError as error:
                     self._refuse(problem, error)
         return gradients if slices is None else slices.gradients(gradients)
 
@@ -269,7 +276,7 @@ class _Backend(Backend):
         found = self.backward_tilings(problem, DEFAULT_CONFIG)
         # A named pair is that of both kernels.
         kinds = tiles.QUERY_GRADIENT, tiles.KEY_VALUE_GRADIENT
-        return self._listed(problem, kinds, found.together or found.key_value)
+        return self._listed(problem, kinds, found.fused or found.key_value)
 
     def _listed(self, problem: Problem, kernels: tuple[Kernel, ...], default: Tiling) -> list[Any]:
         return tiles.listed(_narrow(problem), kernels, default, _chip(problem), self.largest_tile)
@@ -319,7 +326,7 @@ class _Hopper(_Descriptors):
 
     def _has_apart(self) -> bool:
         """Whether there is a kernel whose groups of warps run apart; no interpreter knows it."""
-        return not interpreted() and launch.specialized() is not None
+        return not interpreted() and launcher.in_gluon("hopper_forward") is not None
 
     def _new_forward_tiling(self, problem: Problem, config: Config) -> Tiling:
         """The tiling that the schedule asks for, among those the caller's tiles allow.
@@ -351,7 +358,7 @@ class _Hopper(_Descriptors):
         programs = resident * (132 if interpreted() else _multiprocessors(problem.device.index))
         return tiles.persistent(tiling, programs, warps)
 
-    def _together(
+    def _fused(
         self, problem: Problem, config: Config, now: Preferences, query: Tiling, key_value: Tiling
     ) -> Tiling | None:
         """Where that is faster, or tiles of its size are asked for, unless something asks for what
@@ -361,7 +368,7 @@ class _Hopper(_Descriptors):
             or now.memory == "strict"
             or config.backward_kv_splits is not None
             or not self._has_apart()
-            or launch.specialized_backward() is None
+            or launcher.in_gluon("hopper_backward") is None
             or not tiles.FUSED.suits(problem)
         ):
             return None

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .primitives import revealed
+from natten.functional.backends.triton.arguments import LOG2_E, pad, scales, unspecialized
+from natten.functional.backends.triton.launcher import Launch
+from natten.functional.backends.triton.primitives import decode
+from natten.functional.backends.triton.tiles import Tiling
+from natten.functional.problem import Problem
+
+# Tables that the gradient is summed in, and how many numbers they hold at most.
+_COPIES = 8
+_ENTRIES = 2**20
+_BLOCK = 512
 
 
 @triton.jit
@@ -18,7 +33,7 @@ def bias_table_kernel(
     the kernel a mask in the layout of a load. Also fills in zeros where the table's gradient will
     be summed, in tables of the same layout.
     """
-    kernels, paddings = revealed(kernels), revealed(paddings)
+    kernels, paddings = decode(kernels), decode(paddings)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     size_x, size_y, size_z = 2 * kernels[0] - 1, 2 * kernels[1] - 1, 2 * kernels[2] - 1
     padded_x, padded_y = size_x + 2 * paddings[0], size_y + 2 * paddings[1]
@@ -48,7 +63,7 @@ def bias_gradient_kernel(
 
     With `factor` these are integers, multiples of 1 / factor.
     """
-    kernels, paddings = revealed(kernels), revealed(paddings)
+    kernels, paddings = decode(kernels), decode(paddings)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = slot < size
     size_x, size_y, size_z = 2 * kernels[0] - 1, 2 * kernels[1] - 1, 2 * kernels[2] - 1
@@ -67,3 +82,77 @@ def bias_gradient_kernel(
     if factor is not None:
         total = total.to(tl.float64) / tl.load(factor).to(tl.float64)
     tl.store(gradient + slot, total.to(gradient.dtype.element_ty), mask=exists)
+
+
+def bias_paddings(*tilings: Tiling) -> tuple[int, ...]:
+    """How far beyond the table of biases the pairs of the tiles of these kernels reach."""
+    reaches = [
+        [q + k - 2 for q, k in zip(tiling.query, tiling.key, strict=True)] for tiling in tilings
+    ]
+    return pad([max(axis) for axis in zip(*reaches, strict=True)], 0)
+
+
+@dataclass(frozen=True)
+class BiasTables:
+    """A padded table of biases, and the kernels around it.
+
+    Attributes:
+        shape: Of the table.
+        copies: Tables that its gradient is summed in.
+        fill: Fills in the table, and zeros in those of the gradient.
+        gradient: Sums the tables of the gradient.
+    """
+
+    shape: tuple[int, ...]
+    copies: int
+    fill: Launch
+    gradient: Launch
+
+
+@lru_cache(maxsize=4096)
+def _tables(
+    heads: int,
+    sizes: tuple[int, ...],
+    paddings: tuple[int, ...],
+    factor: float,
+    device: torch.device,
+) -> BiasTables:
+    """Those of a bias. Compiled kernels, which they keep, belong to a device."""
+    shape = (heads, *(s + 2 * p for s, p in zip(pad(sizes, 1), paddings, strict=True)))
+    size, inside = prod(shape), heads * prod(sizes)
+    copies = max(1, min(_COPIES, _ENTRIES // size))
+    kernels = unspecialized(tuple([(s + 1) // 2 for s in pad(sizes, 1)]))
+    padded = unspecialized(paddings)
+    return BiasTables(
+        shape,
+        copies,
+        Launch(
+            bias_table_kernel, triton.cdiv(size, _BLOCK),
+            (kernels, padded, size, factor, copies, _BLOCK),
+        ),
+        Launch(
+            bias_gradient_kernel, triton.cdiv(inside, _BLOCK),
+            (kernels, padded, inside, size, copies, _BLOCK),
+        ),
+    )  # fmt: skip
+
+
+def bias_table(rpb: Tensor, problem: Problem, paddings: tuple[int, ...]) -> Tensor:
+    """Biases as kernels read them: padded, and divided by what scores are multiplied with."""
+    return bias_tables(rpb, problem, paddings, None)[0]
+
+
+def bias_tables(
+    rpb: Tensor, problem: Problem, paddings: tuple[int, ...], sums: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, BiasTables]:
+    """Such a table, and unless ``sums`` is None tables of zeros of that dtype, which the gradient
+    is to be added to."""
+    scale, negate = scales(problem.scale)
+    factor = (-LOG2_E if negate else LOG2_E) / scale
+    tables = _tables(rpb.shape[0], tuple(rpb.shape[1:]), paddings, factor, rpb.device)
+    bias = torch.empty(tables.shape, dtype=torch.float32, device=rpb.device)
+    zeros = None
+    if sums is not None:
+        zeros = torch.empty((tables.copies, *tables.shape), dtype=sums, device=rpb.device)
+    tables.fill.run(rpb.contiguous(), bias, zeros)
+    return bias, zeros, tables

@@ -7,12 +7,22 @@ no mask (`MASK`); where there are few of them, asking for each costs more than i
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .primitives import (
+from natten.functional.backend import Inputs
+from natten.functional.backends.triton import arguments, launcher
+from natten.functional.backends.triton.bias import bias_paddings, bias_table
+from natten.functional.backends.triton.launcher import Launch, describable, descriptor, readable
+from natten.functional.backends.triton.primitives import (
     LN_2,
-    additional_count,
+    additional_scores,
+    additional_source,
     additional_tile,
     ceil_div,
     column_source,
@@ -27,12 +37,39 @@ from .primitives import (
     tile_scores,
     unravel,
 )
+from natten.functional.backends.triton.tiles import FORWARD, Tiling
+from natten.functional.problem import Problem
+
+
+class Strides(NamedTuple):
+    """Strides of batch, three axes of tokens, and heads, see `arguments.Common.steps`."""
+
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+    lse: Any
+    additional_key: Any
+    additional_value: Any
+
+
+class Data(NamedTuple):
+    """Tensors but query, key and value, strides of all, and windows. None for what there is not."""
+
+    out: Any
+    lse: Any
+    bias: Any
+    additional_key: Any
+    additional_value: Any
+    cumulative_query: Any
+    cumulative_key: Any
+    additional_counts: Any
+    strides: Any
+    window: Any
 
 
 @triton.jit
-def softmax_step(
-    scores, columns, scale, accumulator, maximum, total, PRECISION: tl.constexpr
-):  # fmt: skip
+def softmax_step(scores, columns, scale, accumulator, maximum, total, PRECISION: tl.constexpr):
     """One step of the running softmax, in base 2."""
     new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
     # A row that has seen nothing yet has maximum -inf: keep -inf - -inf out of the exponent.
@@ -46,139 +83,151 @@ def softmax_step(
 
 
 @triton.jit
-def forward_tile(
-    program,
-    query, key, value, out, lse, bias, additional_key, additional_value,
-    cumulative_query, cumulative_key, additional_counts,
-    query_strides, key_strides, value_strides, out_strides, lse_strides,
-    additional_key_strides, additional_value_strides,
-    bias_paddings, lengths, kernels, strides, dilations,
-    query_origins, query_extents, key_origins, key_extents,
-    tiles, heads, num_additional, scale,
-    HEADS_PER_KV: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
-    FEATURES: tl.constexpr, VALUE_FEATURES: tl.constexpr,
-    BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    RANK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, VARLEN: tl.constexpr,
-    HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr, NEGATE: tl.constexpr,
-    MASK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
-):  # fmt: skip
-    ROWS: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
-    COLUMNS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
-    at, rows, box, grid = row_tile(
-        program, tl.arange(0, ROWS), cumulative_query, cumulative_key,
-        lengths, kernels, strides, dilations,
-        query_origins, query_extents, key_origins, key_extents, tiles, heads,
-        QUERY_TILE, KEY_TILE, CAUSAL, False, RANK, VARLEN,
-    )  # fmt: skip
-    head, batch, memory_batch = at
-    memory, exists, position, begin, width, _corner = rows
-    first, column_memory, extent, column_first = grid
-    kv_head = head // HEADS_PER_KV
+def forward_tile(program, query, key, value, data, heads, num_additional, scale, V: tl.constexpr):
+    ROWS: tl.constexpr = V.QUERIES
+    COLUMNS: tl.constexpr = V.KEYS
+    KEY_TILE: tl.constexpr = V.KEY_TILE
+    VALUE_BLOCK: tl.constexpr = V.VALUE_BLOCK
+    PRECISION: tl.constexpr = V.PRECISION
+    strides, dilations = data.strides, data.window.dilations
+    at, rows, box, grid = row_tile(program, tl.arange(0, ROWS), data, heads, False, V)
+    memory_batch, head = at.memory_batch, at.head
+    kv_head = head // V.HEADS_PER_KV
     place = unravel(tl.arange(0, COLUMNS), KEY_TILE)
 
-    offset, all_exist = row_offsets(memory, exists, query_strides, UNIT, RANK)
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.query, V.UNIT, V.RANK)
     query_rows = load_rows(
-        query + head_offset(memory_batch, head, query_strides, UNIT),
-        offset, all_exist, FEATURES, BLOCK,
+        query + head_offset(memory_batch, head, strides.query, V.UNIT),
+        offset, all_exist, V.FEATURES, V.BLOCK,
     )  # fmt: skip
-    key_source, key_steps = column_source(
-        key, memory_batch, kv_head, column_memory, key_strides, dilations, UNIT, RANK, TMA,
-    )  # fmt: skip
-    value_source, value_steps = column_source(
-        value, memory_batch, kv_head, column_memory, value_strides, dilations, UNIT, RANK, TMA,
-    )  # fmt: skip
+    key_source = column_source(
+        key, memory_batch, kv_head, grid.memory, strides.key, dilations, V.UNIT, V.RANK, V.TMA
+    )
+    value_source = column_source(
+        value, memory_batch, kv_head, grid.memory, strides.value, dilations, V.UNIT, V.RANK, V.TMA
+    )
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     accumulator = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
-    for t in tl.range(0, column_steps(box), num_stages=STAGES, warp_specialize=WARP_SPECIALIZE):
-        corner, whole = column_tile(t, box, KEY_TILE, RANK)
+    for t in tl.range(
+        0, column_steps(box), num_stages=V.STAGES, warp_specialize=V.WARP_SPECIALIZE
+    ):  # fmt: skip
+        tile = column_tile(t, box, KEY_TILE, V.RANK)
         columns = load_columns(
-            key_source, memory_batch, kv_head, corner, column_first, extent, key_steps, place,
-            FEATURES, BLOCK, COLUMNS, RANK, TMA, WIDE,
+            key_source, tile[0], grid, place, V.FEATURES, V.BLOCK, COLUMNS, V
         )  # fmt: skip
         scores = tile_scores(
-            query_rows, columns, corner, whole, place, begin, width, position, first, kernels, bias,
-            bias_paddings, head, MASK, False, HAS_RPB, NEGATE, RANK, PRECISION,
-        )  # fmt: skip
+            query_rows, columns, tile, place, rows, grid, data.bias, data.window, head, False, V
+        )
         columns = load_columns(
-            value_source, memory_batch, kv_head, corner, column_first, extent, value_steps, place,
-            VALUE_FEATURES, VALUE_BLOCK, COLUMNS, RANK, TMA, WIDE,
-        )  # fmt: skip
+            value_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_BLOCK, COLUMNS, V
+        )
         accumulator, maximum, total = softmax_step(
             scores, columns, scale, accumulator, maximum, total, PRECISION
         )
-    if HAS_ADDITIONAL:
-        keys = additional_key + head_offset(batch, kv_head, additional_key_strides, UNIT)
-        values = additional_value + head_offset(batch, kv_head, additional_value_strides, UNIT)
-        count = additional_count(additional_counts, batch, num_additional)
-        for t in tl.range(0, ceil_div(count, COLUMNS), num_stages=STAGES):
-            columns, value_columns, present = additional_tile(
-                t, count, keys, values, additional_key_strides, additional_value_strides,
-                FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK, COLUMNS, UNIT,
-            )  # fmt: skip
-            scores = tl.dot(query_rows, columns.T, input_precision=PRECISION)
-            if NEGATE:
-                scores = -scores
-            scores = tl.where(present[None, :], scores, float("-inf"))
+    if V.HAS_ADDITIONAL:
+        additional = additional_source(at.batch, kv_head, data, num_additional, V)
+        for t in tl.range(0, ceil_div(additional.number, COLUMNS), num_stages=V.STAGES):
+            columns, value_columns, present = additional_tile(t, additional, strides, COLUMNS, V)
+            scores = additional_scores(query_rows, columns, present, V)
             accumulator, maximum, total = softmax_step(
                 scores, value_columns, scale, accumulator, maximum, total, PRECISION
             )
 
     # A query that sees nothing has output 0 and logsumexp -inf.
     accumulator = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
-    offset, all_exist = row_offsets(memory, exists, out_strides, UNIT, RANK)
-    start = head_offset(memory_batch, head, out_strides, UNIT)
-    store_rows(out + start, accumulator, offset, all_exist, VALUE_FEATURES, VALUE_BLOCK)
-    offset, all_exist = row_offsets(memory, exists, lse_strides, 1, RANK)
-    offset += head_offset(memory_batch, head, lse_strides, 1)
-    tl.store(lse + offset, (maximum + tl.math.log2(total)) * LN_2, mask=all_exist)
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.out, V.UNIT, V.RANK)
+    start = head_offset(memory_batch, head, strides.out, V.UNIT)
+    store_rows(data.out + start, accumulator, offset, all_exist, V.VALUE_FEATURES, V.VALUE_BLOCK)
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.lse, 1, V.RANK)
+    offset += head_offset(memory_batch, head, strides.lse, 1)
+    tl.store(data.lse + offset, (maximum + tl.math.log2(total)) * LN_2, mask=all_exist)
 
 
 @triton.jit(do_not_specialize=["programs", "heads", "num_additional"])
 def forward_kernel(
-    query, key, value, out, lse, bias, additional_key, additional_value,
-    cumulative_query, cumulative_key, additional_counts,
-    query_strides, key_strides, value_strides, out_strides, lse_strides,
-    additional_key_strides, additional_value_strides,
-    bias_paddings, lengths, kernels, strides, dilations,
-    query_origins, query_extents, key_origins, key_extents,
-    tiles, programs, heads, num_additional, scale,
-    HEADS_PER_KV: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
-    FEATURES: tl.constexpr, VALUE_FEATURES: tl.constexpr,
-    BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    RANK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, VARLEN: tl.constexpr,
-    HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr, NEGATE: tl.constexpr,
-    MASK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    PERSISTENT: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+    query, key, value, data, programs, heads, num_additional, scale, V: tl.constexpr
 ):  # fmt: skip
-    if PERSISTENT:
+    """Key and value are descriptors of key tiles if `V.TMA`, else pointers."""
+    if V.PERSISTENT:
         for program in tl.range(tl.program_id(0), programs, tl.num_programs(0)):
-            forward_tile(
-                program, query, key, value, out, lse, bias, additional_key, additional_value,
-                cumulative_query, cumulative_key, additional_counts,
-                query_strides, key_strides, value_strides, out_strides, lse_strides,
-                additional_key_strides, additional_value_strides,
-                bias_paddings, lengths, kernels, strides, dilations,
-                query_origins, query_extents, key_origins,
-                key_extents, tiles, heads, num_additional, scale,
-                HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK,
-                RANK, CAUSAL, TMA, UNIT, WIDE, VARLEN, HAS_RPB, HAS_ADDITIONAL, NEGATE,
-                MASK, STAGES, PRECISION, WARP_SPECIALIZE,
-            )  # fmt: skip
+            forward_tile(program, query, key, value, data, heads, num_additional, scale, V)
     else:
-        forward_tile(
-            tl.program_id(0), query, key, value, out, lse, bias, additional_key, additional_value,
-            cumulative_query, cumulative_key, additional_counts,
-            query_strides, key_strides, value_strides, out_strides, lse_strides,
-            additional_key_strides, additional_value_strides,
-            bias_paddings, lengths, kernels, strides, dilations,
-            query_origins, query_extents, key_origins,
-            key_extents, tiles, heads, num_additional, scale,
-            HEADS_PER_KV, QUERY_TILE, KEY_TILE, FEATURES, VALUE_FEATURES, BLOCK, VALUE_BLOCK,
-            RANK, CAUSAL, TMA, UNIT, WIDE, VARLEN, HAS_RPB, HAS_ADDITIONAL, NEGATE,
-            MASK, STAGES, PRECISION, WARP_SPECIALIZE,
-        )  # fmt: skip
+        forward_tile(tl.program_id(0), query, key, value, data, heads, num_additional, scale, V)
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    problem: Problem,
+    tiling: Tiling,
+    sequences: int,
+    precision: str,
+    strides: tuple[tuple[int, ...], ...],
+    additional: tuple[tuple[int, ...], ...],
+    out: tuple[int, ...],
+    paddings: tuple[int, ...],
+) -> Launch:
+    """``strides`` are those of query, key and value, ``additional`` those of additional ones."""
+    common = arguments.common(
+        problem, tiling, sequences, precision, strides, *additional, out,
+        has_additional=bool(additional), persistent=tiling.programs > 0, bias_paddings=paddings,
+    )  # fmt: skip
+    additional_key, additional_value = additional or (None, None)
+    query, key, value = strides
+    steps = Strides(
+        query=common.steps(query),
+        key=common.steps(key),
+        value=common.steps(value),
+        out=common.steps(out),
+        lse=arguments.statistic_strides(problem.query_shape, problem.heads, True),
+        additional_key=common.steps(additional_key),
+        additional_value=common.steps(additional_value),
+    )
+    return Launch(
+        forward_kernel,
+        min(tiling.programs or common.tiles, common.tiles),
+        (
+            common.tiles, common.heads, problem.num_additional, common.scales.scores,
+            common.variant,
+        ),
+        group=Data,
+        alone=3,
+        grouped=(steps, common.window),
+        options=common.options,
+        tiles=(tiling, FORWARD),
+    )  # fmt: skip
+
+
+def forward(problem: Problem, tiling: Tiling, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """out and logsumexp."""
+    query, key, value, rpb, additional_keys, additional_values, *cumulative, lengths = inputs
+    cumulative_query, cumulative_key = map(launcher.adjacent, cumulative)
+    out = launcher.allocate(problem, problem.output_shape, query.dtype, query.device)
+    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=query.device)
+    if problem.varlen:
+        lse.fill_(-torch.inf)
+    columns = describable if tiling.tma else readable
+    query, key, value = readable(query), columns(key), columns(value)
+    additional: tuple[tuple[int, ...], ...] = ()
+    if additional_keys is not None and additional_values is not None:
+        additional_keys, additional_values = readable(additional_keys), readable(additional_values)
+        additional = (additional_keys.stride(), additional_values.stride())
+    paddings: tuple[int, ...] = arguments.NO_PADDINGS
+    bias = None
+    if rpb is not None:
+        paddings = bias_paddings(tiling)
+        bias = bias_table(rpb, problem, paddings)
+    launch = _launch(
+        problem, tiling, launcher.sequences(problem, cumulative_query), arguments.precision(query),
+        (query.stride(), key.stride(), value.stride()), additional, out.stride(), paddings,
+    )  # fmt: skip
+    key_tile = launch.variant.KEY_TILE
+    launch.run(
+        query,
+        descriptor(key, key_tile) if tiling.tma else key,
+        descriptor(value, key_tile) if tiling.tma else value,
+        out, lse, bias, additional_keys, additional_values, cumulative_query, cumulative_key,
+        launcher.adjacent(lengths),
+    )  # fmt: skip
+    return out, lse

@@ -15,6 +15,8 @@ The window test must agree with `natten.window`; `tests/test_triton_window.py` c
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -25,21 +27,100 @@ LN_2 = tl.constexpr(0.6931471805599453)
 INLINE = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
 
+class Place(NamedTuple):
+    """What a row tile belongs to: head, batch entry or sequence, and the batch entry in memory."""
+
+    head: Any
+    batch: Any
+    memory_batch: Any
+
+
+class Rows(NamedTuple):
+    """The rows of a tile, each quantity one per axis.
+
+    Attributes:
+        memory: Coordinates in memory.
+        exists: Whether they do.
+        position: Positions in the dilation group.
+        begin: Where their windows begin, counted from the first column.
+        width: How wide these are.
+        corner: Position of the tile's first row.
+    """
+
+    memory: Any
+    exists: Any
+    position: Any
+    begin: Any
+    width: Any
+    corner: Any
+
+
+class Box(NamedTuple):
+    """The column tiles that a row tile visits, each quantity one per axis.
+
+    Attributes:
+        union: Where the union of its rows' windows begins.
+        counts: How many tiles cover it.
+        inner: The first tile in sight of all rows.
+        inner_counts: How many of these there are.
+        inverses: `reciprocal` of the counts, as far as it is needed.
+    """
+
+    union: Any
+    counts: Any
+    inner: Any
+    inner_counts: Any
+    inverses: Any
+
+
+class Columns(NamedTuple):
+    """The columns that exist, each quantity one per axis.
+
+    Attributes:
+        first: Position of the first.
+        memory: Its coordinate in memory.
+        extent: Their number.
+        sequence: Only one number: the first token of their sequence.
+    """
+
+    first: Any
+    memory: Any
+    extent: Any
+    sequence: Any
+
+
+class Source(NamedTuple):
+    """Where columns of one tensor are loaded from, see `column_source`."""
+
+    data: Any
+    steps: Any
+    batch: Any
+    head: Any
+
+
+class Additional(NamedTuple):
+    """Where one head's additional keys and values start, and how many there are."""
+
+    key: Any
+    value: Any
+    number: Any
+
+
 @triton.jit
 def ceil_div(numerator, denominator):
     return (numerator + denominator - 1) // denominator
 
 
 @triton.jit
-def revealed(hidden):
-    """The integers behind `launch._hidden`'s, three (axes) or five (strides)."""
-    x = (hidden[0] >> 1) - 1
-    y = (hidden[1] >> 1) - 1
-    z = (hidden[2] >> 1) - 1
-    if len(hidden) == 3:
+def decode(numbers):
+    """The integers behind `arguments.unspecialized` ones, three (axes) or five (strides)."""
+    x = (numbers[0] >> 1) - 1
+    y = (numbers[1] >> 1) - 1
+    z = (numbers[2] >> 1) - 1
+    if len(numbers) == 3:
         return x, y, z
     else:
-        return x, y, z, (hidden[3] >> 1) - 1, (hidden[4] >> 1) - 1
+        return x, y, z, (numbers[3] >> 1) - 1, (numbers[4] >> 1) - 1
 
 
 @triton.jit
@@ -95,23 +176,23 @@ def window(
 
 @triton.jit
 def axis_rows(
-    tile, tiles, length, kernel, stride, dilation,
-    row_origin, row_extent, column_origin, column_extent, offset,
+    tile, tiles, offset, axis, row_box, column_box,
     TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, CAUSAL: tl.constexpr,
     INVERSE: tl.constexpr, ACTIVE: tl.constexpr,
 ):  # fmt: skip
     """Everything about one axis of a row tile.
 
     `tile` counts over all tiles of all dilation groups of the axis, `tiles` is their number in one
-    group, `offset` the place of each row inside the tile.
+    group, `offset` the place of each row inside the tile. `axis` is the grid's length, the window's
+    size, stride and dilation; the boxes of rows and columns are where they begin and how many.
 
-    Returns three groups. For each row: its coordinate in memory, whether it exists, its position,
-    where its window begins and how wide that is, and the position of the tile's first row. Of the
-    tile: where the union of the windows begins, how many column tiles cover it, the first column
-    tile in sight of all rows, and how many of these there are. Of the columns: the first one's
-    position and coordinate in memory, and their number.
+    Returns three groups: all of `Rows`, all of `Box` but inverses, and all of `Columns` but the
+    sequence.
     """
     if ACTIVE:
+        length, kernel, stride, dilation = axis
+        row_origin, row_extent = row_box
+        column_origin, column_extent = column_box
         group = tile // tiles
         group_length = ceil_div(length - group, dilation)
         row_begin = ceil_div(tl.maximum(row_origin - group, 0), dilation)
@@ -122,18 +203,18 @@ def axis_rows(
 
         # Tiles sit on multiples of their size, so that they line up with groups of a stride.
         first = (row_begin // TILE + tile % tiles) * TILE
-        head = tl.maximum(first, row_begin)
+        first_row = tl.maximum(first, row_begin)
         end_of_rows = tl.minimum(first + TILE, row_end)
-        tail = tl.maximum(end_of_rows - 1, 0)
-        begin_head, end_head = window(
-            head, group_length, kernel, stride, column_begin, column_end, CAUSAL, INVERSE
+        last_row = tl.maximum(end_of_rows - 1, 0)
+        first_begin, first_end = window(
+            first_row, group_length, kernel, stride, column_begin, column_end, CAUSAL, INVERSE
         )
-        begin_tail, end_tail = window(
-            tail, group_length, kernel, stride, column_begin, column_end, CAUSAL, INVERSE
+        last_begin, last_end = window(
+            last_row, group_length, kernel, stride, column_begin, column_end, CAUSAL, INVERSE
         )
-        count = tl.where(end_of_rows > head, ceil_div(end_tail - begin_head, COLUMN_TILE), 0)
-        inner = tl.minimum(tl.maximum(ceil_div(begin_tail - begin_head, COLUMN_TILE), 0), count)
-        inner_end = tl.maximum(end_head - begin_head, 0) // COLUMN_TILE
+        count = tl.where(end_of_rows > first_row, ceil_div(last_end - first_begin, COLUMN_TILE), 0)
+        inner = tl.minimum(tl.maximum(ceil_div(last_begin - first_begin, COLUMN_TILE), 0), count)
+        inner_end = tl.maximum(first_end - first_begin, 0) // COLUMN_TILE
         inner_count = tl.maximum(tl.minimum(inner_end, count) - inner, 0)
 
         position = first + offset
@@ -146,7 +227,7 @@ def axis_rows(
         return (
             # Rows that do not exist see nothing: their biases would lie outside the table.
             (memory, exists, position, begin, tl.where(exists, end - begin, 0), first),
-            (begin_head, count, inner, inner_count),
+            (first_begin, count, inner, inner_count),
             (column_begin, column_memory, column_end - column_begin),
         )  # fmt: skip
     else:
@@ -189,7 +270,7 @@ def reciprocal(divisor):
 
 @triton.jit
 def quotient(dividend, divisor, inverse):
-    """Exact while the product of both is below 2**32, which `launch` makes sure of."""
+    """Exact while the product of both is below 2**32, which `arguments` makes sure of."""
     high = tl.umulhi(tl.cast(dividend, tl.uint32), inverse).to(tl.int32)
     return tl.where(divisor == 1, dividend, high)
 
@@ -219,7 +300,7 @@ def column_tile(t, box, COLUMN_TILE: tl.constexpr, RANK: tl.constexpr):
 @triton.jit
 def row_offsets(memory, exists, strides, UNIT: tl.constexpr, RANK: tl.constexpr):
     """Element offset of each row's token from the start of its batch and head, and its mask."""
-    strides = revealed(strides)
+    strides = decode(strides)
     offset = memory[2].to(tl.int64) * (strides[3] * UNIT)
     all_exist = exists[2]
     if RANK >= 2:
@@ -234,8 +315,16 @@ def row_offsets(memory, exists, strides, UNIT: tl.constexpr, RANK: tl.constexpr)
 @triton.jit
 def head_offset(batch, head, strides, UNIT: tl.constexpr):
     """Element offset of a batch and head. `UNIT` divides every stride: it tells the alignment."""
-    strides = revealed(strides)
+    strides = decode(strides)
     return tl.cast(batch, tl.int64) * (strides[0] * UNIT) + head.to(tl.int64) * (strides[4] * UNIT)
+
+
+@triton.jit
+def base2_lse(pointer, exists):
+    """The logsumexp of rows in base 2."""
+    lse = tl.load(pointer, mask=exists, other=0.0)
+    # Rows that see nothing have no weights; 0 keeps -inf - -inf out of the exponent.
+    return tl.where(lse == float("-inf"), 0.0, lse * LOG2_E)
 
 
 @triton.jit
@@ -272,14 +361,14 @@ def column_source(
     `memory` is the coordinate of the first column. With `TMA`, `source` is a descriptor of the
     whole tensor, else a pointer to it.
     """
-    _batch, stride_x, stride_y, stride_z, _head = revealed(strides)
+    _batch, stride_x, stride_y, stride_z, _head = decode(strides)
     step_x, step_y, step_z = 0, 0, stride_z.to(tl.int64) * UNIT * dilations[2]
     if RANK >= 2:
         step_y = stride_y.to(tl.int64) * UNIT * dilations[1]
     if RANK == 3:
         step_x = stride_x.to(tl.int64) * UNIT * dilations[0]
     if TMA:
-        return source, (step_x, step_y, step_z)
+        return Source(source, (step_x, step_y, step_z), batch, head)
     else:
         start = head_offset(batch, head, strides, UNIT)
         start += memory[2].to(tl.int64) * (stride_z * UNIT)
@@ -287,32 +376,37 @@ def column_source(
             start += memory[1].to(tl.int64) * (stride_y * UNIT)
         if RANK == 3:
             start += memory[0].to(tl.int64) * (stride_x * UNIT)
-        return source + start, (step_x, step_y, step_z)
+        return Source(source + start, (step_x, step_y, step_z), batch, head)
 
 
 @triton.jit
 def load_columns(
-    source, batch, head, corner, first, extent, steps, place,
-    FEATURES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
-    TMA: tl.constexpr, WIDE: tl.constexpr,
+    source, corner, columns, place,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """The column tile at `corner`, as [columns, features]; what lies outside reads as zero."""
-    if TMA:
-        box = source.load([batch, corner[0], corner[1], first + corner[2], head * FEATURES])
+    if V.TMA:
+        box = source.data.load(
+            [
+                source.batch, corner[0], corner[1], columns.sequence + corner[2],
+                source.head * FEATURES,
+            ]
+        )  # fmt: skip
         return box.reshape(COLUMNS, BLOCK)
     else:
+        extent, steps = columns.extent, source.steps
         exists = place[2] < extent[2] - corner[2]
         start = corner[2] * steps[2]
-        offset = place[2] * (steps[2] if WIDE else steps[2].to(tl.int32))
-        if RANK >= 2:
+        offset = place[2] * (steps[2] if V.WIDE else steps[2].to(tl.int32))
+        if V.RANK >= 2:
             exists = exists & (place[1] < extent[1] - corner[1])
             start += corner[1] * steps[1]
-            offset += place[1] * (steps[1] if WIDE else steps[1].to(tl.int32))
-        if RANK == 3:
+            offset += place[1] * (steps[1] if V.WIDE else steps[1].to(tl.int32))
+        if V.RANK == 3:
             exists = exists & (place[0] < extent[0] - corner[0])
             start += corner[0] * steps[0]
-            offset += place[0] * (steps[0] if WIDE else steps[0].to(tl.int32))
-        return load_rows(source + start, offset, exists, FEATURES, BLOCK)
+            offset += place[0] * (steps[0] if V.WIDE else steps[0].to(tl.int32))
+        return load_rows(source.data + start, offset, exists, FEATURES, BLOCK)
 
 
 @triton.jit
@@ -332,46 +426,48 @@ def in_sight(corner, place, begin, width, RANK: tl.constexpr):
 
 @triton.jit
 def tile_scores(
-    rows, columns, corner, whole, place, begin, width, position, first, kernels, bias, paddings,
-    head,
-    MASK: tl.constexpr, INVERSE: tl.constexpr, HAS_RPB: tl.constexpr, NEGATE: tl.constexpr,
-    RANK: tl.constexpr, PRECISION: tl.constexpr,
+    row_features, column_features, tile, place, rows, columns, bias, window, head,
+    INVERSE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile before scaling, -inf where a row does not see a column: [rows, columns].
 
-    `MASK` says which tiles are masked: "always" all of them, "edges" those that not all rows see
-    all of, "never" none, for there are no such tiles. A bias is what the product adds to: as a
-    summand of its own, its layout, that of a load, would spread to all that follows.
+    `tile` is its corner and whether all rows see all of it. `V.MASK` says which tiles are masked:
+    "always" all of them, "edges" those that not all rows see all of, "never" none, for there are no
+    such tiles. A bias is what the product adds to: as a summand of its own, its layout, that of a
+    load, would spread to all that follows.
     """
-    if HAS_RPB:
+    corner, whole = tile
+    if V.HAS_RPB:
         row, column, size = bias_slot(
-            corner, place, position, first, kernels, paddings, INVERSE, RANK
+            corner, place, rows.position, columns.first, window, INVERSE, V.RANK
         )
         biases = load_biases(bias + head.to(tl.int64) * size, row, column)
-        scores = tl.dot(rows, columns.T, biases, input_precision=PRECISION)
+        scores = tl.dot(row_features, column_features.T, biases, input_precision=V.PRECISION)
     else:
-        scores = tl.dot(rows, columns.T, input_precision=PRECISION)
-    if NEGATE:
+        scores = tl.dot(row_features, column_features.T, input_precision=V.PRECISION)
+    if V.NEGATE:
         scores = -scores
-    if MASK == "edges":
+    if V.MASK == "edges":
         if not whole:
-            scores = tl.where(in_sight(corner, place, begin, width, RANK), scores, float("-inf"))
-    elif MASK == "always":
-        scores = tl.where(in_sight(corner, place, begin, width, RANK), scores, float("-inf"))
+            seen = in_sight(corner, place, rows.begin, rows.width, V.RANK)
+            scores = tl.where(seen, scores, float("-inf"))
+    elif V.MASK == "always":
+        seen = in_sight(corner, place, rows.begin, rows.width, V.RANK)
+        scores = tl.where(seen, scores, float("-inf"))
     return scores
 
 
 @triton.jit
 def bias_slot(
-    corner, place, position, first, kernels, paddings, INVERSE: tl.constexpr, RANK: tl.constexpr
-):
+    corner, place, position, first, window, INVERSE: tl.constexpr, RANK: tl.constexpr
+):  # fmt: skip
     """Where the bias of each (row, column) lies in one head's table, and the table's size.
 
     Along an axis that is key position - query position + kernel - 1, and the padding before it.
     Returned are two summands: that of each row, with the tile's place, and that of each column
     inside its tile, which is not negative.
     """
-    kernels, paddings = revealed(kernels), revealed(paddings)
+    kernels, paddings = decode(window.kernels), decode(window.bias_paddings)
     size = 2 * (kernels[2] + paddings[2]) - 1
     row = position[2]
     column = place[2]
@@ -400,9 +496,9 @@ def bias_slot(
 
 
 @triton.jit
-def table_size(kernels, paddings):
+def table_size(window):
     """Entries of one head's padded table; axes that the grid lacks have one."""
-    kernels, paddings = revealed(kernels), revealed(paddings)
+    kernels, paddings = decode(window.kernels), decode(window.bias_paddings)
     size = 2 * (kernels[0] + paddings[0]) - 1
     size *= 2 * (kernels[1] + paddings[1]) - 1
     return size * (2 * (kernels[2] + paddings[2]) - 1)
@@ -440,81 +536,92 @@ def sequence_of(cumulative, batch, tokens, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def row_tile(
-    program, row, cumulative_row, cumulative_column, lengths, kernels, strides, dilations,
-    row_origins, row_extents, column_origins, column_extents, tiles, heads,
-    ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, CAUSAL: tl.constexpr,
-    INVERSE: tl.constexpr, RANK: tl.constexpr, VARLEN: tl.constexpr,
-):  # fmt: skip
+def row_tile(program, row, data, heads, INVERSE: tl.constexpr, V: tl.constexpr):
     """The row tile of a program and the columns it has to visit, all axes together.
 
-    `row` are places of rows in the tile, usually all of them. Returns the tile's place (head,
-    batch, the batch's index in memory), then the groups that `axis_rows` names, each quantity as
-    one value an axis. The columns' group ends with the first column of the sequence, for packed
-    batches.
+    `row` are places of rows in the tile, usually all of them. Rows are queries and columns keys, or
+    the other way round if `INVERSE`. Returns `Place`, `Rows`, `Box` and `Columns`.
     """
-    lengths, kernels, tiles = revealed(lengths), revealed(kernels), revealed(tiles)
-    row_origins, row_extents = revealed(row_origins), revealed(row_extents)
-    column_origins, column_extents = revealed(column_origins), revealed(column_extents)
+    window = data.window
+    if INVERSE:
+        ROW_TILE: tl.constexpr = V.KEY_TILE
+        COLUMN_TILE: tl.constexpr = V.QUERY_TILE
+        cumulative_row, cumulative_column = data.cumulative_key, data.cumulative_query
+        row_origins, row_extents = window.key_origins, window.key_extents
+        column_origins, column_extents = window.query_origins, window.query_extents
+    else:
+        ROW_TILE: tl.constexpr = V.QUERY_TILE
+        COLUMN_TILE: tl.constexpr = V.KEY_TILE
+        cumulative_row, cumulative_column = data.cumulative_query, data.cumulative_key
+        row_origins, row_extents = window.query_origins, window.query_extents
+        column_origins, column_extents = window.key_origins, window.key_extents
+    strides, dilations = window.strides, window.dilations
+    lengths, kernels, tiles = decode(window.lengths), decode(window.kernels), decode(window.tiles)
+    row_origins, row_extents = decode(row_origins), decode(row_extents)
+    column_origins, column_extents = decode(column_origins), decode(column_extents)
     # In a causal problem the last queries and the first keys have most to do: start them first.
     tile, head, batch = program_place(
-        program, tiles, dilations, heads, RANK, CAUSAL[2] and not INVERSE
+        program, tiles, dilations, heads, V.RANK, V.CAUSAL[2] and not INVERSE
     )
-    row_first, row_extent = sequence_of(cumulative_row, batch, row_extents[2], VARLEN)
-    column_first, column_extent = sequence_of(cumulative_column, batch, column_extents[2], VARLEN)
+    row_first, row_extent = sequence_of(cumulative_row, batch, row_extents[2], V.VARLEN)
+    column_first, column_extent = sequence_of(cumulative_column, batch, column_extents[2], V.VARLEN)
     length, kernel, memory_batch = lengths[2], kernels[2], batch
-    if VARLEN:
+    if V.VARLEN:
         length = tl.maximum(tl.maximum(row_extent, column_extent), 1)
         kernel = length
         memory_batch = batch * 0
 
     row = unravel(row, ROW_TILE)
     rows_x, box_x, columns_x = axis_rows(
-        tile[0], tiles[0], lengths[0], kernels[0], strides[0], dilations[0],
-        row_origins[0], row_extents[0], column_origins[0], column_extents[0],
-        row[0], ROW_TILE[0], COLUMN_TILE[0], CAUSAL[0], INVERSE, RANK == 3,
+        tile[0], tiles[0], row[0], (lengths[0], kernels[0], strides[0], dilations[0]),
+        (row_origins[0], row_extents[0]), (column_origins[0], column_extents[0]),
+        ROW_TILE[0], COLUMN_TILE[0], V.CAUSAL[0], INVERSE, V.RANK == 3,
     )  # fmt: skip
     rows_y, box_y, columns_y = axis_rows(
-        tile[1], tiles[1], lengths[1], kernels[1], strides[1], dilations[1],
-        row_origins[1], row_extents[1], column_origins[1], column_extents[1],
-        row[1], ROW_TILE[1], COLUMN_TILE[1], CAUSAL[1], INVERSE, RANK >= 2,
+        tile[1], tiles[1], row[1], (lengths[1], kernels[1], strides[1], dilations[1]),
+        (row_origins[1], row_extents[1]), (column_origins[1], column_extents[1]),
+        ROW_TILE[1], COLUMN_TILE[1], V.CAUSAL[1], INVERSE, V.RANK >= 2,
     )  # fmt: skip
     rows_z, box_z, columns_z = axis_rows(
-        tile[2], tiles[2], length, kernel, strides[2], dilations[2],
-        row_origins[2], row_extent, column_origins[2], column_extent,
-        row[2], ROW_TILE[2], COLUMN_TILE[2], CAUSAL[2], INVERSE, True,
+        tile[2], tiles[2], row[2], (length, kernel, strides[2], dilations[2]),
+        (row_origins[2], row_extent), (column_origins[2], column_extent),
+        ROW_TILE[2], COLUMN_TILE[2], V.CAUSAL[2], INVERSE, True,
     )  # fmt: skip
-    memory = (rows_x[0], rows_y[0], rows_z[0] + row_first)
-    exists = (rows_x[1], rows_y[1], rows_z[1])
-    position = (rows_x[2], rows_y[2], rows_z[2])
-    begin = (rows_x[3], rows_y[3], rows_z[3])
-    width = (rows_x[4], rows_y[4], rows_z[4])
-    corner = (rows_x[5], rows_y[5], rows_z[5])
-    union = (box_x[0], box_y[0], box_z[0])
-    counts = (box_x[1], box_y[1], box_z[1])
-    inner = (box_x[2], box_y[2], box_z[2])
-    inner_counts = (box_x[3], box_y[3], box_z[3])
     inverses = (0, 0, 0)
-    if RANK == 2:
+    if V.RANK == 2:
         inverses = (0, 0, reciprocal(tl.maximum(box_z[1], 1)))
-    if RANK == 3:
+    if V.RANK == 3:
         inverses = (0, reciprocal(tl.maximum(box_y[1], 1)), reciprocal(tl.maximum(box_z[1], 1)))
-    first = (columns_x[0], columns_y[0], columns_z[0])
-    column_memory = (columns_x[1], columns_y[1], columns_z[1] + column_first)
-    extent = (columns_x[2], columns_y[2], columns_z[2])
     return (
-        (head, batch, memory_batch),
-        (memory, exists, position, begin, width, corner),
-        (union, counts, inner, inner_counts, inverses),
-        (first, column_memory, extent, column_first),
-    )  # fmt: skip
+        Place(head, batch, memory_batch),
+        Rows(
+            memory=(rows_x[0], rows_y[0], rows_z[0] + row_first),
+            exists=(rows_x[1], rows_y[1], rows_z[1]),
+            position=(rows_x[2], rows_y[2], rows_z[2]),
+            begin=(rows_x[3], rows_y[3], rows_z[3]),
+            width=(rows_x[4], rows_y[4], rows_z[4]),
+            corner=(rows_x[5], rows_y[5], rows_z[5]),
+        ),
+        Box(
+            union=(box_x[0], box_y[0], box_z[0]),
+            counts=(box_x[1], box_y[1], box_z[1]),
+            inner=(box_x[2], box_y[2], box_z[2]),
+            inner_counts=(box_x[3], box_y[3], box_z[3]),
+            inverses=inverses,
+        ),
+        Columns(
+            first=(columns_x[0], columns_y[0], columns_z[0]),
+            memory=(columns_x[1], columns_y[1], columns_z[1] + column_first),
+            extent=(columns_x[2], columns_y[2], columns_z[2]),
+            sequence=column_first,
+        ),
+    )
 
 
 @triton.jit
 def column_steps(box):
     """Number of column tiles that a row tile visits."""
-    counts = box[1]
-    return counts[0] * counts[1] * counts[2]
+    return box.counts[0] * box.counts[1] * box.counts[2]
 
 
 @triton.jit
@@ -530,18 +637,36 @@ def additional_count(counts, batch, most):
 
 
 @triton.jit
-def additional_tile(
-    t, count, keys, values, key_strides, value_strides,
-    FEATURES: tl.constexpr, VALUE_FEATURES: tl.constexpr,
-    BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
+def additional_source(batch, head, data, most, V: tl.constexpr):
+    """One head's additional tokens."""
+    strides = data.strides
+    key = data.additional_key + head_offset(batch, head, strides.additional_key, V.UNIT)
+    value = data.additional_value + head_offset(batch, head, strides.additional_value, V.UNIT)
+    return Additional(key, value, additional_count(data.additional_counts, batch, most))
+
+
+@triton.jit
+def additional_tile(t, additional, strides, COLUMNS: tl.constexpr, V: tl.constexpr):
     """The t-th tile of additional keys and values, and which of them exist."""
-    key_stride, value_stride = revealed(key_strides)[3], revealed(value_strides)[3]
+    key_stride = decode(strides.additional_key)[3]
+    value_stride = decode(strides.additional_value)[3]
     token = t * COLUMNS + tl.arange(0, COLUMNS)
-    present = token < count
+    present = token < additional.number
     token = token.to(tl.int64)
     return (
-        load_rows(keys, token * (key_stride * UNIT), present, FEATURES, BLOCK),
-        load_rows(values, token * (value_stride * UNIT), present, VALUE_FEATURES, VALUE_BLOCK),
+        load_rows(additional.key, token * (key_stride * V.UNIT), present, V.FEATURES, V.BLOCK),
+        load_rows(
+            additional.value, token * (value_stride * V.UNIT), present, V.VALUE_FEATURES,
+            V.VALUE_BLOCK,
+        ),
         present,
     )  # fmt: skip
+
+
+@triton.jit
+def additional_scores(row_features, column_features, present, V: tl.constexpr):
+    """Scores of such a tile before scaling, -inf where no token is."""
+    scores = tl.dot(row_features, column_features.T, input_precision=V.PRECISION)
+    if V.NEGATE:
+        scores = -scores
+    return tl.where(present[None, :], scores, float("-inf"))

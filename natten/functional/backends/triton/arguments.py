@@ -1,0 +1,326 @@
+"""What kernels are told of a problem.
+
+Most arguments travel in a few groups, named tuples, whose members stand in the order in which the
+compiled kernel takes them: another order makes the assembler schedule, and spill, differently. Some
+stay outside. Triton 3.6 finds TMA descriptors among a kernel's own parameters alone; and of a
+tuple's integers it makes a kernel of its own for each pattern of ones and multiples of 16, whatever
+`do_not_specialize` says: one for almost every image size. Integers in groups are `unspecialized`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd, prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from natten.devices import capability
+from natten.functional.backends.triton.tiles import Tiling, block
+from natten.functional.problem import Problem
+
+LOG2_E = 1.4426950408889634
+# Beyond this factor of the scores, what a fused multiplication and subtraction rounds less often
+# than the product alone would be an exponent of its own: kernels round both.
+_LARGEST_FUSED_SCALE = 2.0**16
+NO_PADDINGS = (0,) * 3
+NO_STRIDES = (0,) * 5
+
+
+class Window(NamedTuple):
+    """Windows and tiles, three numbers each, one per axis.
+
+    All but strides and dilations are `unspecialized`. A grid of lower rank has leading axes of one
+    token.
+
+    Attributes:
+        bias_paddings: How far pairs of tiles reach beyond the table of biases.
+        lengths: Of the grid.
+        kernels: Window sizes.
+        strides: Queries that share a window.
+        dilations: Distances of neighbors.
+        query_origins: Where the queries' box starts in the grid.
+        query_extents: Of the queries' box.
+        key_origins: Where the keys' box starts.
+        key_extents: Of the keys' box.
+        tiles: Row tiles of one dilation group.
+    """
+
+    bias_paddings: Any
+    lengths: Any
+    kernels: Any
+    strides: Any
+    dilations: Any
+    query_origins: Any
+    query_extents: Any
+    key_origins: Any
+    key_extents: Any
+    tiles: Any
+
+
+class Scales(NamedTuple):
+    """Factor of the scores in base 2, and of the gradients of query and key."""
+
+    scores: float
+    gradients: float
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What kernels are compiled for.
+
+    Attributes:
+        HEADS_PER_KV: Query heads for each head of keys and values.
+        QUERY_TILE: Extents of a tile of queries.
+        KEY_TILE: Extents of a tile of keys.
+        FEATURES: Of a query or key.
+        VALUE_FEATURES: Of a value.
+        BLOCK: Features of a tile of queries or keys, a power of two.
+        VALUE_BLOCK: Features of a tile of values.
+        RANK: Axes of the grid.
+        CAUSAL: Whether queries attend to no later token, of each axis.
+        TMA: Whether column tiles are loaded through descriptors.
+        UNIT: Divides all strides, which kernels take in multiples of it.
+        WIDE: Whether offsets inside a column tile take 64 bits.
+        VARLEN: Whether the batch holds packed sequences.
+        HAS_RPB: Whether scores have a bias.
+        HAS_ADDITIONAL: Whether there are additional keys.
+        NEGATE: Whether the scale is negative.
+        MASK: Which tiles are masked, see `primitives.tile_scores`.
+        STAGES: Column tiles in flight.
+        PRECISION: Of float32 products.
+        PERSISTENT: Whether there are fewer programs than row tiles, and each takes several.
+        WARP_SPECIALIZE: Whether loads, products and softmax get warps of their own.
+    """
+
+    HEADS_PER_KV: int
+    QUERY_TILE: tuple[int, ...]
+    KEY_TILE: tuple[int, ...]
+    FEATURES: int
+    VALUE_FEATURES: int
+    BLOCK: int
+    VALUE_BLOCK: int
+    RANK: int
+    CAUSAL: tuple[bool, ...]
+    TMA: bool
+    UNIT: int
+    WIDE: bool
+    VARLEN: bool
+    HAS_RPB: bool
+    HAS_ADDITIONAL: bool
+    NEGATE: bool
+    MASK: str
+    STAGES: int
+    PRECISION: str
+    PERSISTENT: bool
+    WARP_SPECIALIZE: bool
+
+    @property
+    def QUERIES(self) -> int:
+        """Tokens of a tile of queries."""
+        return prod(self.QUERY_TILE)
+
+    @property
+    def KEYS(self) -> int:
+        """Tokens of a tile of keys."""
+        return prod(self.KEY_TILE)
+
+
+def pad(numbers: Sequence[Any], fill: Any) -> tuple[Any, ...]:
+    """One for each of three axes; leading axes that the grid lacks get ``fill``."""
+    return (fill,) * (3 - len(numbers)) + tuple(numbers)
+
+
+def unspecialized(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """Integers that Triton finds nothing special about, odd ones above 1; kernels undo it with
+    `primitives.decode`."""
+    return tuple([2 * number + 3 for number in numbers])
+
+
+def _strides(stride: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of batch, three axes of tokens, and heads, from those of a tensor."""
+    batch, *tokens, head, _ = stride
+    return (batch, *pad(tokens, 0), head)
+
+
+def statistic_strides(shape: Sequence[int], heads: int, heads_last: bool) -> tuple[int, ...]:
+    """Strides of one number per [batch, token, head], or per [batch, head, token]."""
+    tokens = prod(shape)
+    unit = heads if heads_last else 1
+    steps = [unit * prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return unspecialized((tokens * heads, *pad(steps, 0), 1 if heads_last else tokens))
+
+
+def scales(scale: float) -> tuple[float, bool]:
+    """Factor of the scores in base 2, positive, and whether they are negated first.
+
+    The running maximum is taken before scaling, so the factor must keep the order, and a product
+    with -inf must stay -inf: zero becomes a factor too small to change any weight.
+    """
+    return max(abs(scale) * LOG2_E, 1e-30), scale < 0
+
+
+def precision(tensor: Tensor) -> str:
+    """Of float32 products: torch's float32 matmul precision decides.
+
+    Full precision takes three products on tensor cores that know tf32, or none at all.
+    """
+    if tensor.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    tensor_cores = (
+        tensor.is_cuda and torch.version.hip is None and capability(tensor.device.index) >= (8, 0)
+    )
+    return "tf32x3" if tensor_cores else "ieee"
+
+
+def _mask(problem: Problem, tiling: Tiling) -> str:
+    """Which tiles a kernel masks. The branch around a mask costs more than it saves with a bias."""
+    if tiling.whole:
+        return "never"
+    return "edges" if tiling.split and not problem.has_rpb else "always"
+
+
+def _tile_counts(
+    origin: Sequence[int], extent: Sequence[int], dilation: Sequence[int], tile: Sequence[int]
+) -> tuple[int, ...]:
+    """Tiles along each axis that cover the box, in the dilation group that needs most."""
+    counts = []
+    for begin, size, step, width in zip(origin, extent, dilation, tile, strict=True):
+        most = 0
+        # First and last position of a group change from group to group at these places only.
+        for group in {0, begin % step, (begin + size - 1) % step, step - 1}:
+            first = -(-max(begin - group, 0) // step)
+            last = -(-max(begin + size - group, 0) // step)
+            most = max(most, -(-last // width) - first // width)
+        counts.append(most)
+    return tuple(counts)
+
+
+def _check_steps(problem: Problem, row_tile: tuple[int, ...], column_tile: tuple[int, ...]) -> None:
+    """Decline windows of so many tiles that kernels would divide their numbers inexactly."""
+    if problem.rank == 1:
+        return
+    grid, kernel_size = pad(problem.grid, 1), pad(problem.kernel_size, 1)
+    # An inverse window reaches as far as a window and two strides, which are no longer.
+    counts = [
+        -(-min(length, 3 * size + rows) // columns) + 1
+        for length, size, rows, columns in zip(
+            grid, kernel_size, row_tile, column_tile, strict=True
+        )
+    ]
+    if prod(counts) * max(counts) >= 2**32:
+        raise NotImplementedError(
+            f"kernel_size {problem.kernel_size} on a grid of {problem.grid} makes windows of more "
+            "tiles than the Triton kernels can number"
+        )
+
+
+@dataclass(frozen=True)
+class Common:
+    """What the kernels of attention have in common.
+
+    Attributes:
+        tiles: Row tiles of all heads and sequences.
+        heads: That programs are for.
+        window: Windows and tiles.
+        variant: What the kernel is compiled for.
+        scales: Factors of the scores and of gradients.
+        options: Of the launch.
+    """
+
+    tiles: int
+    heads: int
+    window: Window
+    variant: Variant
+    scales: Scales
+    options: dict[str, Any]
+
+    def steps(self, stride: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Strides of a tensor as kernels take them: in multiples of the unit; zeros for None."""
+        strides = NO_STRIDES if stride is None else _strides(stride)
+        return unspecialized(tuple([s // self.variant.UNIT for s in strides]))
+
+
+def common(
+    problem: Problem,
+    tiling: Tiling,
+    sequences: int,
+    precision: str,
+    strides: tuple[tuple[int, ...], ...],
+    *others: tuple[int, ...],
+    has_additional: bool = False,
+    inverse: bool = False,
+    persistent: bool = False,
+    bias_paddings: tuple[int, ...] = NO_PADDINGS,
+) -> Common:
+    """What follows from problem, tiling and layout.
+
+    ``strides`` are those of query, key, value and, in the backward pass, the output's gradient;
+    ``others`` those of all else with features. ``inverse`` says that key tiles own the programs.
+    """
+    groups = tuple(map(_strides, strides))
+    query_tile, key_tile = pad(tiling.query, 1), pad(tiling.key, 1)
+    dilations = pad(problem.dilation, 1)
+    query_box = (pad(problem.query_origin, 0), pad(problem.query_shape, 1))
+    key_box = (pad(problem.key_origin, 0), pad(problem.key_shape, 1))
+    row_box, row_tile, column_tile = query_box, query_tile, key_tile
+    heads, columns_read = problem.heads, groups[1:3]
+    if inverse:
+        row_box, row_tile, column_tile = key_box, key_tile, query_tile
+        heads, columns_read = problem.heads_kv, (groups[0], groups[-1])
+    if problem.varlen:
+        # As many programs for each sequence as the longest needs.
+        row_box = row_box[0], pad((problem.max_seqlen_kv if inverse else problem.max_seqlen_q,), 1)
+    tiles = _tile_counts(*row_box, dilations, row_tile)
+    _check_steps(problem, row_tile, column_tile)
+    scale, negate = scales(problem.scale)
+    options: dict[str, Any] = {"num_warps": tiling.warps}
+    if scale > _LARGEST_FUSED_SCALE:
+        options["enable_fp_fusion"] = False
+    return Common(
+        prod(tiles) * prod(dilations) * heads * sequences,
+        heads,
+        Window(
+            bias_paddings=unspecialized(bias_paddings),
+            lengths=unspecialized(pad(problem.grid, 1)),
+            kernels=unspecialized(pad(problem.kernel_size, 1)),
+            strides=pad(problem.stride, 1),
+            dilations=dilations,
+            query_origins=unspecialized(query_box[0]),
+            query_extents=unspecialized(query_box[1]),
+            key_origins=unspecialized(key_box[0]),
+            key_extents=unspecialized(key_box[1]),
+            tiles=unspecialized(tiles),
+        ),
+        Variant(
+            HEADS_PER_KV=problem.heads // problem.heads_kv,
+            QUERY_TILE=query_tile,
+            KEY_TILE=key_tile,
+            FEATURES=problem.head_dim,
+            VALUE_FEATURES=problem.head_dim_v,
+            BLOCK=block(problem.head_dim),
+            VALUE_BLOCK=block(problem.head_dim_v),
+            RANK=problem.rank,
+            CAUSAL=pad(problem.is_causal, False),
+            TMA=tiling.tma,
+            UNIT=gcd(16, *(s for group in (*groups, *map(_strides, others)) for s in group)),
+            WIDE=any(
+                sum(t * d * s for t, d, s in zip(column_tile, dilations, group[1:4], strict=True))
+                >= 2**31
+                for group in columns_read
+            ),
+            VARLEN=problem.varlen,
+            HAS_RPB=problem.has_rpb,
+            HAS_ADDITIONAL=has_additional,
+            NEGATE=negate,
+            MASK=_mask(problem, tiling),
+            STAGES=tiling.stages,
+            PRECISION=precision,
+            PERSISTENT=persistent,
+            WARP_SPECIALIZE=tiling.specialize,
+        ),
+        Scales(scale, problem.scale),
+        options,
+    )  # fmt: skip

@@ -1,0 +1,149 @@
+"""What the Gluon kernels for Hopper share: rings of tiles in shared memory, and what rows see.
+
+The geometry is that of `primitives.py`, whose functions compile for Gluon as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from natten.functional.backends.triton.primitives import (
+    decode,
+    head_offset,
+    row_offsets,
+    unravel,
+)
+
+
+def descriptor(
+    tensor: Tensor, shape: list[int], strides: list[int], tile: list[int]
+) -> TensorDescriptor:
+    """Like `triton.tools.tensor_descriptor.TensorDescriptor`, for Gluon, which wants to know how a
+    tile lies in shared memory."""
+    element = gl.float16 if tensor.dtype == torch.float16 else gl.bfloat16
+    layout = gl.NVMMASharedLayout.get_default_for(tile, element)
+    return TensorDescriptor(tensor, shape, strides, tile, layout)
+
+
+class Ring(NamedTuple):
+    """Places in shared memory that are filled in turn, tile t in place t modulo their number.
+
+    The n-th filling of a place, from 0, completes phase n & 1 of both barriers. Before the n-th
+    filling, whoever fills waits for phase (n - 1) & 1 of `empty`, unless n is 0.
+
+    Attributes:
+        buffers: A tile per place.
+        full: Barriers: the tile is there.
+        empty: Barriers: both halves of the program are done with it.
+    """
+
+    buffers: Any
+    full: Any
+    empty: Any
+
+
+@gluon.jit
+def barriers(PLACES: gl.constexpr, ARRIVALS: gl.constexpr):
+    """A barrier per place, whose phases complete after so many arrivals."""
+    made = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(PLACES):
+        mbarrier.init(made.index(place), count=ARRIVALS)
+    return made
+
+
+@gluon.jit
+def ring_of(buffers, PLACES: gl.constexpr, WRITERS: gl.constexpr):
+    """A ring: the memory accelerator is one writer, the halves of the program are two."""
+    return Ring(buffers, barriers(PLACES, WRITERS), barriers(PLACES, 2))
+
+
+@gluon.jit
+def loaded_ring(source, PLACES: gl.constexpr):
+    """A ring of the tiles that a descriptor loads."""
+    buffers = gl.allocate_shared_memory(
+        source.dtype, [PLACES] + source.block_type.shape, source.layout
+    )
+    return ring_of(buffers, PLACES, 1)
+
+
+@gluon.jit
+def row_corner(half, corner, origins, first, TILE: gl.constexpr):
+    """Coordinates in memory of the first row of a half of a tile."""
+    x, y, z = unravel(half * (TILE[0] * TILE[1] * TILE[2] // 2), TILE)
+    origin_x, origin_y, origin_z = decode(origins)
+    return (
+        corner[0] + x - origin_x, corner[1] + y - origin_y, corner[2] + z - origin_z + first,
+    )  # fmt: skip
+
+
+@gluon.jit
+def sight(begin, width, exists):
+    """Along one axis: where the windows of the rows that exist begin and end, together (two
+    numbers) and in common (two more)."""
+    far: gl.constexpr = 2**30
+    end = begin + width
+    return (
+        gl.min(gl.where(exists, begin, far), 0),
+        gl.max(gl.where(exists, end, -far), 0),
+        gl.max(gl.where(exists, begin, -far), 0),
+        gl.min(gl.where(exists, end, far), 0),
+    )
+
+
+@gluon.jit
+def sights(begin, width, exists, RANK: gl.constexpr):
+    """`sight` of each axis."""
+    all_exist = exists[2]
+    if RANK >= 2:
+        all_exist = all_exist & exists[1]
+    if RANK == 3:
+        all_exist = all_exist & exists[0]
+    sight_z = sight(begin[2], width[2], all_exist)
+    sight_y = sight_z
+    sight_x = sight_z
+    if RANK >= 2:
+        sight_y = sight(begin[1], width[1], all_exist)
+    if RANK == 3:
+        sight_x = sight(begin[0], width[0], all_exist)
+    return sight_x, sight_y, sight_z
+
+
+@gluon.jit
+def seen(corner, sights, TILE: gl.constexpr, RANK: gl.constexpr):
+    """Whether some row sees some column of the tile at `corner`, and whether all rows see all."""
+    x, y, z = sights
+    some = (corner[2] < z[1]) & (corner[2] + TILE[2] > z[0])
+    whole = (corner[2] >= z[2]) & (corner[2] + TILE[2] <= z[3])
+    if RANK >= 2:
+        some = some & (corner[1] < y[1]) & (corner[1] + TILE[1] > y[0])
+        whole = whole & (corner[1] >= y[2]) & (corner[1] + TILE[1] <= y[3])
+    if RANK == 3:
+        some = some & (corner[0] < x[1]) & (corner[0] + TILE[0] > x[0])
+        whole = whole & (corner[0] >= x[2]) & (corner[0] + TILE[0] <= x[3])
+    return some, whole
+
+
+@gluon.jit
+def store_tile(
+    target, tile, batch, head, rows, strides, FEATURES: gl.constexpr, V: gl.constexpr
+):  # fmt: skip
+    """Rows of tokens of one head, 16 bytes a thread."""
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides, V.UNIT, V.RANK)
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // FEATURES, FEATURES // 8], [4, 1], [1, 0]
+    )
+    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    offset = gl.convert_layout(offset, row_layout)[:, None]
+    offset += gl.arange(0, FEATURES, gl.SliceLayout(0, layout))[None, :]
+    gl.store(
+        target + head_offset(batch, head, strides, V.UNIT) + offset,
+        gl.convert_layout(tile.to(target.dtype.element_ty), layout),
+        mask=gl.convert_layout(all_exist, row_layout)[:, None],
+    )

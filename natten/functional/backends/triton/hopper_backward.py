@@ -1,0 +1,548 @@
+"""The backward kernel for Hopper that computes all three gradients in one pass, in Gluon.
+
+Two groups of four warps own half of a key tile each and visit the queries that see it, as in
+`hopper_forward.py`. Each sums the gradients of its own keys and values in registers. The gradients
+of queries are sums over all key tiles: the halves share the scores' gradients in memory, each
+multiplies them with half the features of the keys, and the memory accelerator adds the product to a
+sum in global memory. That is five matrix products where the kernels of `backward.py` compute
+seven, but the order of the additions is left to chance.
+
+What one half does in step i, and what it waits for:
+
+    [ S, dP = K Q^T, V dO^T ][ P = exp S ][ dS to memory ][ dQ of step i-1 ][ dK, dV += dS Q, P dO ]
+
+    wait for     queries[i].full, gradients[i].full, statistics[i].full, for the two products
+                 score_gradients[i].empty, before dS goes there
+                 score_gradients[i-1].full, for dQ of step i-1: both halves' dS
+    arrive at    score_gradients[i].full, when dS is there
+                 score_gradients[i-1].empty, when dQ of step i-1 is computed
+                 gradients[i].empty, queries[i].empty, when dV and dK are
+
+    first half   at the end of step i: waits for queries[i].empty, loads queries i + STAGES
+    second half  likewise gradients[i].empty, loads gradients and statistics i + STAGES
+
+A step's product for the query runs in the next step, so that no half waits for the other. Query
+tiles are in rings of `STAGES` places, scores' gradients in one of two.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from natten.functional.backends.triton import arguments, launcher
+from natten.functional.backends.triton.hopper import (
+    Ring,
+    barriers,
+    descriptor,
+    loaded_ring,
+    ring_of,
+    row_corner,
+    seen,
+    sights,
+    store_tile,
+)
+from natten.functional.backends.triton.launcher import Launch
+from natten.functional.backends.triton.primitives import (
+    column_steps,
+    column_tile,
+    in_sight,
+    row_tile,
+    sequence_of,
+    unravel,
+)
+from natten.functional.backends.triton.tiles import KEY_VALUE_GRADIENT, Tiling
+from natten.functional.problem import Problem
+
+
+class Strides(NamedTuple):
+    """Strides of batch, three axes of tokens, and heads, see `arguments.Common.steps`."""
+
+    key_gradient: Any
+    value_gradient: Any
+
+
+class Data(NamedTuple):
+    """Tensors that pointers lead to, their strides, and windows. None for what there is not."""
+
+    key_gradient: Any
+    value_gradient: Any
+    cumulative_query: Any
+    cumulative_key: Any
+    strides: Any
+    window: Any
+
+
+class Sources(NamedTuple):
+    """Descriptors: of query and the output's gradient, in query tiles; of key and value, in key
+    tiles; of four statistics a query, logsumexp and delta first; and of the sums that the gradients
+    of queries are added to."""
+
+    query: Any
+    key: Any
+    value: Any
+    out_gradient: Any
+    statistics: Any
+    query_sums: Any
+
+
+class Shared(NamedTuple):
+    """Shared memory: the rows, barriers that say that they are there, rings, and per half the
+    query gradients that are on their way to memory."""
+
+    key: Any
+    value: Any
+    rows_full: Any
+    queries: Ring
+    gradients: Ring
+    statistics: Ring
+    score_gradients: Ring
+    sums: Any
+
+
+def sums_descriptor(
+    tensor: Tensor, shape: list[int], strides: list[int], tile: list[int]
+) -> TensorDescriptor:
+    """As `descriptor`, but of float32 sums, in tiles of half the features."""
+    tile = [*tile[:-1], tile[-1] // 2]
+    layout = gl.NVMMASharedLayout.get_default_for(tile, gl.float32)
+    return TensorDescriptor(tensor, shape, strides, tile, layout)
+
+
+def statistics_descriptor(
+    tensor: Tensor, shape: list[int], strides: list[int], tile: list[int]
+) -> TensorDescriptor:
+    """As `descriptor`, but of a few numbers per token, contiguous in shared memory."""
+    return TensorDescriptor(tensor, shape, strides, tile, gl.NVMMASharedLayout(0, 32, len(tile)))
+
+
+if hasattr(tma, "async_atomic_add"):
+    add_to_global = tma.async_atomic_add
+else:
+    # Triton 3.6 and 3.7 have the operation, but no name for it.
+    @builtin
+    def add_to_global(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
+        """Starts to add a tile in shared memory to global memory."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+        _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def place_of(i, steps, kv_head, box, V: gl.constexpr):
+    """The head and the corner of the i-th tile of queries, of `steps` tiles per head."""
+    QUERY_TILE: gl.constexpr = V.QUERY_TILE
+    head = kv_head * V.HEADS_PER_KV
+    if V.HEADS_PER_KV > 1:
+        head += i // steps
+        i = i % steps
+    corner, _whole = column_tile(i, box, QUERY_TILE, V.RANK)
+    return head, corner
+
+
+@gluon.jit
+def load_queries(
+    HALF: gl.constexpr, i, place, sequence, sources, batch, heads, shared, V: gl.constexpr
+):  # fmt: skip
+    """Starts to load the i-th tile: the first half queries, the second all else about them."""
+    head, corner = place
+    stage = i % V.STAGES
+    z = sequence + corner[2]
+    if HALF == 0:
+        full = shared.queries.full.index(stage)
+        mbarrier.expect(full, sources.query.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            sources.query, [batch, corner[0], corner[1], z, head * V.FEATURES], full,
+            shared.queries.buffers.index(stage),
+        )  # fmt: skip
+    else:
+        full = shared.gradients.full.index(stage)
+        statistics_full = shared.statistics.full.index(stage)
+        mbarrier.expect(full, sources.out_gradient.block_type.nbytes)
+        mbarrier.expect(statistics_full, sources.statistics.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            sources.out_gradient, [batch, corner[0], corner[1], z, head * V.FEATURES], full,
+            shared.gradients.buffers.index(stage),
+        )  # fmt: skip
+        tma.async_copy_global_to_shared(
+            sources.statistics, [batch * heads + head, corner[0], corner[1], z, 0],
+            statistics_full, shared.statistics.buffers.index(stage),
+        )  # fmt: skip
+
+
+@gluon.jit
+def statistic(pairs, which: gl.constexpr, COLUMNS: gl.constexpr, column_layout: gl.constexpr):
+    """One of the numbers of each query."""
+    # That of products along their columns, with an axis of one.
+    NEXT: gl.constexpr = [[1, 0], [8, 0], [16, 0], [32, 0]]
+    layout: gl.constexpr = gl.DistributedLinearLayout(
+        NEXT if COLUMNS == 64 else NEXT + [[64, 0]],
+        [[2, 0], [4, 0], [0, 0], [0, 0], [0, 0]], [[0, 0], [0, 0]], [], [COLUMNS, 1],
+    )  # fmt: skip
+    numbers = pairs.slice(which, 1, 1).load(layout).reshape([COLUMNS])
+    return gl.convert_layout(numbers, column_layout)
+
+
+@gluon.jit
+def multiply_keys(score_gradients, keys, COLUMNS: gl.constexpr, PART: gl.constexpr):
+    """Starts the product of a tile's score gradients with half the features of the keys."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
+    zeros = gl.full([COLUMNS, PART], 0.0, gl.float32, layout)
+    return warpgroup_mma(score_gradients.permute((1, 0)), keys, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def add_queries(
+    part, place, queries, query_sums, sums, batch, first_head, feature, FEATURES: gl.constexpr
+):
+    """Starts to add half the features of a tile's query gradients to memory."""
+    head, corner = place
+    sums.reshape(part.shape).store(part)
+    fence_async_shared()
+    add_to_global(
+        query_sums,
+        [
+            batch, corner[0], corner[1], queries + corner[2],
+            (head - first_head) * FEATURES + feature,
+        ],
+        sums,
+    )  # fmt: skip
+
+
+@gluon.jit
+def attend_back(
+    HALF: gl.constexpr, sources, data, heads, first_head, group_heads, scales, shared,
+    V: gl.constexpr,
+):  # fmt: skip
+    """Four warps with half of a key tile."""
+    queries, gradients, statistics = shared.queries, shared.gradients, shared.statistics
+    score_gradients = shared.score_gradients
+    QUERY_TILE: gl.constexpr = V.QUERY_TILE
+    KEY_TILE: gl.constexpr = V.KEY_TILE
+    STAGES: gl.constexpr = V.STAGES
+    FEATURES: gl.constexpr = V.FEATURES
+    ALL: gl.constexpr = V.KEYS
+    ROWS: gl.constexpr = ALL // 2
+    COLUMNS: gl.constexpr = V.QUERIES
+    PART: gl.constexpr = FEATURES // 2
+    # Two products of 128 columns at a time and a sum that waits for a third spill registers.
+    LATE: gl.constexpr = COLUMNS == 128
+    dtype: gl.constexpr = queries.buffers.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEATURES, 16])
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, sum_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    column_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+
+    at, rows, box, grid = row_tile(
+        gl.program_id(0), HALF * ROWS + gl.arange(0, ROWS, row_layout), data, group_heads, True, V
+    )
+    kv_head, batch, memory_batch = at
+    kv_head += first_head
+    width = rows.width
+    sequence = grid.sequence
+    own = sights(rows.begin, width, rows.exists, V.RANK)
+    # Rows that do not exist see nothing: unmasked, they would add to the queries' gradients.
+    widths = width[2]
+    if V.RANK >= 2:
+        widths = gl.minimum(widths, width[1])
+    if V.RANK == 3:
+        widths = gl.minimum(widths, width[0])
+    see_some = gl.min(widths, 0) > 0
+    steps = column_steps(box)
+    total = steps * V.HEADS_PER_KV
+
+    row_first, _length = sequence_of(data.cumulative_key, batch, 2**30, V.VARLEN)
+    x, y, z = row_corner(0, rows.corner, data.window.key_origins, row_first, KEY_TILE)
+    mbarrier.expect(shared.rows_full.index(HALF), sources.key.block_type.nbytes)
+    tma.async_copy_global_to_shared(
+        sources.key if HALF == 0 else sources.value, [memory_batch, x, y, z, kv_head * FEATURES],
+        shared.rows_full.index(HALF), shared.key if HALF == 0 else shared.value,
+    )  # fmt: skip
+    for i in gl.static_range(STAGES):
+        if i < total:
+            load_queries(
+                HALF, i, place_of(i, steps, kv_head, box, V), sequence, sources, memory_batch,
+                heads * V.HEADS_PER_KV, shared, V,
+            )  # fmt: skip
+
+    all_keys = shared.key.reshape([ALL, FEATURES])
+    keys = all_keys.slice(HALF * ROWS, ROWS, 0)
+    key_features = all_keys.slice(HALF * PART, PART, 1)
+    values = shared.value.reshape([ALL, FEATURES]).slice(HALF * ROWS, ROWS, 0)
+    sums = shared.sums.index(HALF)
+    place = unravel(gl.arange(0, COLUMNS, column_layout), QUERY_TILE)
+    zeros = gl.full([ROWS, COLUMNS], 0.0, gl.float32, scores_layout)
+    key_sum = warpgroup_mma_init(gl.full([ROWS, FEATURES], 0.0, gl.float32, sum_layout))
+    value_sum = warpgroup_mma_init(gl.full([ROWS, FEATURES], 0.0, gl.float32, sum_layout))
+    mbarrier.wait(shared.rows_full.index(0), 0)
+    mbarrier.wait(shared.rows_full.index(1), 0)
+    for i in range(total):
+        stage = i % STAGES
+        phase = (i // STAGES) & 1
+        here = i & 1
+        _head, corner = place_of(i, steps, kv_head, box, V)
+        needed, whole = seen(corner, own, QUERY_TILE, V.RANK)
+        own_part = score_gradients.buffers.index(here).slice(HALF * ROWS, ROWS, 0)
+        mbarrier.wait(queries.full.index(stage), phase)
+        if needed:
+            query_tile = queries.buffers.index(stage).reshape([COLUMNS, FEATURES])
+            gradient_tile = gradients.buffers.index(stage).reshape([COLUMNS, FEATURES])
+            pairs = statistics.buffers.index(stage)._reinterpret(gl.float32, [COLUMNS, 4], flat)
+            scores = warpgroup_mma(
+                keys, query_tile.permute((1, 0)), zeros, use_acc=False, is_async=True
+            )
+            mbarrier.wait(gradients.full.index(stage), phase)
+            weight_gradient = warpgroup_mma(
+                values, gradient_tile.permute((1, 0)), zeros, use_acc=False, is_async=True
+            )
+            mbarrier.wait(statistics.full.index(stage), phase)
+            column_lse = statistic(pairs, 0, COLUMNS, column_layout)
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            if V.NEGATE:
+                scores = -scores
+            if not (whole & see_some):
+                scores = gl.where(
+                    in_sight(corner, place, rows.begin, width, V.RANK), scores, float("-inf")
+                )
+            weights = gl.exp2(scores * scales.scores - column_lse[None, :])
+            operand = gl.convert_layout(weights.to(dtype), operand_layout)
+            if LATE:
+                weight_gradient = warpgroup_mma_wait(0, deps=[weight_gradient])
+            else:
+                value_sum = warpgroup_mma(operand, gradient_tile, value_sum, is_async=True)
+                weight_gradient = warpgroup_mma_wait(1, deps=[weight_gradient])
+            column_delta = statistic(pairs, 1, COLUMNS, column_layout)
+            score_gradient = weights * (weight_gradient - column_delta[None, :])
+            score_gradient = score_gradient.to(dtype)
+            mbarrier.wait(score_gradients.empty.index(here), ((i >> 1) + 1) & 1)
+            own_part.store(score_gradient)
+            if LATE:
+                value_sum = warpgroup_mma(operand, gradient_tile, value_sum, is_async=True)
+            operand = gl.convert_layout(score_gradient, operand_layout)
+            fence_async_shared()
+            mbarrier.arrive(score_gradients.full.index(here))
+            if i > 0:
+                mbarrier.wait(score_gradients.full.index(1 - here), ((i - 1) >> 1) & 1)
+                part = multiply_keys(
+                    score_gradients.buffers.index(1 - here), key_features, COLUMNS, PART
+                )
+                key_sum = warpgroup_mma(operand, query_tile, key_sum, is_async=True)
+                tma.store_wait(0)
+                part, value_done = warpgroup_mma_wait(1, deps=[part, value_sum])
+                mbarrier.arrive(score_gradients.empty.index(1 - here))
+                mbarrier.arrive(gradients.empty.index(stage))
+                value_sum = warpgroup_mma_init(value_done)
+                add_queries(
+                    part, place_of(i - 1, steps, kv_head, box, V), sequence, sources.query_sums,
+                    sums, memory_batch, first_head * V.HEADS_PER_KV, HALF * PART, FEATURES,
+                )  # fmt: skip
+                key_done = warpgroup_mma_wait(0, deps=[key_sum])
+                mbarrier.arrive(queries.empty.index(stage))
+                key_sum = warpgroup_mma_init(key_done)
+            else:
+                key_sum = warpgroup_mma(operand, query_tile, key_sum, is_async=True)
+                key_done, value_done = warpgroup_mma_wait(0, deps=[key_sum, value_sum])
+                mbarrier.arrive(gradients.empty.index(stage))
+                mbarrier.arrive(queries.empty.index(stage))
+                key_sum = warpgroup_mma_init(key_done)
+                value_sum = warpgroup_mma_init(value_done)
+        else:
+            key_done, value_done = warpgroup_mma_wait(0, deps=[key_sum, value_sum])
+            key_sum = warpgroup_mma_init(key_done)
+            value_sum = warpgroup_mma_init(value_done)
+            # Buffers are filled again only after they have been full.
+            mbarrier.wait(gradients.full.index(stage), phase)
+            mbarrier.wait(statistics.full.index(stage), phase)
+            mbarrier.arrive(gradients.empty.index(stage))
+            mbarrier.arrive(queries.empty.index(stage))
+            mbarrier.wait(score_gradients.empty.index(here), ((i >> 1) + 1) & 1)
+            own_part.store(gl.full([ROWS, COLUMNS], 0.0, dtype, scores_layout))
+            fence_async_shared()
+            mbarrier.arrive(score_gradients.full.index(here))
+            if i > 0:
+                mbarrier.wait(score_gradients.full.index(1 - here), ((i - 1) >> 1) & 1)
+                part = multiply_keys(
+                    score_gradients.buffers.index(1 - here), key_features, COLUMNS, PART
+                )
+                tma.store_wait(0)
+                part = warpgroup_mma_wait(0, deps=[part])
+                mbarrier.arrive(score_gradients.empty.index(1 - here))
+                add_queries(
+                    part, place_of(i - 1, steps, kv_head, box, V), sequence, sources.query_sums,
+                    sums, memory_batch, first_head * V.HEADS_PER_KV, HALF * PART, FEATURES,
+                )  # fmt: skip
+        if i + STAGES < total:
+            if HALF == 0:
+                mbarrier.wait(queries.empty.index(stage), phase)
+            else:
+                mbarrier.wait(gradients.empty.index(stage), phase)
+            load_queries(
+                HALF, i + STAGES, place_of(i + STAGES, steps, kv_head, box, V), sequence, sources,
+                memory_batch, heads * V.HEADS_PER_KV, shared, V,
+            )  # fmt: skip
+    key_sum, value_sum = warpgroup_mma_wait(0, deps=[key_sum, value_sum])
+    if total > 0:
+        last = (total - 1) & 1
+        mbarrier.wait(score_gradients.full.index(last), ((total - 1) >> 1) & 1)
+        part = multiply_keys(score_gradients.buffers.index(last), key_features, COLUMNS, PART)
+        tma.store_wait(0)
+        part = warpgroup_mma_wait(0, deps=[part])
+        add_queries(
+            part, place_of(total - 1, steps, kv_head, box, V), sequence, sources.query_sums, sums,
+            memory_batch, first_head * V.HEADS_PER_KV, HALF * PART, FEATURES,
+        )  # fmt: skip
+    store_tile(
+        data.key_gradient, key_sum * scales.gradients, memory_batch, kv_head, rows,
+        data.strides.key_gradient, FEATURES, V,
+    )  # fmt: skip
+    store_tile(
+        data.value_gradient, value_sum, memory_batch, kv_head, rows, data.strides.value_gradient,
+        FEATURES, V,
+    )  # fmt: skip
+    # Shared memory must not go before it has been read.
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["heads", "first_head", "group_heads"])
+def hopper_gradients_kernel(
+    query, key, value, out_gradient, statistics, query_sums, data,
+    heads, first_head, group_heads, scales, V: gl.constexpr,
+):  # fmt: skip
+    """The descriptors of `Sources`, and arguments as those of `key_value_gradient_kernel`. Of the
+    `heads` of keys, programs are for `group_heads`, from `first_head` on."""
+    STAGES: gl.constexpr = V.STAGES
+    KEYS: gl.constexpr = V.KEYS
+    QUERIES: gl.constexpr = V.QUERIES
+    shape: gl.constexpr = [KEYS, QUERIES]
+    gradients = loaded_ring(out_gradient, STAGES)
+    score_gradients = gl.allocate_shared_memory(
+        query.dtype, [2] + shape, gl.NVMMASharedLayout.get_default_for(shape, query.dtype)
+    )
+    statistics_buffers = gl.allocate_shared_memory(
+        gl.float32, [STAGES] + statistics.block_type.shape, statistics.layout
+    )
+    sources = Sources(query, key, value, out_gradient, statistics, query_sums)
+    shared = Shared(
+        gl.allocate_shared_memory(key.dtype, key.block_type.shape, key.layout),
+        gl.allocate_shared_memory(value.dtype, value.block_type.shape, value.layout),
+        barriers(2, 1),
+        loaded_ring(query, STAGES),
+        gradients,
+        # They come with the gradients, and places are free when those of the gradients are.
+        Ring(statistics_buffers, barriers(STAGES, 1), gradients.empty),
+        ring_of(score_gradients, 2, 2),
+        gl.allocate_shared_memory(gl.float32, [2] + query_sums.block_type.shape, query_sums.layout),
+    )
+    gl.warp_specialize(
+        [
+            (attend_back, (
+                0, sources, data, heads, first_head, group_heads, scales, shared, V,
+            )),
+            (attend_back, (
+                1, sources, data, heads, first_head, group_heads, scales, shared, V,
+            )),
+        ],
+        [4],
+        [240],
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    problem: Problem,
+    tiling: Tiling,
+    sequences: int,
+    strides: tuple[tuple[int, ...], ...],
+    gradients: tuple[tuple[int, ...], ...],
+    first_head: int,
+    group_heads: int,
+) -> Launch:
+    """``strides`` are those of query, key, value and the output's gradient, ``gradients`` those of
+    the gradients of key and value."""
+    common = arguments.common(
+        problem, tiling, sequences, "tf32", strides, *gradients, inverse=True
+    )  # fmt: skip
+    key_gradient, value_gradient = map(common.steps, gradients)
+    return Launch(
+        hopper_gradients_kernel,
+        common.tiles // problem.heads_kv * group_heads,
+        (common.heads, first_head, group_heads, common.scales, common.variant),
+        group=Data,
+        alone=6,
+        grouped=(
+            Strides(key_gradient, value_gradient), common.window._replace(bias_paddings=None),
+        ),
+        options=common.options,
+        tiles=(tiling, KEY_VALUE_GRADIENT),
+    )  # fmt: skip
+
+
+def gradients(
+    problem: Problem,
+    tiling: Tiling,
+    sequences: int,
+    launches: int,
+    tensors: tuple[Tensor, ...],
+    statistics: Tensor,
+    cumulative: tuple[Tensor | None, Tensor | None],
+    results: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write the gradients of query, key and value, ``results``, in so many launches.
+
+    Args:
+        problem, tiling, sequences: As of all kernels.
+        launches: They divide the heads.
+        tensors: Query, key, value and the output's gradient, which descriptors can view.
+        statistics: Four numbers of each ``[batch, head, token]``, logsumexp and delta first.
+        cumulative: Where packed sequences of queries and keys begin.
+        results: Memory for them.
+    """
+    query, key, value, grad_out = tensors
+    query_gradient, key_gradient, value_gradient = results
+    group = -(-problem.heads_kv // launches)
+    members = problem.heads // problem.heads_kv
+    sums = torch.empty(
+        (*query.shape[:-2], group * members, problem.head_dim),
+        dtype=torch.float32, device=query.device,
+    )  # fmt: skip
+    strides = query.stride(), key.stride(), value.stride(), grad_out.stride()
+    statistics = statistics.view(-1, *problem.query_shape, 1, statistics.shape[-1])
+    query_tile, key_tile = arguments.pad(tiling.query, 1), arguments.pad(tiling.key, 1)
+    descriptors = (
+        launcher.descriptor(query, query_tile, descriptor),
+        launcher.descriptor(key, key_tile, descriptor),
+        launcher.descriptor(value, key_tile, descriptor),
+        launcher.descriptor(grad_out, query_tile, descriptor),
+        launcher.descriptor(statistics, query_tile, statistics_descriptor),
+    )
+    for first in range(0, problem.heads_kv, group):
+        heads = min(group, problem.heads_kv - first)
+        launch = _launch(
+            problem, tiling, sequences, strides, (key_gradient.stride(), value_gradient.stride()),
+            first, heads,
+        )  # fmt: skip
+        part = sums.narrow(-2, 0, heads * members).zero_()
+        launch.run(
+            *descriptors, launcher.descriptor(part, query_tile, sums_descriptor),
+            key_gradient, value_gradient, *cumulative,
+        )  # fmt: skip
+        target = query_gradient.narrow(-2, first * members, heads * members)
+        torch.mul(part, problem.scale, out=target)

@@ -1,0 +1,342 @@
+"""The forward kernel for Hopper, in Triton's Gluon dialect: warp-specialized, ping-pong.
+
+Two groups of four warps own half of a query tile each and visit the same tiles of keys and values,
+in two rings of places in shared memory. In `forward.py` all warps of a program meet at every step,
+so that no product runs during the softmax; here nothing but the rings ties the halves, and one
+multiplies while the other computes its softmax. Each of them also skips tiles that none of its own
+rows sees. There is no interpreter for Gluon: `forward.py` is this kernel's equal, and what runs
+everywhere else.
+
+The two halves, each at its own pace (here half a step apart), and the barriers of step t:
+
+    half 0     [ S(t) = Q K^T ][ softmax ][ start O += P V ][ S(t+1), end of O ][ softmax ][ start
+    half 1     O += P V(t-1) ][ S(t), end of O ][ softmax ][ start O += P V ][ S(t+1), end of O ][
+                ^              ^                 ^                          ^
+    a half      keys[t].full   keys[t].empty,    values[t].full             (step t+1) keys.empty,
+                waits          values[t-1].empty waits: the                 values[t].empty: arrives
+                               arrives           product reads them
+
+    half 0     also loads keys: waits for keys[t].empty (both halves), loads tile t + STAGES
+    half 1     also loads values: waits for values[t-1].empty, loads tile t - 1 + STAGES
+
+Tile t is in place t % STAGES of its ring, and completes phase (t // STAGES) & 1 of its barriers.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from natten.functional.backend import Inputs
+from natten.functional.backends.triton import arguments, launcher
+from natten.functional.backends.triton.hopper import (
+    Ring,
+    barriers,
+    descriptor,
+    loaded_ring,
+    row_corner,
+    seen,
+    sights,
+    store_tile,
+)
+from natten.functional.backends.triton.launcher import Launch, describable
+from natten.functional.backends.triton.primitives import (
+    LN_2,
+    ceil_div,
+    column_steps,
+    column_tile,
+    head_offset,
+    in_sight,
+    row_offsets,
+    row_tile,
+    sequence_of,
+    unravel,
+)
+from natten.functional.backends.triton.tiles import FORWARD, Tiling, half
+from natten.functional.problem import Problem
+
+
+class Strides(NamedTuple):
+    """Strides of batch, three axes of tokens, and heads, see `arguments.Common.steps`."""
+
+    out: Any
+    lse: Any
+
+
+class Data(NamedTuple):
+    """Tensors that pointers lead to, their strides, and windows. None for what there is not."""
+
+    out: Any
+    lse: Any
+    cumulative_query: Any
+    cumulative_key: Any
+    strides: Any
+    window: Any
+
+
+class Sources(NamedTuple):
+    """Descriptors: of halves of query tiles, of key tiles, of as many tokens in a row."""
+
+    query: Any
+    key: Any
+    value: Any
+    additional_key: Any
+    additional_value: Any
+
+
+class Shared(NamedTuple):
+    """Shared memory: both halves' rows, barriers that say that they are there, and rings."""
+
+    query: Any
+    query_full: Any
+    key_ring: Ring
+    value_ring: Ring
+
+
+@gluon.jit
+def load_tile(t, steps, box, source, additional, at, sequence, feature, ring, V: gl.constexpr):
+    """Starts to load the t-th tile of keys or values."""
+    KEY_TILE: gl.constexpr = V.KEY_TILE
+    bar = ring.full.index(t % V.STAGES)
+    buffer = ring.buffers.index(t % V.STAGES)
+    mbarrier.expect(bar, source.block_type.nbytes)
+    corner, _whole = column_tile(t, box, KEY_TILE, V.RANK)
+    in_grid = True
+    if additional is not None:
+        in_grid = t < steps
+        tma.async_copy_global_to_shared(
+            additional, [at.batch, 0, 0, (t - steps) * V.KEYS, feature], bar,
+            buffer.reshape(additional.block_type.shape), pred=t >= steps,
+        )  # fmt: skip
+    tma.async_copy_global_to_shared(
+        source, [at.memory_batch, corner[0], corner[1], sequence + corner[2], feature], bar,
+        buffer, pred=in_grid,
+    )  # fmt: skip
+
+
+@gluon.jit
+def attend(
+    HALF: gl.constexpr, sources, data, heads, num_additional, scale, shared, V: gl.constexpr
+):  # fmt: skip
+    """Four warps with half of a query tile. The first half loads keys, the second values."""
+    keys, values = shared.key_ring, shared.value_ring
+    KEY_TILE: gl.constexpr = V.KEY_TILE
+    QUERY_TILE: gl.constexpr = V.QUERY_TILE
+    STAGES: gl.constexpr = V.STAGES
+    COLUMNS: gl.constexpr = V.KEYS
+    ROWS: gl.constexpr = V.QUERIES // 2
+    FEATURES: gl.constexpr = V.FEATURES
+    VALUE_FEATURES: gl.constexpr = V.VALUE_FEATURES
+    dtype: gl.constexpr = shared.query.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_FEATURES, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    column_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
+    out_row_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
+
+    at, rows, box, grid = row_tile(
+        gl.program_id(0), HALF * ROWS + gl.arange(0, ROWS, row_layout), data, heads, False, V
+    )
+    head, batch, memory_batch = at
+    sequence = grid.sequence
+    kv_head = head // V.HEADS_PER_KV
+    steps = column_steps(box)
+    all_steps = steps
+    if sources.additional_key is not None:
+        all_steps += ceil_div(num_additional, COLUMNS)
+
+    row_first, _length = sequence_of(data.cumulative_query, batch, 2**30, V.VARLEN)
+    x, y, z = row_corner(HALF, rows.corner, data.window.query_origins, row_first, QUERY_TILE)
+    mbarrier.expect(shared.query_full.index(HALF), sources.query.block_type.nbytes)
+    tma.async_copy_global_to_shared(
+        sources.query, [memory_batch, x, y, z, head * FEATURES], shared.query_full.index(HALF),
+        shared.query.index(HALF),
+    )  # fmt: skip
+    for t in gl.static_range(STAGES):
+        if t < all_steps:
+            if HALF == 0:
+                load_tile(
+                    t, steps, box, sources.key, sources.additional_key, at, sequence,
+                    kv_head * FEATURES, keys, V,
+                )  # fmt: skip
+            else:
+                load_tile(
+                    t, steps, box, sources.value, sources.additional_value, at, sequence,
+                    kv_head * VALUE_FEATURES, values, V,
+                )  # fmt: skip
+
+    own = sights(rows.begin, rows.width, rows.exists, V.RANK)
+    place = unravel(gl.arange(0, COLUMNS, column_layout), KEY_TILE)
+    queries = shared.query.index(HALF).reshape([ROWS, FEATURES])
+    maximum = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+    total = gl.full([ROWS], 0.0, gl.float32, row_layout)
+    zeros = gl.full([ROWS, COLUMNS], 0.0, gl.float32, scores_layout)
+    accumulator = warpgroup_mma_init(gl.full([ROWS, VALUE_FEATURES], 0.0, gl.float32, out_layout))
+    mbarrier.wait(shared.query_full.index(HALF), 0)
+    for t in range(all_steps):
+        stage = t % STAGES
+        phase = (t // STAGES) & 1
+        corner, _whole = column_tile(t, box, KEY_TILE, V.RANK)
+        needed, whole = seen(corner, own, KEY_TILE, V.RANK)
+        if sources.additional_key is not None:
+            needed = needed | (t >= steps)
+            whole = whole | (t >= steps)
+        mbarrier.wait(keys.full.index(stage), phase)
+        if needed:
+            key_tile = keys.buffers.index(stage).reshape([COLUMNS, FEATURES])
+            scores = warpgroup_mma(
+                queries, key_tile.permute((1, 0)), zeros, use_acc=False, is_async=True
+            )
+            scores, accumulated = warpgroup_mma_wait(0, deps=[scores, accumulator])
+            mbarrier.arrive(keys.empty.index(stage))
+            mbarrier.arrive(values.empty.index((t + STAGES - 1) % STAGES), pred=t > 0)
+            if V.NEGATE:
+                scores = -scores
+            if not whole:
+                scores = gl.where(
+                    in_sight(corner, place, rows.begin, rows.width, V.RANK), scores, float("-inf")
+                )
+            if sources.additional_key is not None:
+                token = (t - steps) * COLUMNS + gl.arange(0, COLUMNS, column_layout)
+                scores = gl.where((token < num_additional)[None, :], scores, float("-inf"))
+            new_maximum = gl.maximum(maximum, gl.max(scores, 1) * scale)
+            # Keep -inf - -inf, of a row that has seen nothing yet, out of the exponent.
+            pivot = gl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+            weights = gl.exp2(scores * scale - pivot[:, None])
+            shrink = gl.exp2(maximum - pivot)
+            total = total * shrink + gl.sum(weights, 1)
+            maximum = new_maximum
+            accumulated = accumulated * gl.convert_layout(shrink, out_row_layout)[:, None]
+            weights = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, out_layout, 2))
+            mbarrier.wait(values.full.index(stage), phase)
+            accumulator = warpgroup_mma(
+                weights, values.buffers.index(stage).reshape([COLUMNS, VALUE_FEATURES]),
+                accumulated, is_async=True,
+            )  # fmt: skip
+        else:
+            accumulated = warpgroup_mma_wait(0, deps=[accumulator])
+            mbarrier.arrive(keys.empty.index(stage))
+            mbarrier.arrive(values.empty.index((t + STAGES - 1) % STAGES), pred=t > 0)
+            # A buffer is filled again only after it has been full.
+            mbarrier.wait(values.full.index(stage), phase)
+            accumulator = warpgroup_mma_init(accumulated)
+        if HALF == 0:
+            if t + STAGES < all_steps:
+                mbarrier.wait(keys.empty.index(stage), phase)
+                load_tile(
+                    t + STAGES, steps, box, sources.key, sources.additional_key, at, sequence,
+                    kv_head * FEATURES, keys, V,
+                )  # fmt: skip
+        else:
+            # The product with the last tile of values runs until the next step.
+            if (t > 0) & (t + STAGES - 1 < all_steps):
+                mbarrier.wait(
+                    values.empty.index((t + STAGES - 1) % STAGES),
+                    ((t + STAGES - 1) // STAGES + 1) & 1,
+                )
+                load_tile(
+                    t + STAGES - 1, steps, box, sources.value, sources.additional_value, at,
+                    sequence, kv_head * VALUE_FEATURES, values, V,
+                )  # fmt: skip
+    result = warpgroup_mma_wait(0, deps=[accumulator])
+
+    # A query that sees nothing has output 0 and logsumexp -inf.
+    divisor = gl.where(total == 0.0, 1.0, total)
+    result = result / gl.convert_layout(divisor, out_row_layout)[:, None]
+    offset, all_exist = row_offsets(rows.memory, rows.exists, data.strides.lse, 1, V.RANK)
+    offset += head_offset(memory_batch, head, data.strides.lse, 1)
+    gl.store(data.lse + offset, (maximum + gl.log2(total)) * LN_2, mask=all_exist)
+    store_tile(data.out, result, memory_batch, head, rows, data.strides.out, VALUE_FEATURES, V)
+
+
+@gluon.jit(do_not_specialize=["heads", "num_additional"])
+def hopper_forward_kernel(
+    query, key, value, additional_key, additional_value, data, heads, num_additional, scale,
+    V: gl.constexpr,
+):  # fmt: skip
+    """The descriptors of `Sources`, and arguments as those of `forward_kernel`."""
+    STAGES: gl.constexpr = V.STAGES
+    sources = Sources(query, key, value, additional_key, additional_value)
+    shared = Shared(
+        gl.allocate_shared_memory(query.dtype, [2] + query.block_type.shape, query.layout),
+        barriers(2, 1),
+        loaded_ring(key, STAGES),
+        loaded_ring(value, STAGES),
+    )
+    gl.warp_specialize(
+        [
+            (attend, (0, sources, data, heads, num_additional, scale, shared, V)),
+            (attend, (1, sources, data, heads, num_additional, scale, shared, V)),
+        ],
+        [4],
+        [240],
+    )
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    problem: Problem,
+    tiling: Tiling,
+    sequences: int,
+    strides: tuple[tuple[int, ...], ...],
+    additional: tuple[tuple[int, ...], ...],
+    out: tuple[int, ...],
+) -> Launch:
+    """``strides`` are those of query, key and value, ``additional`` those of additional ones."""
+    common = arguments.common(problem, tiling, sequences, "tf32", strides, *additional, out)
+    lse = arguments.statistic_strides(problem.query_shape, problem.heads, True)
+    return Launch(
+        hopper_forward_kernel,
+        common.tiles,
+        (common.heads, problem.num_additional, common.scales.scores, common.variant),
+        group=Data,
+        alone=5,
+        grouped=(Strides(common.steps(out), lse), common.window._replace(bias_paddings=None)),
+        options=common.options,
+        tiles=(tiling, FORWARD),
+    )
+
+
+def forward(problem: Problem, tiling: Tiling, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """out and logsumexp."""
+    query, key, value = map(describable, (inputs.query, inputs.key, inputs.value))
+    cumulative_query = launcher.adjacent(inputs.cumulative_seqlen_q)
+    out = launcher.allocate(problem, problem.output_shape, query.dtype, query.device)
+    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=query.device)
+    if problem.varlen:
+        lse.fill_(-torch.inf)
+    context = [
+        None if tensor is None else describable(tensor)
+        for tensor in (inputs.additional_keys, inputs.additional_values)
+    ]
+    launch = _launch(
+        problem, tiling, launcher.sequences(problem, cumulative_query),
+        (query.stride(), key.stride(), value.stride()),
+        tuple([tensor.stride() for tensor in context if tensor is not None]), out.stride(),
+    )  # fmt: skip
+    key_tile = launch.variant.KEY_TILE
+    tokens = (1, 1, prod(key_tile))
+    launch.run(
+        launcher.descriptor(query, half(launch.variant.QUERY_TILE), descriptor),
+        launcher.descriptor(key, key_tile, descriptor),
+        launcher.descriptor(value, key_tile, descriptor),
+        *(
+            None if tensor is None else launcher.descriptor(tensor, tokens, descriptor)
+            for tensor in context
+        ),
+        out, lse, cumulative_query, launcher.adjacent(inputs.cumulative_seqlen_kv),
+    )  # fmt: skip
+    return out, lse

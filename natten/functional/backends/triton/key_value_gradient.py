@@ -1,0 +1,272 @@
+"""The kernel for the gradients of key and value.
+
+A tile of keys visits the queries that see it (inverse windows are boxes too) and sums dV = P^T dO
+and dK = dS^T Q, with the names of `query_gradient.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from natten.functional.backends.triton import arguments
+from natten.functional.backends.triton.launcher import Launch
+from natten.functional.backends.triton.primitives import (
+    additional_count,
+    column_source,
+    column_steps,
+    column_tile,
+    decode,
+    head_offset,
+    load_columns,
+    load_rows,
+    row_offsets,
+    row_tile,
+    store_rows,
+    tile_scores,
+    unravel,
+)
+from natten.functional.backends.triton.tiles import KEY_VALUE_GRADIENT, Tiling
+from natten.functional.problem import Problem
+
+
+class Strides(NamedTuple):
+    """Strides of batch, three axes of tokens, and heads, see `arguments.Common.steps`."""
+
+    query: Any
+    key: Any
+    value: Any
+    out_gradient: Any
+    statistics: Any
+    key_gradient: Any
+    value_gradient: Any
+
+
+class Data(NamedTuple):
+    """Tensors but query, key, value and the output's gradient, strides of all, and windows. None
+    for what there is not.
+
+    `statistics` are logsumexp and delta of each query. Rows, which are additional keys then, exist
+    as far as `row_counts` says.
+    """
+
+    statistics: Any
+    key_gradient: Any
+    value_gradient: Any
+    bias: Any
+    cumulative_query: Any
+    cumulative_key: Any
+    row_counts: Any
+    strides: Any
+    window: Any
+
+
+@triton.jit
+def load_statistics(pointer, corner, place, extent, steps, dilation, V: tl.constexpr):
+    """lse and delta of a tile of query columns, contiguous along the last axis but for dilation.
+
+    Loaded together: of a load with fewer elements than threads, every thread would load all that
+    it needs itself, sixteen of each where the columns are those of a matrix product.
+    """
+    start = corner[2].to(tl.int64) * dilation
+    offset = place[2] * dilation
+    exists = place[2] < extent[2] - corner[2]
+    if V.RANK >= 2:
+        start += corner[1] * steps[1]
+        offset += place[1] * steps[1].to(tl.int32)
+        exists = exists & (place[1] < extent[1] - corner[1])
+    if V.RANK == 3:
+        start += corner[0] * steps[0]
+        offset += place[0] * steps[0].to(tl.int32)
+        exists = exists & (place[0] < extent[0] - corner[0])
+    source = pointer + 2 * start + (2 * offset[:, None] + tl.arange(0, 2)[None, :])
+    if V.MASK == "never":
+        pair = tl.load(source)
+    else:
+        pair = tl.load(source, mask=exists[:, None], other=0.0)
+    return tl.split(pair)
+
+
+@triton.jit
+def key_value_gradient_tile(
+    program, query, key, value, out_gradient, data,
+    heads, splits, split_size, value_split_size, scales, V: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = V.KEYS
+    COLUMNS: tl.constexpr = V.QUERIES
+    QUERY_TILE: tl.constexpr = V.QUERY_TILE
+    BLOCK: tl.constexpr = V.BLOCK
+    VALUE_BLOCK: tl.constexpr = V.VALUE_BLOCK
+    strides, window = data.strides, data.window
+    tile_of_rows = program // splits
+    split = program % splits
+    at, rows, box, grid = row_tile(tile_of_rows, tl.arange(0, ROWS), data, heads, True, V)
+    memory_batch, kv_head = at.memory_batch, at.head
+    place = unravel(tl.arange(0, COLUMNS), QUERY_TILE)
+    steps = column_steps(box)
+    present = rows.exists
+    if data.row_counts is not None:
+        # Rows are additional keys, of which this batch entry has so many.
+        count = additional_count(data.row_counts, at.batch, decode(window.key_extents)[2])
+        exists = rows.exists
+        present = (exists[0], exists[1], exists[2] & (rows.position[2] < count))
+        steps = tl.where(rows.corner[2] < count, steps, 0)
+
+    offset, all_exist = row_offsets(rows.memory, present, strides.key, V.UNIT, V.RANK)
+    key_rows = load_rows(
+        key + head_offset(memory_batch, kv_head, strides.key, V.UNIT),
+        offset, all_exist, V.FEATURES, V.BLOCK,
+    )  # fmt: skip
+    offset, all_exist = row_offsets(rows.memory, present, strides.value, V.UNIT, V.RANK)
+    value_rows = load_rows(
+        value + head_offset(memory_batch, kv_head, strides.value, V.UNIT),
+        offset, all_exist, V.VALUE_FEATURES, V.VALUE_BLOCK,
+    )  # fmt: skip
+    key_accumulator = tl.zeros([ROWS, BLOCK], tl.float32)
+    value_accumulator = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
+
+    for member in tl.range(0, V.HEADS_PER_KV, num_stages=1):
+        head = kv_head * V.HEADS_PER_KV + member
+        query_source = column_source(
+            query, memory_batch, head, grid.memory, strides.query, window.dilations, V.UNIT, V.RANK,
+            V.TMA,
+        )  # fmt: skip
+        gradient_source = column_source(
+            out_gradient, memory_batch, head, grid.memory, strides.out_gradient, window.dilations,
+            V.UNIT, V.RANK, V.TMA,
+        )  # fmt: skip
+        statistics = column_source(
+            0, memory_batch, head, grid.memory, strides.statistics, window.dilations, 1, V.RANK,
+            False,
+        )  # fmt: skip
+        for t in tl.range(
+            steps * split // splits, steps * (split + 1) // splits, num_stages=V.STAGES
+        ):
+            tile = column_tile(t, box, QUERY_TILE, V.RANK)
+            query_columns = load_columns(
+                query_source, tile[0], grid, place, V.FEATURES, V.BLOCK, COLUMNS, V
+            )
+            gradient_columns = load_columns(
+                gradient_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_BLOCK, COLUMNS, V
+            )
+            column_lse, column_delta = load_statistics(
+                data.statistics + 2 * statistics.data, tile[0], place, grid.extent,
+                statistics.steps, window.dilations[2], V,
+            )  # fmt: skip
+            scores = tile_scores(
+                key_rows, query_columns, tile, place, rows, grid, data.bias, window, head, True, V
+            )
+            weights = tl.math.exp2(scores * scales.scores - column_lse[None, :])
+            value_accumulator = tl.dot(
+                weights.to(gradient_columns.dtype), gradient_columns, value_accumulator,
+                input_precision=V.PRECISION,
+            )  # fmt: skip
+            weight_gradient = tl.dot(value_rows, gradient_columns.T, input_precision=V.PRECISION)
+            score_gradient = weights * (weight_gradient - column_delta[None, :])
+            score_gradient = score_gradient.to(query_columns.dtype)
+            key_accumulator = tl.dot(
+                score_gradient, query_columns, key_accumulator, input_precision=V.PRECISION
+            )
+
+    if data.row_counts is not None:
+        # Their scores were not masked.
+        key_accumulator = tl.where(present[2][:, None], key_accumulator, 0.0)
+        value_accumulator = tl.where(present[2][:, None], value_accumulator, 0.0)
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.key_gradient, V.UNIT, V.RANK)
+    start = head_offset(memory_batch, kv_head, strides.key_gradient, V.UNIT)
+    start += split * (split_size * V.UNIT)
+    store_rows(
+        data.key_gradient + start, key_accumulator * scales.gradients, offset, all_exist,
+        V.FEATURES, V.BLOCK,
+    )  # fmt: skip
+    offset, all_exist = row_offsets(
+        rows.memory, rows.exists, strides.value_gradient, V.UNIT, V.RANK
+    )  # fmt: skip
+    start = head_offset(memory_batch, kv_head, strides.value_gradient, V.UNIT)
+    start += split * (value_split_size * V.UNIT)
+    store_rows(
+        data.value_gradient + start, value_accumulator, offset, all_exist, V.VALUE_FEATURES,
+        V.VALUE_BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["programs", "heads", "splits", "split_size", "value_split_size"]
+)  # fmt: skip
+def key_value_gradient_kernel(
+    query, key, value, out_gradient, data,
+    programs, heads, splits, split_size, value_split_size, scales, V: tl.constexpr,
+):  # fmt: skip
+    """Query and the output's gradient are descriptors of query tiles if `V.TMA`, else pointers.
+
+    `splits` programs share the queries of a tile of keys; each writes sums of its own.
+    """
+    if V.PERSISTENT:
+        for program in tl.range(tl.program_id(0), programs, tl.num_programs(0)):
+            key_value_gradient_tile(
+                program, query, key, value, out_gradient, data,
+                heads, splits, split_size, value_split_size, scales, V,
+            )  # fmt: skip
+    else:
+        key_value_gradient_tile(
+            tl.program_id(0), query, key, value, out_gradient, data,
+            heads, splits, split_size, value_split_size, scales, V,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def key_value_gradient_launch(
+    problem: Problem,
+    tiling: Tiling,
+    sequences: int,
+    precision: str,
+    strides: tuple[tuple[int, ...], ...],
+    gradients: tuple[tuple[int, ...], ...],
+    paddings: tuple[int, ...],
+    splits: int,
+    persistent_programs: int,
+) -> Launch:
+    """The launch on query, key, value, the output's gradient and the members of `Data`.
+
+    ``strides`` are those of query, key, value and the output's gradient, ``gradients`` those of
+    what is computed, without the axis of ``splits``. ``persistent_programs`` for each head take
+    turns on its key tiles, unless 0.
+    """
+    limit = persistent_programs * problem.heads_kv * sequences
+    common = arguments.common(
+        problem, tiling, sequences, precision, strides, *gradients, inverse=True,
+        bias_paddings=paddings,
+    )  # fmt: skip
+    programs = common.tiles * splits
+    launched = min(programs, limit) if persistent_programs else programs
+    query, key, value, out_gradient = strides
+    key_gradient, value_gradient = gradients
+    steps = Strides(
+        query=common.steps(query),
+        key=common.steps(key),
+        value=common.steps(value),
+        out_gradient=common.steps(out_gradient),
+        statistics=arguments.statistic_strides(problem.query_shape, problem.heads, False),
+        key_gradient=common.steps(key_gradient),
+        value_gradient=common.steps(value_gradient),
+    )
+    variant = replace(common.variant, PERSISTENT=launched < programs)
+    rows = problem.batch * prod(problem.key_shape) * problem.heads_kv
+    split_sizes = [
+        rows * features // variant.UNIT for features in (problem.head_dim, problem.head_dim_v)
+    ]
+    return Launch(
+        key_value_gradient_kernel,
+        launched,
+        (programs, common.heads, splits, *split_sizes, common.scales, variant),
+        group=Data,
+        alone=4,
+        grouped=(steps, common.window),
+        options=common.options,
+        tiles=(tiling, KEY_VALUE_GRADIENT),
+    )

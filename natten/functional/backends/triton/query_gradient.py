@@ -1,0 +1,304 @@
+"""The kernel for the gradients of the query and of the bias.
+
+With P the weights, dP = dO V^T and delta = rowsum(dO * O) - dLSE, the gradient of the scores is
+dS = P * (dP - delta). A tile of queries visits its keys and sums dQ = dS K, and the gradient of the
+bias, dS over the pairs at the same distance.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from natten.functional.backends.triton import arguments
+from natten.functional.backends.triton.launcher import Launch
+from natten.functional.backends.triton.primitives import (
+    additional_scores,
+    additional_source,
+    additional_tile,
+    base2_lse,
+    bias_slot,
+    ceil_div,
+    column_source,
+    column_steps,
+    column_tile,
+    head_offset,
+    load_columns,
+    load_rows,
+    row_offsets,
+    row_tile,
+    store_rows,
+    table_size,
+    tile_scores,
+    unravel,
+)
+from natten.functional.backends.triton.tiles import QUERY_GRADIENT, Tiling
+from natten.functional.problem import Problem
+
+# Registers of a thread where the bias gradient is summed: three programs on a multiprocessor
+# instead of two.
+_BIAS_REGISTERS = 168
+
+
+class Strides(NamedTuple):
+    """Strides of batch, three axes of tokens, and heads, see `arguments.Common.steps`."""
+
+    query: Any
+    key: Any
+    value: Any
+    out_gradient: Any
+    statistics: Any
+    lse: Any
+    query_gradient: Any
+    additional_key: Any
+    additional_value: Any
+
+
+class Data(NamedTuple):
+    """Tensors but query, key and value, strides of all, and windows. None for what there is not.
+
+    With `out`, logsumexp and delta are computed and written to `statistics`, else read from there.
+    The gradient of the bias is added to `bias_gradient`, with `factor` in integers, multiples of
+    1 / factor.
+    """
+
+    out_gradient: Any
+    statistics: Any
+    query_gradient: Any
+    bias: Any
+    additional_key: Any
+    additional_value: Any
+    cumulative_query: Any
+    cumulative_key: Any
+    additional_counts: Any
+    out: Any
+    lse: Any
+    lse_gradient: Any
+    bias_gradient: Any
+    factor: Any
+    strides: Any
+    window: Any
+
+
+@triton.jit
+def query_gradient_step(
+    scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator, scale,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The scores' gradient of one tile, and its product with the keys added to a sum."""
+    weights = tl.math.exp2(scores * scale - row_lse[:, None])
+    weight_gradient = tl.dot(gradient_rows, value_columns.T, input_precision=PRECISION)
+    score_gradient = weights * (weight_gradient - row_delta[:, None])
+    score_gradient = score_gradient.to(key_columns.dtype)
+    accumulator = tl.dot(score_gradient, key_columns, accumulator, input_precision=PRECISION)
+    return accumulator, score_gradient
+
+
+@triton.jit
+def add_bias_gradient(
+    score_gradient, target, factor, corner, row_corner, first, window, V: tl.constexpr
+):  # fmt: skip
+    """Adds the scores' gradient of one tile to one head's table, atomically.
+
+    A bias belongs to a diagonal of the tile. Runs of up to eight rows and columns along the last
+    axis share their diagonals' sums, which a product with zeros and ones finds, so that two to four
+    times fewer numbers are added to memory, to different places. With `factor` these are integers,
+    multiples of 1 / factor: then the order of the additions does not matter.
+    """
+    ROW_TILE: tl.constexpr = V.QUERY_TILE
+    COLUMN_TILE: tl.constexpr = V.KEY_TILE
+    ROW_RUN: tl.constexpr = 8 if ROW_TILE[2] >= 8 else ROW_TILE[2]
+    COLUMN_RUN: tl.constexpr = 8 if COLUMN_TILE[2] >= 8 else COLUMN_TILE[2]
+    ROW_RUNS: tl.constexpr = V.QUERIES // ROW_RUN
+    COLUMN_RUNS: tl.constexpr = V.KEYS // COLUMN_RUN
+    if ROW_RUN * COLUMN_RUN >= 16 and ROW_RUNS * COLUMN_RUNS >= 16:
+        sums = score_gradient.reshape(ROW_RUNS, ROW_RUN, COLUMN_RUNS, COLUMN_RUN)
+        sums = sums.permute(0, 2, 1, 3).reshape(ROW_RUNS * COLUMN_RUNS, ROW_RUN * COLUMN_RUN)
+        diagonal = tl.arange(0, 16)
+        pair = tl.arange(0, ROW_RUN * COLUMN_RUN)
+        distance = pair % COLUMN_RUN - pair // COLUMN_RUN + (ROW_RUN - 1)
+        ones = (distance[:, None] == diagonal[None, :]).to(score_gradient.dtype)
+        sums = tl.dot(sums, ones, input_precision=V.PRECISION)
+        run = tl.arange(0, ROW_RUNS * COLUMN_RUNS)
+        row_place = unravel(run // COLUMN_RUNS * ROW_RUN, ROW_TILE)
+        column_place = unravel(run % COLUMN_RUNS * COLUMN_RUN, COLUMN_TILE)
+    else:
+        sums = score_gradient.to(tl.float32)
+        row_place = unravel(tl.arange(0, ROW_RUNS * ROW_RUN), ROW_TILE)
+        column_place = unravel(tl.arange(0, COLUMN_RUNS * COLUMN_RUN), COLUMN_TILE)
+    position = (
+        row_corner[0] + row_place[0], row_corner[1] + row_place[1], row_corner[2] + row_place[2],
+    )  # fmt: skip
+    row, column, _size = bias_slot(corner, column_place, position, first, window, False, V.RANK)
+    if ROW_RUN * COLUMN_RUN >= 16 and ROW_RUNS * COLUMN_RUNS >= 16:
+        target += (row + column - (ROW_RUN - 1))[:, None] + diagonal[None, :]
+        # Zeros are the sums of pairs out of sight, most of them.
+        needed = (sums != 0.0) & (diagonal < ROW_RUN + COLUMN_RUN - 1)[None, :]
+    else:
+        target += row[:, None] + column[None, :]
+        needed = sums != 0.0
+    if factor is None:
+        tl.atomic_add(target, sums, mask=needed, sem="relaxed")
+    else:
+        tl.atomic_add(target, (sums * tl.load(factor)).to(tl.int64), mask=needed, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["programs", "heads", "num_additional", "bias_copies"])
+def query_gradient_kernel(
+    query, key, value, data, programs, heads, num_additional, bias_copies, scales, V: tl.constexpr
+):  # fmt: skip
+    """Key and value are descriptors of key tiles if `V.TMA`, else pointers."""
+    ROWS: tl.constexpr = V.QUERIES
+    COLUMNS: tl.constexpr = V.KEYS
+    KEY_TILE: tl.constexpr = V.KEY_TILE
+    BLOCK: tl.constexpr = V.BLOCK
+    PRECISION: tl.constexpr = V.PRECISION
+    strides, window = data.strides, data.window
+    at, rows, box, grid = row_tile(tl.program_id(0), tl.arange(0, ROWS), data, heads, False, V)
+    memory_batch, head = at.memory_batch, at.head
+    kv_head = head // V.HEADS_PER_KV
+    place = unravel(tl.arange(0, COLUMNS), KEY_TILE)
+
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.query, V.UNIT, V.RANK)
+    query_rows = load_rows(
+        query + head_offset(memory_batch, head, strides.query, V.UNIT),
+        offset, all_exist, V.FEATURES, V.BLOCK,
+    )  # fmt: skip
+    gradient_offset, all_exist = row_offsets(
+        rows.memory, rows.exists, strides.out_gradient, V.UNIT, V.RANK
+    )
+    gradient_rows = load_rows(
+        data.out_gradient + head_offset(memory_batch, head, strides.out_gradient, V.UNIT),
+        gradient_offset, all_exist, V.VALUE_FEATURES, V.VALUE_BLOCK,
+    )  # fmt: skip
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.statistics, 1, V.RANK)
+    offset += head_offset(memory_batch, head, strides.statistics, 1)
+    statistics = data.statistics
+    if data.out is None:
+        row_lse = tl.load(statistics + 2 * offset, mask=all_exist, other=0.0)
+        row_delta = tl.load(statistics + 2 * offset + 1, mask=all_exist, other=0.0)
+    else:
+        # The rows are here already: compute what the kernel for key and value reads later. Output
+        # and gradient are both contiguous.
+        out_rows = load_rows(
+            data.out + head_offset(memory_batch, head, strides.out_gradient, V.UNIT),
+            gradient_offset, all_exist, V.VALUE_FEATURES, V.VALUE_BLOCK,
+        )  # fmt: skip
+        row_delta = tl.sum(out_rows.to(tl.float32) * gradient_rows.to(tl.float32), 1)
+        lse_offset, all_exist = row_offsets(rows.memory, rows.exists, strides.lse, 1, V.RANK)
+        lse_offset += head_offset(memory_batch, head, strides.lse, 1)
+        if data.lse_gradient is not None:
+            row_delta -= tl.load(data.lse_gradient + lse_offset, mask=all_exist, other=0.0)
+        row_lse = base2_lse(data.lse + lse_offset, all_exist)
+        tl.store(statistics + 2 * offset, row_lse, mask=all_exist)
+        tl.store(statistics + 2 * offset + 1, row_delta, mask=all_exist)
+    key_source = column_source(
+        key, memory_batch, kv_head, grid.memory, strides.key, window.dilations, V.UNIT, V.RANK,
+        V.TMA,
+    )  # fmt: skip
+    value_source = column_source(
+        value, memory_batch, kv_head, grid.memory, strides.value, window.dilations, V.UNIT, V.RANK,
+        V.TMA,
+    )  # fmt: skip
+
+    if data.bias_gradient is not None:
+        # Additions to few addresses wait for each other: programs take turns on copies.
+        copy = tl.program_id(0) % bias_copies
+        bias_target = data.bias_gradient + (copy * heads + head).to(tl.int64) * table_size(window)
+    accumulator = tl.zeros([ROWS, BLOCK], tl.float32)
+    for t in tl.range(0, column_steps(box), num_stages=V.STAGES):
+        tile = column_tile(t, box, KEY_TILE, V.RANK)
+        key_columns = load_columns(
+            key_source, tile[0], grid, place, V.FEATURES, V.BLOCK, COLUMNS, V
+        )  # fmt: skip
+        value_columns = load_columns(
+            value_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_BLOCK, COLUMNS, V
+        )
+        scores = tile_scores(
+            query_rows, key_columns, tile, place, rows, grid, data.bias, window, head, False, V
+        )
+        accumulator, score_gradient = query_gradient_step(
+            scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator,
+            scales.scores, PRECISION,
+        )  # fmt: skip
+        if data.bias_gradient is not None:
+            add_bias_gradient(
+                score_gradient, bias_target, data.factor, tile[0], rows.corner, grid.first, window,
+                V,
+            )  # fmt: skip
+    if V.HAS_ADDITIONAL:
+        additional = additional_source(at.batch, kv_head, data, num_additional, V)
+        for t in tl.range(0, ceil_div(additional.number, COLUMNS), num_stages=V.STAGES):
+            key_columns, value_columns, present = additional_tile(
+                t, additional, strides, COLUMNS, V
+            )  # fmt: skip
+            scores = additional_scores(query_rows, key_columns, present, V)
+            accumulator, _score_gradient = query_gradient_step(
+                scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator,
+                scales.scores, PRECISION,
+            )  # fmt: skip
+    offset, all_exist = row_offsets(
+        rows.memory, rows.exists, strides.query_gradient, V.UNIT, V.RANK
+    )  # fmt: skip
+    store_rows(
+        data.query_gradient + head_offset(memory_batch, head, strides.query_gradient, V.UNIT),
+        accumulator * scales.gradients, offset, all_exist, V.FEATURES, V.BLOCK,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def query_gradient_launch(
+    problem: Problem,
+    tiling: Tiling,
+    sequences: int,
+    precision: str,
+    strides: tuple[tuple[int, ...], ...],
+    additional: tuple[tuple[int, ...], ...],
+    gradient: tuple[int, ...],
+    paddings: tuple[int, ...],
+    bias_copies: int,
+) -> Launch:
+    """The launch on query, key, value and the members of `Data`.
+
+    ``strides`` are those of query, key, value and the output's gradient, ``additional`` those of
+    additional keys and values, ``gradient`` those of the query's gradient. ``bias_copies`` says how
+    many tables the bias's gradient is summed in, 0 if it is not.
+    """
+    common = arguments.common(
+        problem, tiling, sequences, precision, strides, *additional, gradient,
+        has_additional=bool(additional), bias_paddings=paddings,
+    )  # fmt: skip
+    additional_key, additional_value = additional or (None, None)
+    query, key, value, out_gradient = strides
+    steps = Strides(
+        query=common.steps(query),
+        key=common.steps(key),
+        value=common.steps(value),
+        out_gradient=common.steps(out_gradient),
+        statistics=arguments.statistic_strides(problem.query_shape, problem.heads, False),
+        lse=arguments.statistic_strides(problem.query_shape, problem.heads, True),
+        query_gradient=common.steps(gradient),
+        additional_key=common.steps(additional_key),
+        additional_value=common.steps(additional_value),
+    )
+    options = common.options
+    # AMD's compiler does not know the limit.
+    if bias_copies and tiling.warps <= 4 and torch.version.hip is None:
+        options = {**options, "maxnreg": _BIAS_REGISTERS}
+    return Launch(
+        query_gradient_kernel,
+        common.tiles,
+        (
+            common.tiles, common.heads, problem.num_additional, max(bias_copies, 1), common.scales,
+            common.variant,
+        ),
+        group=Data,
+        alone=3,
+        grouped=(steps, common.window),
+        options=options,
+        tiles=(tiling, QUERY_GRADIENT),
+    )  # fmt: skip
