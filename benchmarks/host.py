@@ -45,7 +45,7 @@ def no_kernels() -> Iterator[_Counter]:
         for target, name, value in (
             (JITFunction, "run", run),
             (backends, "interpreted", lambda: True),
-            (backends.HOPPER, "_has_apart", lambda: True),
+            (backends.HOPPER, "_has_ping_pong", lambda: True),
             (torch._C, "_cuda_getCurrentRawStream", lambda device: 0),
             (torch._C, "_cuda_getDevice", lambda: 0),
         ):

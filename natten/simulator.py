@@ -226,8 +226,8 @@ def _backward_kernels(problem: Problem, device: Device, config: Config) -> list[
         if asked[0] is None or asked[1] is None:
             raise
         return [(kernel, _Tiling(asked[0], asked[1])) for kernel in (_QUERY, _KEY_VALUE)]
-    if found.together:
-        return [(_FUSED, _as_asked(found.together, *asked))]
+    if found.fused:
+        return [(_FUSED, _as_asked(found.fused, *asked))]
     pairs = ((_QUERY, found.query), (_KEY_VALUE, found.key_value))
     return [(kernel, _as_asked(tiling, *asked)) for kernel, tiling in pairs]
 

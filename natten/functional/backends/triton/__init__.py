@@ -324,8 +324,8 @@ class _Hopper(_Descriptors):
     name = "hopper"
     head_dims = (16, 32, 64, 128, 256)
 
-    def _has_apart(self) -> bool:
-        """Whether there is a kernel whose groups of warps run apart; no interpreter knows it."""
+    def _has_ping_pong(self) -> bool:
+        """Whether there is a ping-pong kernel: not in the interpreter, nor in an older Triton."""
         return not interpreted() and launcher.in_gluon("hopper_forward") is not None
 
     def _new_forward_tiling(self, problem: Problem, config: Config) -> Tiling:
@@ -339,11 +339,12 @@ class _Hopper(_Descriptors):
         schedule = config.kernel_schedule
         query, key = config.q_tile_shape, config.kv_tile_shape
         if schedule in (None, "non"):
-            kernel = tiles.PING_PONG if self._has_apart() and schedule is None else tiles.FORWARD
+            ping_pong = self._has_ping_pong() and schedule is None
+            kernel = tiles.PING_PONG if ping_pong else tiles.FORWARD
             return self._choose(problem, kernel, query, key)
-        apart = self._has_apart() and schedule == "pp" and tiles.PING_PONG.suits(problem)
-        kernel = tiles.PING_PONG if apart else tiles.FORWARD
-        if query is None and apart:
+        ping_pong = self._has_ping_pong() and schedule == "pp" and tiles.PING_PONG.suits(problem)
+        kernel = tiles.PING_PONG if ping_pong else tiles.FORWARD
+        if query is None and ping_pong:
             query, key = tiles.best_shapes(problem, kernel, 128, 128)
         if query is None:
             rows = 64 if schedule == "pp" else 128
@@ -367,7 +368,7 @@ class _Hopper(_Descriptors):
             now.deterministic
             or now.memory == "strict"
             or config.backward_kv_splits is not None
-            or not self._has_apart()
+            or not self._has_ping_pong()
             or launcher.in_gluon("hopper_backward") is None
             or not tiles.FUSED.suits(problem)
         ):
@@ -386,15 +387,15 @@ class _Hopper(_Descriptors):
     def configs(self, problem: Problem) -> list[Any]:
         """((query tile, key tile), schedule) of the forward pass; the default first."""
         rows = {"non": (64, 128), "coop": (128,), "pp": (64,)}
-        # With a bias, say, the kernel whose warp groups run apart does not run, and the same tiles
-        # are those of programs that stay: whether a pair is listed depends on query, key and value.
-        apart = self._has_apart() and tiles.has_ping_pong_heads(problem)
+        # With a bias, say, the ping-pong kernel does not run, and the same tiles are those of
+        # persistent programs: whether a pair is listed depends on query, key and value.
+        ping_pong = self._has_ping_pong() and tiles.has_ping_pong_heads(problem)
         return [
             (pair, schedule)
             for pair in super().configs(problem)
             for schedule, sizes in rows.items()
             if prod(pair[0]) in sizes
-            or (apart and schedule == "pp" and tiles.is_ping_pong_size(*map(prod, pair)))
+            or (ping_pong and schedule == "pp" and tiles.is_ping_pong_size(*map(prod, pair)))
         ]
 
     def _device_refusal(self, capability: tuple[int, int]) -> str | None:

@@ -163,7 +163,7 @@ def scales(scale: float) -> tuple[float, bool]:
 
 
 def precision(tensor: Tensor) -> str:
-    """Of float32 products: torch's float32 matmul precision decides.
+    """Precision of float32 products, as torch's float32 matmul precision asks for.
 
     Full precision takes three products on tensor cores that know tf32, or none at all.
     """

@@ -107,7 +107,7 @@ class BackwardTilings:
 
     @cached_property
     def bias_paddings(self) -> tuple[int, ...]:
-        """Of the one table of biases that the kernels share."""
+        """Paddings of the one table of biases that the kernels share."""
         return bias_paddings(self.query, self.key_value)
 
 

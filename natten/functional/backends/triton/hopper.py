@@ -134,7 +134,7 @@ def seen(corner, sights, TILE: gl.constexpr, RANK: gl.constexpr):
 def store_tile(
     target, tile, batch, head, rows, strides, FEATURES: gl.constexpr, V: gl.constexpr
 ):  # fmt: skip
-    """Rows of tokens of one head, 16 bytes a thread."""
+    """Rows of tokens of one head, 16 bytes per thread."""
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides, V.UNIT, V.RANK)
     layout: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // FEATURES, FEATURES // 8], [4, 1], [1, 0]

@@ -91,8 +91,8 @@ class Data(NamedTuple):
 
 class Sources(NamedTuple):
     """Descriptors: of query and the output's gradient, in query tiles; of key and value, in key
-    tiles; of four statistics a query, logsumexp and delta first; and of the sums that the gradients
-    of queries are added to."""
+    tiles; of four statistics per query, logsumexp and delta first; and of the sums that the
+    gradients of queries are added to."""
 
     query: Any
     key: Any

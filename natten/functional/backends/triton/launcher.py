@@ -80,7 +80,7 @@ class Launch:
 
     @property
     def variant(self) -> Variant:
-        """Of a kernel of attention: what it is compiled for."""
+        """What a kernel of attention is compiled for."""
         variant: Variant = self.rest[-1]
         return variant
 

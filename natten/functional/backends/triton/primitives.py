@@ -258,7 +258,7 @@ def program_place(program, tiles, dilations, heads, RANK: tl.constexpr, LAST_FIR
 
 @triton.jit
 def unravel(index, TILE: tl.constexpr):
-    """Place inside a tile, an axis at a time."""
+    """Place inside a tile, along each axis."""
     return index // (TILE[1] * TILE[2]), (index // TILE[2]) % TILE[1], index % TILE[2]
 
 

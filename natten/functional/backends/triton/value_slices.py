@@ -40,7 +40,7 @@ class Slices:
     features: int
     neighbors: bool
 
-    def _apart(self, tensor: Tensor, axis: int) -> tuple[Tensor, int]:
+    def _unflatten(self, tensor: Tensor, axis: int) -> tuple[Tensor, int]:
         """The axis of heads as two, and which of them counts the slices; ``axis`` is negative."""
         sizes = (-1, self.number) if self.neighbors else (self.number, -1)
         return tensor.unflatten(axis, sizes), axis if self.neighbors else axis - 1
@@ -62,18 +62,18 @@ class Slices:
 
     def join(self, tensor: Tensor) -> Tensor:
         """The inverse of `split`."""
-        tensor, _axis = self._apart(tensor, -2)
+        tensor, _axis = self._unflatten(tensor, -2)
         tensor = tensor if self.neighbors else tensor.transpose(-3, -2)
         return tensor.flatten(-2)[..., : self.features]
 
     def add(self, tensor: Tensor, axis: int = -2) -> Tensor:
         """The gradient of `repeat`, summed in float32."""
-        tensor, slices = self._apart(tensor, axis)
+        tensor, slices = self._unflatten(tensor, axis)
         return tensor.float().sum(slices)
 
     def first(self, lse: Tensor) -> Tensor:
         """What each head's first slice has, of statistics [..., slices as heads]."""
-        lse, slices = self._apart(lse, -1)
+        lse, slices = self._unflatten(lse, -1)
         return lse.select(slices, 0)
 
     def only_first(self, lse_gradient: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Slices:
         )
 
     def results(self, results: Results) -> Results:
-        """Likewise of what the forward pass gave, and its gradients."""
+        """What the forward pass gave, and its gradients, as those of its slices."""
         out, lse, grad_out, grad_lse = results
         return Results(
             self.split(out),
