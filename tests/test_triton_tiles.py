@@ -6,6 +6,7 @@ from dataclasses import replace
 from math import prod
 from random import Random
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -218,3 +219,39 @@ def test_the_order_of_additions_does_not_depend_on_the_batch() -> None:
                     for batch in (1, 64)
                 }
             assert (len(splits) == 1) == deterministic
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "dilation", "head_dim", "most"),
+    [((2000,), (1,), 64, 3), ((7, 7), (1, 3), 32, 8), ((40, 56), (1, 1), 128, 8),
+     ((16, 12, 24), (1, 1, 1), 128, 14)],
+)  # fmt: skip
+def test_few_shapes_for_many_grids(kernel_size, dilation, head_dim, most):
+    """Calls on other grids run with shapes of earlier ones: few kernels, and little is lost."""
+    random = Random(3)
+    with mock.patch.dict(tiles._used, clear=True):
+        tiles.reuse.cache_clear()
+        for kernel in (tiles.FORWARD, tiles.QUERY_GRADIENT, tiles.KEY_VALUE_GRADIENT):
+            seen, best_seen, ratios = set(), set(), []
+            for _ in range(60):
+                largest = {1: 32768, 2: 256, 3: 64}[len(kernel_size)]
+                grid = tuple(
+                    min(largest, int(k * d * random.uniform(1, 6)))
+                    for k, d in zip(kernel_size, dilation, strict=True)
+                )
+                problem = make_problem(
+                    grid, kernel_size, dilation=dilation, heads=4, head_dim=head_dim,
+                    dtype=torch.bfloat16, device="cuda",
+                )  # fmt: skip
+                best = tiles.choose(problem, kernel, True, tiles.Chip(227 * 1024))
+                found = tiles.reuse(problem, kernel, best)
+                assert replace(found, query=best.query, key=best.key) == best
+                assert tiles.reuse(problem, kernel, best) == found
+                seen.add(found)
+                best_seen.add(best)
+                costs = [kernel.cost(problem, t.query, t.key) for t in (found, best)]
+                ratios.append(costs[0] / costs[1])
+            assert len(seen) <= min(most, len(best_seen))
+            assert max(ratios) <= 1.1
+            assert prod(ratios) ** (1 / len(ratios)) <= 1.03
+        tiles.reuse.cache_clear()

@@ -216,6 +216,37 @@ class _Backend(Backend):
         of those with the other two tilings."""
         return None
 
+    @staticmethod
+    def _running(problem: Problem, config: Config, tiling: Tiling) -> Tiling:
+        """The tiling that a forward pass runs with: shapes of earlier calls where nobody named any
+        nor asked for the same bits whatever ran before."""
+        if (
+            config.q_tile_shape is not None
+            or problem.device.type != "cuda"
+            or preferences().deterministic
+        ):
+            return tiling
+        kernel = tiles.PING_PONG if tiling.apart else tiles.FORWARD
+        return tiles.reuse(_narrow(problem), kernel, tiling)
+
+    def _running_backward(self, problem: Problem, config: Config) -> BackwardTilings:
+        """Likewise those of a backward pass."""
+        found = self.backward_tilings(problem, config)
+        if (
+            config.backward_q_tile_shape is not None
+            or problem.device.type != "cuda"
+            or preferences().deterministic
+        ):
+            return found
+        problem = _narrow(problem)
+        if found.fused is not None:
+            return replace(found, fused=tiles.reuse(problem, tiles.FUSED, found.fused))
+        return replace(
+            found,
+            query=tiles.reuse(problem, tiles.QUERY_GRADIENT, found.query),
+            key_value=tiles.reuse(problem, tiles.KEY_VALUE_GRADIENT, found.key_value),
+        )
+
     def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """out and logsumexp."""
         slices = sliced(problem)
@@ -223,7 +254,7 @@ class _Backend(Backend):
             problem, inputs = slices.problem, slices.inputs(inputs)
         with _on(problem.device):
             while True:
-                tiling = self.forward_tiling(problem, config)
+                tiling = self._running(problem, config, self.forward_tiling(problem, config))
                 try:
                     run = launcher.in_gluon("hopper_forward").forward if tiling.apart else forward
                     out, lse = run(problem, tiling, inputs)
@@ -249,7 +280,7 @@ class _Backend(Backend):
         options = config.backward_use_pt_reduction, preferences().deterministic
         with _on(problem.device):
             while True:
-                tilings = self.backward_tilings(problem, config)
+                tilings = self._running_backward(problem, config)
                 try:
                     gradients = BackwardPass(
                         problem, tilings, *options, inputs, results, needs, destinations

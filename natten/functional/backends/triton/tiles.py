@@ -398,6 +398,42 @@ def is_fused_faster(problem: Problem, query: Tiling, key_value: Tiling) -> bool:
     return cost / FUSED.rate(problem) < separate
 
 
+# The shapes that calls ran with, in the order of their first use, by all else that a kernel is
+# compiled for.
+_used: dict[Any, list[tuple[Shape, Shape]]] = {}
+# How much longer a call may take with shapes that have been used already: a few percent, and more
+# where there are many of them.
+_LITTLE, _MORE, _MANY = 1.05, 1.1, 6
+
+
+@lru_cache(maxsize=4096)
+def reuse(problem: Problem, kernel: Kernel, tiling: Tiling) -> Tiling:
+    """The tiling that a call runs with, given the best one for its problem alone: the same, or one
+    with shapes of earlier calls, on other grids or with other windows, that takes little longer.
+
+    Every shape is a kernel to compile, which takes as long as thousands of calls.
+    """
+    alike = (
+        kernel, replace(tiling, query=(), key=()), prod(tiling.query), prod(tiling.key),
+        problem.rank, problem.is_causal, problem.head_dim, problem.head_dim_v, problem.dtype,
+        problem.heads // problem.heads_kv, problem.num_additional > 0, problem.has_rpb,
+        problem.varlen, problem.device,
+    )  # fmt: skip
+    used = _used.setdefault(alike, [])
+    best = kernel.cost(problem, tiling.query, tiling.key)
+    for query, key in used:
+        found = replace(tiling, query=query, key=key)
+        cost = kernel.cost(problem, query, key)
+        if (
+            cost <= best * (_LITTLE if len(used) < _MANY else _MORE)
+            and _whole(problem, found, kernel.inverse) == tiling.whole
+            and not (problem.has_rpb and min(query[-1], key[-1]) < min(tiling.query[-1], 8))
+        ):
+            return found
+    used.append((tiling.query, tiling.key))
+    return tiling
+
+
 def _sizes(problem: Problem, kernel: Kernel, split: bool, chip: Chip) -> tuple[_Size, ...]:
     if problem.dtype == torch.float32:
         # Twice the memory a token, and three products for one: small tiles.
