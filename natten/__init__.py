@@ -77,6 +77,7 @@ if TYPE_CHECKING:
         NeighborhoodAttention3D,
     )
     from natten.older.functions import *  # noqa: F403
+    from natten.precompiling import precompile
     from natten.profile_file import load_profile
     from natten.simulator import simulate
 
@@ -121,6 +122,7 @@ _LAZY = {
     "NeighborhoodAttention2D": "natten.nn",
     "NeighborhoodAttention3D": "natten.nn",
     "load_profile": "natten.profile_file",
+    "precompile": "natten.precompiling",
     "simulate": "natten.simulator",
 }
 _LAZY_MODULES = (
@@ -186,6 +188,7 @@ __all__ = [
     "na1d",
     "na2d",
     "na3d",
+    "precompile",
     "set_memory_usage_preference",
     "simulate",
     "use_deterministic_algorithms",

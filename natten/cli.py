@@ -1,4 +1,4 @@
-"""The command `natten`: profile, simulate, explain, info, hub-kernel and demo."""
+"""The command `natten`: profile, simulate, explain, precompile, info, hub-kernel and demo."""
 
 from __future__ import annotations
 
@@ -106,6 +106,45 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def _precompile_arguments(parser: argparse.ArgumentParser) -> None:
+    from natten.profiler.arguments import add_problem_arguments
+
+    add_problem_arguments(parser)
+    group = parser.add_argument_group("compilation")
+    group.add_argument(
+        "--more-sizes", nargs="+", default=[], metavar="NxN",
+        help="other sizes of the input, as 32x48 for 32 by 48 tokens",
+    )  # fmt: skip
+    group.add_argument(
+        "--gpu", metavar="NAME", help="to compile for, which need not be here; default: that here"
+    )
+    group.add_argument("--workers", type=int, metavar="N", help="default: as many as CPUs")
+
+
+def _precompile(options: argparse.Namespace) -> int:
+    import torch
+
+    from natten.precompiling import precompile
+    from natten.profiler.arguments import problem_of
+
+    sizes = [options.input_size]
+    for text in options.more_sizes:
+        try:
+            sizes.append([int(part) for part in text.split("x")])
+        except ValueError:
+            raise ValueError(f"--more-sizes takes sizes such as 32x48, got {text!r}") from None
+    options.dtype = options.dtype or "fp16"
+    problems = [
+        problem_of(argparse.Namespace(**{**vars(options), "input_size": size}), torch.device("cpu"))
+        for size in sizes
+    ]
+    number = precompile(
+        problems, gpu=options.gpu, backward=options.backprop, workers=options.workers, progress=True
+    )
+    _write(f"{number} kernels for {len(problems)} sizes")
+    return 0
+
+
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-check", action="store_true", help="skip the check of the backends")
 
@@ -149,6 +188,11 @@ _COMMANDS: dict[str, _Command] = {
     "profile": ("time a call, list or search settings", _profile_arguments, _profile),
     "simulate": ("count tiles, predict times, give advice", _simulate_arguments, _simulate),
     "explain": ("who would run a call, and why others would not", _explain_arguments, _explain),
+    "precompile": (
+        "compile the kernels of a call before it is made",
+        _precompile_arguments,
+        _precompile,
+    ),
     "info": ("versions, devices, backends: for a bug report", _info_arguments, _info),
     "hub-kernel": (
         "a folder that Hugging Face kernels loads this library from",

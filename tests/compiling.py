@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from natten import devices
-from natten.functional.backend import Inputs, Results
-from natten.functional.backends.triton import arguments
-from natten.functional.problem import Problem
+from natten.functional.backends.triton.ahead import without_memory
+
+__all__ = ["DEVICE", "Memory", "compiling", "launches", "measuring", "without_memory"]
 
 # A device of each compute capability.
 DEVICE = {75: "t4", 80: "a100", 86: "a10", 89: "l4", 90: "h100", 100: "b200", 120: "rtx5090"}
@@ -43,16 +42,9 @@ def launches(arch: int, done: Callable[[str, Callable[[], Any]], None]) -> Itera
     def not_run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         done(self.__name__, lambda: run(self, *args, grid=grid, warmup=True, **options))
 
-    def precision(tensor: Tensor) -> str:
-        # That of a tensor on such a GPU: these here have no device.
-        if tensor.dtype != torch.float32:
-            return "tf32"
-        return "tf32x3" if arch >= 80 else "ieee"
-
     with (
         mock.patch.object(type(driver), "active", active),
         mock.patch.object(JITFunction, "run", not_run),
-        mock.patch.object(arguments, "precision", precision),
         mock.patch.object(torch.cuda, "current_device", return_value=0),
         devices.pretending(devices.find(DEVICE[arch])),
     ):
@@ -126,41 +118,3 @@ def measuring(arch: int) -> Iterator[list[Memory]]:
         stack.enter_context(mock.patch.object(nvidia, "llvm", Llvm()))
         stack.enter_context(launches(arch, done))
         yield found
-
-
-class Given(NamedTuple):
-    """What a backend is given beside the problem and its knobs."""
-
-    inputs: Inputs
-    results: Results
-    needs: tuple[bool, ...]
-
-
-def without_memory(problem: Problem) -> Given:
-    """Tensors of a problem, as backends take them."""
-
-    def tensor(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    batch, heads_kv, context = problem.batch, problem.heads_kv, problem.num_additional
-    head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
-    bias = sequences = lengths = more_keys = more_values = None
-    if problem.has_rpb:
-        bias = tensor(problem.heads, *(2 * k - 1 for k in problem.kernel_size))
-    if context:
-        more_keys = tensor(batch, context, heads_kv, head_dim)
-        more_values = tensor(batch, context, heads_kv, head_dim_v)
-    if problem.varlen:
-        sequences = tensor(4, dtype=torch.int32)
-    if problem.has_lengths:
-        lengths = tensor(batch, dtype=torch.int64)
-    inputs = Inputs(
-        tensor(batch, *problem.query_shape, problem.heads, head_dim),
-        tensor(batch, *problem.key_shape, heads_kv, head_dim),
-        tensor(batch, *problem.key_shape, heads_kv, head_dim_v),
-        bias, more_keys, more_values, sequences, sequences, lengths,
-    )  # fmt: skip
-    out = tensor(*problem.output_shape)
-    lse = tensor(*problem.lse_shape, dtype=torch.float32)
-    needs = (True, True, True, problem.has_rpb, context > 0, context > 0)
-    return Given(inputs, Results(out, lse, out), needs)

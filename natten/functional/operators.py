@@ -12,7 +12,8 @@ are fresh contiguous tensors.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -253,8 +254,24 @@ def check_devices(arguments: tuple[Any, ...]) -> None:
         raise ValueError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
 
 
+# Those who want to know which calls a function makes that computes nothing.
+_observers: list[Callable[[Call], None]] = []
+
+
+@contextmanager
+def observing(observer: Callable[[Call], None]) -> Iterator[None]:
+    """Inside, ``observer`` is told of each call that is made of tensors without data."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     check_devices(arguments)
+    for observer in _observers:
+        observer(make_call(Tensors(*arguments[:NUM_TENSORS]), Parameters(*arguments[NUM_TENSORS:])))
     query, key, value = arguments[:3]
     heads_kv = arguments[NUM_TENSORS]
     rows = query.shape[:-1]
@@ -568,4 +585,5 @@ __all__ = [
     "needs_grad",
     "neighborhood_attention",
     "neighborhood_attention_backward",
+    "observing",
 ]

@@ -52,7 +52,7 @@ def interpreted() -> bool:
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Makes the device current, which Triton launches on, unless it is."""
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+    if device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
 

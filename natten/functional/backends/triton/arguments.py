@@ -15,7 +15,6 @@ from math import gcd, prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from natten.devices import capability
 from natten.functional.backends.triton.tiles import Tiling, block
@@ -162,17 +161,16 @@ def scales(scale: float) -> tuple[float, bool]:
     return max(abs(scale) * LOG2_E, 1e-30), scale < 0
 
 
-def precision(tensor: Tensor) -> str:
+def precision(problem: Problem) -> str:
     """Precision of float32 products, as torch's float32 matmul precision asks for.
 
     Full precision takes three products on tensor cores that know tf32, or none at all.
     """
-    if tensor.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
+    if problem.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
         return "tf32"
-    tensor_cores = (
-        tensor.is_cuda and torch.version.hip is None and capability(tensor.device.index) >= (8, 0)
-    )
-    return "tf32x3" if tensor_cores else "ieee"
+    device = problem.device
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return "tf32x3" if is_nvidia and capability(device.index) >= (8, 0) else "ieee"
 
 
 def _mask(problem: Problem, tiling: Tiling) -> str:

@@ -156,7 +156,7 @@ class BackwardPass:
         self.cumulative = (launcher.adjacent(cumulative[0]), launcher.adjacent(cumulative[1]))
         self.counts = launcher.adjacent(lengths)
         self.sequences = launcher.sequences(problem, cumulative[0])
-        self.precision = arguments.precision(query)
+        self.precision = arguments.precision(problem)
         self.out, self.lse = out.contiguous(), lse.contiguous()
         self.grad_lse = None if grad_lse is None else grad_lse.contiguous()
         self.torch_reduction = torch_reduction

@@ -219,8 +219,9 @@ def forward(problem: Problem, tiling: Tiling, inputs: Inputs) -> tuple[Tensor, T
         paddings = bias_paddings(tiling)
         bias = bias_table(rpb, problem, paddings)
     launch = _launch(
-        problem, tiling, launcher.sequences(problem, cumulative_query), arguments.precision(query),
-        (query.stride(), key.stride(), value.stride()), additional, out.stride(), paddings,
+        problem, tiling, launcher.sequences(problem, cumulative_query),
+        arguments.precision(problem), (query.stride(), key.stride(), value.stride()), additional,
+        out.stride(), paddings,
     )  # fmt: skip
     key_tile = launch.variant.KEY_TILE
     launch.run(

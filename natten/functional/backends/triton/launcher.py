@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -45,6 +48,34 @@ class TooLargeError(RuntimeError):
     def __init__(self, tiling: Tiling, kind: Kernel, reason: OutOfResources) -> None:
         super().__init__(f"tiles {tiling.query}/{tiling.key} of the {kind} kernel: {reason}")
         self.tiling, self.kind = tiling, kind
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A kernel, and what Triton specializes it on."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        """Compile it, into Triton's cache."""
+        self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.options)
+
+
+_collected: ContextVar[list[Compilation] | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collecting() -> Iterator[list[Compilation]]:
+    """Inside, new kernels are neither compiled nor launched. Yields the list that they go to."""
+    found: list[Compilation] = []
+    token = _collected.set(found)
+    try:
+        yield found
+    finally:
+        _collected.reset(token)
 
 
 @dataclass(frozen=True)
@@ -119,13 +150,20 @@ class Launch:
             None, *arguments,
         )  # fmt: skip
 
-    def _compile(self, tensors: tuple[Any, ...]) -> Any:
-        """Launch by way of Triton, which compiles the kernel if need be and returns it."""
+    def _arguments(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         if self.group is not None:
             group = self.group(*tensors[self.alone :], *self.grouped)
             tensors = (*tensors[: self.alone], group)
+        return (*tensors, *self.rest)
+
+    def _compile(self, tensors: tuple[Any, ...]) -> Any:
+        """Launch by way of Triton, which compiles the kernel if need be and returns it."""
+        arguments, collected = self._arguments(tensors), _collected.get()
+        if collected is not None:
+            collected.append(Compilation(self.kernel, self.programs, arguments, self.options))
+            return None
         try:
-            return _launch(self.kernel, self.programs, (*tensors, *self.rest), self.options)
+            return _launch(self.kernel, self.programs, arguments, self.options)
         except OutOfResources as error:
             if self.tiles is None:
                 raise

@@ -1,0 +1,104 @@
+"""Kernels that are compiled before they are needed."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+import natten
+from natten import cli
+from natten.simulator import make_problem
+
+pytest.importorskip("triton")
+
+from natten.functional.backends.triton import ahead
+from natten.functional.backends.triton.launcher import Compilation
+
+
+def _problem(*grid: int, dtype: torch.dtype = torch.float16):
+    return make_problem(grid, (3,) * len(grid), heads=2, head_dim=16, dtype=dtype)
+
+
+@pytest.fixture
+def compiled():
+    """What would be compiled, by kernel and number of programs."""
+    found = []
+
+    def run(self: Compilation) -> None:
+        found.append((self.kernel.__name__, self.programs))
+
+    with mock.patch.object(Compilation, "run", run):
+        yield found
+
+
+def test_kernels_are_in_the_cache(tmp_path, monkeypatch):
+    """Compiled for a GPU that is not here, and loaded by a second time."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert natten.precompile(_problem(12), gpu="h100", backward=False, workers=1) == 1
+    assert len(list(tmp_path.rglob("forward_kernel.cubin"))) == 1
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")}
+    assert natten.precompile(_problem(12), gpu="h100", backward=False, workers=1) == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")} == written
+
+
+def test_calls_of_a_model_are_found(compiled):
+    """Whatever they are in, without computing anything; a call that is made twice, once."""
+    attention = natten.NeighborhoodAttention2D(32, 2, kernel_size=3)
+    model = torch.nn.Sequential(attention, attention, torch.nn.Linear(32, 32)).half()
+    x = torch.randn(2, 5, 6, 32).half()
+    assert natten.precompile(model, x, gpu="h100") == len(compiled) == 3
+    assert {name for name, _ in compiled} == {
+        "forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel"
+    }  # fmt: skip
+    assert natten.precompile(model, x, gpu="h100", backward=False) == 1
+
+
+def test_problems(compiled):
+    problems = [_problem(40, 30), _problem(40, 30), _problem(13, 17)]
+    assert natten.precompile(problems, gpu="a100", backward=False) == 2
+    assert len({programs for _, programs in compiled}) == 2
+
+
+def test_command(compiled, capsys):
+    words = ["precompile", "-i", "12", "14", "-w", "3", "-n", "2", "--more-sizes", "40x50"]
+    words += ["--gpu", "h100"]
+    assert cli.main(words) == 0
+    assert "2 kernels for 2 sizes" in capsys.readouterr().out
+    assert cli.main([*words[:-4], "--more-sizes", "40,50", "--gpu", "h100"]) == 2
+    assert "such as 32x48" in capsys.readouterr().err
+
+
+def test_what_fails_is_named():
+    def fail(self: Compilation) -> None:
+        raise ValueError("too odd")
+
+    with (
+        mock.patch.object(Compilation, "run", fail),
+        pytest.raises(RuntimeError, match=r"1 of 1 kernels .* forward_kernel: too odd"),
+    ):
+        natten.precompile(_problem(12), gpu="h100", backward=False)
+
+
+def test_wrong_requests():
+    with pytest.raises(ValueError, match="no call"):
+        natten.precompile(torch.nn.Linear(3, 3), torch.ones(3), gpu="h100")
+    with pytest.raises(ValueError, match="got .cpu."):
+        natten.precompile(_problem(12), gpu="cpu")
+    with pytest.raises(ValueError, match="Problems"):
+        natten.precompile([3], gpu="h100")
+    with pytest.raises(NotImplementedError, match="no kernel to compile"):
+        natten.precompile(_problem(12, dtype=torch.float64), gpu="h100")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="gpu='h100'"):
+            natten.precompile(_problem(12))
+
+
+def test_the_driver_is_what_it_was():
+    from triton.runtime import driver
+
+    before = driver._active
+    with ahead.target((9, 0)):
+        assert driver.active.get_current_target().arch == 90
+    assert driver._active is before
