@@ -164,7 +164,7 @@ def _products(arch: int, rank: int) -> dict[str, Any]:
     import torch
     from compiling import compiling
 
-    from natten.functional.backends.triton import products
+    from natten.functional.window_products import operators
     from natten.window import Axis
 
     axes = tuple(Axis(20 + axis, 5, 1, 1 + axis, axis == 1) for axis in range(rank))
@@ -174,6 +174,7 @@ def _products(arch: int, rank: int) -> dict[str, Any]:
     a = torch.empty((3, tokens, 40), dtype=torch.bfloat16, device="meta")
     weights = torch.empty((3, tokens, slots), dtype=torch.bfloat16, device="meta")
     with compiling(arch) as kernels:
+        products = operators._kernels()
         products.dot(a, a, axes, -1.0)
         products.weighted_sum(weights, a, axes)
         products.scatter(weights, a, axes)

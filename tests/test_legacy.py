@@ -796,7 +796,7 @@ PRODUCTS: dict[str, Callable[..., tuple]] = {
 )
 def test_kernels_in_the_interpreter(axes, dim, name):
     pytest.importorskip("triton")
-    from natten.functional.backends.triton import products as kernels
+    from natten.functional.window_products import triton as kernels
 
     tokens = math.prod(axis.length for axis in axes)
     slots = math.prod(axis.kernel_size for axis in axes)

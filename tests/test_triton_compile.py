@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 
+import natten
 from natten.functional.problem import Config, Problem
 
 triton = pytest.importorskip("triton")
@@ -31,7 +32,6 @@ from compiling import compiling, without_memory  # noqa: E402
 from triton import knobs  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from natten.functional.backends import triton as triton_backends  # noqa: E402
 from natten.functional.backends.triton import BLACKWELL, CUTLASS, HOPPER  # noqa: E402
 from natten.functional.backends.triton.launcher import in_gluon  # noqa: E402
 
@@ -231,9 +231,8 @@ def _check(setting: Setting) -> None:
 
 def test_arguments_travel_in_groups() -> None:
     """No kernel, and no function that kernels call, has a long list of parameters."""
-    folder = Path(triton_backends.__file__).parent
     found = 0
-    for path in folder.glob("*.py"):
+    for path in Path(natten.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and any(
                 ast.unparse(decorator).startswith(("triton.jit", "gluon.jit"))

@@ -44,9 +44,9 @@ def _kernels() -> ModuleType | None:
     """The kernels for GPUs, None without Triton."""
     if find_spec("triton") is None:
         return None
-    from natten.functional.backends.triton import products
+    from natten.functional.window_products import triton
 
-    return products
+    return triton
 
 
 @lru_cache(maxsize=1)
