@@ -163,7 +163,7 @@ class _Tiling(NamedTuple):
 
     query: Shape
     key: Shape
-    split: bool = False
+    mask_edges: bool = False
 
 
 # A kernel that runs, and how.
@@ -213,7 +213,7 @@ def _forward_kernel(problem: Problem, device: Device, config: Config) -> _Planne
         if asked[0] is None or asked[1] is None:
             raise
         return _FORWARD, _Tiling(asked[0], asked[1])
-    return _PING_PONG if found.apart else _FORWARD, _as_asked(found, *asked)
+    return _PING_PONG if found.ping_pong else _FORWARD, _as_asked(found, *asked)
 
 
 def _backward_kernels(problem: Problem, device: Device, config: Config) -> list[_Planned]:
@@ -234,7 +234,7 @@ def _backward_kernels(problem: Problem, device: Device, config: Config) -> list[
 
 def _as_asked(tiling: Any, query: Shape | None, key: Shape | None) -> _Tiling:
     # Kernels shrink tiles that do not fit the device; counts are of what was asked for.
-    return _Tiling(query or tiling.query, key or tiling.key, tiling.split)
+    return _Tiling(query or tiling.query, key or tiling.key, tiling.mask_edges)
 
 
 def _simulate_pass(problem: Problem, planned: _Planned, device: Device, aligned: bool) -> Pass:
@@ -255,7 +255,7 @@ def _simulate_pass(problem: Problem, planned: _Planned, device: Device, aligned:
     row_tiles *= problem.batch * (problem.heads_kv if kernel.inverse else problem.heads)
     visited, full, skipped = visited * times, full * times, (everything - visited) * times
     pairs = visited * prod(rows) * prod(columns)
-    masked = pairs - (full * prod(rows) * prod(columns) if tiling.split else 0)
+    masked = pairs - (full * prod(rows) * prod(columns) if tiling.mask_edges else 0)
     d, dv = problem.head_dim, problem.head_dim_v
     flops = 2 * pairs * (kernel.products[0] * d + kernel.products[1] * dv)
     # A warp group's product has 64 rows, whether the tile has them or not.

@@ -291,8 +291,8 @@ def check_family_problem(number: int, seed: int) -> None:
 
 
 @lru_cache
-def apart_family(number: int) -> Family:
-    """The ``number``-th family for the kernels whose groups of warps run apart."""
+def gluon_family(number: int) -> Family:
+    """The ``number``-th family for the Gluon kernels for Hopper."""
     random = Random(number)
     rank, head_dim = (1, 2, 3)[number % 3], (64, 128)[number // 3 % 2]
 
@@ -322,9 +322,9 @@ def apart_family(number: int) -> Family:
     )  # fmt: skip
 
 
-def check_apart_problem(number: int, seed: int) -> None:
+def check_gluon_problem(number: int, seed: int) -> None:
     """Check problem ``seed`` of such a family, and that these kernels computed it."""
-    chosen = apart_family(number)
+    chosen = gluon_family(number)
     case = family_case(chosen, seed)
     with _launched() as names:
         check(case, "hopper", chosen.dtype, **dict(chosen.knobs))

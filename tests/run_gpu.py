@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-PARTS = ("single", "larger", "listed", "named", "free", "random", "apart")
+PARTS = ("single", "larger", "listed", "named", "free", "random", "gluon")
 
 
 class Unit(NamedTuple):
@@ -61,11 +61,11 @@ def _checks(unit: Unit) -> Iterable[tuple[str, Callable[[], None]]]:
         for seed in seeds:
             title = f"family {number} seed {seed}"
             yield title, partial(gpu_checks.check_family_problem, number, seed)
-    elif unit.part == "apart":
+    elif unit.part == "gluon":
         number, *seeds = unit.items
         for seed in seeds:
-            title = f"apart family {number} seed {seed}"
-            yield title, partial(gpu_checks.check_apart_problem, number, seed)
+            title = f"Gluon family {number} seed {seed}"
+            yield title, partial(gpu_checks.check_gluon_problem, number, seed)
     elif unit.part == "pairs":
         for seed in unit.items:
             yield f"pair {seed}", partial(gpu_checks.check_listed_pair, seed)
@@ -192,11 +192,11 @@ def _plan(options: argparse.Namespace) -> list[Unit]:
     if "single" in parts:
         units.append(Unit("single", gpu_checks.HUGE))
         units += [Unit("single", (n,)) for n in gpu_checks.SINGLE if n not in gpu_checks.HUGE]
-    if "apart" in parts and gpu_checks.has_hopper():
+    if "gluon" in parts and gpu_checks.has_hopper():
         # Two sets of large kernels each, which take long to compile.
-        for number in range(options.apart_families):
+        for number in range(options.gluon_families):
             first = options.seed + 20 * number
-            units.append(Unit("apart", (number, *range(first, first + 20))))
+            units.append(Unit("gluon", (number, *range(first, first + 20))))
     if "random" in parts:
         per_family, rest = divmod(options.random, options.families)
         first = options.seed
@@ -227,7 +227,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 2) * 3 // 4, 1))
     parser.add_argument("--random", type=int, default=2000, help="random problems, in families")
     parser.add_argument("--families", type=int, default=72, help="sets of compiled kernels")
-    parser.add_argument("--apart-families", type=int, default=18, help="of 20 problems each")
+    parser.add_argument("--gluon-families", type=int, default=18, help="of 20 problems each")
     parser.add_argument("--free", type=int, default=48, help="random problems with default tiles")
     parser.add_argument(
         "--pairs", type=int, default=170, help="problems with two listed pairs each"

@@ -168,7 +168,7 @@ KINDS: dict[str, Any] = {
     ),
     "cutlass": lambda q, k, v: natten.na2d(q, k, v, (9, 7), backend="cutlass-fna"),
     "hopper": lambda q, k, v: natten.na2d(q, k, v, (9, 7), backend="hopper-fna"),
-    "warp groups apart": lambda q, k, v: natten.na2d(q, k, v, (20, 18), return_lse=True),
+    "ping-pong": lambda q, k, v: natten.na2d(q, k, v, (20, 18), return_lse=True),
     "everything": lambda q, k, v: natten.na2d(q, k, v, (24, 30)),
     "rpb": lambda q, k, v: natten.na2d(q, k, v, (5, 7), rpb=q.new_ones(q.shape[-2], 9, 13)),
     "additional keys": lambda q, k, v: natten.na2d(
@@ -204,7 +204,7 @@ def _from_scratch(call, what, tensors, compute, *arguments):
 def test_again_on_a_gpu(kind, settings):
     """The third and later calls give the bits of a call that is made from scratch."""
     dtype = torch.float32 if settings == "float32" else torch.bfloat16
-    if kind in ("hopper", "warp groups apart") and dtype == torch.float32:
+    if kind in ("hopper", "ping-pong") and dtype == torch.float32:
         pytest.skip("half precision only")
     packed = settings == "views of one tensor"
     with natten.use_deterministic_algorithms(settings == "in order" or kind == "everything"):

@@ -259,7 +259,7 @@ def test_descriptors() -> None:
 
 
 @pytest.mark.parametrize("title", ["sm_90/1d_d64", "sm_90/1d_d128_causal", "sm_90/3d_d128"])
-def test_groups_of_warps_run_apart(title: str) -> None:
+def test_products_of_the_ping_pong_kernel_stay_in_flight(title: str) -> None:
     """Products of the warp-specialized kernel stay in flight: the assembler waits for each of them
     where it takes them for unsafe, or short of registers, which makes the kernel useless."""
     if in_gluon("hopper_forward") is None:

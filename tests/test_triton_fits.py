@@ -248,7 +248,7 @@ def _forgetful() -> Any:
 
 ROOM = 32 * 64
 KERNELS = {"forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel"}
-APART = {"hopper_forward_kernel", "hopper_gradients_kernel"}
+GLUON = {"hopper_forward_kernel", "hopper_gradients_kernel"}
 
 
 @pytest.mark.usefixtures("_forgetful")
@@ -256,7 +256,7 @@ APART = {"hopper_forward_kernel", "hopper_gradients_kernel"}
     ("backend", "arch", "names"),
     [
         (CUTLASS, 80, KERNELS),
-        (HOPPER, 90, KERNELS | APART),
+        (HOPPER, 90, KERNELS | GLUON),
         (BLACKWELL, 100, KERNELS),
     ],
     ids=["cutlass", "hopper", "blackwell"],

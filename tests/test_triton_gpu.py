@@ -58,11 +58,11 @@ def test_random(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", range(18))
-def test_random_with_groups_apart(number: int) -> None:
+def test_random_for_gluon(number: int) -> None:
     if not gpu_checks.has_hopper():
         pytest.skip("kernels for Hopper")
     for seed in range(20 * number, 20 * number + 20):
-        gpu_checks.check_apart_problem(number, seed)
+        gpu_checks.check_gluon_problem(number, seed)
 
 
 @pytest.mark.parametrize("seed", range(48))

@@ -67,7 +67,7 @@ def test_two_programs_fit_where_shared_memory_is_small(device: str, kind: str) -
 
 
 def test_lengths_need_a_kernel_that_reads_no_more() -> None:
-    """The kernel whose warp groups run apart loads whole tiles of additional keys."""
+    """The kernel whose warp groups play ping-pong loads whole tiles of additional keys."""
     problem = make_problem(
         (64, 64), 13, heads=8, head_dim=64, dtype=torch.bfloat16, device="cuda", additional=77
     )
@@ -107,11 +107,11 @@ def test_warp_groups_run_apart_where_that_is_faster() -> None:
             "bias": replace(_large(), has_rpb=True),
             "lengths": replace(_large(), num_additional=64, has_lengths=True),
         }
-        apart = {
-            name: HOPPER.forward_tiling(problem, DEFAULT_CONFIG).apart
+        ping_pong = {
+            name: HOPPER.forward_tiling(problem, DEFAULT_CONFIG).ping_pong
             for name, problem in chosen.items()
         }
-    assert [name for name, is_apart in apart.items() if is_apart] == [
+    assert [name for name, chosen in ping_pong.items() if chosen] == [
         "large", "dense", "head_dim 64", "values",
     ]  # fmt: skip
 
@@ -179,8 +179,8 @@ def test_the_schedule_decides() -> None:
         for problem, suits in ((_large(), True), (_large(head_dim=32), False)):
             for schedule in ("non", "coop", "pp"):
                 tiling = HOPPER.forward_tiling(problem, Config(kernel_schedule=schedule))
-                assert tiling.apart == (suits and schedule == "pp")
-                assert bool(tiling.programs) == (schedule != "non" and not tiling.apart)
+                assert tiling.ping_pong == (suits and schedule == "pp")
+                assert bool(tiling.programs) == (schedule != "non" and not tiling.ping_pong)
             listed = [
                 (prod(query), prod(key))
                 for (query, key), schedule in HOPPER.configs(problem)

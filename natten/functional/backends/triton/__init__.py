@@ -226,7 +226,7 @@ class _Backend(Backend):
             or preferences().deterministic
         ):
             return tiling
-        kernel = tiles.PING_PONG if tiling.apart else tiles.FORWARD
+        kernel = tiles.PING_PONG if tiling.ping_pong else tiles.FORWARD
         return tiles.reuse(_narrow(problem), kernel, tiling)
 
     def _running_backward(self, problem: Problem, config: Config) -> BackwardTilings:
@@ -256,7 +256,9 @@ class _Backend(Backend):
             while True:
                 tiling = self._running(problem, config, self.forward_tiling(problem, config))
                 try:
-                    run = launcher.in_gluon("hopper_forward").forward if tiling.apart else forward
+                    run = (
+                        launcher.in_gluon("hopper_forward").forward if tiling.ping_pong else forward
+                    )
                     out, lse = run(problem, tiling, inputs)
                     break
                 except launcher.TooLargeError as error:
@@ -383,7 +385,7 @@ class _Hopper(_Descriptors):
             tiling = self._first_fitting(problem, ((rows, columns), (rows, 32)))
         else:
             tiling = self._choose(problem, kernel, query, key)
-        if tiling.apart:
+        if tiling.ping_pong:
             return tiling
         warps = 8 if schedule == "coop" else tiling.warps
         resident = 1 if schedule == "coop" else 2
@@ -459,7 +461,9 @@ class _Blackwell(_Descriptors):
             programs = 148 if interpreted() else _multiprocessors(problem.device.index)
         tiling = tiles.persistent(tiling, programs, warps)
         # Warps specialize around descriptor loads and the products of Blackwell.
-        specialized = replace(tiling, specialize=tiling.tma and rows >= 64 and not interpreted())
+        specialized = replace(
+            tiling, warp_specialize=tiling.tma and rows >= 64 and not interpreted()
+        )
         return (
             specialized
             if tiles.fits(specialized, problem, tiles.FORWARD, _chip(problem))

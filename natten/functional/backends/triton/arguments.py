@@ -177,7 +177,7 @@ def _mask(problem: Problem, tiling: Tiling) -> str:
     """Which tiles a kernel masks. The branch around a mask costs more than it saves with a bias."""
     if tiling.whole:
         return "never"
-    return "edges" if tiling.split and not problem.has_rpb else "always"
+    return "edges" if tiling.mask_edges and not problem.has_rpb else "always"
 
 
 def _tile_counts(
@@ -317,7 +317,7 @@ def common(
             STAGES=tiling.stages,
             PRECISION=precision,
             PERSISTENT=persistent,
-            WARP_SPECIALIZE=tiling.specialize,
+            WARP_SPECIALIZE=tiling.warp_specialize,
         ),
         Scales(scale, problem.scale),
         options,

@@ -48,25 +48,25 @@ class Tiling:
         key: Key tile.
         warps: Warps of a program.
         stages: Tiles in flight.
-        split: Whether only tiles at the edges of windows are masked.
+        mask_edges: Whether only tiles at the edges of windows are masked.
         whole: Whether no tile is masked: all are in full sight of each other.
         tma: Whether tiles of the inner loop are loaded by the tensor memory accelerator.
         programs: For persistent kernels, the number of programs; 0 for one per tile.
-        specialize: Whether loads, products and softmax get warps of their own.
-        apart: Whether two groups of warps work on halves of the query tile without waiting for
-            each other.
+        warp_specialize: Whether loads, products and softmax get warps of their own.
+        ping_pong: Whether two groups of warps own half of the rows each and do not wait for each
+            other.
     """
 
     query: Shape
     key: Shape
     warps: int = 4
     stages: int = 2
-    split: bool = False
+    mask_edges: bool = False
     whole: bool = False
     tma: bool = False
     programs: int = 0
-    specialize: bool = False
-    apart: bool = False
+    warp_specialize: bool = False
+    ping_pong: bool = False
 
 
 class _Size(NamedTuple):
@@ -96,7 +96,7 @@ class Kernel:
         inverse: Whether its rows are keys.
         products: Matrix products of a pair of tiles.
         sizes: Tiles to choose from, with their rates where most tiles are masked.
-        split_sizes: The same where `Tiling.split` leaves masks out (large windows).
+        mask_edges_sizes: The same where `Tiling.mask_edges` leaves masks out (large windows).
         suits: Whether it can run a problem.
         instead_of: The kernel that runs what this one cannot, or not as fast; None for that itself.
         by_halves: Whether the halves of its row tiles skip column tiles that they do not see.
@@ -110,7 +110,7 @@ class Kernel:
     inverse: bool
     products: int
     sizes: _Sizes
-    split_sizes: _Sizes
+    mask_edges_sizes: _Sizes
     suits: Callable[[Problem], bool] = _always
     instead_of: Kernel | None = None
     by_halves: bool = False
@@ -384,7 +384,7 @@ def fused_tiling(problem: Problem, query: Shape | None = None, key: Shape | None
     (size,) = _FUSED_SIZES[problem.head_dim]
     if query is None or key is None:
         query, key = best_shapes(problem, FUSED, size.columns, size.rows)
-    return Tiling(query, key, size.warps, size.stages, True, tma=True, apart=True)
+    return Tiling(query, key, size.warps, size.stages, True, tma=True, ping_pong=True)
 
 
 def is_fused_faster(problem: Problem, query: Tiling, key_value: Tiling) -> bool:
@@ -434,7 +434,7 @@ def reuse(problem: Problem, kernel: Kernel, tiling: Tiling) -> Tiling:
     return tiling
 
 
-def _sizes(problem: Problem, kernel: Kernel, split: bool, chip: Chip) -> tuple[_Size, ...]:
+def _sizes(problem: Problem, kernel: Kernel, mask_edges: bool, chip: Chip) -> tuple[_Size, ...]:
     if problem.dtype == torch.float32:
         # Twice the memory a token, and three products for one: small tiles.
         features = max(problem.head_dim, problem.head_dim_v)
@@ -442,11 +442,11 @@ def _sizes(problem: Problem, kernel: Kernel, split: bool, chip: Chip) -> tuple[_
     features = _power(max(problem.head_dim, problem.head_dim_v, 32))
     if chip.products in ("turing", "ampere"):
         # Without warp-group products, which read shared memory, large tiles spill registers.
-        split = False
-    return (kernel.split_sizes if split else kernel.sizes)[features]
+        mask_edges = False
+    return (kernel.mask_edges_sizes if mask_edges else kernel.sizes)[features]
 
 
-def _splits(problem: Problem, pair: tuple[Shape, Shape], inverse: bool) -> bool:
+def _pays_to_mask_edges(problem: Problem, pair: tuple[Shape, Shape], inverse: bool) -> bool:
     """Whether enough tiles lie inside all windows to make asking for each of them worth it."""
     covered, inside = work(problem, *pair, inverse)
     return inside >= 0.2 * max(covered, 1.0)
@@ -504,14 +504,14 @@ def _shared_memory(
     # The forward pass keeps rows of queries; the gradients keep pairs of rows, too.
     kept = rows * (query if kernel is FORWARD else query + value)
     # Specialized warps load ahead as far as the compiler likes.
-    stages = 3 if tiling.specialize else tiling.stages
+    stages = 3 if tiling.warp_specialize else tiling.stages
     step, widest = columns * (query + value), columns * max(query, value)
     scores = rows * columns
     itemsize = problem.dtype.itemsize
     numbers = kept + stages * step
     # Scores of a bias go to memory in another layout.
     biases = 4 * scores // itemsize if kernel is QUERY_GRADIENT and problem.has_rpb else 0
-    if tiling.apart:
+    if tiling.ping_pong:
         # The output, between the layout of products and that of memory.
         numbers += rows // 2 * value
     elif products == "turing":
@@ -547,7 +547,7 @@ def _shared_memory(
     if kernel is KEY_VALUE_GRADIENT:
         # Logsumexp and delta of the columns.
         taken += 8 * columns * max(stages - 1, 1)
-    return taken + (12 * rows if tiling.specialize else 0)
+    return taken + (12 * rows if tiling.warp_specialize else 0)
 
 
 def _tensor_memory(tiling: Tiling, problem: Problem, kernel: Kernel) -> float:
@@ -558,7 +558,7 @@ def _tensor_memory(tiling: Tiling, problem: Problem, kernel: Kernel) -> float:
         rows, columns = columns, rows
     sums = {FORWARD: value, QUERY_GRADIENT: query, KEY_VALUE_GRADIENT: query + value}[kernel]
     scores = 1.0
-    if tiling.specialize:
+    if tiling.warp_specialize:
         scores = 2.5
     elif tiling.stages > 1:
         scores = {FORWARD: 1.5, QUERY_GRADIENT: 2.5, KEY_VALUE_GRADIENT: 3.0}[kernel]
@@ -571,8 +571,9 @@ _refused: set[tuple[Any, ...]] = set()
 
 def _facts(tiling: Tiling, problem: Problem, kernel: Kernel, chip: Chip) -> tuple[Any, ...]:
     """What the memory that a kernel takes mostly depends on."""
-    sizes = prod(tiling.query), prod(tiling.key), tiling.stages, tiling.apart, tiling.specialize
-    return kernel, *sizes, problem.head_dim, problem.head_dim_v, problem.dtype, chip
+    sizes = prod(tiling.query), prod(tiling.key)
+    how = tiling.stages, tiling.ping_pong, tiling.warp_specialize
+    return kernel, *sizes, *how, problem.head_dim, problem.head_dim_v, problem.dtype, chip
 
 
 def refuse(tiling: Tiling, problem: Problem, kernel: Kernel, chip: Chip) -> bool:
@@ -601,9 +602,9 @@ def _fit(
     they are ``named``; None where nothing fits."""
     while not fits(tiling, problem, kernel, chip):
         # The ring of the ping-pong kernel has at least two places.
-        if tiling.stages > (2 if tiling.apart else 1):
+        if tiling.stages > (2 if tiling.ping_pong else 1):
             tiling = replace(tiling, stages=tiling.stages - 1)
-        elif named or tiling.apart:
+        elif named or tiling.ping_pong:
             return None
         elif prod(tiling.key) > max(_LEAST_TOKENS, prod(tiling.query) // 2):
             tiling = replace(tiling, key=_halve(tiling.key))
@@ -629,13 +630,18 @@ MIN_TMA_PRODUCTS = 1.2e10
 
 
 def _make(
-    problem: Problem, kernel: Kernel, pair: tuple[Shape, Shape], size: _Size, split: bool, tma: bool
+    problem: Problem,
+    kernel: Kernel,
+    pair: tuple[Shape, Shape],
+    size: _Size,
+    mask_edges: bool,
+    tma: bool,
 ) -> Tiling:
     # Narrow heads gain nothing from descriptors; dilated boxes have none, nor do empty tensors.
     use_tma = tma and problem.head_dim > 32 and not any(d > 1 for d in problem.dilation)
     use_tma = use_tma and problem.num_keys > 0
-    is_apart = kernel is PING_PONG
-    return Tiling(*pair, size.warps, size.stages, split, tma=use_tma, apart=is_apart)
+    is_ping_pong = kernel is PING_PONG
+    return Tiling(*pair, size.warps, size.stages, mask_edges, tma=use_tma, ping_pong=is_ping_pong)
 
 
 @lru_cache(maxsize=4096)
@@ -675,14 +681,14 @@ def _named(
 ) -> tuple[Tiling, Tiling | None]:
     """The tiling of the general kernel with named tiles, and that of the one to run instead."""
     pair = query, key
-    split = _splits(problem, pair, kernel.inverse)
+    mask_edges = _pays_to_mask_edges(problem, pair, kernel.inverse)
     size = _named_size(problem, kernel.general, prod(query), prod(key))
-    tiling = _make(problem, kernel.general, pair, size, split, tma)
+    tiling = _make(problem, kernel.general, pair, size, mask_edges, tma)
     if kernel is kernel.general or not kernel.suits(problem):
         return tiling, None
     if not is_ping_pong_size(size.rows, size.columns):
         return tiling, None
-    return tiling, _make(problem, kernel, pair, size._replace(warps=4), split, tma)
+    return tiling, _make(problem, kernel, pair, size._replace(warps=4), mask_edges, tma)
 
 
 def _fastest(
@@ -691,13 +697,13 @@ def _fastest(
     """The fastest tiling of the general kernel, and that of another one if that is even faster."""
     general, inverse = kernel.general, kernel.inverse
     found: list[tuple[bool, float, Tiling]] = []
-    for split in (False, True):
-        for size in _sizes(problem, general, split, chip):
+    for mask_edges in (False, True):
+        for size in _sizes(problem, general, mask_edges, chip):
             queries, keys = (size.columns, size.rows) if inverse else (size.rows, size.columns)
             pair = best_shapes(problem, general, queries, keys)
-            if _splits(problem, pair, inverse) != split:
+            if _pays_to_mask_edges(problem, pair, inverse) != mask_edges:
                 continue
-            tiling = _make(problem, general, pair, size, split, tma)
+            tiling = _make(problem, general, pair, size, mask_edges, tma)
             fitting = _fit(tiling, problem, general, chip, True)
             # Smaller tiles are better than tiles that nothing is loaded ahead of.
             is_cramped = fitting is None or fitting.stages < min(tiling.stages, 2)
