@@ -11,16 +11,19 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import natten
 from natten.nn import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
+    NeighborhoodCrossAttention2D,
     RotaryEmbedding,
 )
 
 # TorchScript is deprecated, and timm's models are still expected to compile with it.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 
+DOUBLE = {"dtype": torch.float64}
 RANKS = {1: NeighborhoodAttention1D, 2: NeighborhoodAttention2D, 3: NeighborhoodAttention3D}
 
 # name: extent, arguments, registers, origin
@@ -518,10 +521,88 @@ def test_refused_inputs(shape, registers, message):
         module(torch.randn(shape), tokens)
 
 
-def test_registers_would_break_causality():
-    module = NeighborhoodAttention1D(32, 4, 5, is_causal=True)
-    with pytest.raises(ValueError, match="registers attend to every token"):
-        module(torch.randn(1, 8, 32), torch.randn(1, 1, 32))
+@pytest.mark.parametrize("arguments", [{}, {"attn_drop": 0.3}], ids=["fused", "dropout"])
+def test_registers_are_earlier_than_a_causal_grid(arguments):
+    module = NeighborhoodAttention2D(32, 4, (5, 3), is_causal=(True, False), **arguments, **DOUBLE)
+    x, registers = torch.randn(1, 8, 4, 32, **DOUBLE), torch.randn(1, 3, 32, **DOUBLE)
+    changed = x.clone()
+    changed[:, 6:] += 1
+    torch.manual_seed(0)
+    out, of_registers = module.train()(x, registers)
+    torch.manual_seed(0)
+    other, also = module(changed, registers)
+    assert torch.equal(of_registers, also)
+    assert_close(out[:, :6], other[:, :6])
+    # Among themselves they attend densely, and the grid attends to them.
+    module.eval()
+    q, k, v = (t[0] for t in module._project(registers, None, False))
+    weights = (torch.einsum("ihd,jhd->hij", q, k) * module.scale).softmax(-1)
+    want = module.proj(torch.einsum("hij,jhd->ihd", weights, v).flatten(1))
+    assert_close(module(x, registers)[1][0], want)
+    assert not torch.equal(module(x, registers)[0], module(x, registers * 2)[0])
+    with pytest.raises(NotImplementedError, match="not implemented for causal axes"):
+        module.register_map(x, registers)
+
+
+@pytest.mark.parametrize("kernel_size", [-1, (-1, 3), (3, -1)], ids=str)
+@pytest.mark.parametrize("kind", ["packed", "separate", "cross"])
+def test_whole_axes(kind, kernel_size):
+    make = NeighborhoodCrossAttention2D if kind == "cross" else NeighborhoodAttention2D
+    arguments = {"qk_norm": kind == "separate", "is_causal": (True, False), **DOUBLE}
+    module = make(32, 4, kernel_size, **arguments).eval()
+    assert str(kernel_size).strip("()") in repr(module)
+    for extent in ((6, 5), (4, 7)):
+        sizes = [n if k == -1 else k for n, k in zip(extent, module.kernel_size)]
+        same = make(32, 4, sizes, **arguments).eval()
+        same.load_state_dict(module.state_dict())
+        x = torch.randn(2, *extent, 32, **DOUBLE)
+        for f in (module, torch.compile(module, backend="eager"), torch.jit.script(module)):
+            assert_close(f(x), same(x))
+        maps = [m.attention_map(x, [[3, 2]]).grid for m in (module, same)]
+        assert_close(*maps)
+    torch.compiler.reset()  # it counts how often a function was compiled
+    with pytest.raises(ValueError, match="rel_pos_bias=True needs a kernel_size"):
+        make(32, 4, kernel_size, rel_pos_bias=True)
+    with pytest.raises(ValueError, match="at least 1, or -1 for a whole axis"):
+        make(32, 4, (0, 3))
+
+
+def test_own_width_of_heads_scales_and_rotation():
+    module = NeighborhoodAttention2D(
+        30,
+        4,
+        3,
+        head_dim=8,
+        num_kv_heads=2,
+        learned_scale=True,
+        rotary=True,
+        qk_scale=0.5,
+        **DOUBLE,
+    )
+    assert module.qkv.out_features == 64
+    assert module.proj.in_features == 32
+    assert "head_dim=8" in repr(module)
+    assert "learned_scale=True" in repr(module)
+    x = torch.randn(2, 5, 6, 30, **DOUBLE)
+    plain = NeighborhoodAttention2D(
+        30, 4, 3, head_dim=8, num_kv_heads=2, qk_scale=0.5, rotary=module.rotary, **DOUBLE
+    )
+    with pytest.warns(UserWarning, match="logit_scale .* without learned_scale=True"):
+        plain.load_state_dict(module.state_dict(), strict=False)
+    assert_close(module(x), plain(x))
+    plain.rotary = lambda t, origin: module.rotary(t, origin)  # a function instead of a module
+    assert_close(plain(x, origin=[2, 1]), module(x, origin=[2, 1]))
+    with torch.no_grad():
+        module.logit_scale.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    query, key, value = plain._project(x, None, True)
+    heads = []
+    for head, scale in enumerate((0.1, 0.2, 0.3, 0.4)):
+        q, kv = query[..., head : head + 1, :], slice(head // 2, head // 2 + 1)
+        heads.append(natten.na2d(q, key[..., kv, :], value[..., kv, :], 3, scale=scale))
+    assert_close(module(x), plain._output(torch.cat(heads, -2)))
+    module(x).square().sum().backward()
+    assert module.logit_scale.grad.abs().min() > 0
+    assert_close(torch.jit.script(module)(x), module(x))
 
 
 @pytest.mark.parametrize("positions", [[[0, 8]], [[-1, 0]], [[0]], [0, 0], [[0.0, 1.0]]])

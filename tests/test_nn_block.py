@@ -290,7 +290,10 @@ def test_patch_merging_order_and_padding():
         (lambda: PatchTokenizer(patch_size=(4, 4, 4)), "patch_size must be one positive integer"),
         (lambda: PatchMerging(8, rank=0), "rank must be positive"),
         (lambda: NeighborhoodTransformerBlock(32, 4, rank=4), "rank must be 1, 2 or 3"),
-        (lambda: NeighborhoodStage(32, 3, 4, 3, dilation=(1, 2)), "dilation must be one value"),
+        (
+            lambda: NeighborhoodStage(32, 3, 4, 3, dilation=(1, 2, 3, 4)),
+            "dilation must be one value",
+        ),
         (lambda: NeighborhoodBackbone(depths=(1, 2)), "depths and num_heads"),
         (lambda: small_backbone(dilation=(1, 2, 3)), "an entry for each of 2 stages"),
     ],

@@ -105,7 +105,7 @@ class NeighborhoodContextParallel(ParallelStyle):
             _refuse(name, part)
             if isinstance(part, PatchMerging):
                 # Frames of a video are merged one by one: its last axes are theirs.
-                factors = (1,) * (len(plan.sharding.grid) - len(part.two)) + part.two
+                factors = (1,) * (len(plan.sharding.grid) - len(part.strides)) + part.strides
                 plan = Plan(plan.sharding.coarsened(factors), self.options)
             elif hasattr(part, "plan"):
                 part.plan = plan.of_module(part)

@@ -12,12 +12,21 @@ from natten.nn.cross_attention import (
     NeighborhoodCrossAttention2D,
     NeighborhoodCrossAttention3D,
 )
-from natten.nn.embed import ConvDownsampler, ConvTokenizer, PatchMerging, PatchTokenizer
+from natten.nn.embed import (
+    ChannelsFirst,
+    ConvDownsampler,
+    ConvTokenizer,
+    PatchExpanding,
+    PatchMerging,
+    PatchTokenizer,
+)
 from natten.nn.explicit import AttentionMap
 from natten.nn.rotary import RotaryEmbedding
+from natten.nn.stream import StreamState
 
 __all__ = [
     "AttentionMap",
+    "ChannelsFirst",
     "ConvDownsampler",
     "ConvTokenizer",
     "DropPath",
@@ -32,7 +41,9 @@ __all__ = [
     "NeighborhoodCrossAttention3D",
     "NeighborhoodStage",
     "NeighborhoodTransformerBlock",
+    "PatchExpanding",
     "PatchMerging",
     "PatchTokenizer",
     "RotaryEmbedding",
+    "StreamState",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from natten.nn.core import (
     NeighborhoodModule,
+    Rotary,
     attend_packed,
     attend_to_all,
     check_flags,
@@ -23,9 +24,11 @@ from natten.nn.core import (
     place,
     plan_of,
     refuse_sharded,
+    refuse_whole_axes,
+    whole_axes,
 )
 from natten.nn.explicit import AttentionMap, attention_map
-from natten.nn.rotary import RotaryEmbedding, rotate
+from natten.nn.stream import StreamState, attend_to_stream, check_stream, fit_frames
 from natten.older.modules import accepts_older_arguments
 
 # Control flow on shapes cannot be traced symbolically: in an fx graph each is one call.
@@ -35,6 +38,7 @@ torch.fx.wrap("check_grid")
 torch.fx.wrap("check_sequence")
 torch.fx.wrap("place")
 torch.fx.wrap("crop")
+torch.fx.wrap("whole_axes")
 
 
 class NeighborhoodAttention(NeighborhoodModule):
@@ -51,7 +55,8 @@ class NeighborhoodAttention(NeighborhoodModule):
     Args:
         embed_dim: channels of a token; a multiple of num_heads.
         num_heads: heads of the query.
-        kernel_size: window size, an int or one for each axis.
+        kernel_size: window size, an int or one for each axis; -1 for a whole axis, however long
+            it is (without dilation).
         stride: queries that share a window, at most kernel_size. Default 1.
         dilation: distance between the tokens of a window. Default 1.
         is_causal: whether queries attend to no later token along an axis. Default False.
@@ -65,20 +70,24 @@ class NeighborhoodAttention(NeighborhoodModule):
         qk_norm: RMS-normalize the channels of every query and key head, with learned weights
             (`q_norm`, `k_norm`; https://arxiv.org/abs/2302.05442).
         rotary: rotate queries and keys by their positions. True for a `RotaryEmbedding` whose
-            spacing is the dilation, or one of your own, which several modules may share.
+            spacing is the dilation, or one of your own, which several modules may share; or any
+            function that is called as it is, with heads `[B, *X, heads, head_dim]` and the
+            coordinates of the first token, or None for 0.
         attn_drop: probability of dropping attention weights in training. No fused kernel stores
             the weights, so that training with attn_drop > 0 gathers the keys and values of every
             window (memory times the window size). Evaluation is fused.
         pad: zero-pad axes shorter than `kernel_size * dilation` on the right, before `qkv`, and
             crop before `proj`. Queries attend to the padding. Checkpoints trained with NATTEN up
             to 0.15 expect it for small inputs.
+        head_dim: channels of a head; None for `embed_dim / num_heads`.
+        learned_scale: learn a scale for each head, `logit_scale`, `[num_heads]`, from qk_scale on.
         device, dtype: of the parameters.
 
     Arguments of NATTEN 0.14 to 0.17 (`dim`, `bias` for rel_pos_bias with padding, positional
     orders that can be told apart) are taken as well; `natten.older.modules` has the rules.
 
     Parameters: `qkv.*`, rows in the order query, key, value, each heads by head_dim; `proj.*`;
-    and `rpb`, `q_norm.weight`, `k_norm.weight` where asked for.
+    and `rpb`, `q_norm.weight`, `k_norm.weight`, `logit_scale` where asked for.
 
     `kernel_size`, `stride`, `dilation`, `is_causal`, `scale`, `pad`, `attn_drop` and `rotary` may
     be set to what the constructor takes, and are then as if it had been given there.
@@ -108,9 +117,11 @@ class NeighborhoodAttention(NeighborhoodModule):
         rel_pos_bias: bool = False,
         num_kv_heads: int | None = None,
         qk_norm: bool = False,
-        rotary: bool | RotaryEmbedding = False,
+        rotary: bool | Rotary = False,
         attn_drop: float = 0.0,
         pad: bool = False,
+        head_dim: int | None = None,
+        learned_scale: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -128,6 +139,8 @@ class NeighborhoodAttention(NeighborhoodModule):
             rotary,
             attn_drop,
             pad,
+            head_dim,
+            learned_scale,
             device,
             dtype,
         )
@@ -135,7 +148,8 @@ class NeighborhoodAttention(NeighborhoodModule):
         check_probability("proj_drop", proj_drop)
         channels = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv = nn.Linear(embed_dim, channels, bias=qkv_bias, device=device, dtype=dtype)
-        self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
+        inner = self.num_heads * self.head_dim
+        self.proj = nn.Linear(inner, embed_dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     @overload
@@ -170,7 +184,8 @@ class NeighborhoodAttention(NeighborhoodModule):
             x: `[B, *X, embed_dim]`, any floating-point dtype.
             registers: `[B, R, embed_dim]`, further tokens (class or register tokens) that every
                 token attends to, in one softmax with its window, and that attend to every token
-                of the grid (not to its padding) and to each other.
+                of the grid (not to its padding) and to each other. With a causal axis they are
+                earlier than the grid, and attend to each other alone.
             origin: coordinates of the first token in the grid that x is a crop of. Default 0.
             grid: extents of that grid. Windows are then placed in it: tokens whose windows lie
                 inside of x get what they would get in the whole grid, others attend to the part
@@ -182,7 +197,7 @@ class NeighborhoodAttention(NeighborhoodModule):
 
         Raises:
             ValueError: for another rank or number of channels, axes shorter than
-                `kernel_size * dilation` without `pad`, registers where an axis is causal.
+                `kernel_size * dilation` without `pad`.
         """
         if not torch.jit.is_scripting():
             x, registers = left_out(x, "registers", registers)
@@ -190,6 +205,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         if not torch.jit.is_scripting():
             plan = plan_of(self.plan)
             if plan is not None:
+                refuse_whole_axes(self.kernel_size)
                 return plan.self_attention(self, x, registers, origin, grid)
         if registers is not None:
             if torch.jit.is_scripting():
@@ -197,12 +213,13 @@ class NeighborhoodAttention(NeighborhoodModule):
             else:
                 return self._forward_with_registers(x, registers, origin, grid)
         extent = x.shape[1:-1]
-        x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
+        kernel_size = whole_axes(x, self.kernel_size, grid)
+        x = place(x, kernel_size, self.dilation, self.pad, origin, grid)
         if self._is_packed():
             out = attend_packed(
                 self._heads(x),
                 self.num_kv_heads,
-                self.kernel_size,
+                kernel_size,
                 self.stride,
                 self.dilation,
                 self.is_causal,
@@ -213,7 +230,7 @@ class NeighborhoodAttention(NeighborhoodModule):
             )
         else:
             query, key, value = self._project(x, origin, True)
-            out = self._attend(query, key, value, None, None, origin, grid)
+            out = self._attend(query, key, value, None, None, origin, grid, kernel_size=kernel_size)
         if self.pad:
             out = crop(out, extent)
         return self._output(out)
@@ -225,14 +242,17 @@ class NeighborhoodAttention(NeighborhoodModule):
         origin: list[int] | None,
         grid: list[int] | None,
     ) -> tuple[Tensor, Tensor]:
-        self._check_registers(x, registers)
+        check_sequence(registers, x.shape[0], self.embed_dim, "registers")
         extent = x.shape[1:-1]
-        x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
+        kernel_size = whole_axes(x, self.kernel_size, grid)
+        x = place(x, kernel_size, self.dilation, self.pad, origin, grid)
         query, key, value = self._project(x, origin, True)
         query_r, key_r, value_r = self._project(registers, None, False)
-        out = self._attend(query, key, value, key_r, value_r, origin, grid)
+        out = self._attend(query, key, value, key_r, value_r, origin, grid, kernel_size=kernel_size)
 
         key, value = (crop(t, extent).flatten(1, -3) for t in (key, value))
+        if any(self.is_causal):
+            key, value = key[:, :0], value[:, :0]
         if self.attn_drop is not None and self.training:
             out_r = F.scaled_dot_product_attention(
                 query_r.transpose(1, 2),
@@ -249,16 +269,16 @@ class NeighborhoodAttention(NeighborhoodModule):
     def _check_registers(self, x: Tensor, registers: Tensor) -> None:
         check_sequence(registers, x.shape[0], self.embed_dim, "registers")
         if any(self.is_causal):
-            raise ValueError(
-                "registers attend to every token and would carry what is later to what is "
-                f"earlier, but is_causal={self.is_causal}"
+            raise NotImplementedError(
+                "maps of registers, and registers of a grid that is sharded over ranks, are not "
+                f"implemented for causal axes, got is_causal={self.is_causal}"
             )
 
     def _is_packed(self) -> bool:
         """Whether nothing lies between the projection and the attention."""
         has_norm = self.q_norm is not None or self.k_norm is not None
         drops = self.attn_drop is not None and self.training
-        return not (has_norm or drops or self.rotary is not None)
+        return not (has_norm or drops or self.rotary is not None or self.logit_scale is not None)
 
     def _heads(self, x: Tensor) -> Tensor:
         """The heads of query, key and value, `[B, *X, heads, head_dim]`."""
@@ -276,13 +296,46 @@ class NeighborhoodAttention(NeighborhoodModule):
             query = self.q_norm(query)
         if self.k_norm is not None:
             key = self.k_norm(key)
-        if self.rotary is not None and is_grid:
-            cos, sin = self.rotary.rotation(x.shape[1:-1], origin)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        return query, key, value
+        if is_grid:
+            query, key = self._rotate(query, key, origin)
+        return self._scaled(query), key, value
 
     def _output(self, out: Tensor) -> Tensor:
         return self.proj_drop(self.proj(out.flatten(-2)))
+
+    @torch.no_grad()
+    def stream(
+        self, x: Tensor, state: StreamState | None = None, registers: Tensor | None = None
+    ) -> tuple[Any, StreamState]:
+        """Attention of the next frames of a grid that is causal along its first axis.
+
+        Args:
+            x: `[B, t, *X, embed_dim]`, one frame or several.
+            state: what the call with the frames before returned; None at the start. It is not
+                changed.
+            registers: as for `forward`, the same in every call.
+
+        Returns:
+            What `forward` of the grid so far returns for these frames, and the state for the next
+            call.
+
+        Raises:
+            ValueError: without a causal first axis, or for frames of another size than before.
+        """
+        check_stream(self)
+        check_grid(x, self.rank, self.embed_dim, "x")
+        extent = x.shape[1:-1]
+        origin = [0 if state is None else state.frames, *[0] * (self.rank - 1)]
+        query, key, value = self._project(fit_frames(self, x), origin, True)
+        if registers is None:
+            out, new = attend_to_stream(self, query, key, value, extent, state)
+            return self._output(out), new
+        check_sequence(registers, x.shape[0], self.embed_dim, "registers")
+        query_r, key_r, value_r = self._project(registers, None, False)
+        out, new = attend_to_stream(self, query, key, value, extent, state, key_r, value_r)
+        empty = key_r[:, :0], value_r[:, :0]
+        out_r = attend_to_all(query_r, *empty, key_r, value_r, self.scale)
+        return (self._output(out), self._output(out_r)), new
 
     @torch.no_grad()
     def attention_map(
@@ -310,9 +363,9 @@ class NeighborhoodAttention(NeighborhoodModule):
         extent = x.shape[1:-1]
         key_r = None
         if registers is not None:
-            self._check_registers(x, registers)
+            check_sequence(registers, x.shape[0], self.embed_dim, "registers")
             key_r = self._project(registers, None, False)[1]
-        x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
+        x = place(x, whole_axes(x, self.kernel_size, grid), self.dilation, self.pad, origin, grid)
         query, key, _ = self._project(x, origin, True)
         return self._map(query, key, positions, extent, key_r, None, origin, grid)
 

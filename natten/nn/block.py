@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from natten.nn.attention import ATTENTION_OF_RANK
 from natten.nn.core import (
+    Rotary,
     check_flags,
     check_grid,
     check_probability,
@@ -17,7 +20,8 @@ from natten.nn.core import (
     left_out,
     warn_of_dropped,
 )
-from natten.nn.rotary import RotaryEmbedding
+from natten.nn.cross_attention import CROSS_ATTENTION_OF_RANK
+from natten.nn.stream import StreamState
 from natten.validation import check_is_tensor, check_positive_int
 
 
@@ -48,18 +52,38 @@ def _sample_mask(x: Tensor, keep: float) -> Tensor:
     return x.new_empty([x.shape[0]] + [1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
 
 
-def _check_cond(cond: Tensor, channels: int) -> None:
+def _check_cond(cond: Tensor, channels: int, x: Tensor, has_registers: bool) -> None:
     if not torch.jit.is_scripting():
         check_is_tensor("cond", cond)
-    if cond.dim() != 2 or cond.shape[1] != channels:
+    fits = cond.dim() == 2 or (cond.dim() == x.dim() and not has_registers)
+    if fits and cond.dim() == x.dim():
+        for axis in range(x.dim() - 1):
+            if cond.shape[axis] != 1 and cond.shape[axis] != x.shape[axis]:
+                fits = False
+    if not fits or cond.shape[-1] != channels:
         raise ValueError(
-            f"cond must have the shape [batch, cond_dim={channels}], got {list(cond.shape)}"
+            f"cond must have the shape [batch, cond_dim={channels}], got {list(cond.shape)}; "
+            f"without registers it may vary over the grid {list(x.shape[1:-1])} along any axis: "
+            "it then has all of its axes, of extent 1 where it does not"
         )
+
+
+def _plain_norm(norm_layer: Callable[..., nn.Module], channels: int, **place: Any) -> nn.Module:
+    """A norm without weights of its own."""
+    names = inspect.signature(norm_layer).parameters
+    # torch's name of the argument, and timm's.
+    for name in ("elementwise_affine", "affine"):
+        if name in names:
+            return norm_layer(channels, **{name: False}, **place)
+    raise ValueError(
+        f"norm_layer of a block with cond_dim must take elementwise_affine, got {norm_layer!r}"
+    )
 
 
 # Neither rank nor values are known in symbolic traces: there each is one call.
 torch.fx.wrap("_check_cond")
 torch.fx.wrap("_sample_mask")
+torch.fx.wrap("_spread")
 torch.fx.wrap("check_grid")
 torch.fx.wrap("check_sequence")
 
@@ -124,7 +148,8 @@ class AdaptiveModulation(nn.Module):
     """Shift, scale and gate of two residual branches from a conditioning vector.
 
     The adaLN-Zero of DiT (https://arxiv.org/abs/2212.09748): `linear(silu(cond))`, initialized to
-    zero, so that a fresh block is the identity. `[B, cond_dim]` to six of `[B, embed_dim]`.
+    zero, so that a fresh block is the identity. `[B, ..., cond_dim]` to six of
+    `[B, ..., embed_dim]`.
     """
 
     def __init__(
@@ -141,7 +166,6 @@ class AdaptiveModulation(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, cond: Tensor) -> list[Tensor]:
-        _check_cond(cond, self.linear.in_features)
         return self.linear(nn.functional.silu(cond)).chunk(6, dim=-1)
 
 
@@ -152,7 +176,9 @@ class NeighborhoodTransformerBlock(nn.Module):
         x = x + drop_path(gamma2 * mlp(norm2(x)))
 
     With a conditioning vector (`cond_dim`), the norms have no weights of their own, their results
-    are scaled and shifted and the branches gated as the vector says (`AdaptiveModulation`).
+    are scaled and shifted and the branches gated as the vector says (`AdaptiveModulation`). With a
+    context (`context_dim`), tokens attend to it and to their windows in one softmax
+    (`NeighborhoodCrossAttention2D`).
 
     Parameters are named as in the checkpoints of NAT and DiNAT: `norm1`, `attn.qkv`, `attn.rpb`,
     `attn.proj`, `norm2`, `mlp.fc1`, `mlp.fc2`, `gamma1`, `gamma2`; and `modulation.linear`.
@@ -164,14 +190,16 @@ class NeighborhoodTransformerBlock(nn.Module):
         mlp_ratio: hidden channels of the MLP over embed_dim.
         gated_mlp: use `GatedMlp` with 2/3 of the hidden channels, which has as many parameters.
         act_layer: activation of the MLP; None for GELU, or SiLU in the gated MLP.
-        norm_layer: called as `norm_layer(embed_dim, **kwargs)`.
+        norm_layer: called as `norm_layer(embed_dim, device=, dtype=)`, with `cond_dim` also with
+            `elementwise_affine=False` or timm's `affine=False`.
         layer_scale: initial value of gamma1 and gamma2; None for no such parameters.
         drop: dropout probability in the MLP and after `proj`.
         attn_drop: dropout probability of attention weights.
         drop_path: probability of dropping a residual branch of a sample.
         cond_dim: channels of the conditioning vector; None for none.
-        qkv_bias, qk_scale, rel_pos_bias, num_kv_heads, qk_norm, rotary, pad: as for
-            `NeighborhoodAttention2D`.
+        context_dim: channels of a context, as of a text; None for none.
+        qkv_bias, qk_scale, rel_pos_bias, num_kv_heads, qk_norm, rotary, pad, head_dim,
+            learned_scale: as for `NeighborhoodAttention2D`.
         device, dtype: of the parameters.
 
     A state dict that holds `gamma1` or `modulation`, for a block without, is warned of, since
@@ -197,13 +225,16 @@ class NeighborhoodTransformerBlock(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         cond_dim: int | None = None,
+        context_dim: int | None = None,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         rel_pos_bias: bool = False,
         num_kv_heads: int | None = None,
         qk_norm: bool = False,
-        rotary: bool | RotaryEmbedding = False,
+        rotary: bool | Rotary = False,
         pad: bool = False,
+        head_dim: int | None = None,
+        learned_scale: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -221,11 +252,15 @@ class NeighborhoodTransformerBlock(nn.Module):
             self.norm2 = norm_layer(embed_dim, device=device, dtype=dtype)
             self.modulation = None
         else:
-            plain = {"elementwise_affine": False, "device": device, "dtype": dtype}
-            self.norm1 = norm_layer(embed_dim, **plain)
-            self.norm2 = norm_layer(embed_dim, **plain)
+            check_positive_int("cond_dim", cond_dim)
+            self.norm1 = _plain_norm(norm_layer, embed_dim, device=device, dtype=dtype)
+            self.norm2 = _plain_norm(norm_layer, embed_dim, device=device, dtype=dtype)
             self.modulation = AdaptiveModulation(cond_dim, embed_dim, device=device, dtype=dtype)
-        self.attn = ATTENTION_OF_RANK[rank](
+        self.context_dim = context_dim
+        attention: Callable[..., nn.Module] = ATTENTION_OF_RANK[rank]
+        if context_dim is not None:
+            attention = partial(CROSS_ATTENTION_OF_RANK[rank], context_dim=context_dim)
+        self.attn: Any = attention(
             embed_dim,
             num_heads,
             kernel_size,
@@ -241,6 +276,8 @@ class NeighborhoodTransformerBlock(nn.Module):
             rotary=rotary,
             attn_drop=attn_drop,
             pad=pad,
+            head_dim=head_dim,
+            learned_scale=learned_scale,
             device=device,
             dtype=dtype,
         )
@@ -269,6 +306,9 @@ class NeighborhoodTransformerBlock(nn.Module):
             "gamma2": "layer_scale",
             "modulation.linear.weight": "cond_dim",
         }
+        warn_of_dropped(
+            self.attn, {"context_kv.weight": "context_dim"}, state_dict, prefix + "attn."
+        )
         warn_of_dropped(self, optional, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
@@ -277,14 +317,24 @@ class NeighborhoodTransformerBlock(nn.Module):
 
     # TorchScript infers the type of the result from the branch without registers.
     def forward(  # type: ignore[no-untyped-def]
-        self, x: Tensor, cond: Tensor | None = None, registers: Tensor | None = None
+        self,
+        x: Tensor,
+        cond: Tensor | None = None,
+        registers: Tensor | None = None,
+        context: Tensor | None = None,
+        context_lengths: Tensor | None = None,
     ):
         """Transforms `x`, `[B, *X, embed_dim]`.
 
         Args:
             x: the grid of tokens.
-            cond: `[B, cond_dim]`, given if and only if the block has a `cond_dim`.
-            registers: `[B, R, embed_dim]`, further tokens, see `NeighborhoodAttention2D.forward`.
+            cond: `[B, cond_dim]`, or with all axes of x, `[B, *X, cond_dim]`, of extent 1 where it
+                does not vary (for a vector for each frame, `[B, T, 1, 1, cond_dim]`). Given if and
+                only if the block has a `cond_dim`.
+            registers: `[B, R, embed_dim]`, further tokens, see `NeighborhoodAttention2D.forward`;
+                not beside a context.
+            context, context_lengths: as for `NeighborhoodCrossAttention2D.forward`, of a block
+                with a `context_dim`.
 
         Returns:
             The shape of x, and with registers a pair of it and of the shape of registers.
@@ -293,25 +343,93 @@ class NeighborhoodTransformerBlock(nn.Module):
             if self.modulation is None:
                 x, cond = left_out(x, "cond", cond)
             x, registers = left_out(x, "registers", registers)
+            x, context = left_out(x, "context", context)
+            x, context_lengths = left_out(x, "context_lengths", context_lengths)
         check_grid(x, self.rank, self.embed_dim, "x")
-        modulation = self._modulation(cond)
+        modulation = self._modulation(cond, x, registers is not None)
         if registers is not None:
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no attention with registers")
             else:
-                return self._forward_with_registers(x, modulation, registers)
-        branch = self.attn(self._modulate(self.norm1(x), modulation, 0, self.rank))
+                self._refuse_context(context, context_lengths, registers)
+                return self._forward_with_registers(x, modulation, registers, self.attn)
+        branch = self._modulate(self.norm1(x), modulation, 0, self.rank)
+        if self.context_dim is not None:
+            branch = self.attn(branch, context, context_lengths)
+        else:
+            self._refuse_context(context, context_lengths, None)
+            branch = self.attn(branch)
+        return self._rest(x, branch, modulation)
+
+    def _rest(self, x: Tensor, branch: Tensor, modulation: list[Tensor]) -> Tensor:
+        """What follows the attention, whose result is `branch`."""
         x = self._add(x, branch, self.gamma1, modulation, 0, self.rank)
         branch = self.mlp(self._modulate(self.norm2(x), modulation, 3, self.rank))
         return self._add(x, branch, self.gamma2, modulation, 3, self.rank)
 
+    def _refuse_context(
+        self, context: Tensor | None, context_lengths: Tensor | None, registers: Tensor | None
+    ) -> None:
+        if self.context_dim is not None and registers is not None:
+            raise ValueError("registers were given to a block with context_dim")
+        if self.context_dim is None and (context is not None or context_lengths is not None):
+            raise ValueError("a context was given to a block without context_dim")
+
+    @torch.no_grad()
+    def stream(
+        self,
+        x: Tensor,
+        state: StreamState | None = None,
+        cond: Tensor | None = None,
+        registers: Tensor | None = None,
+        context: Tensor | None = None,
+        context_lengths: Tensor | None = None,
+    ) -> tuple[Any, StreamState]:
+        """The next frames of a grid that is causal along its first axis.
+
+        Args:
+            x: `[B, t, *X, embed_dim]`, one frame or several.
+            state: what the call with the frames before returned; None at the start. It is not
+                changed.
+            cond, registers, context, context_lengths: as for `forward`; cond that varies over
+                frames is that of these frames, the others are the same in every call.
+
+        Returns:
+            What `forward` of the grid so far returns for these frames, and the state for the next
+            call.
+        """
+        check_grid(x, self.rank, self.embed_dim, "x")
+        modulation = self._modulation(cond, x, registers is not None)
+        if registers is not None:
+            self._refuse_context(context, context_lengths, registers)
+            states = []
+
+            def attend(tokens: Tensor, more: Tensor) -> Any:
+                result, new = self.attn.stream(tokens, state, more)
+                states.append(new)
+                return result
+
+            result = self._forward_with_registers(x, modulation, registers, attend)
+            return result, states[0]
+        branch = self._modulate(self.norm1(x), modulation, 0, self.rank)
+        if self.context_dim is not None:
+            branch, new = self.attn.stream(branch, state, context, context_lengths)
+        else:
+            self._refuse_context(context, context_lengths, None)
+            branch, new = self.attn.stream(branch, state)
+        return self._rest(x, branch, modulation), new
+
     def _forward_with_registers(
-        self, x: Tensor, modulation: list[Tensor], registers: Tensor
+        self,
+        x: Tensor,
+        modulation: list[Tensor],
+        registers: Tensor,
+        attend: Callable[[Tensor, Tensor], Any],
     ) -> tuple[Tensor, Tensor]:
         check_sequence(registers, x.shape[0], self.embed_dim, "registers")
         streams = [(x, self.rank), (registers, 1)]
         # Symbolic traces unpack a pair, and do not iterate over it.
-        of_grid, of_registers = self.attn(
+        of_grid, of_registers = attend(
             *(self._modulate(self.norm1(t), modulation, 0, axes) for t, axes in streams)
         )
         results = []
@@ -321,10 +439,11 @@ class NeighborhoodTransformerBlock(nn.Module):
             results.append(self._add(t, branch, self.gamma2, modulation, 3, axes))
         return results[0], results[1]
 
-    def _modulation(self, cond: Tensor | None) -> list[Tensor]:
+    def _modulation(self, cond: Tensor | None, x: Tensor, has_registers: bool) -> list[Tensor]:
         if self.modulation is not None:
             if cond is None:
                 raise ValueError("a block with cond_dim needs cond, got None.")
+            _check_cond(cond, self.modulation.linear.in_features, x, has_registers)
             return self.modulation(cond)
         if cond is not None:
             raise ValueError("cond was given to a block without cond_dim.")
@@ -354,7 +473,8 @@ class NeighborhoodTransformerBlock(nn.Module):
 
 
 def _spread(values: Tensor, axes: int) -> Tensor:
-    """`[B, C]` to `[B, 1, ..., C]` over the axes of a grid."""
-    for _ in range(axes):
-        values = values.unsqueeze(1)
+    """`[B, C]` to `[B, 1, ..., C]` over the axes of a grid, if they are not there."""
+    if values.dim() == 2:
+        for _ in range(axes):
+            values = values.unsqueeze(1)
     return values

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from natten.functional import neighborhood_attention_generic, sharded
 from natten.functional.attention import attention_with_context
 from natten.functional.neighborhood import packed_attention
 from natten.nn.explicit import AttentionMap, attention_map, window_attention, window_rows
-from natten.nn.rotary import RotaryEmbedding
+from natten.nn.rotary import RotaryEmbedding, rotate
 from natten.validation import (
     bool_tuple,
     check_is_tensor,
@@ -394,6 +395,17 @@ def crop(x: Tensor, extent: list[int]) -> Tensor:
     return x
 
 
+def whole_axes(x: Tensor, kernel_size: list[int], grid: list[int] | None) -> list[int]:
+    """kernel_size with the number of tokens of an axis, `[B, *X, C]`, in place of -1."""
+    if -1 not in kernel_size:
+        return kernel_size
+    sizes: list[int] = []
+    for axis in range(len(kernel_size)):
+        extent = x.shape[axis + 1] if grid is None else grid[axis]
+        sizes.append(extent if kernel_size[axis] == -1 else kernel_size[axis])
+    return sizes
+
+
 def plan_of(plan: Any) -> Any:
     """A module's plan of a sharded grid, or that of the context; None where it attends alone."""
     return sharded.current if plan is None else plan
@@ -407,6 +419,15 @@ def refuse_sharded(plan: Any, name: str) -> None:
         )
 
 
+def refuse_whole_axes(kernel_size: Sequence[int]) -> None:
+    """For a grid whose tokens are sharded over ranks."""
+    if -1 in kernel_size:
+        raise NotImplementedError(
+            f"kernel_size={tuple(kernel_size)} of a grid that is sharded over ranks is not "
+            "implemented: give the window that is the whole axis"
+        )
+
+
 def check_heads_whole(name: str, projection: nn.Module, heads_mesh: Any) -> None:
     """Refuse rows of a packed projection that were cut regardless of heads."""
     weight = getattr(projection, "weight", None)
@@ -417,6 +438,20 @@ def check_heads_whole(name: str, projection: nn.Module, heads_mesh: Any) -> None
             f"{name} holds the rows of several kinds of heads, and a plan as ColwiseParallel gives "
             "ranks the wrong ones; use natten.distributed.NeighborhoodHeadParallel"
         )
+
+
+Rotary = Callable[[Tensor, list[int] | None], Tensor]
+
+
+def _takes_two(function: Any) -> bool:
+    """Whether it can be called with two arguments."""
+    if isinstance(function, nn.Module):
+        function = function.forward
+    try:
+        inspect.signature(function).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class HeadNorm(nn.RMSNorm):
@@ -449,6 +484,7 @@ class NeighborhoodModule(nn.Module):
         "rpb": "rel_pos_bias=True",
         "q_norm.weight": "qk_norm=True",
         "k_norm.weight": "qk_norm=True",
+        "logit_scale": "learned_scale=True",
     }
 
     def __init__(
@@ -463,22 +499,25 @@ class NeighborhoodModule(nn.Module):
         rel_pos_bias: bool,
         num_kv_heads: int | None,
         qk_norm: bool,
-        rotary: bool | RotaryEmbedding,
+        rotary: bool | Rotary,
         attn_drop: float,
         pad: bool,
+        head_dim: int | None,
+        learned_scale: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        check_flags(rel_pos_bias=rel_pos_bias, qk_norm=qk_norm)
+        check_flags(rel_pos_bias=rel_pos_bias, qk_norm=qk_norm, learned_scale=learned_scale)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, number in (
             ("embed_dim", embed_dim),
             ("num_heads", num_heads),
             ("num_kv_heads", num_kv_heads),
+            ("head_dim", 1 if head_dim is None else head_dim),
         ):
             check_positive_int(name, number)
-        if embed_dim % num_heads:
+        if head_dim is None and embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"
             )
@@ -486,20 +525,24 @@ class NeighborhoodModule(nn.Module):
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
             )
+        self.kernel_size = self._normalized("kernel_size", kernel_size)
         # The grid is not known yet, and an empty one fits any window.
-        window = check_window((0,) * self.rank, kernel_size, stride, dilation, is_causal)
-        self.kernel_size, self.stride, self.dilation, self.is_causal = window
+        checked = tuple(2**30 if k == -1 else k for k in self.kernel_size)
+        window = check_window((0,) * self.rank, checked, stride, dilation, is_causal)
+        _, self.stride, self.dilation, self.is_causal = window
+        if rel_pos_bias and -1 in self.kernel_size:
+            raise ValueError(f"rel_pos_bias=True needs a kernel_size, got {self.kernel_size}")
         if rel_pos_bias and any(self.is_causal):
             raise ValueError("rel_pos_bias=True needs is_causal=False on every axis")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
-        self.head_dim = embed_dim // num_heads
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         self.scale = check_scale(qk_scale, self.head_dim, "qk_scale")
         self.pad = pad
         # Modules that are absent are None, so that TorchScript compiles no code for them.
         self.attn_drop: nn.Dropout | None = self._normalized("attn_drop", attn_drop)
-        self.rotary: RotaryEmbedding | None = None
+        self.rotary: Any = None
         if rotary is True:
             self.rotary = RotaryEmbedding(
                 self.head_dim, self.rank, spacing=self.dilation, device=device, dtype=dtype
@@ -513,6 +556,11 @@ class NeighborhoodModule(nn.Module):
         norm = {"eps": 1e-6, "device": device, "dtype": dtype}
         self.q_norm = HeadNorm(self.head_dim, **norm) if qk_norm else None
         self.k_norm = HeadNorm(self.head_dim, **norm) if qk_norm else None
+        self.register_parameter("logit_scale", None)
+        if learned_scale:
+            self.logit_scale = nn.Parameter(
+                torch.full((num_heads,), self.scale, device=device, dtype=dtype)
+            )
         if rel_pos_bias:
             shape = [2 * k - 1 for k in self.kernel_size]
             self.rpb = nn.Parameter(torch.empty(num_heads, *shape, device=device, dtype=dtype))
@@ -523,6 +571,8 @@ class NeighborhoodModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SETTABLE:
             value = self._normalized(name, value)
+            if value is not None and not isinstance(value, nn.Module):
+                self._modules.pop(name, None)  # torch would have a module follow a module alone
         super().__setattr__(name, value)
         if name == "rotary":
             super().__setattr__("_rotary_is_own", False)
@@ -532,7 +582,13 @@ class NeighborhoodModule(nn.Module):
     def _normalized(self, name: str, value: Any) -> Any:
         """An attribute as the constructor stores it."""
         if name == "kernel_size":
-            return int_tuple(name, value, self.rank)
+            sizes = int_tuple(name, value, self.rank, minimum=-1)
+            if 0 in sizes:
+                raise ValueError(
+                    f"kernel_size must hold integers of at least 1, or -1 for a whole axis, "
+                    f"got {value}"
+                )
+            return sizes
         if name in ("stride", "dilation"):
             return int_tuple(name, 1 if value is None else value, self.rank)
         if name == "is_causal":
@@ -549,7 +605,12 @@ class NeighborhoodModule(nn.Module):
         if value is None or value is False:
             return None
         if not isinstance(value, RotaryEmbedding):
-            raise ValueError(f"rotary must be a bool or a RotaryEmbedding, got {value!r}")
+            if not _takes_two(value):
+                raise ValueError(
+                    "rotary must be a bool or a RotaryEmbedding, or a function of heads and the "
+                    f"coordinates of the first of them, got {value!r}"
+                )
+            return value
         if value.head_dim != self.head_dim or value.rank != self.rank:
             raise ValueError(
                 f"rotary must be of head_dim {self.head_dim} and rank {self.rank}, got {value}"
@@ -568,6 +629,33 @@ class NeighborhoodModule(nn.Module):
             rpb: Any = self.rpb
             return rpb if rpb is None or self.heads_mesh is None else rpb.to_local()
 
+    def _rotate(
+        self, query: Tensor, key: Tensor, origin: list[int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """By the positions in the grid that begin at origin."""
+        if torch.jit.is_scripting():
+            if self.rotary is not None:
+                cos, sin = self.rotary.rotation(query.shape[1:-2], origin)
+                return rotate(query, cos, sin), rotate(key, cos, sin)
+        elif isinstance(self.rotary, RotaryEmbedding):
+            cos, sin = self.rotary.rotation(query.shape[1:-2], origin)
+            return rotate(query, cos, sin), rotate(key, cos, sin)
+        elif self.rotary is not None:
+            rotary: Any = self.rotary
+            return rotary(query, origin), rotary(key, origin)
+        return query, key
+
+    def _scaled(self, query: Tensor) -> Tensor:
+        """The query of heads that learn their scales, for an attention with `scale`."""
+        if self.logit_scale is not None:
+            if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile the rest
+                if self.heads_mesh is not None:
+                    raise NotImplementedError(
+                        "learned_scale=True of heads that are sharded over ranks is not implemented"
+                    )
+            return query * (self.logit_scale / self.scale).to(query.dtype).unsqueeze(-1)
+        return query
+
     def _attend(
         self,
         query: Tensor,
@@ -578,7 +666,10 @@ class NeighborhoodModule(nn.Module):
         origin: list[int] | None = None,
         grid: list[int] | None = None,
         additional_lengths: Tensor | None = None,
+        kernel_size: list[int] | None = None,
     ) -> Tensor:
+        if kernel_size is None:
+            kernel_size = list(self.kernel_size)
         if self.attn_drop is not None and self.training:
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no dropout of attention weights")
@@ -587,7 +678,7 @@ class NeighborhoodModule(nn.Module):
                     query,
                     key,
                     value,
-                    self.kernel_size,
+                    kernel_size,
                     self.stride,
                     self.dilation,
                     self.is_causal,
@@ -604,7 +695,7 @@ class NeighborhoodModule(nn.Module):
             query,
             key,
             value,
-            self.kernel_size,
+            kernel_size,
             self.stride,
             self.dilation,
             self.is_causal,
@@ -643,12 +734,13 @@ class NeighborhoodModule(nn.Module):
         index: tuple[Any, ...] = (slice(None), *positions.unbind(1))
         chosen = query[index]  # [B, P, H, D]
         check_rpb(self._bias(), query, self.kernel_size, self.is_causal)
+        extents = key.shape[1:-2] if grid is None else grid
         mask, bias = window_rows(
             positions,
             key.shape[1:-2],
             window_axes(
-                key.shape[1:-2] if grid is None else grid,
-                self.kernel_size,
+                extents,
+                [n if k == -1 else k for k, n in zip(self.kernel_size, extents)],
                 self.stride,
                 self.dilation,
                 self.is_causal,
@@ -675,8 +767,12 @@ class NeighborhoodModule(nn.Module):
                 parts.append(f"{name}={value}")
         if self.scale != self.head_dim**-0.5:
             parts.append(f"qk_scale={self.scale}")
+        if self.head_dim * self.num_heads != self.embed_dim and self.heads_mesh is None:
+            parts.append(f"head_dim={self.head_dim}")
         if self.rpb is not None:
             parts.append("rel_pos_bias=True")
+        if self.logit_scale is not None:
+            parts.append("learned_scale=True")
         if self.pad:
             parts.append("pad=True")
         return ", ".join(parts)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from natten.nn.core import (
     NeighborhoodModule,
+    Rotary,
     check_flags,
     check_grid,
     check_heads_whole,
@@ -18,9 +19,11 @@ from natten.nn.core import (
     left_out,
     place,
     plan_of,
+    refuse_whole_axes,
+    whole_axes,
 )
 from natten.nn.explicit import AttentionMap
-from natten.nn.rotary import RotaryEmbedding, rotate
+from natten.nn.stream import StreamState, attend_to_stream, check_stream, fit_frames
 from natten.validation import check_length_values, check_positive_int
 
 
@@ -62,6 +65,7 @@ torch.fx.wrap("check_grid")
 torch.fx.wrap("check_sequence")
 torch.fx.wrap("check_source")
 torch.fx.wrap("crop")
+torch.fx.wrap("whole_axes")
 torch.fx.wrap("lengths_of")
 torch.fx.wrap("place")
 
@@ -81,13 +85,13 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             proj_drop: as for `NeighborhoodAttention2D`. The context is never masked by is_causal.
         context_dim: channels of the context; None for a module without one.
         source_dim: channels of the grid of keys and values; None for embed_dim.
-        rel_pos_bias, num_kv_heads, qk_norm, rotary, attn_drop, pad: as for
-            `NeighborhoodAttention2D`. Biases and rotation act between grids, not on the context;
-            `k_norm` on both.
+        rel_pos_bias, num_kv_heads, qk_norm, rotary, attn_drop, pad, head_dim, learned_scale: as
+            for `NeighborhoodAttention2D`. Biases and rotation act between grids, not on the
+            context; `k_norm` on both.
         device, dtype: of the parameters.
 
     Parameters: `q`, `kv` (rows in the order key, value), `context_kv` (likewise), `proj`; and
-    `rpb`, `q_norm.weight`, `k_norm.weight` where asked for.
+    `rpb`, `q_norm.weight`, `k_norm.weight`, `logit_scale` where asked for.
 
     Attributes may be set, and parameters without a place are told of, as there.
 
@@ -120,9 +124,11 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         rel_pos_bias: bool = False,
         num_kv_heads: int | None = None,
         qk_norm: bool = False,
-        rotary: bool | RotaryEmbedding = False,
+        rotary: bool | Rotary = False,
         attn_drop: float = 0.0,
         pad: bool = False,
+        head_dim: int | None = None,
+        learned_scale: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -140,6 +146,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             rotary,
             attn_drop,
             pad,
+            head_dim,
+            learned_scale,
             device,
             dtype,
         )
@@ -151,14 +159,15 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         self.source_dim = embed_dim if source_dim is None else source_dim
         self.context_dim = context_dim
         kv_channels = 2 * self.num_kv_heads * self.head_dim
-        self.q = nn.Linear(embed_dim, embed_dim, bias=qkv_bias, device=device, dtype=dtype)
+        inner = self.num_heads * self.head_dim
+        self.q = nn.Linear(embed_dim, inner, bias=qkv_bias, device=device, dtype=dtype)
         self.kv = nn.Linear(self.source_dim, kv_channels, bias=qkv_bias, device=device, dtype=dtype)
         self.context_kv = None
         if context_dim is not None:
             self.context_kv = nn.Linear(
                 context_dim, kv_channels, bias=qkv_bias, device=device, dtype=dtype
             )
-        self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
+        self.proj = nn.Linear(inner, embed_dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
@@ -197,11 +206,13 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if not torch.jit.is_scripting():
             plan = plan_of(self.plan)
             if plan is not None:
+                refuse_whole_axes(self.kernel_size)
                 return plan.cross_attention(self, x, context, context_lengths, source, origin, grid)
         extent = x.shape[1:-1]
         query, key, value = self._project(x, source, origin, grid)
         key_c, value_c, lengths = self._contexts(x, context, context_lengths)
-        out = self._attend(query, key, value, key_c, value_c, origin, grid, lengths)
+        kernel_size = whole_axes(x, self.kernel_size, grid)
+        out = self._attend(query, key, value, key_c, value_c, origin, grid, lengths, kernel_size)
         if self.pad:
             out = crop(out, extent)
         return self._output(out)
@@ -233,18 +244,17 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             source = x
         check_grid(source, len(self.kernel_size), self.source_dim, "source")
         check_source(source, x)
-        x = place(x, self.kernel_size, self.dilation, self.pad, origin, grid)
-        source = place(source, self.kernel_size, self.dilation, self.pad, origin, grid)
+        kernel_size = whole_axes(x, self.kernel_size, grid)
+        x = place(x, kernel_size, self.dilation, self.pad, origin, grid)
+        source = place(source, kernel_size, self.dilation, self.pad, origin, grid)
         if not torch.jit.is_scripting():
             check_heads_whole("kv", self.kv, self.heads_mesh)
         query = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
         key, value = self._split(self.kv(source))
         if self.q_norm is not None:
             query = self.q_norm(query)
-        if self.rotary is not None:
-            cos, sin = self.rotary.rotation(x.shape[1:-1], origin)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        return query, key, value
+        query, key = self._rotate(query, key, origin)
+        return self._scaled(query), key, value
 
     def _project_context(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         if self.context_kv is None:
@@ -260,6 +270,28 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if self.k_norm is not None:
             key = self.k_norm(key)
         return key, value
+
+    @torch.no_grad()
+    def stream(
+        self,
+        x: Tensor,
+        state: StreamState | None = None,
+        context: Tensor | None = None,
+        context_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, StreamState]:
+        """As `NeighborhoodAttention2D.stream`, with a context that is the same in every call."""
+        check_stream(self)
+        check_grid(x, self.rank, self.embed_dim, "x")
+        extent = x.shape[1:-1]
+        x = fit_frames(self, x)
+        seen = 0 if state is None else state.frames
+        origin = [seen, *[0] * (self.rank - 1)]
+        reach = self.kernel_size[0] * self.dilation[0]
+        grid = [max(seen + extent[0], reach), *x.shape[2:-1]]
+        query, key, value = self._project(x, None, origin, grid)
+        additional = self._contexts(x, context, context_lengths)
+        out, new = attend_to_stream(self, query, key, value, extent, state, *additional)
+        return self._output(out), new
 
     @torch.no_grad()
     def attention_map(
@@ -319,3 +351,10 @@ class NeighborhoodCrossAttention3D(NeighborhoodCrossAttention):
     """`NeighborhoodCrossAttention` over volumes and videos, `[B, X, Y, Z, C]`."""
 
     rank = 3
+
+
+CROSS_ATTENTION_OF_RANK: dict[int, type[NeighborhoodCrossAttention]] = {
+    1: NeighborhoodCrossAttention1D,
+    2: NeighborhoodCrossAttention2D,
+    3: NeighborhoodCrossAttention3D,
+}

@@ -6,15 +6,18 @@ channels-last, `[B, *X, C]`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
+from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natten._internals import is_exporting, scripted
-from natten.validation import check_is_tensor, check_positive_int, optional_bool
+from natten.nn.core import left_out
+from natten.validation import check_is_tensor, check_positive_int, int_tuple, optional_bool
 
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -69,6 +72,7 @@ class ConvTokenizer(nn.Module):
         if embed_dim % 2:
             raise ValueError(f"embed_dim must be even, got {embed_dim}")
         conv = _convolution(rank)
+        strides = int_tuple("strides", strides, 2)  # of two convolutions, not of axes
         self.rank = rank
         steps = (in_channels, embed_dim // 2, embed_dim)
         self.proj = nn.Sequential(
@@ -113,7 +117,7 @@ class PatchTokenizer(nn.Module):
         self,
         in_channels: int = 3,
         embed_dim: int = 64,
-        patch_size: int | tuple[int, ...] = 4,
+        patch_size: int | Sequence[int] = 4,
         *,
         rank: int = 2,
         norm_layer: Callable[..., nn.Module] | None = nn.LayerNorm,
@@ -146,9 +150,11 @@ class ConvDownsampler(nn.Module):
     """Overlapping downsampler: a convolution of size 3 and stride 2 without bias, then a norm.
 
     Between the levels of NAT (https://arxiv.org/abs/2204.07143). Parameters: `reduction`, `norm`.
+    `strides` may be another int, or one for each axis; along axes of stride 1 the convolution has
+    size 1.
 
-    Shapes: `[B, *X, embed_dim]` to `[B, *ceil(X / 2), out_dim]`; `out_dim` is `2 * embed_dim`
-        unless given.
+    Shapes: `[B, *X, embed_dim]` to `[B, *ceil(X / strides), out_dim]`; `out_dim` is
+    `2 * embed_dim` unless given.
     """
 
     def __init__(
@@ -157,6 +163,7 @@ class ConvDownsampler(nn.Module):
         out_dim: int | None = None,
         *,
         rank: int = 2,
+        strides: int | Sequence[int] = 2,
         norm_layer: Callable[..., nn.Module] | None = nn.LayerNorm,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -165,8 +172,17 @@ class ConvDownsampler(nn.Module):
         check_positive_int("embed_dim", embed_dim)
         out_dim = 2 * embed_dim if out_dim is None else out_dim
         self.rank = rank
-        self.reduction = _convolution(rank)(
-            embed_dim, out_dim, 3, stride=2, padding=1, bias=False, device=device, dtype=dtype
+        conv = _convolution(rank)
+        self.strides = int_tuple("strides", strides, rank)
+        self.reduction = conv(
+            embed_dim,
+            out_dim,
+            [1 if stride == 1 else 3 for stride in self.strides],
+            stride=self.strides,
+            padding=[0 if stride == 1 else 1 for stride in self.strides],
+            bias=False,
+            device=device,
+            dtype=dtype,
         )
         self.norm = _norm(norm_layer, out_dim, device, dtype)
 
@@ -181,10 +197,11 @@ class PatchMerging(nn.Module):
 
     Between the levels of Swin Transformer (https://arxiv.org/abs/2103.14030) and DiNAT_s. Odd
     extents are zero-padded on the right. The parts are concatenated with the first axis varying
-    fastest. Parameters: `norm`, `reduction`.
+    fastest. Parameters: `norm`, `reduction`. `strides` may be another int than 2, or one for each
+    axis, with 1 for axes that are left alone.
 
-    Shapes: `[B, *X, embed_dim]` to `[B, *ceil(X / 2), out_dim]`; `out_dim` is `2 * embed_dim`
-        unless given.
+    Shapes: `[B, *X, embed_dim]` to `[B, *ceil(X / strides), out_dim]`; `out_dim` is
+    `2 * embed_dim` unless given.
     """
 
     def __init__(
@@ -193,6 +210,7 @@ class PatchMerging(nn.Module):
         out_dim: int | None = None,
         *,
         rank: int = 2,
+        strides: int | Sequence[int] = 2,
         norm_layer: Callable[..., nn.Module] | None = nn.LayerNorm,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -202,23 +220,101 @@ class PatchMerging(nn.Module):
             raise ValueError(f"rank must be positive, got {rank}")
         check_positive_int("embed_dim", embed_dim)
         out_dim = 2 * embed_dim if out_dim is None else out_dim
-        merged = embed_dim * 2**rank
-        self.two = (2,) * rank
+        self.strides: tuple[int, ...] = int_tuple("strides", strides, rank)
+        merged = embed_dim * prod(self.strides)
         # One tuple of first indices for every part, the first axis varying fastest.
-        self.corners = [list(reversed(corner)) for corner in product((0, 1), repeat=rank)]
+        self.corners = [
+            list(reversed(corner)) for corner in product(*map(range, reversed(self.strides)))
+        ]
         self.norm = _norm(norm_layer, merged, device, dtype)
         self.reduction = nn.Linear(merged, out_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_image(x, len(self.two))
-        x = _pad_to_multiple(x, self.two, 1, True)
+        _check_image(x, len(self.strides))
+        x = _pad_to_multiple(x, self.strides, 1, True)
         parts: list[Tensor] = []
         for corner in self.corners:
             part = x
             for axis, first in enumerate(corner):
-                part = _every_second(part, axis + 1, first)
+                part = _every_nth(part, axis + 1, first, self.strides[axis])
             parts.append(part)
         return self.reduction(self.norm(torch.cat(parts, dim=-1)))
+
+
+class PatchExpanding(nn.Module):
+    """The way back from `PatchMerging`: a norm, a projection without bias to the channels of
+    several tokens, and each of them at its place.
+
+    Between the levels of Swin-Unet (https://arxiv.org/abs/2105.05537). Parameters: `norm`,
+    `expansion`, whose rows are in the order in which `PatchMerging` concatenates.
+
+    Args:
+        embed_dim: channels of a token; even unless out_dim is given.
+        out_dim: channels of the new tokens; None for `embed_dim / 2`.
+        rank: number of axes of the grid.
+        strides: new tokens for one along every axis, an int or one for each axis.
+        norm_layer: called as `norm_layer(embed_dim, device=, dtype=)`; None for no norm.
+
+    Shapes: `[B, *X, embed_dim]` to `[B, *X * strides, out_dim]`, or to its first `extent` tokens
+    along every axis.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        out_dim: int | None = None,
+        *,
+        rank: int = 2,
+        strides: int | Sequence[int] = 2,
+        norm_layer: Callable[..., nn.Module] | None = nn.LayerNorm,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive_int("embed_dim", embed_dim)
+        if out_dim is None and embed_dim % 2:
+            raise ValueError(f"embed_dim must be even without out_dim, got {embed_dim}")
+        out_dim = embed_dim // 2 if out_dim is None else out_dim
+        self.rank = rank
+        self.strides = int_tuple("strides", strides, rank)
+        self.norm = _norm(norm_layer, embed_dim, device, dtype)
+        self.expansion = nn.Linear(
+            embed_dim, out_dim * prod(self.strides), bias=False, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor, extent: list[int] | None = None) -> Tensor:
+        """Expands.
+
+        Args:
+            x: `[B, *X, embed_dim]`.
+            extent: what is left of the result, as of a skip connection whose extents `PatchMerging`
+                padded; None for all.
+        """
+        if not torch.jit.is_scripting():
+            x, extent = left_out(x, "extent", extent)
+        _check_image(x, self.rank)
+        x = self.expansion(self.norm(x))
+        # From the last axis on, so that the axes in front stay where they are.
+        for axis in range(self.rank, 0, -1):
+            x = x.unflatten(-1, (self.strides[axis - 1], -1)).movedim(-2, axis + 1)
+            x = x.flatten(axis, axis + 1)
+        if extent is not None:
+            x = _cut(x, extent)
+        return x
+
+
+class ChannelsFirst(nn.Module):
+    """A module of channels-last grids, `[B, *X, C]`, among ones of channels-first images.
+
+    Shapes: `[B, C, *X]` to `[B, C', *X']`; further arguments are passed on.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.module(x.movedim(1, -1), *args, **kwargs).movedim(-1, 1)
 
 
 def _check_image(x: Tensor, rank: int) -> None:
@@ -231,9 +327,17 @@ def _check_image(x: Tensor, rank: int) -> None:
         )
 
 
-def _every_second(x: Tensor, dim: int, first: int) -> Tensor:
-    # The extents are even here, so splitting an axis in pairs and taking one of each is a view.
-    return x.unflatten(dim, (-1, 2)).select(dim + 1, first)
+def _cut(x: Tensor, extent: list[int]) -> Tensor:
+    for axis in range(len(extent)):
+        if extent[axis] > x.shape[axis + 1]:
+            raise ValueError(f"extent must be at most {list(x.shape[1:-1])}, got {extent}")
+        x = x.narrow(axis + 1, 0, extent[axis])
+    return x
+
+
+def _every_nth(x: Tensor, dim: int, first: int, n: int) -> Tensor:
+    # n divides the extents here, so splitting an axis and taking one of each part is a view.
+    return x if n == 1 else x.unflatten(dim, (-1, n)).select(dim + 1, first)
 
 
 def _pad_to_multiple(x: Tensor, size: list[int], first_dim: int, pad: bool) -> Tensor:
@@ -266,4 +370,5 @@ def _padded_to_multiple(x: Tensor, size: list[int], first_dim: int, pad: bool) -
 
 # Control flow on shapes cannot be traced symbolically; in an fx graph each is one call.
 torch.fx.wrap("_check_image")
+torch.fx.wrap("_cut")
 torch.fx.wrap("_pad_to_multiple")

@@ -1,0 +1,130 @@
+"""Grids whose first axis arrives bit by bit, as frames of a video or tokens of a text do: what is
+remembered of them, and attention of the new ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten.functional import neighborhood_attention_generic
+from natten.nn.core import NeighborhoodModule, crop, fit_window, refuse_sharded, whole_axes
+
+
+@dataclass
+class StreamState:
+    """What causal modules remember of the frames so far. A frame is what has one coordinate along
+    the first axis of the grid, whatever it is.
+
+    keys, values: for every attention, `[B, T, *X, heads, head_dim]` of the last frames that its
+        window can reach: their number does not grow with the stream (unless the window is the
+        whole axis).
+    sizes: of every attention, batch and extents of a frame, without padding.
+    frames: frames seen.
+    feature_sum: sum over them of the pooled features of a classifier, `[B, C]`.
+    """
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    sizes: list[tuple[int, ...]] = field(default_factory=list)
+    frames: int = 0
+    feature_sum: Tensor | None = None
+
+    def to(self, *args: Any, **kwargs: Any) -> StreamState:
+        """A copy on another device or of another dtype; arguments are those of `Tensor.to`."""
+        return replace(
+            self,
+            keys=[key.to(*args, **kwargs) for key in self.keys],
+            values=[value.to(*args, **kwargs) for value in self.values],
+            feature_sum=None if self.feature_sum is None else self.feature_sum.to(*args, **kwargs),
+        )
+
+    def part(self, first: int, count: int = 1) -> StreamState:
+        """The state of `count` attentions from the one with index `first` on."""
+        end = first + count
+        return StreamState(
+            self.keys[first:end], self.values[first:end], self.sizes[first:end], self.frames
+        )
+
+    def add(self, part: StreamState) -> None:
+        """Appends the attentions of `part`."""
+        self.keys += part.keys
+        self.values += part.values
+        self.sizes += part.sizes
+        self.frames = part.frames
+
+
+def check_stream(module: NeighborhoodModule) -> None:
+    if not module.is_causal[0] or module.stride[0] != 1:
+        raise ValueError(
+            "a stream needs is_causal=True and stride=1 along the first axis, got "
+            f"is_causal={module.is_causal} and stride={module.stride}"
+        )
+    if module.attn_drop is not None and module.training:
+        raise NotImplementedError("dropout of attention weights is not implemented for streams")
+    refuse_sharded(module.plan, "a stream")
+
+
+def fit_frames(module: NeighborhoodModule, x: Tensor) -> Tensor:
+    """Pads frames to the window. Time needs none: frames that do not exist are before the grid."""
+    size = whole_axes(x, module.kernel_size, None)
+    return fit_window(x, [1, *size[1:]], [1, *module.dilation[1:]], module.pad)
+
+
+def attend_to_stream(
+    module: NeighborhoodModule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extent: torch.Size,
+    state: StreamState | None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    additional_lengths: Tensor | None = None,
+) -> tuple[Tensor, StreamState]:
+    """Attention of new frames, whose extents without padding are `extent`, to themselves and to
+    those remembered; also the new state.
+    """
+    seen = 0 if state is None else state.frames
+    frames = seen + extent[0]
+    size = (query.shape[0], *extent[1:])
+    if state is not None and state.keys:
+        if state.sizes[0] != size:
+            raise ValueError(
+                "the frames of a stream must keep their batch size and extents, got batch "
+                f"{size[0]} and {list(size[1:])} after {state.sizes[0][0]} and "
+                f"{list(state.sizes[0][1:])}"
+            )
+        key = torch.cat([state.keys[0], key], dim=1)
+        value = torch.cat([state.values[0], value], dim=1)
+    sizes = whole_axes(query, module.kernel_size, [frames, *query.shape[2:-2]])
+    # A causal window depends on no later frame, so the grid may end with this one, or where the
+    # window first fits.
+    length, dilation = sizes[0], module.dilation[0]
+    corner = [0] * (module.rank - 1)
+    out = neighborhood_attention_generic(
+        query,
+        key,
+        value,
+        sizes,
+        stride=module.stride,
+        dilation=module.dilation,
+        is_causal=module.is_causal,
+        scale=module.scale,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+        additional_lengths=additional_lengths,
+        grid=(max(frames, length * dilation), *query.shape[2:-2]),
+        query_origin=(seen, *corner),
+        key_origin=(frames - key.shape[1], *corner),
+    )
+    keep = key.shape[1]
+    if module.kernel_size[0] != -1:
+        keep = min((length - 1) * dilation, keep)
+    # Copies: a view would keep every frame's keys alive.
+    first = key.shape[1] - keep
+    new = StreamState([key[:, first:].clone()], [value[:, first:].clone()], [size], frames)
+    return crop(out, extent), new
