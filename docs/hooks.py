@@ -172,7 +172,7 @@ def model_table() -> str:
 def shipped_weights() -> str:
     """One row for every model whose weights are in the package."""
     rows = []
-    for path in sorted((ROOT / "models" / "weights").glob("*.json")):
+    for path in sorted((ROOT / "models" / "weights").glob("*nat_pico.*.json")):
         result = json.loads(path.read_text())
         rows.append(
             [

@@ -62,7 +62,7 @@ def report(moves: Sequence[Move], source: str, target: str) -> Table:
     table = Table(f"{source} to {target}", (source, target, "what happened"), 3)
     for old, new in moves:
         if not new:
-            what = "dropped: computed by the model"
+            what = "dropped: computed by the model, or no part of it"
         elif not old:
             what = "added: a constant of this layout"
         elif len(old) > 1 or len(new) > 1:

@@ -1,57 +1,113 @@
-"""What the models share: what timm asks of a classifier and of a hierarchy of levels, initial
-weights, and timm's pretrained_cfg.
+"""What the models share: what timm asks of a classifier and of a hierarchy of levels, building them
+with timm, initial weights, and timm's pretrained_cfg.
 """
 
 # No postponed annotations here: torch.fx writes those of `forward` into the code that it generates,
 # as types.
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+from urllib.error import URLError
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import trunc_normal_
-from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
+from timm.layers import get_act_layer, get_norm_layer, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, get_pretrained_cfg
+from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
+
+from natten.nn import NeighborhoodBackbone
+
+from ._checkpoint import adopt_checkpoints, checkpoint_filter_fn, read_checkpoint
 
 __all__ = [
     "CHECKPOINTS",
     "Classifier",
     "Hierarchy",
     "LayerNorm",
-    "NATLevel",
+    "build_model",
     "cfg",
+    "for_size",
     "init_weights",
+    "layers",
 ]
 
+Model = TypeVar("Model", bound=nn.Module)
 LayerNorm = partial(nn.LayerNorm, eps=1e-5)
 
 
-class NATLevel(nn.Module):
-    """A downsampler (none at the first level), then blocks: `[B, H, W, C]` in and out."""
+Layer = str | Callable[..., nn.Module] | None
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+def layers(
+    norm_layer: Layer, act_layer: Layer
+) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module] | None]:
+    """Normalization and activation, which may be given by timm's names; None for the models' own.
+
+    Raises:
+        ValueError: timm has no layer of that name.
+    """
+    found: list[Any] = []
+    for kind, layer, get in (
+        ("norm_layer", norm_layer, get_norm_layer),
+        ("act_layer", act_layer, get_act_layer),
+    ):
+        if isinstance(layer, str):
+            try:
+                found.append(get(layer))
+            except (AssertionError, KeyError) as error:
+                raise ValueError(f"{kind}={layer!r} is not one of timm's layers") from error
+        else:
+            found.append(layer)
+    return found[0] or LayerNorm, found[1]
+
+
+def for_size(cfg: dict[str, Any], img_size: int | Sequence[int]) -> dict[str, Any]:
+    """What a pretrained_cfg says of images, for images of another size.
+
+    Raises:
+        ValueError: no size.
+    """
+    size = to_2tuple(img_size)
+    if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(f"img_size must be one or two positive integers, got {img_size}")
+    channels, *before = cfg["input_size"]
+    pool = [-(-n * p // b) for n, p, b in zip(size, cfg["pool_size"], before)]
+    return {"input_size": (channels, *size), "pool_size": tuple(pool)}
 
 
 class Classifier(nn.Module):
     """What timm asks of every classifier; subclasses have `forward_features`, and timm's `head` or
-    a `reset_classifier` of their own."""
+    a `reset_classifier` of their own. `load_state_dict` takes checkpoints of every layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        adopt_checkpoints(self)
+
+    @torch.jit.ignore
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Says for images of which size the model is meant, as timm's transforms ask it; the models
+        themselves take any (but vitrpb, whose window this sets).
+        """
+        if patch_size is not None:
+            raise ValueError(f"patches of a model keep their size, got patch_size={patch_size}")
+        if img_size is not None and getattr(self, "pretrained_cfg", None):
+            self.pretrained_cfg = self.default_cfg = {
+                **self.pretrained_cfg,
+                **for_size(self.pretrained_cfg, img_size),
+            }
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
+        return {
+            name for name, _ in self.named_parameters() if name.endswith((".rpb", ".logit_scale"))
+        }
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -77,7 +133,7 @@ class Classifier(nn.Module):
 
 
 class Hierarchy(Classifier):
-    """What timm asks of a model with `patch_embed`, `levels` of `NATLevel`, and `norm`."""
+    """What timm asks of a model with `patch_embed`, `levels` of `NeighborhoodStage`, and `norm`."""
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -109,6 +165,104 @@ class Hierarchy(Classifier):
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return take
+
+
+def build_model(
+    cls: Callable[..., Model],
+    variant: str,
+    pretrained: bool,
+    defaults: Mapping[str, Any],
+    *,
+    feature_cls: str = "list",
+    **kwargs: Any,
+) -> Model:
+    """Builds a registered model with timm.
+
+    Args:
+        cls: the model.
+        variant: its registered name.
+        pretrained: load weights.
+        defaults: the variant's arguments.
+        feature_cls: how features are extracted (`features_only=True`): as timm names it, or "dense"
+            for a `NeighborhoodBackbone` with a norm for each output, `[B, C, H, W]`, and
+            `frozen_stages`.
+        kwargs: the caller's arguments, which override the defaults.
+
+    Raises:
+        FileNotFoundError: `pretrained_cfg_overlay` names a file that does not exist.
+        RuntimeError: released weights could not be downloaded.
+        ValueError: it names one that is no checkpoint, is truncated, or would run code when loaded.
+    """
+    arguments = {**defaults, **kwargs}
+    overlay = dict(arguments.pop("pretrained_cfg_overlay", None) or {})
+    if pretrained and overlay.get("file") and not overlay.get("state_dict"):
+        overlay["state_dict"] = read_checkpoint(overlay["file"])
+    img_size = arguments.get("img_size")
+    if img_size is not None:
+        overlay.update(for_size(get_pretrained_cfg(variant).to_dict(), img_size))
+        if "img_size" not in inspect.signature(cls).parameters:
+            del arguments["img_size"]
+    depths = arguments.get("depths", ())
+    out_indices = arguments.pop("out_indices", None) or tuple(range(len(depths) or 4))
+    if feature_cls == "dense" and arguments.pop("features_only", False):
+        arguments = {**arguments, "num_classes": 0, "out_indices": out_indices}
+        cls = partial(dense, cls)
+    try:
+        model = build_model_with_cfg(
+            cls,
+            variant,
+            pretrained,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(
+                out_indices=out_indices, flatten_sequential=True, feature_cls=feature_cls
+            ),
+            **arguments,
+        )
+    except URLError as error:
+        raise RuntimeError(
+            f"the weights of {variant} could not be downloaded ({error.reason}): without a "
+            "network, give a file of them, pretrained_cfg_overlay=dict(file=...)"
+        ) from error
+    if arguments.get("features_only"):
+        adopt_checkpoints(model)  # timm's wrapper has other keys than the model in it
+    # The configuration travels with the model: it shall not keep the checkpoint alive.
+    for holder in (model, getattr(model, "model", None)):
+        if isinstance(getattr(holder, "pretrained_cfg", None), dict):
+            holder.pretrained_cfg.pop("state_dict", None)
+    return model
+
+
+def dense(
+    cls: Callable[..., nn.Module],
+    out_indices: Sequence[int],
+    frozen_stages: int = -1,
+    norm_layer: Layer = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> NeighborhoodBackbone:
+    """The backbone of a detector or segmenter, with the levels of a classifier.
+
+    Raises:
+        ValueError: a model without levels.
+    """
+    model = cls(norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
+    if not isinstance(model, Hierarchy):
+        raise ValueError(f"feature_cls='dense' needs levels, which {type(model).__name__} has not.")
+    backbone = NeighborhoodBackbone.of(
+        model.patch_embed,
+        model.levels,
+        norm_layer=layers(norm_layer, None)[0],
+        out_indices=out_indices,
+        frozen_stages=frozen_stages,
+        channels_first=True,
+        device=device,
+        dtype=dtype,
+    )
+    backbone.feature_info = FeatureInfo(model.feature_info, tuple(backbone.out_indices))
+    adopt_checkpoints(backbone)
+    return backbone
 
 
 def init_weights(module: nn.Module) -> None:

@@ -1,32 +1,36 @@
-"""Checkpoints: building models from them, and their layouts.
+"""Checkpoints: files of them, and their layouts.
 
 Three layouts of the same weights:
 
 - "natten": ours, timm's conventions. The downsampler opens a level (`levels.1.downsample`), the
-classifier is `head.fc`.
+  classifier is `head.fc`.
 - "original": the released checkpoints'. The downsampler closes a level (`levels.0.downsample`), the
-classifier is `head`;
-  DiNAT_s calls its levels `layers`.
+  classifier is `head`; DiNAT_s calls its levels `layers`.
 - "huggingface": transformers' DiNAT and Nat. Separate query, key and value, both layer scales in
-one tensor.
+  one tensor.
+
+Each of them may be a part of a larger network, as in checkpoints of detectors and segmenters: what
+stands before `patch_embed` is taken for the name of the backbone there.
 
 Converting never changes a weight: a tensor is renamed, split, stacked or, where a table is kept in
-    the opposite order, flipped.
+the opposite order, flipped.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
+import pathlib
 import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.models import build_model_with_cfg
 from timm.models._helpers import clean_state_dict
 from torch import Tensor, nn
 
@@ -35,7 +39,6 @@ _logger = logging.getLogger(__name__)
 LAYOUTS = ("natten", "original", "huggingface")
 
 StateDict = dict[str, Tensor]
-Model = TypeVar("Model", bound=nn.Module)
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -46,58 +49,14 @@ def packaged_weights(name: str) -> str | None:
     return str(path) if path.is_file() else None
 
 
-def build_model(
-    cls: Callable[..., Model],
-    variant: str,
-    pretrained: bool,
-    defaults: Mapping[str, Any],
-    *,
-    feature_cls: str = "list",
-    **kwargs: Any,
-) -> Model:
-    """Builds a registered model with timm.
-
-    Args:
-        cls: the model.
-        variant: its registered name.
-        pretrained: load weights.
-        defaults: the variant's arguments.
-        feature_cls: how timm extracts features (`features_only=True`).
-        kwargs: the caller's arguments, which override the defaults.
-
-    Raises:
-        FileNotFoundError: `pretrained_cfg_overlay` names a file that does not exist.
-        ValueError: it names one that is no checkpoint, is truncated, or would run code when loaded.
-    """
-    arguments = {**defaults, **kwargs}
-    overlay = dict(arguments.pop("pretrained_cfg_overlay", None) or {})
-    if pretrained and overlay.get("file") and not overlay.get("state_dict"):
-        overlay["state_dict"] = read_checkpoint(overlay["file"])
-    depths = arguments.get("depths", ())
-    out_indices = arguments.pop("out_indices", None) or tuple(range(len(depths) or 4))
-    model = build_model_with_cfg(
-        cls,
-        variant,
-        pretrained,
-        pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True, feature_cls=feature_cls),
-        **arguments,
-    )
-    # The configuration travels with the model: it shall not keep the checkpoint alive.
-    for holder in (model, getattr(model, "model", None)):
-        if isinstance(getattr(holder, "pretrained_cfg", None), dict):
-            holder.pretrained_cfg.pop("state_dict", None)
-    return model
-
-
 def read_checkpoint(path: str | Path) -> StateDict:
     """Reads a state dict from a `.safetensors` file or from one of `torch.save`; nothing in the
     file is executed.
 
     Of a training checkpoint, the averaged weights (`state_dict_ema`, `model_ema`) are taken if it
     has them, else `state_dict` or `model`. Prefixes of DistributedDataParallel and torch.compile
-    are removed.
+    are removed. Besides tensors, it may hold what training scripts store: arguments, paths, numbers
+    of numpy.
 
     Raises:
         FileNotFoundError: no such file.
@@ -111,7 +70,8 @@ def read_checkpoint(path: str | Path) -> StateDict:
         if path.suffix == ".safetensors":
             checkpoint: Any = load_file(path, device="cpu")
         else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_HARMLESS):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: it is damaged, or it needs more than tensors and plain containers "
@@ -135,8 +95,51 @@ def read_checkpoint(path: str | Path) -> StateDict:
     return tensors
 
 
+# What training scripts store beside weights, none of which can run code.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    *(pathlib.PosixPath, pathlib.PurePosixPath),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
+    # Where numpy's scalars are made has moved; their pickles say where.
+    np.float64(0).__reduce__()[0],
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+]
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# The tokenizer's first convolutions, which every layout has and little else is called like.
+_TOKENIZER = re.compile(r"(.*?)(patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.")
+
+
+def _without_wrapper(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[Move]]:
+    """The backbone of a larger network: its keys without the name that it has there.
+
+    Raises:
+        ValueError: there are several backbones.
+    """
+    names = {match[1] for match in map(_TOKENIZER.match, state_dict) if match}
+    if len(names) > 1:
+        listed = ", ".join(map(repr, sorted(names)))
+        raise ValueError(
+            f"the checkpoint holds several backbones, under {listed}: pass the keys of one of them."
+        )
+    name = "".join(names)
+    # transformers keep the classifier, and norms of a backbone, beside it.
+    beside = ("classifier.", "hidden_states_norms.") if name in ("dinat.", "nat.") else ()
+    kept: dict[str, Any] = {}
+    moves: list[Move] = []
+    for key, value in state_dict.items():
+        inside = key.startswith(name)
+        new = ()
+        if inside or key.startswith(beside):
+            new = (key[len(name) :] if inside else key,)
+            kept[new[0]] = value
+        moves.append(((key,), new))
+    return kept, moves
 
 
 def detect_layout(state_dict: Mapping[str, Any]) -> str:
@@ -145,8 +148,8 @@ def detect_layout(state_dict: Mapping[str, Any]) -> str:
     Raises:
         ValueError: none of them.
     """
-    keys = list(state_dict)
-    if any(re.match(r"(dinat|nat)\.|(embeddings|encoder|hidden_states_norms)\.", k) for k in keys):
+    keys = list(_without_wrapper(state_dict)[0])
+    if any(re.match(r"(embeddings|encoder|hidden_states_norms)\.", k) for k in keys):
         return "huggingface"
     if not any(k.startswith("patch_embed.") for k in keys):
         raise ValueError(
@@ -176,7 +179,7 @@ def convert(
     Returns:
         The new state dict, which shares memory with the old where it can, and for the report the
         moves: pairs of a tuple of source keys and the tuple of keys they became, none for tensors
-        that the layout computes by itself.
+        that the layout computes by itself or that belong to no backbone.
 
     Raises:
         ValueError: an unknown layout, or a model that the layout cannot express.
@@ -184,15 +187,14 @@ def convert(
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
     source = detect_layout(state_dict)
-    if source == layout:
+    if source == layout == "huggingface":  # where the prefix is a part of the layout
         return dict(state_dict), [((key,), (key,)) for key in state_dict]
-    moves: list[Move]
-    if source == "natten":
-        native, moves = dict(state_dict), [((key,), (key,)) for key in state_dict]
-    elif source == "original":
-        native, moves = _from_original(state_dict)
-    else:
-        native, moves = _from_huggingface(state_dict)
+    native, moves = _without_wrapper(state_dict)
+    if source == layout:
+        return native, moves
+    if source != "natten":
+        native, further = (_from_original if source == "original" else _from_huggingface)(native)
+        moves = _compose(moves, further)
     if layout == "original":
         converted, further = _to_original(native)
     elif layout == "huggingface":
@@ -362,8 +364,7 @@ def _to_huggingface(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[Stat
 def _from_huggingface(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[Move]]:
     converted: StateDict = {}
     moves: list[Move] = []
-    for full, tensor in state_dict.items():
-        key = re.sub(r"^(dinat|nat)\.", "", full)
+    for key, tensor in state_dict.items():
         if key.startswith("classifier."):
             new = (key.replace("classifier.", "head.fc."),)
             converted[new[0]] = tensor
@@ -377,9 +378,9 @@ def _from_huggingface(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list
         elif match := re.match(r"(.*\.)attention\.self\.(query|key|value)\.(weight|bias)$", key):
             if match[2] != "query":
                 # Joined with the query.
-                _require(state_dict, [full.replace(f".{match[2]}.", ".query.")])
+                _require(state_dict, [key.replace(f".{match[2]}.", ".query.")])
                 continue
-            parts = [full.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+            parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
             _require(state_dict, parts)
             new = (f"{_apply_rules(match[1], _HUGGINGFACE_BACK)}attn.qkv.{match[3]}",)
             converted[new[0]] = torch.cat([state_dict[part] for part in parts])
@@ -388,41 +389,133 @@ def _from_huggingface(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list
         else:
             new = (_shift_downsample(_apply_rules(key, _HUGGINGFACE_BACK), 1),)
             converted[new[0]] = tensor
-        moves.append(((full,), new))
+        moves.append(((key,), new))
     return converted, moves
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
-    """Makes a checkpoint of any layout fit `model`: keys to ours, bias tables to the model's
-    windows.
+    """Makes a checkpoint of any layout fit `model`: keys to its own, bias tables to its windows.
 
-    Applying it twice changes nothing more. Norms of detection backbones (`norm0` to `norm3`), for
-    which the classifier has no place, are dropped with a warning.
+    `model` is one of this package, what timm makes of it with `features_only=True`, or a
+    `natten.nn.NeighborhoodBackbone`. Applying it twice changes nothing more. Norms of detection and
+    segmentation backbones are dropped with a warning where the model has no place for them.
+
+    Raises:
+        ValueError: the keys are of no layout, or of no model like this one.
     """
     for key in ("state_dict", "model"):
         if isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
-    native, _ = convert(state_dict, "natten")
-    backbone = [key for key in native if re.match(r"norm\d+\.", key)]
-    if backbone:
-        _logger.warning("dropped the norms of a detection backbone: %s", ", ".join(backbone))
     wanted = model.state_dict()
-    return {
-        key: resize_bias(tensor, wanted[key].shape)
-        if key.endswith(".rpb") and key in wanted
-        else tensor
-        for key, tensor in native.items()
-        if key not in backbone
-    }
+    fitted: StateDict = {}
+    dropped = []
+    biases = []
+    for key, tensor in convert(state_dict, "natten")[0].items():
+        place = _place_of(key, wanted)
+        if re.match(r"norms?\.?\d+\.", key) and place not in wanted:
+            dropped.append(key)
+        elif (
+            key.endswith(".rpb")
+            and place.replace("attn.rpb", "norm1.weight") in wanted
+            and (place not in wanted)
+        ):
+            biases.append(key)
+        elif place in wanted or not _is_of_classifier(key, wanted):
+            if place in wanted:
+                tensor = _inflate(tensor, wanted[place].shape)
+                if place.endswith(".rpb"):
+                    tensor = resize_bias(tensor, wanted[place].shape)
+            fitted[place] = tensor
+    if biases:
+        _logger.warning(
+            "dropped relative position biases, for which the model was built without "
+            "rel_pos_bias=True: %s, ...",
+            biases[0],
+        )
+    if dropped:
+        _logger.warning(
+            "dropped the norms of a detection or segmentation backbone: %s; "
+            "create_model(..., features_only=True, feature_cls='dense') has them",
+            ", ".join(dropped),
+        )
+    if not wanted.keys() & fitted.keys():
+        raise ValueError(
+            f"no key of the checkpoint fits the {type(model).__name__}: it has "
+            f"{', '.join(list(fitted)[:3])}, ..., the model {', '.join(list(wanted)[:3])}, ..."
+        )
+    return fitted
+
+
+def _inflate(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """An image model's tensor for a video model, whose parameters have one more axis, for time,
+    behind the channels of a convolution and the heads of a bias table.
+
+    Frames share what one had (https://arxiv.org/abs/1705.07750): convolutions as a mean over them,
+    and biases, which a softmax does not add up, as they are.
+    """
+    if tensor.dim() == 4 and len(shape) == 5:
+        return tensor.unsqueeze(2).expand(-1, -1, shape[2], -1, -1) / shape[2]
+    if tensor.dim() == 3 and len(shape) == 4:
+        return tensor.unsqueeze(1).expand(-1, shape[1], -1, -1)
+    return tensor
+
+
+def _place_of(key: str, wanted: Mapping[str, Any]) -> str:
+    """The key in a model with the keys `wanted` of one of this package's layout."""
+    key = re.sub(r"^norm(\d+)\.", r"norms.\1.", key)
+    flat = re.sub(r"^(levels|layers)\.(\d+)\.", r"\1_\2.", key)
+    for candidate in (key, flat, f"model.{key}"):
+        if candidate in wanted:
+            return candidate
+    return key
+
+
+def _is_of_classifier(key: str, wanted: Mapping[str, Any]) -> bool:
+    """Whether only a classifier has the key, and `wanted` are those of extracted features."""
+    return key.startswith(("head.", "norm.")) and not any("head." in k for k in wanted)
+
+
+def adopt_checkpoints(model: nn.Module) -> None:
+    """Lets `model.load_state_dict` take every layout that `checkpoint_filter_fn` does.
+
+    A state dict of which nothing fits is an error, with `strict=False` too.
+    """
+    model.register_load_state_dict_pre_hook(_adopt)
+
+
+def _adopt(
+    model: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    wanted = model.state_dict().keys()
+    if not own or own.keys() <= wanted or wanted <= own.keys():
+        return
+    try:
+        fitted = checkpoint_filter_fn(own, model)
+    except ValueError as error:
+        # In a larger network, the rest of the state dict may fit.
+        if not prefix:
+            error_msgs.append(str(error))
+        return
+    for key in own:
+        del state_dict[prefix + key]
+    state_dict.update({prefix + key: tensor for key, tensor in fitted.items()})
 
 
 def resize_bias(rpb: Tensor, shape: torch.Size) -> Tensor:
-    """Resizes a table of relative position biases, `[heads, 2k-1, 2k-1]`, to another window,
-    bicubically.
+    """Resizes a table of relative position biases, `[heads, ..., 2k-1, 2k-1]`, to another window,
+    bicubically; not along the axes in between.
     """
-    if rpb.shape == shape or rpb.shape[0] != shape[0] or rpb.dim() != 3:
+    if rpb.shape == shape or rpb.shape[:-2] != shape[:-2] or rpb.dim() < 3:
         return rpb
     resized = F.interpolate(
-        rpb.float()[None], size=tuple(shape[1:]), mode="bicubic", align_corners=False
+        rpb.float().flatten(0, -3)[None], size=shape[-2:], mode="bicubic", align_corners=False
     )
-    return resized[0].to(rpb.dtype)
+    return resized[0].unflatten(0, rpb.shape[:-2]).to(rpb.dtype)

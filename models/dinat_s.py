@@ -10,8 +10,7 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
-from ._base import CHECKPOINTS, cfg
-from ._checkpoint import build_model
+from ._base import CHECKPOINTS, build_model, cfg
 from .dinat import IN22K_CLASSES, PAPER
 from .nat import NAT
 

@@ -7,7 +7,7 @@ Paper: `Dilated Neighborhood Attention Transformer`, https://arxiv.org/abs/2209.
 # No postponed annotations here: torch.fx writes those of `forward` into the code that it generates,
 # as types.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from natten.nn import NeighborhoodTransformerBlock, PatchTokenizer
+from natten.nn.backbone import share_out
 
-from ._base import CHECKPOINTS, Classifier, LayerNorm, cfg, init_weights
-from ._checkpoint import build_model
+from ._base import CHECKPOINTS, Classifier, Layer, build_model, cfg, init_weights, layers
+from ._checkpoint import resize_bias
 from .dinat import PAPER
 
 __all__ = ["IsotropicNAT"]
@@ -29,9 +30,9 @@ class IsotropicNAT(Classifier):
     """Isotropic neighborhood attention classifier.
 
     Args:
-        img_size: given, every window covers the whole grid of an image of this size (dense
-            attention with a relative position bias: vitrpb); None for windows of `kernel_size` and
-                images of any size.
+        img_size: of images, where `whole_grid`; else any size is taken.
+        whole_grid: every window is the grid of an image of `img_size` (dense attention with a
+            relative position bias: vitrpb) instead of `kernel_size`.
         in_chans: channels of the image.
         num_classes: classes; 0 for pooled features.
         global_pool: pooling of timm's `ClassifierHead`, "" for none.
@@ -39,10 +40,11 @@ class IsotropicNAT(Classifier):
         embed_dim: channels.
         depth: blocks.
         num_heads: attention heads.
-        kernel_size: window.
+        kernel_size, stride: window, and queries that share one: an integer, an entry for each
+            block (an integer, or one for each axis), or one for each axis.
         dilations: dilation of every block; None for 1.
-        mlp_ratio, qkv_bias, layer_scale, drop_rate, proj_drop_rate, drop_path_rate, norm_layer,
-            act_layer: as for `NAT`.
+        mlp_ratio, qkv_bias, qk_scale, layer_scale, drop_rate, proj_drop_rate, attn_drop_rate,
+            drop_path_rate, norm_layer, act_layer: as for `NAT`.
 
     Shapes: images `[B, in_chans, H, W]` to logits `[B, num_classes]`; features are `[B, H', W',
         embed_dim]`.
@@ -62,35 +64,36 @@ class IsotropicNAT(Classifier):
         embed_dim: int = 384,
         depth: int = 12,
         num_heads: int = 12,
-        kernel_size: int = 7,
+        kernel_size: int | Sequence[Any] = 7,
+        stride: int | Sequence[Any] = 1,
         dilations: Sequence[int] | None = None,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        qk_scale: float | None = None,
         layer_scale: float | None = None,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        act_layer: type[nn.Module] | None = None,
+        norm_layer: Layer = None,
+        act_layer: Layer = None,
+        whole_grid: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        norm_layer = norm_layer or LayerNorm
+        norm_layer, act_layer = layers(norm_layer, act_layer)
         dilations = (1,) * depth if dilations is None else tuple(dilations)
         if len(dilations) != depth:
             raise ValueError(
                 f"dilations needs one entry for each of the {depth} blocks, got {len(dilations)}."
             )
-        if img_size is not None:
-            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-            if height != width or height % patch_size:
-                raise ValueError(
-                    f"img_size must be square and a multiple of the patch size {patch_size}, "
-                    f"got {img_size}."
-                )
-            kernel_size = height // patch_size
+        self.whole_grid = whole_grid
+        if whole_grid:
+            kernel_size = _grid_of(img_size, patch_size)
+        sizes = share_out("kernel_size", kernel_size, depth, "blocks", 2)
+        strides = share_out("stride", stride, depth, "blocks", 2)
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -108,18 +111,21 @@ class IsotropicNAT(Classifier):
                 NeighborhoodTransformerBlock(
                     embed_dim,
                     num_heads,
-                    kernel_size,
+                    sizes[j],
+                    strides[j],
                     dilation=dilations[j],
                     mlp_ratio=mlp_ratio,
                     act_layer=act_layer,
                     norm_layer=norm_layer,
                     layer_scale=layer_scale,
                     drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
                     drop_path=drop_paths[j],
                     qkv_bias=qkv_bias,
+                    qk_scale=qk_scale,
                     rel_pos_bias=True,
                     # Padding would be attended to: only the released local models expect it.
-                    pad=img_size is None,
+                    pad=not whole_grid,
                     **place,
                 )
                 for j in range(depth)
@@ -139,6 +145,21 @@ class IsotropicNAT(Classifier):
             **place,
         )
         self.apply(init_weights)
+
+    @torch.jit.ignore
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        super().set_input_size(img_size, patch_size)
+        if img_size is not None and self.whole_grid:
+            kernel_size = _grid_of(img_size, self.patch_embed.patch_size[0])
+            for layer in self.layers:
+                attn = layer.attn
+                attn.kernel_size = kernel_size
+                shape = torch.Size((attn.num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
+                attn.rpb = nn.Parameter(resize_bias(attn.rpb.detach(), shape))
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -200,6 +221,17 @@ class IsotropicNAT(Classifier):
         return self.norm(x)
 
 
+def _grid_of(img_size: int | tuple[int, int] | None, patch_size: int) -> int:
+    """Tokens along each axis of a square image."""
+    height, width = img_size if isinstance(img_size, (tuple, list)) else (img_size, img_size)
+    if height is None or height != width or height % patch_size:
+        raise ValueError(
+            f"img_size must be square and a multiple of the patch size {patch_size}, "
+            f"got {img_size}."
+        )
+    return height // patch_size
+
+
 def _cfg(name: str, top1: float, **kwargs: Any) -> dict[str, Any]:
     url = f"{CHECKPOINTS}/dinat/checkpoints/isotropic/{name}_in1k_224.pth"
     return cfg(url, top1, first_conv="patch_embed.proj", pool_size=(14, 14), **PAPER, **kwargs)
@@ -252,10 +284,12 @@ def dinat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> IsotropicNA
 @register_model
 def vitrpb_small(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
     """ViT-Small with a relative position bias; for images of one size (`img_size`, default 224)."""
-    return build_model(IsotropicNAT, "vitrpb_small", pretrained, _SMALL, **kwargs)
+    defaults = dict(_SMALL, whole_grid=True)
+    return build_model(IsotropicNAT, "vitrpb_small", pretrained, defaults, **kwargs)
 
 
 @register_model
 def vitrpb_base(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
     """ViT-Base with a relative position bias; for images of one size (`img_size`, default 224)."""
-    return build_model(IsotropicNAT, "vitrpb_base", pretrained, _BASE, **kwargs)
+    defaults = dict(_BASE, whole_grid=True)
+    return build_model(IsotropicNAT, "vitrpb_base", pretrained, defaults, **kwargs)

@@ -7,11 +7,11 @@ Released code and checkpoints: https://github.com/SHI-Labs/Neighborhood-Attentio
 # No postponed annotations here: torch.fx writes those of `forward` into the code that it generates,
 # as types.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
+from timm.layers import ClassifierHead
 from timm.models import (
     generate_default_cfgs,
     register_model,
@@ -24,15 +24,15 @@ from natten.nn import (
     ConvDownsampler,
     ConvTokenizer,
     NeighborhoodAttention2D,
-    NeighborhoodTransformerBlock,
     PatchMerging,
     PatchTokenizer,
 )
+from natten.nn.backbone import stages
 
-from ._base import CHECKPOINTS, Hierarchy, LayerNorm, NATLevel, cfg, init_weights
-from ._checkpoint import build_model, packaged_weights
+from ._base import CHECKPOINTS, Hierarchy, Layer, build_model, cfg, init_weights, layers
+from ._checkpoint import packaged_weights
 
-__all__ = ["NAT", "NATLevel"]
+__all__ = ["NAT"]
 
 # Padding a small input is control flow on shapes: one call in a traced graph.
 register_notrace_module(NeighborhoodAttention2D)
@@ -48,18 +48,23 @@ class NAT(Hierarchy):
         embed_dim: channels of the first level; they double at every level.
         depths: blocks of every level.
         num_heads: heads of every level.
-        kernel_size: window, one integer or one for each level.
-        dilations: dilation of every block of every level; None for 1.
+        kernel_size, stride: window, and queries that share one: an integer, an entry for each level
+            (an integer, an entry for each block, or one for each axis), or one for each axis.
+        dilations: dilation of every block of every level, an integer or one for each axis; None for
+            1.
         mlp_ratio: hidden width of the MLPs.
         qkv_bias: bias of the query, key and value projections.
+        qk_scale: factor on query · key; None for `head_dim ** -0.5`.
         layer_scale: initial value of the residual scales, None for none.
         stem: "conv" (two overlapping convolutions; convolutions between levels: NAT, DiNAT) or
             "patch" (patches of 4; patch merging between levels: DiNAT_s).
         stem_strides: strides of the two convolutions of the "conv" stem.
         drop_rate: dropout in front of the classifier.
         proj_drop_rate: dropout behind the projections of attention and MLP.
+        attn_drop_rate: dropout of attention weights.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
-        norm_layer, act_layer: normalization (LayerNorm, eps 1e-5) and activation (exact GELU).
+        norm_layer, act_layer: normalization (LayerNorm, eps 1e-5) and activation (exact GELU), or
+            timm's names of them.
 
     Shapes: images `[B, in_chans, H, W]` to logits `[B, num_classes]`; features are
     `[B, H', W', C]`.
@@ -76,35 +81,31 @@ class NAT(Hierarchy):
         embed_dim: int = 64,
         depths: Sequence[int] = (3, 4, 6, 5),
         num_heads: Sequence[int] = (2, 4, 8, 16),
-        kernel_size: int | Sequence[int] = 7,
-        dilations: Sequence[Sequence[int]] | None = None,
+        kernel_size: int | Sequence[Any] = 7,
+        stride: int | Sequence[Any] = 1,
+        dilations: Sequence[Sequence[int | Sequence[int]]] | None = None,
         mlp_ratio: float = 3.0,
         qkv_bias: bool = True,
+        qk_scale: float | None = None,
         layer_scale: float | None = None,
         stem: str = "conv",
         stem_strides: tuple[int, int] = (2, 2),
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        act_layer: type[nn.Module] | None = None,
+        norm_layer: Layer = None,
+        act_layer: Layer = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        norm_layer = norm_layer or LayerNorm
+        norm_layer, act_layer = layers(norm_layer, act_layer)
         num_levels = len(depths)
-        kernel_sizes = (
-            (kernel_size,) * num_levels if isinstance(kernel_size, int) else tuple(kernel_size)
-        )
         if dilations is None:
             dilations = [[1] * depth for depth in depths]
-        for name, values in (
-            ("num_heads", num_heads),
-            ("kernel_size", kernel_sizes),
-            ("dilations", dilations),
-        ):
+        for name, values in (("num_heads", num_heads), ("dilations", dilations)):
             if len(values) != num_levels:
                 raise ValueError(
                     f"{name} needs one entry for each of the {num_levels} levels of depths, "
@@ -126,51 +127,41 @@ class NAT(Hierarchy):
         self.num_features = self.head_hidden_size = embed_dim * 2 ** (num_levels - 1)
         self.drop_rate = drop_rate
 
+        norms: dict[str, Any] = {"norm_layer": norm_layer, **place}
         if stem == "conv":
-            self.patch_embed = ConvTokenizer(
-                in_chans, embed_dim, strides=stem_strides, norm_layer=norm_layer, **place
-            )
+            self.patch_embed = ConvTokenizer(in_chans, embed_dim, strides=stem_strides, **norms)
             reduction = stem_strides[0] * stem_strides[1]
             downsampler: type[nn.Module] = ConvDownsampler
         else:
-            self.patch_embed = PatchTokenizer(
-                in_chans, embed_dim, 4, norm_layer=norm_layer, **place
-            )
+            self.patch_embed = PatchTokenizer(in_chans, embed_dim, 4, **norms)
             reduction = 4
             downsampler = PatchMerging
-
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        levels = []
-        self.feature_info = []
-        for i in range(num_levels):
-            dim = embed_dim * 2**i
-            downsample = nn.Identity()
-            if i > 0:
-                downsample = downsampler(dim // 2, norm_layer=norm_layer, **place)
-            blocks = [
-                NeighborhoodTransformerBlock(
-                    dim,
-                    num_heads[i],
-                    kernel_sizes[i],
-                    dilation=dilations[i][j],
-                    mlp_ratio=mlp_ratio,
-                    act_layer=act_layer,
-                    norm_layer=norm_layer,
-                    layer_scale=layer_scale,
-                    drop=proj_drop_rate,
-                    drop_path=drop_paths[i][j],
-                    qkv_bias=qkv_bias,
-                    rel_pos_bias=True,
-                    pad=True,
-                    **place,
-                )
-                for j in range(depths[i])
-            ]
-            levels.append(NATLevel(downsample, blocks))
-            self.feature_info.append(
-                dict(num_chs=dim, reduction=reduction * 2**i, module=f"levels.{i}")
-            )
-        self.levels = nn.Sequential(*levels)
+        self.levels = stages(
+            embed_dim,
+            depths,
+            num_heads,
+            kernel_size,
+            # One for each axis: of two blocks, two numbers might be for two axes.
+            [[(d, d) if isinstance(d, int) else d for d in level] for level in dilations],
+            stride,
+            rank=2,
+            drop_path=drop_path_rate,
+            downsampler=lambda channels: downsampler(channels, **norms),
+            mlp_ratio=mlp_ratio,
+            act_layer=act_layer,
+            layer_scale=layer_scale,
+            drop=proj_drop_rate,
+            attn_drop=attn_drop_rate,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            rel_pos_bias=True,
+            pad=True,
+            **norms,
+        )
+        self.feature_info = [
+            dict(num_chs=embed_dim * 2**i, reduction=reduction * 2**i, module=f"levels.{i}")
+            for i in range(num_levels)
+        ]
         self.norm = norm_layer(self.num_features, **place)
         self.head = ClassifierHead(
             self.num_features,

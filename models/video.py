@@ -12,12 +12,11 @@ Adaptive norms: DiT, https://arxiv.org/abs/2212.09748.
 # as types.
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import (
     generate_default_cfgs,
     register_model,
@@ -26,18 +25,20 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from natten.functional import neighborhood_attention_generic
 from natten.nn import (
     NeighborhoodAttention3D,
     NeighborhoodTransformerBlock,
     PatchMerging,
     PatchTokenizer,
+    StreamState,
 )
-from natten.nn.core import crop, fit_window, refuse_sharded
+from natten.nn.backbone import Axes, share_out, stages
+from natten.nn.core import refuse_sharded
 
-from ._base import Hierarchy, LayerNorm, NATLevel, cfg, init_weights
-from ._checkpoint import build_model
+from ._base import Hierarchy, Layer, build_model, cfg, init_weights, layers
+from ._checkpoint import packaged_weights
 
 __all__ = ["StreamOutput", "StreamState", "VideoDenoiser", "VideoNAT"]
 
@@ -62,16 +63,10 @@ def as_input(features: Tensor, x: Tensor) -> Tensor:
     return features.squeeze(1) if x.dim() == 4 else features
 
 
-class FrameDownsampler(nn.Module):
-    """Patch merging within frames: `[B, T, H, W, C]` to `[B, T, ceil(H / 2), ceil(W / 2), 2C]`."""
-
-    def __init__(self, dim: int, **kwargs: Any) -> None:
-        super().__init__()
-        self.merging = PatchMerging(dim, **kwargs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, frames = x.shape[0], x.shape[1]
-        return self.merging(x.flatten(0, 1)).unflatten(0, (batch, frames))
+def _window(kernel_size: int | Sequence[Any]) -> int | Sequence[Any]:
+    """Three numbers are for frames, rows and columns, however many levels or blocks there are."""
+    flat = isinstance(kernel_size, Sequence) and all(isinstance(k, int) for k in kernel_size)
+    return Axes(kernel_size) if flat else kernel_size
 
 
 class VideoHead(nn.Module):
@@ -96,27 +91,12 @@ class VideoHead(nn.Module):
         return x if pre_logits else self.fc(x)
 
 
-@dataclass
-class StreamState:
-    """What a causal model remembers of the frames so far: its size does not grow with them.
-
-    keys, values: of every block, `[B, T, H, W, heads, head_dim]` of the last frames that its
-        window can reach.
-    frames: frames seen.
-    feature_sum: sum over them of the pooled features, `[B, C]`.
-    """
-
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    frames: int = 0
-    feature_sum: Tensor | None = None
-
-
 class StreamOutput(NamedTuple):
     """What a stream returns for new frames.
 
     features: `[B, t, H', W', C]` of the new frames.
-    logits: `[B, num_classes]` of all frames so far.
+    logits: `[B, num_classes]` of all frames so far; without pooling, of every new token,
+        `[B, t, H', W', num_classes]`.
     state: for the next call.
     """
 
@@ -138,11 +118,15 @@ class VideoNAT(Hierarchy):
         patch_size: pixels of a token: frames, rows, columns. Streams need 1 frame.
         embed_dim: channels of the first level; they double at every level.
         depths, num_heads: blocks and heads of every level.
-        kernel_size: window: frames, rows, columns.
+        kernel_size: window: frames, rows, columns; or an entry for each level.
         time_dilations: dilation in time of every block, repeated over the blocks of a level.
+        dilations: of every block of every level (frames, rows, columns), instead of them.
+        rel_pos_bias: learn relative position biases instead of rotating queries and keys; not of
+            causal models. An image model's weights, loaded into a model with its depths, heads,
+            windows and dilations in space, then give on a clip of one image what they give of it.
         is_causal: whether a frame attends to no later one.
-        mlp_ratio, qkv_bias, drop_rate, proj_drop_rate, drop_path_rate, norm_layer, act_layer: as
-            for `NAT`.
+        mlp_ratio, qkv_bias, qk_scale, drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate,
+            norm_layer, act_layer: as for `NAT`.
 
     Shapes: clips `[B, in_chans, T, H, W]` to logits `[B, num_classes]`; features are `[B, T', H',
     W', C]`. Images `[B, in_chans, H, W]` are clips of one frame, and their features have no time
@@ -161,16 +145,20 @@ class VideoNAT(Hierarchy):
         embed_dim: int = 64,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (2, 4, 8, 16),
-        kernel_size: tuple[int, int, int] = (4, 7, 7),
+        kernel_size: Sequence[Any] = (4, 7, 7),
         time_dilations: Sequence[int] = (1, 2),
+        dilations: Sequence[Sequence[tuple[int, int, int]]] | None = None,
+        rel_pos_bias: bool = False,
         is_causal: bool = False,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        qk_scale: float | None = None,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        act_layer: type[nn.Module] | None = None,
+        norm_layer: Layer = None,
+        act_layer: Layer = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -181,7 +169,8 @@ class VideoNAT(Hierarchy):
                 f"got {len(num_heads)}."
             )
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        norm_layer = norm_layer or LayerNorm
+        norm_layer, act_layer = layers(norm_layer, act_layer)
+        norms: dict[str, Any] = {"norm_layer": norm_layer, **place}
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -190,42 +179,37 @@ class VideoNAT(Hierarchy):
         self.output_fmt = "NHWC"
         self.num_features = self.head_hidden_size = embed_dim * 2 ** (len(depths) - 1)
 
-        self.patch_embed = PatchTokenizer(
-            in_chans, embed_dim, patch_size, rank=3, norm_layer=norm_layer, **place
+        self.patch_embed = PatchTokenizer(in_chans, embed_dim, patch_size, rank=3, **norms)
+        self.levels = stages(
+            embed_dim,
+            depths,
+            num_heads,
+            _window(kernel_size),
+            dilations
+            or [
+                [(time_dilations[j % len(time_dilations)], 1, 1) for j in range(depth)]
+                for depth in depths
+            ],
+            1,
+            rank=3,
+            drop_path=drop_path_rate,
+            downsampler=lambda channels: PatchMerging(channels, rank=3, strides=(1, 2, 2), **norms),
+            is_causal=(is_causal, False, False),
+            mlp_ratio=mlp_ratio,
+            act_layer=act_layer,
+            drop=proj_drop_rate,
+            attn_drop=attn_drop_rate,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            rel_pos_bias=rel_pos_bias,
+            rotary=not rel_pos_bias,
+            pad=True,
+            **norms,
         )
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        levels = []
-        self.feature_info = []
-        for i, depth in enumerate(depths):
-            dim = embed_dim * 2**i
-            downsample = nn.Identity()
-            if i > 0:
-                downsample = FrameDownsampler(dim // 2, norm_layer=norm_layer, **place)
-            blocks = [
-                NeighborhoodTransformerBlock(
-                    dim,
-                    num_heads[i],
-                    kernel_size,
-                    dilation=(time_dilations[j % len(time_dilations)], 1, 1),
-                    is_causal=(is_causal, False, False),
-                    rank=3,
-                    mlp_ratio=mlp_ratio,
-                    act_layer=act_layer,
-                    norm_layer=norm_layer,
-                    drop=proj_drop_rate,
-                    drop_path=drop_paths[i][j],
-                    qkv_bias=qkv_bias,
-                    rotary=True,
-                    pad=True,
-                    **place,
-                )
-                for j in range(depth)
-            ]
-            levels.append(NATLevel(downsample, blocks))
-            self.feature_info.append(
-                dict(num_chs=dim, reduction=patch_size[-1] * 2**i, module=f"levels.{i}")
-            )
-        self.levels = nn.Sequential(*levels)
+        self.feature_info = [
+            dict(num_chs=embed_dim * 2**i, reduction=patch_size[-1] * 2**i, module=f"levels.{i}")
+            for i in range(len(depths))
+        ]
         self.norm = norm_layer(self.num_features, **place)
         self.head = VideoHead(self.num_features, num_classes, global_pool, drop_rate, **place)
         self.apply(init_weights)
@@ -307,76 +291,35 @@ class VideoNAT(Hierarchy):
                 f"is_causal={self.is_causal} and patch_size={self.patch_embed.patch_size}."
             )
         refuse_sharded(self.head.plan, "stream")
-        state = state or StreamState()
-        new = StreamState(frames=state.frames)
         x = self.patch_embed(as_clip(frames))
-        block_index = 0
+        new, first = StreamState(), 0
         for level in self.levels:
-            x = level.downsample(x)
-            for block in level.blocks:
-                cached = None
-                if state.keys:
-                    cached = state.keys[block_index], state.values[block_index]
-                branch, (key, value) = _stream_attention(
-                    block.attn, block.norm1(x), state.frames, cached
-                )
-                x = x + branch
-                x = x + block.mlp(block.norm2(x))
-                new.keys.append(key)
-                new.values.append(value)
-                block_index += 1
+            depth = len(level.blocks)
+            x, after = level.stream(x, None if state is None else state.part(first, depth))
+            new.add(after)
+            first += depth
         features = self.norm(x)
-        pooled = features.mean((2, 3)).sum(1)
-        new.frames += features.shape[1]
-        new.feature_sum = pooled if state.feature_sum is None else state.feature_sum + pooled
+        if self.head.pool_type == "":
+            return StreamOutput(features, self.head.fc(features), new)
+        new.feature_sum = features.mean((2, 3)).sum(1)
+        if state is not None and state.feature_sum is not None:
+            new.feature_sum = state.feature_sum + new.feature_sum
         logits = self.head.fc(new.feature_sum / new.frames)
         return StreamOutput(features, logits, new)
 
 
-def _stream_attention(
-    attn: NeighborhoodAttention3D,
-    x: Tensor,
-    first_frame: int,
-    cached: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Attention of new frames to themselves and to cached keys and values; also the new cache."""
-    extent = x.shape[1:-1]
-    time_window, time_dilation = attn.kernel_size[0], attn.dilation[0]
-    # Time needs no padding here: the frames of the window that do not exist are before the clip.
-    x = fit_window(x, [1, *attn.kernel_size[1:]], [1, *attn.dilation[1:]], attn.pad)
-    query, key, value = attn._project(x, [float(first_frame), 0.0, 0.0], True)
-    if cached is not None:
-        key = torch.cat([cached[0], key], dim=1)
-        value = torch.cat([cached[1], value], dim=1)
-    frames = first_frame + extent[0]
-    key_origin = frames - key.shape[1]
-    # A causal window depends on no later frame, so the grid may end with this one, or where the
-    # window first fits.
-    grid = (max(frames, time_window * time_dilation), *query.shape[2:4])
-    out = neighborhood_attention_generic(
-        query,
-        key,
-        value,
-        attn.kernel_size,
-        dilation=attn.dilation,
-        is_causal=attn.is_causal,
-        scale=attn.scale,
-        grid=grid,
-        query_origin=(first_frame, 0, 0),
-        key_origin=(key_origin, 0, 0),
-    )
-    keep = min((time_window - 1) * time_dilation, key.shape[1])
-    # Copies: a view would keep every frame's keys alive.
-    cache = key[:, key.shape[1] - keep :].clone(), value[:, value.shape[1] - keep :].clone()
-    return attn._output(crop(out, extent)), cache
-
-
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of a scalar (a diffusion time or noise level), then an MLP: `[B]` to `[B, dim]`."""
+    """Sinusoids of a number (a diffusion time or noise level), then an MLP: `[...]` to
+    `[..., dim]`.
 
-    def __init__(self, dim: int, frequencies: int = 128, **place: Any) -> None:
+    Numbers are multiplied by `scale` first: the frequencies, from 1 down to 1 / 10000, suit numbers
+    up to about 1000.
+    """
+
+    def __init__(self, dim: int, frequencies: int = 128, scale: float = 1.0, **place: Any) -> None:
         super().__init__()
         self.frequencies = frequencies
+        self.scale = scale
         self.mlp = nn.Sequential(
             nn.Linear(2 * frequencies, dim, **place), nn.SiLU(), nn.Linear(dim, dim, **place)
         )
@@ -384,7 +327,7 @@ class TimestepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         exponent = torch.arange(self.frequencies, device=t.device, dtype=torch.float32)
         rate = torch.exp(exponent * (-math.log(10000.0) / self.frequencies))
-        angle = t.float()[:, None] * rate
+        angle = t.float().unsqueeze(-1) * self.scale * rate
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
@@ -399,13 +342,20 @@ class VideoDenoiser(nn.Module):
         in_chans, out_chans: channels in and out; out_chans None for in_chans.
         patch_size: pixels of a token: frames, rows, columns.
         embed_dim, depth, num_heads: width, blocks, heads.
-        kernel_size: window: frames, rows, columns.
+        kernel_size: window: frames, rows, columns; or an entry for each block. -1 for a whole axis.
         dilations: (frames, rows, columns) of the blocks, repeated over them; None for no dilation.
         is_causal: whether a frame depends on no later one.
         cond_dim: channels of the condition; None for none.
+        context_dim: channels of a context that every token attends to, as of a text; None for none.
+        num_registers: learned tokens that every token attends to, and which attend to all, or in a
+            causal model to each other. Not beside a context.
         mlp_ratio: hidden width of the MLPs.
+        time_scale: timesteps are multiplied by it; 1000 for times in [0, 1], as of flow matching.
+        norm_layer, act_layer: as for `NAT`.
+        block_args: further arguments of `NeighborhoodTransformerBlock`.
 
-    Shapes: `[B, in_chans, T, H, W]` to `[B, out_chans, T, H, W]`, multiples of the patch.
+    Shapes: `[B, in_chans, T, H, W]` to `[B, out_chans, T, H, W]`, multiples of the patch; images
+    `[B, in_chans, H, W]` are clips of one frame.
     """
 
     def __init__(
@@ -416,38 +366,55 @@ class VideoDenoiser(nn.Module):
         embed_dim: int = 256,
         depth: int = 8,
         num_heads: int = 4,
-        kernel_size: tuple[int, int, int] = (3, 7, 7),
+        kernel_size: int | Sequence[Any] = (3, 7, 7),
         dilations: Sequence[tuple[int, int, int]] | None = None,
         is_causal: bool = False,
         cond_dim: int | None = None,
         mlp_ratio: float = 4.0,
+        *,
+        context_dim: int | None = None,
+        num_registers: int = 0,
+        time_scale: float = 1.0,
+        norm_layer: Layer = None,
+        act_layer: Layer = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **block_args: Any,
     ) -> None:
         super().__init__()
         place: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm_layer, act_layer = layers(norm_layer, act_layer)
+        if num_registers and context_dim is not None:
+            raise ValueError("num_registers and context_dim exclude each other.")
+        self.in_chans = in_chans
         self.patch_size = tuple(patch_size)
         self.out_chans = in_chans if out_chans is None else out_chans
+        self.grad_checkpointing = False
         self.patch_embed = PatchTokenizer(
             in_chans, embed_dim, patch_size, rank=3, norm_layer=None, pad=False, **place
         )
-        self.time_embed = TimestepEmbedding(embed_dim, **place)
+        self.time_embed = TimestepEmbedding(embed_dim, scale=time_scale, **place)
         self.cond_embed = None if cond_dim is None else nn.Linear(cond_dim, embed_dim, **place)
+        self.register_parameter("registers", None)
+        if num_registers:
+            self.registers = nn.Parameter(torch.empty(num_registers, embed_dim, **place))
+            trunc_normal_(self.registers, std=0.02)
         dilations = dilations or [(1, 1, 1)]
+        sizes = share_out("kernel_size", _window(kernel_size), depth, "blocks", 3)
         self.blocks = nn.ModuleList(
             NeighborhoodTransformerBlock(
                 embed_dim,
                 num_heads,
-                kernel_size,
+                sizes[j],
                 dilation=dilations[j % len(dilations)],
                 is_causal=(is_causal, False, False),
                 rank=3,
                 mlp_ratio=mlp_ratio,
                 cond_dim=embed_dim,
-                qk_norm=True,
-                rotary=True,
-                pad=True,
-                **place,
+                context_dim=context_dim,
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                **{"qk_norm": True, "rotary": True, "pad": True, **place, **block_args},
             )
             for j in range(depth)
         )
@@ -460,31 +427,127 @@ class VideoDenoiser(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, timestep: Tensor, cond: Tensor | None = None) -> Tensor:
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of storing what is inside them."""
+        self.grad_checkpointing = enable
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor | None = None,
+        cond: Tensor | None = None,
+        context: Tensor | None = None,
+        context_lengths: Tensor | None = None,
+    ) -> Tensor:
         """Denoises.
 
         Args:
-            x: `[B, in_chans, T, H, W]`.
-            timestep: `[B]`, diffusion times or noise levels.
-            cond: `[B, cond_dim]` of a model with `cond_dim`; None there for no condition.
+            x: `[B, in_chans, T, H, W]`, or `[B, in_chans, H, W]`.
+            timestep: diffusion times or noise levels, `[B]`, for each frame of tokens `[B, T']`, or
+                for each token `[B, T', H', W']`; None for 0.
+            cond: of a model with `cond_dim`, `[B, cond_dim]`, or with the axes of the tokens,
+                `[B, T', H', W', cond_dim]`, of extent 1 where it does not vary; None for no
+                condition.
+            context, context_lengths: of a model with `context_dim`, `[B, S, context_dim]` and how
+                many tokens of it are there, `[B]`, None for all.
 
         Raises:
-            ValueError: for a condition that the model has no place for.
+            ValueError: for a condition or a context that the model has no place for.
         """
+        return self._run(x, timestep, cond, context, context_lengths, None)[0]
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def stream(
+        self,
+        frames: Tensor,
+        timestep: Tensor | None = None,
+        state: StreamState | None = None,
+        cond: Tensor | None = None,
+        context: Tensor | None = None,
+        context_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, StreamState]:
+        """The next frames of a clip, of a model that is causal in time.
+
+        Frames before are remembered as they were when they were taken: of a clip that is denoised
+        frame by frame, give each its last, clean state once with the state that is kept, and the
+        noisy ones before with the state from before, which no call changes.
+
+        Args:
+            frames: `[B, in_chans, t, H, W]`, or `[B, in_chans, H, W]`.
+            timestep, cond, context, context_lengths: as for `forward`, of these frames.
+            state: what the call with the frames before returned; None at the start.
+
+        Returns:
+            What `forward` of the clip so far returns for these frames, and the state for the next
+            call.
+
+        Raises:
+            ValueError: the model is not causal in time, or the size of frames changes.
+        """
+        state = state or StreamState()
+        return self._run(frames, timestep, cond, context, context_lengths, state)
+
+    def _run(
+        self,
+        x: Tensor,
+        timestep: Tensor | None,
+        cond: Tensor | None,
+        context: Tensor | None,
+        context_lengths: Tensor | None,
+        state: StreamState | None,
+    ) -> tuple[Tensor, StreamState]:
+        if context is not None and self.blocks and self.blocks[0].context_dim is None:
+            raise ValueError("context was given to a model without context_dim.")
+        clip = as_clip(x)
+        y = self.patch_embed(clip)
+        embedding = self._embedding(y, timestep, cond)
+        registers = None
+        if self.registers is not None:
+            registers = self.registers.expand(y.shape[0], -1, -1)
+        new = StreamState()
+        for i, block in enumerate(self.blocks):
+            arguments = (embedding, registers, context, context_lengths)
+            if state is not None:
+                result, after = block.stream(y, state.part(i), *arguments)
+                new.add(after)
+            elif self.grad_checkpointing and self.training:
+                result = checkpoint(block, y, *arguments, use_reentrant=False)
+            else:
+                result = block(y, *arguments)
+            y, registers = (result, None) if registers is None else result
+        shift, scale = self.modulation(nn.functional.silu(embedding)).chunk(2, dim=-1)
+        if embedding.dim() == 2:
+            shift, scale = (t[:, None, None, None] for t in (shift, scale))
+        y = self.unpatch(self.norm(y) * (1 + scale) + shift)
+        # [B, T', H', W', C, t, h, w] to [B, C, T', t, H', h, W', w]
+        y = y.unflatten(-1, (self.out_chans, *self.patch_size)).permute(0, 4, 1, 5, 2, 6, 3, 7)
+        y = y.reshape(clip.shape[0], self.out_chans, *clip.shape[2:])
+        return (y.squeeze(2) if x.dim() == 4 else y), new
+
+    def _embedding(self, y: Tensor, timestep: Tensor | None, cond: Tensor | None) -> Tensor:
+        """What the blocks are told, `[B, C]` or with the axes of the tokens `y`."""
+        if timestep is None:
+            timestep = y.new_zeros(y.shape[0])
+        if timestep.dim() == 2:
+            timestep = timestep[:, :, None, None]
+        if timestep.dim() not in (1, 4):
+            raise ValueError(
+                "timestep must have the shape [batch], [batch, frames] or [batch, frames, rows, "
+                f"columns] of tokens, got {list(timestep.shape)}."
+            )
         embedding = self.time_embed(timestep)
         if cond is not None:
             if self.cond_embed is None:
                 raise ValueError("cond was given to a model without cond_dim.")
-            embedding = embedding + self.cond_embed(cond)
-        y = self.patch_embed(x)
-        for block in self.blocks:
-            y = block(y, embedding)
-        shift, scale = self.modulation(nn.functional.silu(embedding)).chunk(2, dim=-1)
-        y = self.norm(y) * (1 + scale[:, None, None, None]) + shift[:, None, None, None]
-        y = self.unpatch(y)
-        # [B, T', H', W', C, t, h, w] to [B, C, T', t, H', h, W', w]
-        y = y.unflatten(-1, (self.out_chans, *self.patch_size)).permute(0, 4, 1, 5, 2, 6, 3, 7)
-        return y.reshape(x.shape[0], self.out_chans, *x.shape[2:])
+            told = self.cond_embed(cond)
+            if embedding.dim() != told.dim():
+                embedding, told = (
+                    t[:, None, None, None] if t.dim() == 2 else t for t in (embedding, told)
+                )
+            embedding = embedding + told
+        return embedding
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -496,6 +559,8 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+_DENOISER: dict[str, Any] = {"num_classes": 0, "classifier": None, "pool_size": None}
+
 default_cfgs = generate_default_cfgs(
     {
         "video_nat_pico.untrained": _cfg(input_size=(3, 64, 64), pool_size=(4, 4), num_classes=10),
@@ -504,6 +569,10 @@ default_cfgs = generate_default_cfgs(
         ),
         "video_nat_tiny.untrained": _cfg(num_classes=400),
         "video_nat_tiny_causal.untrained": _cfg(num_classes=400),
+        "video_denoiser_pico.bikes": _cfg(
+            file=packaged_weights("video_denoiser_pico.bikes"), input_size=(6, 48, 112), **_DENOISER
+        ),
+        "video_denoiser_small.untrained": _cfg(input_size=(4, 64, 64), **_DENOISER),
     }
 )
 
@@ -543,3 +612,28 @@ def video_nat_tiny_causal(pretrained: bool = False, **kwargs: Any) -> VideoNAT:
     """VideoNAT with 12 million parameters, causal in time."""
     defaults = dict(_TINY, is_causal=True)
     return _create("video_nat_tiny_causal", pretrained, defaults, **kwargs)
+
+
+def _denoiser(variant: str, pretrained: bool, defaults: Any, **kwargs: Any) -> VideoDenoiser:
+    # There is nothing to classify or to pool.
+    unused = ("num_classes", "global_pool")
+    return build_model(VideoDenoiser, variant, pretrained, defaults, kwargs_filter=unused, **kwargs)
+
+
+@register_model
+def video_denoiser_pico(pretrained: bool = False, **kwargs: Any) -> VideoDenoiser:
+    """A small VideoDenoiser, causal in time, of frames and what changed in them.
+
+    With the weights in the package it tells what will change next (`natten.models.clip.predict`).
+    """
+    defaults = dict(
+        out_chans=3, embed_dim=96, depth=4, num_heads=3, patch_size=(1, 4, 4), is_causal=True
+    )
+    return _denoiser("video_denoiser_pico", pretrained, defaults, **kwargs)
+
+
+@register_model
+def video_denoiser_small(pretrained: bool = False, **kwargs: Any) -> VideoDenoiser:
+    """VideoDenoiser of four latent channels, with 34 million parameters."""
+    defaults = dict(embed_dim=384, depth=12, num_heads=6)
+    return _denoiser("video_denoiser_small", pretrained, defaults, **kwargs)

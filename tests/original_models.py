@@ -10,6 +10,7 @@ Papers: https://arxiv.org/abs/2204.07143 (NAT), https://arxiv.org/abs/2209.15001
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -214,6 +215,31 @@ class OriginalNAT(nn.Module):
         for level in self.layers if self.merging else self.levels:
             x = level(x)
         return self.head(self.norm(x).flatten(1, 2).mean(1))
+
+
+class OriginalBackbone(OriginalNAT):
+    """NAT, DiNAT and DiNAT_s in detectors and segmenters: a norm for each level's output."""
+
+    def __init__(self, out_indices: Sequence[int] = (0, 1, 2, 3), **arguments: Any) -> None:
+        super().__init__(**arguments)
+        del self.norm, self.head
+        self.out_indices = out_indices
+        for i in out_indices:
+            dim = arguments["embed_dim"] * 2**i
+            setattr(self, f"norm{i}", nn.LayerNorm(dim, eps=1e-5))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        if self.merging:
+            x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+        x = self.patch_embed(x)
+        maps = []
+        for i, level in enumerate(self.layers if self.merging else self.levels):
+            for block in level.blocks:
+                x = block(x)
+            if i in self.out_indices:
+                maps.append(getattr(self, f"norm{i}")(x).permute(0, 3, 1, 2))
+            x = level.downsample(x) if hasattr(level, "downsample") else x
+        return maps
 
 
 class OriginalIsotropic(nn.Module):

