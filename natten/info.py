@@ -100,7 +100,7 @@ def _variable(name: str) -> str:
 
 
 def _check(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, bool]:
-    """One line, and whether it is bad news."""
+    """One line of the report, and whether the check failed."""
     generator = torch.Generator("cpu").manual_seed(0)
     query, key, value = (
         torch.randn(

@@ -71,7 +71,7 @@ def bool_tuple(name: str, value: Any, rank: int) -> tuple[bool, ...]:
 
 
 def optional_bool(name: str, value: Any) -> bool:
-    """A flag."""
+    """Check a flag, which is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be a bool, got {shown(value)}")
     return value
@@ -84,7 +84,7 @@ def check_mapping(name: str, value: Any) -> None:
 
 
 def check_positive_int(name: str, value: Any) -> None:
-    """A count of something that there is."""
+    """Check a count, which is at least 1."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive int, got {shown(value)}")
 

@@ -108,7 +108,7 @@ def _attend(
 def _alone(
     rank: int | None, inputs: Inputs, window: tuple[Any, ...], scale: Any, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Where no tokens are sharded."""
+    """Output and logsumexp where no tokens are sharded."""
     validation.check_qkv(*inputs[:3], rank)
     query, key, value, rpb, keys, values, lengths = inputs
     kernel_size, stride, dilation, is_causal = window

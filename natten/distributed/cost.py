@@ -85,7 +85,7 @@ class Estimate:
 
     @property
     def ranks(self) -> int:
-        """All of them."""
+        """The number of ranks."""
         return prod(self.shards) * self.heads
 
     @property

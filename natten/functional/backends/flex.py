@@ -144,7 +144,7 @@ def _visible(
     return visible
 
 
-def _sequences(cumulative: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def _sequence_of_tokens(cumulative: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """The sequence of each packed token (-1 behind the last one), and where that starts."""
     index = torch.arange(tokens, device=cumulative.device)
     number = torch.searchsorted(cumulative[1:].long(), index, right=True)
@@ -292,7 +292,7 @@ def _autograd_allowed() -> Iterator[None]:
         yield
 
 
-def _run(
+def _attend(
     problem: Problem,
     config: Config,
     inputs: Inputs,
@@ -328,8 +328,8 @@ def _run(
     q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
     if cumulative[0] is not None and cumulative[1] is not None:
         sequences = (
-            *_sequences(cumulative[0], problem.num_queries),
-            *_sequences(cumulative[1], problem.num_keys),
+            *_sequence_of_tokens(cumulative[0], problem.num_queries),
+            *_sequence_of_tokens(cumulative[1], problem.num_keys),
         )
         block_mask = _block_mask(problem, _visible(problem, sequences), blocks)
     else:
@@ -395,7 +395,7 @@ def _with_infinite_values(
         if inputs.additional_values is not None:
             more = change(inputs.additional_values).to(problem.dtype)
             changed = changed._replace(additional_values=more)
-        return _run(problem, config, changed, weigh)
+        return _attend(problem, config, changed, weigh)
 
     out, lse = run(lambda v: v.masked_fill(~v.isfinite(), 0.0))
     kept = lse.flatten(1, -2).transpose(1, 2).contiguous()
@@ -490,7 +490,7 @@ class Flex(Backend):
                 None if t is None else t.detach().requires_grad_(need)
                 for t, need in zip(inputs.differentiable, needs, strict=True)
             ]
-            again = _run(problem, config, Inputs._make([*leaves, *inputs[6:]]))
+            again = _attend(problem, config, Inputs._make([*leaves, *inputs[6:]]))
             wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
             gradients = iter(
                 torch.autograd.grad(

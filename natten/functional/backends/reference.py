@@ -344,7 +344,7 @@ def _backward(
             own = weights[..., : weights.shape[-1] - problem.num_additional].squeeze(0)
             spread = torch.broadcast_tensors(*tile.bias_index)
             drpb.index_put_(
-                (torch.arange(problem.heads, device=drpb.device)[:, None], *_flat(spread)),
+                (torch.arange(problem.heads, device=drpb.device)[:, None], *_as_rows(spread)),
                 own.reshape(problem.heads, -1),
                 accumulate=True,
             )
@@ -357,7 +357,7 @@ def _backward(
                 extra.masked_fill_(hidden[:, :, None, None], 0.0)
 
 
-def _flat(index: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
+def _as_rows(index: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(i.reshape(1, -1) for i in index)
 
 

@@ -99,7 +99,7 @@ def _tables(axes: tuple[Axis, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return (*numbers, *windows), tuple(inverses)
 
 
-def _run(
+def _over_rows(
     kernel: Callable[..., None],
     arguments: tuple[Any, ...],
     tensors: tuple[Tensor, ...],
@@ -130,20 +130,20 @@ def dot(a: Tensor, b: Tensor, axes: tuple[Axis, ...], empty: float) -> Tensor:
     """As :func:`natten.functional.window_products.eager.dot`, of float32 or float64."""
     slots = _slots(axes)
     out = a.new_full((*a.shape[:2], slots), empty)
-    return _run(_dot, _tables(axes)[0], (a, b), out, slots * a.shape[2])
+    return _over_rows(_dot, _tables(axes)[0], (a, b), out, slots * a.shape[2])
 
 
 def weighted_sum(weights: Tensor, b: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """As :func:`natten.functional.window_products.eager.weighted_sum`, of float32 or float64."""
     out = b.new_zeros(b.shape)
-    return _run(_weighted_sum, _tables(axes)[0], (weights, b), out, _slots(axes) * b.shape[2])
+    return _over_rows(_weighted_sum, _tables(axes)[0], (weights, b), out, _slots(axes) * b.shape[2])
 
 
 def scatter(weights: Tensor, a: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """As :func:`natten.functional.window_products.eager.scatter`, of float32 or float64."""
     windows, inverses = _tables(axes)
     out = a.new_zeros(a.shape)
-    return _run(_scatter, (*windows, *inverses), (weights, a), out, _slots(axes) * a.shape[2])
+    return _over_rows(_scatter, (*windows, *inverses), (weights, a), out, _slots(axes) * a.shape[2])
 
 
 __all__ = ["dot", "scatter", "weighted_sum"]

@@ -100,7 +100,7 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _take(tensor: Tensor, index: Tensor) -> Tensor:
-    """``tensor[:, index]``, many times faster than written so."""
+    """``tensor[:, index]``, but many times faster."""
     return tensor.index_select(1, index.flatten()).unflatten(1, index.shape)
 
 

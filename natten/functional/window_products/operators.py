@@ -74,7 +74,7 @@ def _check(
     window: tuple[tuple[int, ...], ...],
     expected: tuple[tuple[int | None, ...], ...],
 ) -> None:
-    """Check tensors and window of an operator against each other, by whomever it is called.
+    """Check tensors and window of an operator against each other, for every caller.
 
     Args:
         shapes: Name, shape, dtype and device of each tensor.
@@ -120,7 +120,7 @@ def _checked(
     return _axes(tokens, window)
 
 
-def _run(name: str, first: Tensor, second: Tensor, window: tuple[Any, ...], *more: Any) -> Tensor:
+def _product(name: str, first: Tensor, second: Tensor, window: tuple[Any, ...], *more: Any) -> Tensor:
     """A product of two tensors ``[batch, heads, *tokens, features]``, by what is fastest."""
     shape = second.shape
     width = shape[-1] if name == "dot" else prod(window[0])
@@ -151,15 +151,15 @@ def _run(name: str, first: Tensor, second: Tensor, window: tuple[Any, ...], *mor
 
 def _dot(a: Tensor, b: Tensor, *window: Any) -> Tensor:
     *window_, empty = window
-    return _run("dot", a, b, tuple(window_), empty)
+    return _product("dot", a, b, tuple(window_), empty)
 
 
 def _sum(weights: Tensor, b: Tensor, *window: Any) -> Tensor:
-    return _run("weighted_sum", weights, b, window)
+    return _product("weighted_sum", weights, b, window)
 
 
 def _scatter(weights: Tensor, a: Tensor, *window: Any) -> Tensor:
-    return _run("scatter", weights, a, window)
+    return _product("scatter", weights, a, window)
 
 
 def _relative(axes: tuple[Axis, ...], device: torch.device) -> list[Tensor]:
