@@ -384,7 +384,7 @@ def _finite(*tensors: Tensor | None) -> bool:
 def _with_infinite_values(
     problem: Problem, config: Config, inputs: Inputs
 ) -> tuple[Tensor, Tensor]:
-    """What `_run` returns, where only those see a value that is not finite whose window holds it.
+    """As `_attend`, where only those see a value that is not finite whose window holds it.
 
     FlexAttention multiplies masked values by zero, and zero times NaN is NaN: it gets finite values
     here, and is asked apart who sees the others, with a weight above zero or of zero.
@@ -467,7 +467,7 @@ class Flex(Backend):
         with _autograd_allowed(), torch.no_grad():
             plain = Inputs._make([None if t is None else t.detach() for t in inputs])
             attend = (
-                _run if _finite(plain.value, plain.additional_values) else _with_infinite_values
+                _attend if _finite(plain.value, plain.additional_values) else _with_infinite_values
             )
             out, lse = attend(problem, config, plain)
             # Uncompiled, it says inf where the output is NaN.

@@ -120,7 +120,9 @@ def _checked(
     return _axes(tokens, window)
 
 
-def _product(name: str, first: Tensor, second: Tensor, window: tuple[Any, ...], *more: Any) -> Tensor:
+def _product(
+    name: str, first: Tensor, second: Tensor, window: tuple[Any, ...], *more: Any
+) -> Tensor:
     """A product of two tensors ``[batch, heads, *tokens, features]``, by what is fastest."""
     shape = second.shape
     width = shape[-1] if name == "dot" else prod(window[0])
