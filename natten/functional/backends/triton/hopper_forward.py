@@ -7,17 +7,20 @@ multiplies while the other computes its softmax. Each of them also skips tiles t
 rows sees. There is no interpreter for Gluon: `forward.py` is this kernel's equal, and what runs
 everywhere else.
 
-The two halves, each at its own pace (here half a step apart), and the barriers of step t:
+Time goes down. Half 1 does the same as half 0, at its own pace, here half a step later:
 
-    half 0     [ S(t) = Q K^T ][ softmax ][ start O += P V ][ S(t+1), end of O ][ softmax ][ start
-    half 1     O += P V(t-1) ][ S(t), end of O ][ softmax ][ start O += P V ][ S(t+1), end of O ][
-                ^              ^                 ^                          ^
-    a half      keys[t].full   keys[t].empty,    values[t].full             (step t+1) keys.empty,
-                waits          values[t-1].empty waits: the                 values[t].empty: arrives
-                               arrives           product reads them
+    half 0, which also loads keys               half 1, which also loads values
 
-    half 0     also loads keys: waits for keys[t].empty (both halves), loads tile t + STAGES
-    half 1     also loads values: waits for values[t-1].empty, loads tile t - 1 + STAGES
+    wait     keys[t].full                       softmax of step t-1
+    compute  S = Q K(t)^T                       wait     values[t-1].full
+    wait     for S, and O of step t-1           start    O += P V(t-1)
+    arrive   keys[t].empty, values[t-1].empty   wait     values[t-2].empty, of both halves
+    softmax of step t                           load     values[t-2+STAGES] in its place
+    wait     values[t].full                     wait     keys[t].full
+    start    O += P V(t), which runs on         compute  S = Q K(t)^T
+    wait     keys[t].empty, of both halves      wait     for S, and O of step t-1
+    load     keys[t+STAGES] in its place        arrive   keys[t].empty, values[t-1].empty
+    wait     keys[t+1].full                     softmax of step t
 
 Tile t is in place t % STAGES of its ring, and completes phase (t // STAGES) & 1 of its barriers.
 """
