@@ -7,19 +7,32 @@ multiplies them with half the features of the keys, and the memory accelerator a
 sum in global memory. That is five matrix products where the kernels of `backward.py` compute
 seven, but the order of the additions is left to chance.
 
-What one half does in step i, and what it waits for:
+Time goes down: what each half does in step i, both at their own pace.
 
-    [ S, dP = K Q^T, V dO^T ][ P = exp S ][ dS to memory ][ dQ of step i-1 ][ dK, dV += dS Q, P dO ]
+    wait     queries[i].full
+    start    S = K Q(i)^T
+    wait     gradients[i].full
+    start    dP = V dO(i)^T
+    wait     statistics[i].full, and for S
+    compute  P
+    start    dV += P dO(i)                      tiles of 128 queries: when dS is in memory
+    wait     for dP
+    compute  dS
+    wait     score_gradients[i].empty           of step i-2: there are two places
+    store    dS
+    arrive   score_gradients[i].full
+    wait     score_gradients[i-1].full          both halves' dS of the step before
+    start    dQ of step i-1, half the features
+    start    dK += dS Q(i)
+    wait     for dQ and dV
+    arrive   score_gradients[i-1].empty, gradients[i].empty
+    start    to add dQ to memory
+    wait     for dK
+    arrive   queries[i].empty
 
-    wait for     queries[i].full, gradients[i].full, statistics[i].full, for the two products
-                 score_gradients[i].empty, before dS goes there
-                 score_gradients[i-1].full, for dQ of step i-1: both halves' dS
-    arrive at    score_gradients[i].full, when dS is there
-                 score_gradients[i-1].empty, when dQ of step i-1 is computed
-                 gradients[i].empty, queries[i].empty, when dV and dK are
-
-    first half   at the end of step i: waits for queries[i].empty, loads queries i + STAGES
-    second half  likewise gradients[i].empty, loads gradients and statistics i + STAGES
+    half 0                                      half 1
+    wait     queries[i].empty, of both halves   wait     gradients[i].empty, of both halves
+    load     queries[i+STAGES] in its place     load     gradients, statistics[i+STAGES]
 
 A step's product for the query runs in the next step, so that no half waits for the other. Query
 tiles are in rings of `STAGES` places, scores' gradients in one of two.
