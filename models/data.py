@@ -63,6 +63,8 @@ def load(source: str | Path) -> ImageSet:
             "digits", (digits.images * 255 / 16).astype(np.uint8), _labels(digits.target)
         )
     path = Path(source)
+    if path.is_dir():
+        raise ValueError(f"natten.models.finetune trains on folders such as {path}")
     if path.suffix != ".npz" or not path.is_file():
         raise ValueError(f"data must be one of {', '.join(NAMES)}, or an .npz file, got {source}.")
     with np.load(path, allow_pickle=False) as arrays:

@@ -27,6 +27,7 @@ import copy
 import csv
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -502,6 +503,11 @@ def _report(result: dict[str, Any], path: Path | None) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"{PROG} is for one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}: "
+            "natten.models.finetune trains with several"
+        )
     return evaluate(options) if options.evaluate else train(options)
 
 
