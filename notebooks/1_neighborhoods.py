@@ -18,6 +18,10 @@
 # `dilation` and `is_causal`, and check that nothing else is computed.**
 #
 # *Hardware: any CPU, seconds. On a GPU, put the tensors there with `.cuda()`; not a line changes else.*
+#
+# Why local? In images, sound and video, what explains a token mostly lies near it, and attention of all tokens to
+# all costs the square of their number: 16 times as much for twice the side of an image. A window around every
+# token costs the same for each, so that the whole grows as the image does.
 
 # %%
 import matplotlib.pyplot as plt
@@ -84,7 +88,12 @@ table(10, kernel_size=4, is_causal=True)
 # On a grid, the neighborhood is the product of both axes' windows, and every axis has its own settings.
 # Black squares are queries; dots mark other queries that see the very same tokens.
 
+
 # %%
+def titled(arguments, between=", "):
+    return between.join(f"{name}={value}" for name, value in arguments.items())
+
+
 panels = [
     dict(kernel_size=5),
     dict(kernel_size=5, stride=3),
@@ -94,7 +103,7 @@ panels = [
 figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
 for panel, arguments in zip(axes, panels):
     viz.draw_neighborhood(panel, [(4, 4), (11, 10)], (12, 12), **arguments)
-    panel.set_title("\n".join(f"{n}={v}" for n, v in arguments.items()), fontsize=9)
+    panel.set_title(titled(arguments, "\n"), fontsize=9)
 plt.show()
 
 # %% [markdown]
@@ -125,34 +134,34 @@ for arguments in panels:
     dense, mask = masked_attention(query, key, value, **arguments)
     share = mask.float().mean().item()
     error = (ours - dense).abs().max().item()
-    print(f"{error:.1e} apart, {share:5.1%} of all pairs needed:", arguments)
+    print(f"{error:.1e} apart, {share:5.1%} of all pairs needed: {titled(arguments)}")
     assert error < 1e-5
 
 # %% [markdown]
 # ## What a query sees in a picture
 #
-# Here the tokens are pixels, described by the patch around them, and a query prefers pixels that look
-# like its own surroundings. The window limits where it may look.
+# Here the tokens are pixels of a photograph, described by the patch around them, and a query prefers pixels that
+# look like its own surroundings. The window limits where it may look.
 
 # %%
-from matplotlib.cbook import get_sample_data
+from sklearn.datasets import load_sample_image
 
-with get_sample_data("grace_hopper.jpg") as file:
-    photo = torch.tensor(plt.imread(file, format="jpg")).float() / 255
-photo = photo[60:252:2, 130:386:2]  # 96 x 128 pixels
+photo = torch.tensor(load_sample_image("china.jpg")).float() / 255
+photo = photo[20:404:4, 60:572:4]  # 96 x 128 pixels
 patches = torch.nn.functional.unfold(photo.permute(2, 0, 1)[None], kernel_size=5, padding=2)
 features = patches[0].T.reshape(1, 96, 128, 1, 75).contiguous()
 features = features - features.mean((1, 2), keepdim=True)
-features = 10 * torch.nn.functional.normalize(features, dim=-1)
+features = 6 * torch.nn.functional.normalize(features, dim=-1)
 
-position = (50, 70)
+position = (40, 63)
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
 for panel, arguments in zip(
     axes, [dict(kernel_size=31), dict(kernel_size=15, dilation=4), dict(kernel_size=95)]
 ):
     weights = viz.attention_weights(features, features, position, **arguments)[0, 0]
-    viz.draw_attention(panel, photo, weights, position)
-    panel.set_title(str(arguments))
+    layer = viz.draw_attention(panel, photo, weights, position)
+    panel.set_title(titled(arguments))
+figure.colorbar(layer, ax=axes, label="weight, relative to the largest", shrink=0.8)
 plt.show()
 
 # %% [markdown]

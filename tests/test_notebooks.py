@@ -15,7 +15,7 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 SCRIPTS = sorted(NOTEBOOKS.glob("*.py"))
 # What each needs besides natten and its dependencies: module, and the package it comes in.
 NEEDS = {
-    "1_neighborhoods": {"matplotlib": "matplotlib"},
+    "1_neighborhoods": {"matplotlib": "matplotlib", "sklearn": "scikit-learn"},
     "2_backends": {"matplotlib": "matplotlib", "numba": "numba"},
     "3_train": {"matplotlib": "matplotlib", "mlxtend": "mlxtend"},
     "4_pretrained": {"matplotlib": "matplotlib", "mlxtend": "mlxtend", "sklearn": "scikit-learn"},
