@@ -75,6 +75,6 @@ notebooks: $(INSTALLED)  ## run all notebooks on the CPU and store their outputs
 	done; exit $$failed
 
 clean:  ## remove what builds and runs leave behind, not .venv
-	@rm -rf build dist site *.egg-info demo.png .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf build dist site *.egg-info demo.png demo-time.png .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find natten models tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null \
 		|| true

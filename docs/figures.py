@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -61,6 +62,34 @@ def neighborhood_3d() -> Figure:
         [(2, 3, 3), (5, 7, 6)], (6, 8, 8), (3, 5, 5), 1, 1, (True, False, False),
         title="kernel_size=(3, 5, 5), is_causal=(True, False, False)",
     )  # fmt: skip
+
+
+def moving_window() -> FuncAnimation:
+    """A query that walks over a grid, and its window, for four calls."""
+    return viz.moving_window(
+        (10, 10),
+        {
+            "kernel_size=5": {"kernel_size": 5},
+            "stride=3": {"kernel_size": 5, "stride": 3},
+            "dilation=2": {"kernel_size": 4, "dilation": 2},
+            "is_causal=(True, False)": {"kernel_size": 5, "is_causal": (True, False)},
+        },
+    )
+
+
+def masks() -> Figure:
+    """The masks of dense attention that these calls stand for."""
+    panels: tuple[dict[str, Any], ...] = (
+        {"kernel_size": 3},
+        {"kernel_size": 4, "stride": 4},
+        {"kernel_size": 3, "dilation": 2},
+        {"kernel_size": 3, "is_causal": True},
+    )
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axes, arguments in zip(figure.subplots(1, len(panels)), panels):
+        viz.draw_mask(axes, (8, 8), **arguments)
+        axes.set_title(", ".join(f"{n}={v}" for n, v in arguments.items()), fontsize=9)
+    return figure
 
 
 def tiles() -> Figure:
@@ -287,6 +316,7 @@ def video_curve() -> Figure:
 # name: its function, whether it needs measurements
 DRAWN: dict[str, tuple[Callable[[], Figure], bool]] = {
     "neighborhoods": (neighborhoods, False),
+    "masks": (masks, False),
     "neighborhood-1d": (neighborhood_1d, False),
     "neighborhood-3d": (neighborhood_3d, False),
     "tiles": (tiles, False),
@@ -305,7 +335,9 @@ _THEMES = (("light", ""), ("dark", "-dark"))
 def main() -> None:
     """Draw all figures, or those that are named, for light and dark pages."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(DRAWN)}, attention; default: all")
+    parser.add_argument(
+        "names", nargs="*", help=f"of {', '.join(DRAWN)}, moving-window, attention; default: all"
+    )
     parser.add_argument("--output", type=Path, default=FIGURES)
     options = parser.parse_args()
     options.output.mkdir(exist_ok=True)
@@ -315,10 +347,17 @@ def main() -> None:
         for theme, suffix in _THEMES:
             with viz.theme(theme):
                 draw().savefig(options.output / f"{name}{suffix}.png", dpi=80)
+    if not options.names or "moving-window" in options.names:
+        for theme, suffix in _THEMES:
+            with viz.theme(theme):
+                target = options.output / f"moving-window{suffix}.gif"
+                moving_window().save(target, writer="pillow", dpi=72)
     if not options.names or "attention" in options.names:
         for theme, suffix in _THEMES:
             with viz.theme(theme):
-                demo.main(["--output", str(options.output / f"attention{suffix}.png")])
+                demo.main(
+                    ["--no-times", "--output", str(options.output / f"attention{suffix}.png")]
+                )
 
 
 if __name__ == "__main__":

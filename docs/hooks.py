@@ -508,16 +508,16 @@ def _drawn(match: re.Match[str]) -> str:
     )
 
 
-_FIGURE = re.compile(r'<img [^>]*?src="[^"]*figures/([\w-]+)\.png"[^>]*>')
+_FIGURE = re.compile(r'<img [^>]*?src="[^"]*figures/([\w-]+)\.(png|gif)"[^>]*>')
 
 
 def _for_both_themes(match: re.Match[str]) -> str:
     """A figure and its twin for dark pages, of which the theme shows one."""
-    name = match[1]
-    if not (ROOT / "docs" / "figures" / f"{name}-dark.png").is_file():
+    name, kind = match.groups()
+    if not (ROOT / "docs" / "figures" / f"{name}-dark.{kind}").is_file():
         return match[0]
-    light = match[0].replace(f"{name}.png", f"{name}.png#only-light")
-    return light + match[0].replace(f"{name}.png", f"{name}-dark.png#only-dark")
+    light = match[0].replace(f"{name}.{kind}", f"{name}.{kind}#only-light")
+    return light + match[0].replace(f"{name}.{kind}", f"{name}-dark.{kind}#only-dark")
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:

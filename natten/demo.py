@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import natten
-from natten import viz
+from natten import devices, viz
 from natten.command import Parser, guarded
 
 if TYPE_CHECKING:
@@ -165,6 +166,49 @@ def dense_milliseconds(query: Tensor, key: Tensor, value: Tensor) -> float:
     return milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, scale=1.0))
 
 
+# Sides of the grids, the window, and how long dense attention may take before it is left out.
+_SIDES, _WINDOW, _PATIENCE = (16, 24, 32, 48, 64, 96, 128), 13, 300.0
+
+
+def growth(device: str, dtype: torch.dtype) -> list[tuple[int, float, float | None]]:
+    """Tokens of square grids, milliseconds of a window of 13 x 13 and of dense attention."""
+    rows: list[tuple[int, float, float | None]] = []
+    dense: float | None = 0.0
+    for side in _SIDES:
+        query, key, value = (
+            torch.randn(1, side, side, 2, HEAD_DIM, device=device, dtype=dtype) for _ in range(3)
+        )
+        local = partial(natten.na2d, query, key, value, kernel_size=_WINDOW)
+        local()
+        windowed = milliseconds(local)
+        if dense is not None:
+            dense = dense_milliseconds(query, key, value) if dense < _PATIENCE else None
+        rows.append((side**2, windowed, dense))
+    return rows
+
+
+def growth_figure(rows: Sequence[tuple[int, float, float | None]], where: str) -> Figure:
+    """Time over tokens, on this machine."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    tokens = [n for n, *_ in rows]
+    dense = [(n, ms) for n, _, ms in rows if ms is not None]
+    axes.loglog(*zip(*dense), "s--", color=viz.SERIES_COLORS[1], label="dense attention (PyTorch)")
+    axes.loglog(
+        tokens, [ms for _, ms, _ in rows], "o-", color=viz.SERIES_COLORS[0],
+        label=f"window of {_WINDOW} x {_WINDOW} (natten)",
+    )  # fmt: skip
+    axes.set_xticks(tokens, labels=[f"{n:,}" for n in tokens], fontsize=8)
+    axes.minorticks_off()
+    axes.set(xlabel="tokens", ylabel="milliseconds, forward", title=where)
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
 def table_of(rows: Sequence[Row], dense: float, noisy: float) -> Table:
     """What `make demo` prints."""
     from rich.table import Table
@@ -246,6 +290,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m natten.d
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="where to draw")
+    parser.add_argument(
+        "--times", type=Path, default=Path("demo-time.png"), metavar="FILE",
+        help="where to draw time over tokens, beside dense attention",
+    )  # fmt: skip
+    parser.add_argument("--no-times", action="store_true", help="without that")
     parser.add_argument("--height", type=int, default=120, help="of the photograph, in tokens")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default_device, help=f"default: {default_device}")
@@ -256,8 +305,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m natten.d
 def _run(options: argparse.Namespace) -> int:
     if options.height < 1:
         raise ValueError(f"--height must be at least 1, got {options.height}")
-    if not options.output.absolute().parent.is_dir():
-        raise ValueError(f"--output {options.output}: there is no such folder")
+    for name, target in (("output", options.output), ("times", options.times)):
+        if not target.absolute().parent.is_dir():
+            raise ValueError(f"--{name} {target}: there is no such folder")
     try:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -285,7 +335,7 @@ def _run(options: argparse.Namespace) -> int:
     rows = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, torch.inference_mode():
-        task = progress.add_task("dense attention", total=len(SETTINGS) + 2)
+        task = progress.add_task("dense attention", total=len(SETTINGS) + 3)
         dense = dense_milliseconds(query, key, value)
         for setting in SETTINGS:
             progress.update(task, advance=1, description=str(setting))
@@ -293,9 +343,17 @@ def _run(options: argparse.Namespace) -> int:
         progress.update(task, advance=1, description="picture")
         output = natten.na2d(query, key, value, **asdict(SETTINGS[0]), scale=1.0)
         picture(image, query, key, output).savefig(options.output, dpi=100)
+        progress.update(task, advance=1, description="time over tokens")
+        if not options.no_times:
+            rows_of_times = growth(options.device, dtype)
+            growth_figure(rows_of_times, devices.driver_name(options.device)).savefig(
+                options.times, dpi=100
+            )
         progress.update(task, advance=1)
     console.print(table_of(rows, dense, psnr(image, truth)))
     console.print(f"What pixels A, B and C attend to: {options.output}")
+    if not options.no_times:
+        console.print(f"Time over tokens, beside dense attention: {options.times}")
 
     failed = [row for row in rows if not row.difference <= TOLERANCE[dtype]]
     for row in failed:

@@ -27,6 +27,7 @@ from natten.functional import geometry
 from natten.validation import check_window, int_tuple
 
 if TYPE_CHECKING:
+    from matplotlib.animation import FuncAnimation
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
@@ -289,6 +290,66 @@ def neighborhood_figure(
     if title:
         figure.suptitle(title, fontsize=9, family="monospace")
     return figure
+
+
+@_drawing
+def draw_mask(
+    axes: Axes,
+    shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+) -> Tensor:
+    """Draw which keys (columns) each query (row) of a grid attends to, tokens in row-major order.
+
+    Returns that mask, bool `[queries, keys]`: what a call with these arguments computes is dense
+    attention with it.
+    """
+    from matplotlib.colors import ListedColormap
+
+    shape = int_tuple("shape", tuple(shape), len(shape))
+    windows = check_window(shape, kernel_size, stride, dilation, is_causal)
+    mask = window.grid_mask([window.Axis(*axis) for axis in zip(shape, *windows)])
+    axes.imshow(
+        mask.numpy(), cmap=ListedColormap([_empty_color(), _full_color()]), vmin=0, vmax=1,
+        interpolation="nearest",
+    )  # fmt: skip
+    axes.set_xlabel("key", fontsize=8)
+    axes.set_ylabel("query", fontsize=8)
+    return mask
+
+
+@_drawing
+def moving_window(
+    shape: tuple[int, int], calls: Mapping[str, Mapping[str, Any]], every: int = 1
+) -> FuncAnimation:
+    """The neighborhood of one query after the other, row by row, for calls side by side.
+
+    Args:
+        shape: Rows and columns of tokens.
+        calls: By title, arguments of :func:`draw_neighborhood` from kernel_size on.
+        every: Only each so many queries.
+
+    Returns:
+        An animation of matplotlib: ``.save("window.gif", writer="pillow")``, or, in a notebook,
+        ``IPython.display.HTML(animation.to_jshtml())``. Keep a reference to it until then.
+    """
+    from matplotlib.animation import FuncAnimation
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.4 * len(calls), 2.9), layout="constrained")
+    panels = figure.subplots(1, len(calls), squeeze=False)[0]
+    queries = list(product(*(range(n) for n in shape)))[::every]
+
+    def draw(query: tuple[int, int]) -> list[Any]:
+        for axes, (title, arguments) in zip(panels, calls.items()):
+            axes.clear()
+            draw_neighborhood(axes, [query], shape, **arguments)
+            axes.set_title(title, fontsize=9)
+        return []
+
+    return FuncAnimation(figure, draw, frames=queries, interval=150)
 
 
 def _draw_context(axes: Axes, count: int) -> None:

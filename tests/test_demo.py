@@ -78,17 +78,33 @@ def test_drawing_refuses_three_axes() -> None:
 
 
 def test_demo_checks_every_setting_and_draws(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from PIL import Image
 
     path = tmp_path / "picture.png"
-    assert demo.main(["--height", "44", "--device", "cpu", "--output", str(path)]) == 0
+    times = tmp_path / "times.png"
+    words = ["--height", "44", "--device", "cpu", "--output", str(path), "--times", str(times)]
+    monkeypatch.setattr(demo, "_SIDES", (13, 16))
+    assert demo.main(words) == 0
     printed = capsys.readouterr().out
     assert printed.count("-fna") == len(demo.SETTINGS)
     with Image.open(path) as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(2**24) or ()) > 500
+    with Image.open(times) as picture:
+        assert picture.width > 500
+
+
+def test_dense_attention_is_left_out_where_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_SIDES", (13, 14, 15))
+    monkeypatch.setattr(demo, "dense_milliseconds", lambda *tensors: 200.0 * tensors[0].shape[1])
+    rows = demo.growth("cpu", torch.float32)
+    assert [(tokens, dense) for tokens, _, dense in rows] == [
+        (169, 2600.0), (196, None), (225, None)
+    ]  # fmt: skip
+    (line, other) = demo.growth_figure(rows, "here").axes[0].lines
+    assert (len(line.get_xdata()), len(other.get_xdata())) == (1, 3)
 
 
 def test_demo_fails_when_an_output_is_wrong(
@@ -103,5 +119,7 @@ def test_demo_fails_when_an_output_is_wrong(
 
     monkeypatch.setattr(natten, "na2d", wrong)
     path = tmp_path / "picture.png"
-    assert demo.main(["--height", "44", "--device", "cpu", "--output", str(path)]) == 1
+    assert (
+        demo.main(["--height", "44", "--device", "cpu", "--no-times", "--output", str(path)]) == 1
+    )
     assert "differs from the reference by 1.0e-02" in " ".join(capsys.readouterr().out.split())

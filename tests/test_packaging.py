@@ -18,7 +18,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_BEHIND = ("*.egg-info", "*.pyc", "__pycache__", "build", "demo.png", "dist", "runs", "site")
+LEFT_BEHIND = (
+    "*.egg-info",
+    "*.pyc",
+    "__pycache__",
+    "build",
+    "demo.png",
+    "demo-time.png",
+    "dist",
+    "runs",
+    "site",
+)
 HIDDEN_SOURCE = {".ci", ".github", ".pre-commit-config.yaml"}
 BUILD = """
 import sys

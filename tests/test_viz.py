@@ -217,3 +217,25 @@ def test_a_picture_without_matplotlib_says_what_to_install(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(RuntimeError, match="pip install matplotlib"):
         viz.neighborhood_figure([(4, 4)], (9, 9), 3)
+
+
+def test_a_drawn_mask_is_that_of_the_call():
+    arguments = dict(kernel_size=(3, 4), stride=(1, 2), dilation=(2, 1), is_causal=(False, True))
+    axes = Figure().subplots()
+    mask = viz.draw_mask(axes, (6, 5), **arguments)
+    for query in range(30):
+        rows, columns = viz.attended_tokens(divmod(query, 5), (6, 5), **arguments)
+        expected = (rows[:, None] * 5 + columns).flatten()
+        assert torch.equal(mask[query].nonzero().flatten(), expected.sort().values)
+    assert torch.equal(torch.from_numpy(axes.images[0].get_array().data), mask)
+
+
+def test_a_window_moves_over_the_grid(tmp_path):
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    calls = {"window": {"kernel_size": 3}, "causal": {"kernel_size": 2, "is_causal": True}}
+    animation = viz.moving_window((3, 4), calls, every=5)
+    animation.save(tmp_path / "window.gif", writer="pillow", dpi=40)
+    with Image.open(tmp_path / "window.gif") as picture:
+        assert picture.n_frames == 3
