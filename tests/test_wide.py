@@ -34,7 +34,7 @@ def _attend(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("features", [257, 320, 384])
-@pytest.mark.parametrize(("heads", "heads_kv"), [(2, 2), (6, 2), (3, 1)])
+@pytest.mark.parametrize(("heads", "heads_kv"), [(1, 1), (2, 2), (6, 2), (3, 1)])
 def test_slices(heads: int, heads_kv: int, features: int) -> None:
     problem = _problem(heads, heads_kv, features)
     slices = value_slices.sliced(problem)

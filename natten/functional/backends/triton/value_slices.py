@@ -46,7 +46,11 @@ class Slices:
         return tensor.unflatten(axis, sizes), axis if self.neighbors else axis - 1
 
     def repeat(self, tensor: Tensor, axis: int = -2) -> Tensor:
-        """Heads once for each slice."""
+        """Heads once for each slice; a view of a single one."""
+        if tensor.shape[axis] == 1:
+            shape = list(tensor.shape)
+            shape[axis] = self.number
+            return tensor.expand(shape)
         if self.neighbors:
             return tensor.repeat_interleave(self.number, axis)
         return torch.cat([tensor] * self.number, axis)
