@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from natten import devices, tuned, validation
-from natten.functional import dispatch
+from natten.functional import dispatch, operators
 from natten.functional.problem import Config, Problem
 from natten.tuned import (
     VARIABLE,
@@ -193,6 +193,7 @@ def check_device(path: str | os.PathLike[str], profile: Profile) -> None:
 def _apply(entries: dict[tuple[ShapeClass, bool], Entry] | None) -> None:
     tuned.entries = entries
     dispatch.forget()
+    operators.forget()
 
 
 def load_profile(path: str | os.PathLike[str] | None) -> int:

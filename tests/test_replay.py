@@ -254,3 +254,11 @@ def test_again_on_streams_and_devices():
             tensor.copy_(tensor.flip(1))
     graph.replay()
     assert torch.equal(out, natten.na2d(*tensors, (5, 7)))
+
+
+def test_profiles_change_who_runs_a_call():
+    """Nothing that was recorded before a profile is loaded is done again after."""
+    natten.na1d(*(torch.randn(1, 9, 1, 8) for _ in range(3)), 3)
+    assert operators._calls
+    natten.load_profile(None)
+    assert not operators._calls

@@ -69,6 +69,11 @@ def _remembered(key: tuple[Any, ...], make: Callable[..., Call], *arguments: Any
     return found
 
 
+def forget() -> None:
+    """Make calls anew: who runs them has changed."""
+    _calls.clear()
+
+
 def _identity(tensors: tuple[Tensor | None, ...]) -> list[Any]:
     """What validation looks at of each tensor, but for its layout in memory."""
     return [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
@@ -582,6 +587,7 @@ __all__ = [
     "autocast_dtype",
     "check_devices",
     "define",
+    "forget",
     "needs_grad",
     "neighborhood_attention",
     "neighborhood_attention_backward",
