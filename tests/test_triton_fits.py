@@ -138,7 +138,8 @@ def check(seed: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("seed", range(12))
+# The last one took more than was estimated.
+@pytest.mark.parametrize("seed", [*range(12), 1981])
 def test_some_tiles_fit(seed: int) -> None:
     check(seed)
 
