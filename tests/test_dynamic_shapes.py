@@ -190,12 +190,19 @@ def test_compiled_calls_of_new_sizes_do_not_compile_again():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nat_mini", "dinat_mini"])
-def test_export_of_models(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("nat_mini", dict(depths=(2, 1, 1, 1))),
+        ("dinat_mini", dict(depths=(2, 1, 2, 1), dilations=((1, 8), (4,), (1, 2), (1,)))),
+    ],
+)
+def test_export_of_models(name, options):
+    """Of each level one block of each kind: others are traced the same way."""
     timm = pytest.importorskip("timm")
     import natten.models  # noqa: F401
 
-    model = timm.create_model(name, num_classes=3).eval()
+    model = timm.create_model(name, num_classes=3, **options).eval()
     traced = (torch.randn(1, 3, 224, 224),)
     dims = ({2: Dim.AUTO, 3: Dim.AUTO},)
     with torch.no_grad():
