@@ -74,8 +74,10 @@ def for_size(cfg: dict[str, Any], img_size: int | Sequence[int]) -> dict[str, An
     if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
         raise ValueError(f"img_size must be one or two positive integers, got {img_size}")
     channels, *before = cfg["input_size"]
-    pool = [-(-n * p // b) for n, p, b in zip(size, cfg["pool_size"], before)]
-    return {"input_size": (channels, *size), "pool_size": tuple(pool)}
+    pool = cfg["pool_size"]  # of the last features; None where nothing is pooled
+    if pool is not None:
+        pool = tuple(-(-n * p // b) for n, p, b in zip(size, pool, before))
+    return {"input_size": (channels, *size), "pool_size": pool}
 
 
 class Classifier(nn.Module):

@@ -351,6 +351,8 @@ def test_registered_denoisers() -> None:
     model = timm.create_model("video_denoiser_pico", depth=1)
     assert model(torch.randn(1, 6, 2, 8, 12), torch.zeros(1)).shape == (1, 3, 2, 8, 12)
     assert model(torch.randn(1, 6, 8, 12)).shape == (1, 3, 8, 12)  # an image
+    sized = timm.create_model("video_denoiser_pico", depth=1, img_size=(24, 32))
+    assert sized.pretrained_cfg["input_size"] == (6, 24, 32)
     small = timm.create_model("video_denoiser_small", device="meta", depth=12)
     assert 30e6 < sum(p.numel() for p in small.parameters()) < 40e6
 
