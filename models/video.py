@@ -634,6 +634,6 @@ def video_denoiser_pico(pretrained: bool = False, **kwargs: Any) -> VideoDenoise
 
 @register_model
 def video_denoiser_small(pretrained: bool = False, **kwargs: Any) -> VideoDenoiser:
-    """VideoDenoiser of four latent channels, with 34 million parameters."""
+    """VideoDenoiser of four latent channels, with 32 million parameters."""
     defaults = dict(embed_dim=384, depth=12, num_heads=6)
     return _denoiser("video_denoiser_small", pretrained, defaults, **kwargs)
