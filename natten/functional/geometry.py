@@ -4,7 +4,7 @@ A kernel computes attention a tile of rows and a tile of columns at a time, with
 group along each axis. Rows are queries and columns keys, or, ``inverse``, the other way round. A
 row tile visits the column tiles that cover the union of its windows; those within the
 intersection of its windows are *full*, and need no mask. Windows, boxes and tiles are products
-over the axes, and so are all counts: this module counts along one axis.
+over the axes, and so are all counts: this module counts along each axis.
 
 Column tiles begin where the union does, or, ``aligned``, at multiples of their size from the
 beginning of the columns. Row tiles begin at multiples of their size.
