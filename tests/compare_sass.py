@@ -222,7 +222,8 @@ def _compile(wanted: set[str]) -> None:
 
 def _compiled(root: Path, titles: list[str], anew: bool) -> Iterator[tuple[str, list[Any]]]:
     """`_compile` with the library, and what the tests know of it, of a checkout."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+    paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if anew:
         environment["TRITON_ALWAYS_COMPILE"] = "1"
     # Not by its path: that of this script's folder would come first.
