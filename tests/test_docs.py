@@ -265,24 +265,27 @@ def test_site(tmp_path):
 def test_speeds_in_the_readme_are_those_of_the_benchmarks():
     text = " ".join((ROOT / "README.md").read_text().split())
     cases = json.loads((ROOT / "benchmarks" / "results" / "h100.json").read_text())["cases"]
-    ratios = {
-        kind: [case[f"peer_{kind}_ms"] / case[f"{kind}_ms"] for case in cases]
-        for kind in ("fwd", "bwd")
-    }
+    ratios = [
+        [case[f"peer_{kind}_ms"] / case[f"{kind}_ms"] for kind in ("fwd", "bwd")] for case in cases
+    ]
+    forward, backward = zip(*(pair for pair in ratios if min(pair) > 1), strict=True)
+    (slower,) = (pair for pair in ratios if min(pair) <= 1)
     claim = re.search(
-        r"In all (\d+) rows of that table natten is faster than the fastest of them, ([\d.]+) to "
-        r"(\d+) times in the forward and ([\d.]+) to ([\d.]+) times in the backward pass; on two "
-        r"CPU cores, (\d+) to (\d+) times",
+        r"In (\d+) of the (\d+) rows of that table natten is faster than the fastest of them, "
+        r"([\d.]+) to (\d+) times in the forward and ([\d.]+) to ([\d.]+) times in the backward "
+        r"pass; one, held up by its host, reaches ([\d.]+) and ([\d.]+) times. On two CPU cores, "
+        r"it is (\d+) to (\d+) times",
         text,
     )
     assert claim is not None
     cpu = json.loads((ROOT / "benchmarks" / "cpu.json").read_text())
     assert cpu["machine"]["threads"] == 2
     faster = [case["times_faster"] for case in cpu["cases"]]
+    assert min(faster) > 1
     assert list(claim.groups()) == [
-        str(len(cases)),
-        f"{min(ratios['fwd']):.1f}", f"{max(ratios['fwd']):.0f}",
-        f"{min(ratios['bwd']):.1f}", f"{max(ratios['bwd']):.1f}",
+        str(len(forward)), str(len(cases)),
+        f"{min(forward):.1f}", f"{max(forward):.0f}",
+        f"{min(backward):.1f}", f"{max(backward):.1f}",
+        *(f"{ratio:.2f}" for ratio in slower),
         f"{min(faster):.0f}", f"{max(faster):.0f}",
     ]  # fmt: skip
-    assert min(*ratios["fwd"], *ratios["bwd"], *faster) > 1
