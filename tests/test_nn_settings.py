@@ -294,7 +294,10 @@ def test_traces_without_concrete_arguments(name, training):
     graph.graph.eliminate_dead_code()
     graph.recompile()
     torch.manual_seed(5)
-    assert pickle.loads(pickle.dumps(graph))(x).equal(results[1])
+    if torch.__version__ >= "2.12":
+        # Before, torch pickles no graph of a module whose annotations are text.
+        graph = pickle.loads(pickle.dumps(graph))
+    assert graph(x).equal(results[1])
 
 
 def test_traces_of_images():

@@ -125,10 +125,22 @@ else:
     _all_gather = collectives.all_gather_tensor_autograd
 
 
+class _ContiguousGradient(torch.autograd.Function):
+    """What gathers back takes no other gradient, up to torch 2.11."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient.contiguous()
+
+
 def gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The tensors of all ranks, of one shape, stacked. Differentiable: the gradient of each is the
     sum of what the ranks have for it."""
-    return _all_gather(tensor[None].contiguous(), 0, group)
+    return _ContiguousGradient.apply(_all_gather(tensor[None].contiguous(), 0, group))
 
 
 class Line(NamedTuple):
