@@ -50,28 +50,27 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def barriers(PLACES: gl.constexpr):
-    """A barrier per place, to be initialized."""
-    return gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+def barriers(PLACES: gl.constexpr, ARRIVALS: gl.constexpr):
+    """A barrier per place, whose phases complete after so many arrivals."""
+    made = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(PLACES):
+        mbarrier.init(made.index(place), count=ARRIVALS)
+    return made
+
+
+@gluon.jit
+def ring_of(buffers, PLACES: gl.constexpr, WRITERS: gl.constexpr):
+    """A ring: the memory accelerator is one writer, the halves of the program are two."""
+    return Ring(buffers, barriers(PLACES, WRITERS), barriers(PLACES, 2))
 
 
 @gluon.jit
 def loaded_ring(source, PLACES: gl.constexpr):
-    """A ring of the tiles that a descriptor loads; its places are to be initialized."""
+    """A ring of the tiles that a descriptor loads."""
     buffers = gl.allocate_shared_memory(
         source.dtype, [PLACES] + source.block_type.shape, source.layout
     )
-    return Ring(buffers, barriers(PLACES), barriers(PLACES))
-
-
-@gluon.jit
-def init_place(ring, place, WRITERS: gl.constexpr):
-    """Initializes barriers: the memory accelerator is one writer, the halves of the program two.
-
-    A place of each ring after the other: between two of one ring, compilers put a barrier.
-    """
-    mbarrier.init(ring.full.index(place), count=WRITERS)
-    mbarrier.init(ring.empty.index(place), count=2)
+    return ring_of(buffers, PLACES, 1)
 
 
 @gluon.jit

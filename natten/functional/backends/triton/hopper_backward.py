@@ -64,8 +64,8 @@ from natten.functional.backends.triton.hopper import (
     Ring,
     barriers,
     descriptor,
-    init_place,
     loaded_ring,
+    ring_of,
     row_corner,
     seen,
     sights,
@@ -456,21 +456,14 @@ def hopper_gradients_kernel(
     shared = Shared(
         gl.allocate_shared_memory(key.dtype, key.block_type.shape, key.layout),
         gl.allocate_shared_memory(value.dtype, value.block_type.shape, value.layout),
-        barriers(2),
+        barriers(2, 1),
         loaded_ring(query, STAGES),
         gradients,
         # They come with the gradients, and places are free when those of the gradients are.
-        Ring(statistics_buffers, barriers(STAGES), gradients.empty),
-        Ring(score_gradients, barriers(2), barriers(2)),
+        Ring(statistics_buffers, barriers(STAGES, 1), gradients.empty),
+        ring_of(score_gradients, 2, 2),
         gl.allocate_shared_memory(gl.float32, [2] + query_sums.block_type.shape, query_sums.layout),
     )
-    for half in gl.static_range(2):
-        mbarrier.init(shared.rows_full.index(half), count=1)
-        init_place(shared.score_gradients, half, 2)
-    for place in gl.static_range(STAGES):
-        init_place(shared.queries, place, 1)
-        init_place(shared.gradients, place, 1)
-        mbarrier.init(shared.statistics.full.index(place), count=1)
     gl.warp_specialize(
         [
             (attend_back, (

@@ -49,7 +49,6 @@ from natten.functional.backends.triton.hopper import (
     Ring,
     barriers,
     descriptor,
-    init_place,
     loaded_ring,
     row_corner,
     seen,
@@ -276,15 +275,10 @@ def hopper_forward_kernel(
     sources = Sources(query, key, value, additional_key, additional_value)
     shared = Shared(
         gl.allocate_shared_memory(query.dtype, [2] + query.block_type.shape, query.layout),
-        barriers(2),
+        barriers(2, 1),
         loaded_ring(key, STAGES),
         loaded_ring(value, STAGES),
     )
-    for half_tile in gl.static_range(2):
-        mbarrier.init(shared.query_full.index(half_tile), count=1)
-    for place in gl.static_range(STAGES):
-        init_place(shared.key_ring, place, 1)
-        init_place(shared.value_ring, place, 1)
     gl.warp_specialize(
         [
             (attend, (0, sources, data, heads, num_additional, scale, shared, V)),
