@@ -211,7 +211,7 @@ def advise(simulation: Simulation) -> Advice:
         window is another model: what is worth its speed is for the reader to say.
 
     Raises:
-        RuntimeError: Triton, which chooses tile shapes, is not installed.
+        RuntimeError: No GPU backend runs the problem.
     """
     problem = simulation.problem
     base = simulation.variant(problem).forward_ms

@@ -174,15 +174,10 @@ def gpu_backend(problem: Problem, device: Device) -> Any:
     """The backend that would run a problem on a device, which need not be here.
 
     Raises:
-        RuntimeError: Triton is missing, or no GPU backend runs the problem there.
+        RuntimeError: No GPU backend runs the problem there.
     """
-    try:
-        from natten.functional.backends import triton
-    except ImportError as error:
-        raise RuntimeError(
-            f"which tile shapes kernels would use is known to the GPU backends, which need "
-            f"{error.name or 'triton'}: give q_tile_shape and kv_tile_shape"
-        ) from error
+    from natten.functional.backends import triton
+
     there = on_gpu(problem)
     with devices.pretending(device):
         for backend in (triton.BLACKWELL, triton.HOPPER, triton.CUTLASS):
@@ -396,7 +391,7 @@ class Simulation:
         """Pairs of query and key tiles that the backend lists for the call.
 
         Raises:
-            RuntimeError: Triton is missing, or no GPU backend runs the problem there.
+            RuntimeError: No GPU backend runs the problem there.
         """
         problem = on_gpu(self.problem)
         backend = gpu_backend(problem, self.device)
@@ -668,7 +663,7 @@ def simulate(
 
     Raises:
         ValueError: An argument is wrong by itself or does not fit the others.
-        RuntimeError: No tile shapes are given, and Triton is missing, which chooses them.
+        RuntimeError: No tile shapes are given, and no GPU backend runs the problem there.
     """
     problem = make_problem(
         shape, kernel_size, stride, dilation, is_causal, batch=batch, heads=heads,

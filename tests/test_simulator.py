@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,3 +266,21 @@ def test_the_fit_finds_the_costs_that_times_were_made_of(monkeypatch: pytest.Mon
     family = {case.family for case in cases}
     assert len(family) < len(cases)
     assert "dense, head_dim 64" in family
+
+
+def test_triton_is_not_needed():
+    """Neither for default tiles, nor to say that its kernels are missing."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, natten
+assert natten.simulate((30, 48, 80), (18, 24, 24), heads=4, head_dim=128).forward_ms > 0
+q = torch.randn(1, 8, 2, 16)
+try:
+    natten.na1d(q, q, q, 3, backend="cutlass-fna")
+except RuntimeError as error:
+    assert "kernels cannot be imported" in str(error), error
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton import knobs
 
 from natten import devices
 from natten.context import Preferences, preferences
@@ -26,14 +25,14 @@ from natten.devices import capability as _capability
 from natten.devices import multiprocessors as _multiprocessors
 from natten.devices import shared_memory as _device_memory
 from natten.functional.backend import Backend, Gradients, Inputs, Replay, Results
-from natten.functional.backends.triton import launcher, replay, tiles
-from natten.functional.backends.triton.backward import (
-    BackwardPass,
+from natten.functional.backends.triton import tiles
+from natten.functional.backends.triton.tiles import (
     BackwardTilings,
+    Chip,
+    Kernel,
+    Tiling,
     dense_problem,
 )
-from natten.functional.backends.triton.forward import forward
-from natten.functional.backends.triton.tiles import Chip, Kernel, Tiling
 from natten.functional.backends.triton.value_slices import sliced
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem, Unavailable
 
@@ -45,9 +44,29 @@ _INTERPRETED = Chip(227 * 1024)
 _SMALL_SUMS = 2**26
 
 
+@cache
+def _kernels() -> Any:
+    """The module that launches kernels, or the reason why it cannot be imported. Planning, which
+    the simulator asks for as well, does without Triton."""
+    try:
+        from natten.functional.backends.triton import launches
+    except ImportError as error:
+        return error
+    return launches
+
+
+def _lacks_kernels() -> bool:
+    return isinstance(_kernels(), ImportError)
+
+
+def _has_gluon(name: str) -> bool:
+    """Whether there is a kernel in that dialect here, or would be on a GPU that is planned for."""
+    return _lacks_kernels() or _kernels().in_gluon(name) is not None
+
+
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU."""
-    return bool(knobs.runtime.interpret)
+    return not _lacks_kernels() and bool(_kernels().knobs.runtime.interpret)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -84,6 +103,8 @@ class _Backend(Backend):
 
     def refusal(self, problem: Problem, config: Config) -> str | None:
         """Why this backend does not run the problem, or None if it does."""
+        if _lacks_kernels() and devices.pretended() is None:
+            return Unavailable(f"the {self.name} kernels cannot be imported: {_kernels()}")
         if interpreted():
             if problem.device.type != "cpu":
                 return Unavailable("Triton's interpreter is on, which runs CPU tensors only")
@@ -172,7 +193,7 @@ class _Backend(Backend):
         """The tilings of the backward pass."""
         return self._backward_tilings(problem, config, preferences(), devices.pretended())
 
-    def _refuse(self, problem: Problem, error: launcher.TooLargeError) -> None:
+    def _refuse(self, problem: Problem, error: Any) -> None:
         """Never again choose tiles that turned out to be too large. Next time others are found, or
         it is said why there are none."""
         if not tiles.refuse(error.tiling, problem, error.kind, _chip(problem)):
@@ -249,7 +270,7 @@ class _Backend(Backend):
 
     def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """out and logsumexp."""
-        slices = sliced(problem)
+        kernels, slices = _kernels(), sliced(problem)
         if slices is not None:
             problem, inputs = slices.problem, slices.inputs(inputs)
         with _on(problem.device):
@@ -257,11 +278,13 @@ class _Backend(Backend):
                 tiling = self._running(problem, config, self.forward_tiling(problem, config))
                 try:
                     run = (
-                        launcher.in_gluon("hopper_forward").forward if tiling.ping_pong else forward
+                        kernels.in_gluon("hopper_forward").forward
+                        if tiling.ping_pong
+                        else kernels.forward
                     )
                     out, lse = run(problem, tiling, inputs)
                     break
-                except launcher.TooLargeError as error:
+                except kernels.TooLargeError as error:
                     self._refuse(problem, error)
         return (out, lse) if slices is None else (slices.join(out), slices.first(lse))
 
@@ -275,7 +298,7 @@ class _Backend(Backend):
         destinations: tuple[Tensor, ...] | None = None,
     ) -> Gradients:
         """The six gradients."""
-        slices = sliced(problem)
+        kernels, slices = _kernels(), sliced(problem)
         if slices is not None:
             problem, destinations = slices.problem, None
             inputs, results = slices.inputs(inputs), slices.results(results)
@@ -284,11 +307,11 @@ class _Backend(Backend):
             while True:
                 tilings = self._running_backward(problem, config)
                 try:
-                    gradients = BackwardPass(
+                    gradients = kernels.BackwardPass(
                         problem, tilings, *options, inputs, results, needs, destinations
                     ).run()
                     break
-                except launcher.TooLargeError as error:
+                except kernels.TooLargeError as error:
                     self._refuse(problem, error)
         return gradients if slices is None else slices.gradients(gradients)
 
@@ -297,7 +320,8 @@ class _Backend(Backend):
     ) -> tuple[Any, Replay | None]:
         if inputs[0].device.type != "cuda" or torch.version.hip is not None:
             return function(), None
-        return replay.record(function, inputs)
+        found: tuple[Any, Replay | None] = _kernels().record(function, inputs)
+        return found
 
     def configs(self, problem: Problem) -> list[Any]:
         """(query tile, key tile) pairs of the forward pass; the default first."""
@@ -359,7 +383,7 @@ class _Hopper(_Descriptors):
 
     def _has_ping_pong(self) -> bool:
         """Whether there is a ping-pong kernel: not in the interpreter, nor in an older Triton."""
-        return not interpreted() and launcher.in_gluon("hopper_forward") is not None
+        return not interpreted() and _has_gluon("hopper_forward")
 
     def _new_forward_tiling(self, problem: Problem, config: Config) -> Tiling:
         """The tiling that the schedule asks for, among those the caller's tiles allow.
@@ -402,7 +426,7 @@ class _Hopper(_Descriptors):
             or now.memory == "strict"
             or config.backward_kv_splits is not None
             or not self._has_ping_pong()
-            or launcher.in_gluon("hopper_backward") is None
+            or not _has_gluon("hopper_backward")
             or not tiles.FUSED.suits(problem)
         ):
             return None

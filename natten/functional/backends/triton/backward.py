@@ -10,8 +10,7 @@ has one that takes less, for large windows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -20,12 +19,12 @@ from torch import Tensor
 
 from natten.functional.backend import Gradients, Inputs, Results
 from natten.functional.backends.triton import arguments, launcher
-from natten.functional.backends.triton.bias import bias_paddings, bias_tables
+from natten.functional.backends.triton.bias import bias_tables
 from natten.functional.backends.triton.key_value_gradient import key_value_gradient_launch
 from natten.functional.backends.triton.launcher import Launch, describable, descriptor, readable
 from natten.functional.backends.triton.primitives import base2_lse, ceil_div, load_rows
 from natten.functional.backends.triton.query_gradient import query_gradient_launch
-from natten.functional.backends.triton.tiles import Tiling, block
+from natten.functional.backends.triton.tiles import BackwardTilings, Tiling, block, dense_problem
 from natten.functional.problem import Problem
 
 _ROWS = 64
@@ -78,37 +77,6 @@ def _statistics_launch(
         triton.cdiv(tokens, _ROWS) * heads * batch,
         (tokens, heads, features, block(features), _ROWS, width, has_delta),
     )
-
-
-@dataclass(frozen=True)
-class BackwardTilings:
-    """Tilings of the kernels of a backward pass, by the gradients they compute.
-
-    Attributes:
-        query: Of the query.
-        key_value: Of key and value.
-        additional: Of additional keys and values.
-        splits: Programs that share the queries of one tile of additional keys; each needs
-            float32 memory of its own for what it sums.
-        persistent_programs: Programs for each head that take turns on its key tiles; 0 for one per
-            tile.
-        fused: Of query, key and value in one pass, where that runs instead.
-        launches: Of that pass, which divide the heads: the fewer heads at a time, the less memory
-            for float32 sums.
-    """
-
-    query: Tiling
-    key_value: Tiling
-    additional: Tiling
-    splits: int = 1
-    persistent_programs: int = 0
-    fused: Tiling | None = None
-    launches: int = 1
-
-    @cached_property
-    def bias_paddings(self) -> tuple[int, ...]:
-        """Paddings of the one table of biases that the kernels share."""
-        return bias_paddings(self.query, self.key_value)
 
 
 class BackwardPass:
@@ -305,24 +273,3 @@ class BackwardPass:
         bound = norms[0] * norms[1] + self.statistics[..., 1].abs().amax()
         bits = torch.log2(bound * (self.problem.batch * self.problem.num_queries)).ceil()
         return torch.exp2((61 - bits).clamp(-126, 126))
-
-
-@lru_cache(maxsize=4096)
-def dense_problem(problem: Problem, num_queries: int, num_keys: int) -> Problem:
-    """Attention of all queries to ``num_keys`` tokens, with the other facts of ``problem``."""
-    length = (max(num_queries, num_keys),)
-    return replace(
-        problem,
-        query_shape=(num_queries,),
-        key_shape=(num_keys,),
-        kernel_size=length,
-        stride=(1,),
-        dilation=(1,),
-        is_causal=(False,),
-        grid=length,
-        query_origin=(0,),
-        key_origin=(0,),
-        num_additional=0,
-        has_lengths=False,
-        has_rpb=False,
-    )

@@ -14,7 +14,6 @@ from torch import Tensor
 from natten.functional.backends.triton.arguments import LOG2_E, pad, scales, unspecialized
 from natten.functional.backends.triton.launcher import Launch
 from natten.functional.backends.triton.primitives import decode
-from natten.functional.backends.triton.tiles import Tiling
 from natten.functional.problem import Problem
 
 # Tables that the gradient is summed in, and how many numbers they hold at most.
@@ -82,14 +81,6 @@ def bias_gradient_kernel(
     if factor is not None:
         total = total.to(tl.float64) / tl.load(factor).to(tl.float64)
     tl.store(gradient + slot, total.to(gradient.dtype.element_ty), mask=exists)
-
-
-def bias_paddings(*tilings: Tiling) -> tuple[int, ...]:
-    """How far beyond the table of biases the pairs of the tiles of these kernels reach."""
-    reaches = [
-        [q + k - 2 for q, k in zip(tiling.query, tiling.key, strict=True)] for tiling in tilings
-    ]
-    return pad([max(axis) for axis in zip(*reaches, strict=True)], 0)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from natten.functional.backend import Inputs
 from natten.functional.backends.triton import arguments, launcher
-from natten.functional.backends.triton.bias import bias_paddings, bias_table
+from natten.functional.backends.triton.bias import bias_table
 from natten.functional.backends.triton.launcher import Launch, describable, descriptor, readable
 from natten.functional.backends.triton.primitives import (
     LN_2,
@@ -37,7 +37,7 @@ from natten.functional.backends.triton.primitives import (
     tile_scores,
     unravel,
 )
-from natten.functional.backends.triton.tiles import FORWARD, Tiling
+from natten.functional.backends.triton.tiles import FORWARD, Tiling, bias_paddings
 from natten.functional.problem import Problem
 
 

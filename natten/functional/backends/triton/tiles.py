@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
@@ -235,6 +235,67 @@ FUSED = Kernel(
     "key_value", True, 5, _FUSED_SIZES, _FUSED_SIZES, _suits_fused, KEY_VALUE_GRADIENT,
     mask=0.1, start=6.0, space=0.75,
 )  # fmt: skip
+
+
+def bias_paddings(*tilings: Tiling) -> tuple[int, ...]:
+    """How far beyond the table of biases the pairs of the tiles of these kernels reach."""
+    reaches = [
+        [q + k - 2 for q, k in zip(tiling.query, tiling.key, strict=True)] for tiling in tilings
+    ]
+    most = [max(axis) for axis in zip(*reaches, strict=True)]
+    return (0,) * (3 - len(most)) + tuple(most)
+
+
+@dataclass(frozen=True)
+class BackwardTilings:
+    """Tilings of the kernels of a backward pass, by the gradients they compute.
+
+    Attributes:
+        query: Of the query.
+        key_value: Of key and value.
+        additional: Of additional keys and values.
+        splits: Programs that share the queries of one tile of additional keys; each needs
+            float32 memory of its own for what it sums.
+        persistent_programs: Programs for each head that take turns on its key tiles; 0 for one per
+            tile.
+        fused: Of query, key and value in one pass, where that runs instead.
+        launches: Of that pass, which divide the heads: the fewer heads at a time, the less memory
+            for float32 sums.
+    """
+
+    query: Tiling
+    key_value: Tiling
+    additional: Tiling
+    splits: int = 1
+    persistent_programs: int = 0
+    fused: Tiling | None = None
+    launches: int = 1
+
+    @cached_property
+    def bias_paddings(self) -> tuple[int, ...]:
+        """Paddings of the one table of biases that the kernels share."""
+        return bias_paddings(self.query, self.key_value)
+
+
+@lru_cache(maxsize=4096)
+def dense_problem(problem: Problem, num_queries: int, num_keys: int) -> Problem:
+    """Attention of all queries to ``num_keys`` tokens, with the other facts of ``problem``."""
+    length = (max(num_queries, num_keys),)
+    return replace(
+        problem,
+        query_shape=(num_queries,),
+        key_shape=(num_keys,),
+        kernel_size=length,
+        stride=(1,),
+        dilation=(1,),
+        is_causal=(False,),
+        grid=length,
+        query_origin=(0,),
+        key_origin=(0,),
+        num_additional=0,
+        has_lengths=False,
+        has_rpb=False,
+    )
 
 
 class Work(NamedTuple):

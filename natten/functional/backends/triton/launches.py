@@ -1,0 +1,10 @@
+"""What runs on a GPU of all that the Triton backends are; importing it needs Triton."""
+
+from triton import knobs
+
+from natten.functional.backends.triton.backward import BackwardPass
+from natten.functional.backends.triton.forward import forward
+from natten.functional.backends.triton.launcher import TooLargeError, in_gluon
+from natten.functional.backends.triton.replay import record
+
+__all__ = ["BackwardPass", "TooLargeError", "forward", "in_gluon", "knobs", "record"]
