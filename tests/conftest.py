@@ -34,3 +34,9 @@ def _clean_state():
     yield
     NattenContext.reset()
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def wide_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are not folded to the width that test runners set."""
+    monkeypatch.delenv("COLUMNS", raising=False)

@@ -25,12 +25,6 @@ PLAIN = dict(dilations=((1,),) * 4)
 COUNT = dict(num_classes=10)  # the checkpoints of these tests have 10 classes
 
 
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables are not folded to the width that test runners set."""
-    monkeypatch.delenv("COLUMNS", raising=False)
-
-
 def small_model(**kwargs) -> torch.nn.Module:
     return timm.create_model("nat_mini", **{**SMALL, **PLAIN, **kwargs}).eval()
 
