@@ -159,7 +159,8 @@ class IsotropicNAT(Classifier):
                 attn = layer.attn
                 attn.kernel_size = kernel_size
                 shape = torch.Size((attn.num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
-                attn.rpb = nn.Parameter(resize_bias(attn.rpb.detach(), shape))
+                bias = resize_bias(attn.rpb.detach(), shape)
+                attn.rpb = nn.Parameter(bias, requires_grad=attn.rpb.requires_grad)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -174,8 +174,10 @@ def test_size_of_a_model_whose_windows_are_the_grid() -> None:
     assert model.layers[0].attn.kernel_size == (6, 6)
     assert model.layers[0].attn.rpb.shape == (2, 11, 11)
     assert model(torch.randn(1, 3, 96, 96)).shape == (1, 3)
-    model.set_input_size(64)
+    # What is frozen stays so.
+    model.requires_grad_(False).set_input_size(64)
     assert model.layers[0].attn.rpb.shape == before.shape
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     local = timm.create_model("nat_isotropic_small", img_size=160, **small)
     assert local.layers[0].attn.kernel_size == (7, 7)
     with pytest.raises(ValueError, match="img_size must be square"):
