@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -56,41 +57,34 @@ def precompile(
         raise RuntimeError("precompile needs Triton, which PyTorch brings for Linux") from error
     if gpu is None and not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device here; name one to compile for, as gpu='h100'")
-    named = None if gpu is None else devices.find(gpu)
     calls = _calls_of(what, inputs)
-    index = None if named is not None else torch.cuda.current_device()
-    device = torch.device("cuda") if index is None else torch.device("cuda", index)
-    problems = {
-        (replace(problem, device=device, requires_grad=backward), config, name): None
-        for problem, config, name in calls
-    }
-
-    def compilations() -> list[Any]:
-        found = []
-        for problem, config, name in problems:
-            backend = resolve(problem, config, name)
-            if not hasattr(backend, "forward_tiling"):
-                raise NotImplementedError(
-                    f"no kernel to compile: backend {backend.name!r} runs {problem}"
-                )
-            found += ahead.kernels(backend, problem, config)
-        return found
-
     workers = workers or os.cpu_count() or 1
     validation.int_tuple("workers", workers, 1)
-    if named is None or named.capability is None:
-        wanted = compilations()
-        failed = _compile(ahead, wanted, workers, progress)
-    else:
-        with devices.pretending(named), ahead.target(named.capability):
-            wanted = compilations()
-            failed = _compile(ahead, wanted, workers, progress)
+    with ExitStack() as elsewhere:
+        if gpu is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        else:
+            device, named = torch.device("cuda"), devices.find(gpu)
+            elsewhere.enter_context(devices.pretending(named))
+            elsewhere.enter_context(ahead.target(named.capability or (0, 0)))
+        wanted: dict[Any, list[Any]] = {}
+        for problem, config, name in calls:
+            problem = replace(problem, device=device, requires_grad=backward)
+            if (problem, config, name) not in wanted:
+                backend = resolve(problem, config, name)
+                if not hasattr(backend, "forward_tiling"):
+                    raise NotImplementedError(
+                        f"no kernel to compile: backend {backend.name!r} runs {problem}"
+                    )
+                wanted[problem, config, name] = ahead.kernels(backend, problem, config)
+        compilations = [kernel for kernels in wanted.values() for kernel in kernels]
+        failed = _compile(ahead, compilations, workers, progress)
     if failed:
         reasons = "; ".join(f"{c.kernel.__name__}: {error}" for c, error in failed)
         raise RuntimeError(
-            f"{len(failed)} of {len(wanted)} kernels could not be compiled: {reasons}"
+            f"{len(failed)} of {len(compilations)} kernels could not be compiled: {reasons}"
         )
-    return len(wanted)
+    return len(compilations)
 
 
 def _calls_of(what: Any, inputs: tuple[Any, ...]) -> list[tuple[Problem, Config, str]]:
@@ -118,16 +112,16 @@ def _calls_of(what: Any, inputs: tuple[Any, ...]) -> list[tuple[Problem, Config,
 
 
 def _compile(
-    ahead: Any, wanted: list[Any], workers: int, progress: bool
+    ahead: Any, compilations: list[Any], workers: int, progress: bool
 ) -> list[tuple[Any, Exception]]:
     if not progress:
-        found: list[tuple[Any, Exception]] = ahead.compile_all(wanted, workers, lambda: None)
+        found: list[tuple[Any, Exception]] = ahead.compile_all(compilations, workers, lambda: None)
         return found
     from rich.progress import Progress
 
     with Progress() as bar:
-        task = bar.add_task("compiling kernels", total=len(wanted))
-        found = ahead.compile_all(wanted, workers, lambda: bar.advance(task))
+        task = bar.add_task("compiling kernels", total=len(compilations))
+        found = ahead.compile_all(compilations, workers, lambda: bar.advance(task))
         return found
 
 

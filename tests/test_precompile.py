@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import natten
-from natten import cli
+from natten import cli, devices
+from natten.functional.problem import DEFAULT_CONFIG
 from natten.simulator import make_problem
 
 pytest.importorskip("triton")
 
-from natten.functional.backends.triton import ahead
+from natten.functional.backends.triton import CUTLASS, ahead, tiles
 from natten.functional.backends.triton.launcher import Compilation
 
 
@@ -59,6 +60,23 @@ def test_problems(compiled):
     problems = [_problem(40, 30), _problem(40, 30), _problem(13, 17)]
     assert natten.precompile(problems, gpu="a100", backward=False) == 2
     assert len({programs for _, programs in compiled}) == 2
+
+
+def test_whatever_the_order_of_the_sizes_will_be():
+    """Tiles are those that each size has where it is the first, not those of sizes before it."""
+    grids = [(40 + 9 * n, 31 + 5 * n) for n in range(12)]
+    problems = [
+        make_problem(grid, (7, 7), heads=2, head_dim=32, dtype=torch.float16, device="cuda")
+        for grid in grids
+    ]
+    with devices.pretending(devices.find("h100")):
+        best = [CUTLASS.forward_tiling(problem, DEFAULT_CONFIG) for problem in problems]
+        reused = [tiles.reuse(p, tiles.FORWARD, t) for p, t in zip(problems, best, strict=True)]
+        assert reused != best
+        for problem, tiling in zip(problems, best, strict=True):
+            (kernel,) = ahead.kernels(CUTLASS, problem, DEFAULT_CONFIG)
+            variant = kernel.arguments[-1]
+            assert (variant.QUERY_TILE[1:], variant.KEY_TILE[1:]) == (tiling.query, tiling.key)
 
 
 def test_command(compiled, capsys):

@@ -238,28 +238,28 @@ class _Backend(Backend):
         return None
 
     @staticmethod
-    def _running(problem: Problem, config: Config, tiling: Tiling) -> Tiling:
-        """The tiling that a forward pass runs with: shapes of earlier calls where nobody named any
-        nor asked for the same bits whatever ran before."""
-        if (
-            config.q_tile_shape is not None
+    def _must_be_best(problem: Problem, tile: Any) -> bool:
+        """Whether no shapes of earlier calls will do: somebody named a ``tile``, asked for the same
+        bits whatever ran before, or has kernels compiled for whatever will have run before."""
+        return (
+            tile is not None
             or problem.device.type != "cuda"
             or preferences().deterministic
-        ):
+            or _kernels().is_collecting()
+        )
+
+    def _running(self, problem: Problem, config: Config) -> Tiling:
+        """The tiling that a forward pass runs with."""
+        tiling = self.forward_tiling(problem, config)
+        if self._must_be_best(problem, config.q_tile_shape):
             return tiling
-        kernel = tiles.PING_PONG if tiling.ping_pong else tiles.FORWARD
-        return tiles.reuse(_narrow(problem), kernel, tiling)
+        return tiles.reuse(problem, tiles.PING_PONG if tiling.ping_pong else tiles.FORWARD, tiling)
 
     def _running_backward(self, problem: Problem, config: Config) -> BackwardTilings:
-        """Likewise those of a backward pass."""
+        """The tilings that a backward pass runs with."""
         found = self.backward_tilings(problem, config)
-        if (
-            config.backward_q_tile_shape is not None
-            or problem.device.type != "cuda"
-            or preferences().deterministic
-        ):
+        if self._must_be_best(problem, config.backward_q_tile_shape):
             return found
-        problem = _narrow(problem)
         if found.fused is not None:
             return replace(found, fused=tiles.reuse(problem, tiles.FUSED, found.fused))
         return replace(
@@ -275,7 +275,7 @@ class _Backend(Backend):
             problem, inputs = slices.problem, slices.inputs(inputs)
         with _on(problem.device):
             while True:
-                tiling = self._running(problem, config, self.forward_tiling(problem, config))
+                tiling = self._running(problem, config)
                 try:
                     run = (
                         kernels.in_gluon("hopper_forward").forward

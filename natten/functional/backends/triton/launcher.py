@@ -78,6 +78,11 @@ def collecting() -> Iterator[list[Compilation]]:
         _collected.reset(token)
 
 
+def is_collecting() -> bool:
+    """Whether that is so now."""
+    return _collected.get() is not None
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel's programs, and all its arguments but the tensors.

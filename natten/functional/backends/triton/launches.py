@@ -4,7 +4,15 @@ from triton import knobs
 
 from natten.functional.backends.triton.backward import BackwardPass
 from natten.functional.backends.triton.forward import forward
-from natten.functional.backends.triton.launcher import TooLargeError, in_gluon
+from natten.functional.backends.triton.launcher import TooLargeError, in_gluon, is_collecting
 from natten.functional.backends.triton.replay import record
 
-__all__ = ["BackwardPass", "TooLargeError", "forward", "in_gluon", "knobs", "record"]
+__all__ = [
+    "BackwardPass",
+    "TooLargeError",
+    "forward",
+    "in_gluon",
+    "is_collecting",
+    "knobs",
+    "record",
+]

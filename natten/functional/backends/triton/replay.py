@@ -39,7 +39,7 @@ _FORMATS = {
 
 
 @dataclass(frozen=True)
-class Launch:
+class Launched:
     """A launch of a compiled kernel, as Triton's launcher takes it."""
 
     compiled: Any
@@ -59,7 +59,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.allocated: list[Tensor] = []
-        self.launches: list[Launch] = []
+        self.launches: list[Launched] = []
         self.is_simple = True
 
     def __torch_dispatch__(
@@ -102,7 +102,7 @@ def note(compiled: Any, programs: int, arguments: tuple[Any, ...]) -> None:
         if compiled is None:
             _here.watch.is_simple = False
         else:
-            _here.watch.launches.append(Launch(compiled, programs, arguments))
+            _here.watch.launches.append(Launched(compiled, programs, arguments))
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class _DriverLaunch:
     Triton's launcher unpacks every argument again and asks the driver about every address.
     """
 
-    def __init__(self, launch: Launch, leaves: list[tuple[str, Any]]) -> None:
+    def __init__(self, launch: Launched, leaves: list[tuple[str, Any]]) -> None:
         self.compiled = launch.compiled  # which owns the function
         metadata = launch.compiled.metadata
         self.before = (launch.programs, 1, 1, 32 * metadata.num_warps, 1, 1, metadata.shared)
@@ -235,7 +235,7 @@ class _DriverLaunch:
 class _TritonLaunch:
     """A launch by Triton's launcher, which makes tensor maps of descriptors."""
 
-    def __init__(self, launch: Launch, arguments: tuple[Any, ...]) -> None:
+    def __init__(self, launch: Launched, arguments: tuple[Any, ...]) -> None:
         self.compiled, self.programs, self.arguments = launch.compiled, launch.programs, arguments
 
     def __call__(self, pointers: Sequence[int], stream: int) -> None:
@@ -246,7 +246,7 @@ class _TritonLaunch:
         )  # fmt: skip
 
 
-def _prepared(launch: Launch, find: Callable[[int], _Address]) -> _DriverLaunch | _TritonLaunch:
+def _prepared(launch: Launched, find: Callable[[int], _Address]) -> _DriverLaunch | _TritonLaunch:
     compiled, arguments = launch.compiled, _open(launch.arguments, find)
     metadata = compiled.metadata
     leaves = flat(tuple(compiled.src.signature.values()), arguments)
@@ -318,4 +318,4 @@ def record(
         return results, None
 
 
-__all__ = ["Launch", "Replay", "note", "observed", "record"]
+__all__ = ["Launched", "Replay", "note", "observed", "record"]
