@@ -49,10 +49,10 @@ def _kernels() -> Any:
     """The module that launches kernels, or the reason why it cannot be imported. Planning, which
     the simulator asks for as well, does without Triton."""
     try:
-        from natten.functional.backends.triton import launches
+        from natten.functional.backends.triton import runtime
     except ImportError as error:
         return error
-    return launches
+    return runtime
 
 
 def _lacks_kernels() -> bool:
