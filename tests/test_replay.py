@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import natten
@@ -24,6 +25,7 @@ pytest.importorskip("triton")
 from compiling import compiling, without_memory
 
 from natten.functional.backends.triton import CUTLASS, replay
+from natten.functional.neighborhood import packed_attention
 from natten.functional.problem import DEFAULT_CONFIG
 
 # PTX names of Triton's types.
@@ -58,7 +60,8 @@ def _as_wide_as(signature: Any) -> Any:
 
 
 class _Driver:
-    """Does what kernels of two addresses and three numbers would."""
+    """Does what a kernel of two addresses and three numbers would: twelve numbers times the scale,
+    plus the factor."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -69,7 +72,13 @@ class _Driver:
         numbers = struct.unpack("<q", source) + struct.unpack("<q", target)
         numbers += struct.unpack("<i4x", factor) + struct.unpack("<f4x", scale)
         self.seen.append((function, tuple(dims), stream, numbers))
+        _kernel(*numbers)
         return 0
+
+
+def _kernel(source: int, target: int, factor: int, scale: float) -> None:
+    row = ctypes.c_float * 12
+    row.from_address(target)[:] = [x * scale + factor for x in row.from_address(source)]
 
 
 def _compiled(function: int) -> Any:
@@ -106,10 +115,10 @@ def test_launches_on_other_tensors(driver):
     """Addresses follow the tensors: of an input, inside of one, of memory allocated on the way."""
 
     def call(x: Tensor) -> tuple[Tensor, None]:
-        between = torch.empty(3, 4)
+        between = torch.empty(4, 4)
         out = x.new_empty(12)
         replay.note(_compiled(1), 5, (x, (between, (7, None)), 0.5))
-        replay.note(_compiled(2), 6, (between.view(12)[4:], (out, (-9, None)), 0.25))
+        replay.note(_compiled(2), 6, (between.view(16)[4:], (out, (-9, None)), 0.25))
         return out.view(3, 4), None
 
     x = torch.randn(2, 6)
@@ -118,7 +127,7 @@ def test_launches_on_other_tensors(driver):
     assert again is not None
     for _ in range(2):
         y = torch.randn(2, 6)
-        out, nothing = again([y.data_ptr()])
+        out, nothing = again([y], [y.data_ptr()])
         assert nothing is None
         assert out.shape == (3, 4)
         assert out.is_contiguous()
@@ -131,22 +140,90 @@ def test_launches_on_other_tensors(driver):
         assert second[3][1:] == (out.data_ptr(), -9, 0.25)
 
 
+def _launch(source: Tensor, target: Tensor, factor: int, scale: float) -> None:
+    _kernel(source.data_ptr(), target.data_ptr(), factor, scale)
+    replay.note(_compiled(1), 5, (source, (target, (factor, None)), scale))
+
+
+def _of_a_part(x: Tensor) -> tuple[Tensor, ...]:
+    """Kernels on views of an input, and of what an operation gave."""
+    out, padded = torch.empty(2, 12), F.pad(x[1], (4, 0))
+    _launch(x[0], out[1], 3, 2.0)
+    _launch(padded[4:], out[0], 1, -1.0)
+    return (out,)
+
+
+def _sums(x: Tensor) -> tuple[Tensor, ...]:
+    """Results that operations made, one of them a view, from what kernels wrote."""
+    between = torch.empty(12)
+    between.zero_()
+    _launch(x[1], between, 5, 0.5)
+    parts = between.view(3, 4)
+    return parts.sum(0), torch.cat([parts, x[0].view(3, 4)]).t(), None
+
+
+def _in_place(x: Tensor) -> tuple[Tensor, ...]:
+    """Memory that operations change before and after a kernel, through views too; returned whole,
+    in another shape, and in part."""
+    out, more = torch.empty(12), torch.full((12,), 2.0)
+    out.copy_(x[0])
+    _launch(out, out, 1, 3.0)
+    out.view(3, 4)[1].mul_(more.view(3, 4)[2])
+    return out.view(4, 3), out[2:5]
+
+
+def _sliced(x: Tensor) -> tuple[Tensor, ...]:
+    """Memory of which a part is returned."""
+    out = torch.empty(16)
+    _launch(x[0], out, 1, 3.0)
+    return (out[:12],)
+
+
+def _unused(x: Tensor) -> tuple[Tensor, ...]:
+    """Operations that nobody needs."""
+    out = torch.empty(12)
+    _launch(x.contiguous()[1], out, 1, 3.0)
+    (x + 1).exp()
+    return (out,)
+
+
+@pytest.mark.parametrize("call", [_of_a_part, _sums, _in_place, _sliced, _unused])
+def test_operations_of_torch_are_done_again(driver, call):
+    """Between launches and after, on other tensors, with the results of a call from scratch."""
+    x = torch.randn(2, 12)
+    results, again = replay.record(lambda: call(x), [x])
+    assert again is not None
+    assert len(again.steps) == 1 or call is not _unused
+    for _ in range(2):
+        y = torch.randn(2, 12)
+        found, expected = again([y], [y.data_ptr()]), call(y)
+        assert len(found) == len(expected)
+        for mine, true in zip(found, expected, strict=True):
+            assert (mine is None) == (true is None)
+            if true is not None:
+                assert mine.stride() == true.stride()
+                assert torch.equal(mine, true)
+                assert mine.untyped_storage().data_ptr() != y.untyped_storage().data_ptr()
+
+
+_ELSEWHERE = torch.ones(12)
+
+
 @pytest.mark.parametrize(
     "more",
     [
-        lambda x, out: out.zero_(),
-        lambda x, out: out.copy_(x.view(12)),
-        lambda x, out: x.t().contiguous(),
-        lambda x, out: replay.note(_compiled(1), 5, (torch.zeros(3), (out, (7, None)), 0.5)),
+        lambda x, out: _launch(_ELSEWHERE, out, 7, 0.5),
+        lambda x, out: out.add_(_ELSEWHERE),
+        lambda x, out: out.mul_(float(x.sum())),
         lambda x, out: replay.note(None, 5, ()),
     ],
 )
-def test_other_work_is_not_left_out(driver, more):
-    """A call that does more than to allocate memory and launch kernels is not done again so."""
+def test_what_may_change_is_not_done_again(driver, more):
+    """A call that looks at values or at tensors from elsewhere."""
 
     def call(x: Tensor) -> tuple[Tensor]:
         out = torch.empty(12)
-        replay.note(_compiled(1), 5, (x, (out, (7, None)), 0.5))
+        _launch(x, out, 7, 0.5)
         more(x, out)
         return (out,)
 
@@ -154,6 +231,7 @@ def test_other_work_is_not_left_out(driver, more):
     (out,), again = replay.record(lambda: call(x), [x])
     assert out.shape == (12,)
     assert again is None
+    assert replay.record(lambda: (x.view(12),), [x])[1] is None
 
 
 # --- on a GPU
@@ -171,6 +249,22 @@ KINDS: dict[str, Any] = {
     "ping-pong": lambda q, k, v: natten.na2d(q, k, v, (20, 18), return_lse=True),
     "everything": lambda q, k, v: natten.na2d(q, k, v, (24, 30)),
     "rpb": lambda q, k, v: natten.na2d(q, k, v, (5, 7), rpb=q.new_ones(q.shape[-2], 9, 13)),
+    "wide values": lambda q, k, v: natten.na2d(q, k, v.repeat(1, 1, 1, 1, 5), (5, 7)),
+    "packed heads": lambda q, k, v: packed_attention(
+        torch.cat([q, k, v], -2), k.shape[-2], (5, 7), (1, 1), (1, 1), (False, False)
+    ),
+    "packed sequences": lambda q, k, v: natten.attention(
+        *(t[:1].flatten(1, 2) for t in (q, k, v)),
+        **{
+            f"{what}_{name}": value
+            for name in ("Q", "KV")
+            for what, value in (
+                ("cumulative_seqlen", q.new_tensor([0, 100, 131, 700], dtype=torch.int32)),
+                ("max_seqlen", 569),
+            )
+        },
+        return_lse=True,
+    ),
     "additional keys": lambda q, k, v: natten.na2d(
         q, k, v, (5, 7), additional_keys=k[:, 0, :9], additional_values=v[:, 0, :9]
     ),

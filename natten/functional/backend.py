@@ -17,9 +17,9 @@ Gradients = tuple[
 ]
 
 Tensors = tuple[Tensor | None, ...]
-# A call done again on tensors at other addresses. Returns its results, or None where it has to be
-# done as the first time.
-Replay = Callable[[list[int]], Tensors | None]
+# A call done again on other tensors, which come with their addresses. Returns its results, or None
+# where it has to be done as the first time.
+Replay = Callable[[list[Tensor], list[int]], Tensors | None]
 
 
 class Inputs(NamedTuple):
@@ -148,8 +148,8 @@ class Backend(ABC):
     def record(
         self, function: Callable[[], Tensors], inputs: list[Tensor]
     ) -> tuple[Tensors, Replay | None]:
-        """The results of a call on ``inputs``, no two of which have the same address, and how to do
-        it again on others with the same sizes, strides and alignment; None if that is no faster."""
+        """The results of a call on ``inputs``, no two of which are the same, and how to do it again
+        on others with the same sizes, strides and alignment; None if that is no faster."""
         return function(), None
 
 

@@ -138,13 +138,13 @@ def _again(
         call.replays[key] = _ONCE
         return compute(call, *arguments)
     if found is _ONCE:
-        if len(set(pointers)) < len(pointers):
+        if len(set(map(id, present))) < len(present):
             return compute(call, *arguments)
         backend = resolve(call.problem, call.config, call.parameters.backend)
         results, replay = backend.record(lambda: compute(call, *arguments), present)
         call.replays[key] = replay or _NEVER
         return results
-    found = None if found is _NEVER else found(pointers)
+    found = None if found is _NEVER else found(present, pointers)
     return compute(call, *arguments) if found is None else found
 
 

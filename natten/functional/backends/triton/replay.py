@@ -3,7 +3,8 @@
 Between a public function and its kernels lie the choice of a backend, of tiles, of layouts, of a
 compiled kernel, and the packing of its arguments. All of that is the same whenever shapes, dtypes,
 strides, alignment and settings are. :func:`record` watches one call and keeps what is left: memory
-that was allocated, and launches with the addresses of tensors left open.
+that was allocated, launches with the addresses of tensors left open, and operations of torch that
+are neither.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton import knobs
 
 from natten._internals import empty_cuda
@@ -47,20 +49,37 @@ class Launched:
     arguments: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class Operated:
+    """An operation of torch, and the tensors that it returned."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    results: tuple[Tensor, ...]
+
+    @property
+    def given(self) -> list[Tensor]:
+        """The tensors among its arguments."""
+        leaves: list[Any] = tree_leaves((self.arguments, self.options))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
 class _Watch(TorchDispatchMode):
     """Sees what torch is asked for, and by way of :func:`note`, what is launched.
 
     Attributes:
-        allocated: Tensors without values; they are kept, so that no two have the same address.
-        launches: In their order.
-        is_simple: Whether there was nothing else but views.
+        allocated: Tensors without values.
+        steps: Operations and launches, in their order. All tensors are kept, so that no two are at
+            the same address or the same to Python.
+        is_known: Whether there was nothing else.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.allocated: list[Tensor] = []
-        self.launches: list[Launched] = []
-        self.is_simple = True
+        self.steps: list[Launched | Operated] = []
+        self.is_known = True
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: Any = (), options: Any = None
@@ -68,8 +87,13 @@ class _Watch(TorchDispatchMode):
         result = function(*arguments, **(options or {}))
         if function in _ALLOCATIONS:
             self.allocated.append(result)
-        elif not function.is_view:
-            self.is_simple = False
+            return result
+        results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        if all(isinstance(r, Tensor) for r in results):
+            self.steps.append(Operated(function, tuple(arguments), options or {}, results))
+        else:
+            # Somebody looked at values, and what comes next may depend on them.
+            self.is_known = False
         return result
 
     def __enter__(self) -> _Watch:
@@ -100,9 +124,9 @@ def note(compiled: Any, programs: int, arguments: tuple[Any, ...]) -> None:
     what it launched."""
     if _here.watch is not None:
         if compiled is None:
-            _here.watch.is_simple = False
+            _here.watch.is_known = False
         else:
-            _here.watch.launches.append(Launched(compiled, programs, arguments))
+            _here.watch.steps.append(Launched(compiled, programs, arguments))
 
 
 @dataclass(frozen=True)
@@ -113,8 +137,8 @@ class _Address:
     offset: int
 
 
-class _UnknownAddressError(Exception):
-    """An argument that is in no memory that this module knows of."""
+class _UnknownTensorError(Exception):
+    """A tensor that is neither given to the call nor made in it, or given and returned."""
 
 
 class _Base:
@@ -127,33 +151,66 @@ class _Base:
         return self._pointer
 
 
-class _Places:
-    """Where the tensors of a call are."""
+class _Tensors:
+    """The tensors of a call, numbered: inputs, memory, then the results of operations.
 
-    def __init__(self, inputs: Sequence[Tensor], allocated: Sequence[Tensor]) -> None:
-        self.inputs = [t.data_ptr() for t in inputs]
-        self.sizes = [t.untyped_storage().nbytes() for t in allocated]
-        self.allocated = [t.data_ptr() for t in allocated]
+    Attributes:
+        all: Themselves.
+        owners: The number of the tensor in whose memory each of them is.
+        first_memory: The number of the first that was allocated.
+        first_result: The number of the first result.
+    """
 
-    def find(self, pointer: int) -> _Address:
-        if pointer in self.inputs:
-            return _Address(self.inputs.index(pointer), 0)
-        for number, (start, size) in enumerate(zip(self.allocated, self.sizes, strict=True)):
-            if start <= pointer < start + size:
-                return _Address(len(self.inputs) + number, pointer - start)
-        raise _UnknownAddressError
+    def __init__(self, inputs: Sequence[Tensor], watch: _Watch) -> None:
+        self.all: list[Tensor] = []
+        self.owners: list[int] = []
+        self._numbers: dict[int, int] = {}
+        self.first_memory = len(inputs)
+        self.first_result = len(inputs) + len(watch.allocated)
+        for tensor in (*inputs, *watch.allocated):
+            self._add(tensor, len(self.all))
+        for step in watch.steps:
+            if isinstance(step, Operated):
+                given = step.given
+                for result in step.results:
+                    # An operation in place returns what it was given.
+                    if id(result) not in self._numbers:
+                        shared = [t for t in given if _storage(t) == _storage(result)]
+                        self._add(result, self.owner(shared[0]) if shared else len(self.all))
+
+    def _add(self, tensor: Tensor, owner: int) -> None:
+        self._numbers[id(tensor)] = len(self.all)
+        self.all.append(tensor)
+        self.owners.append(owner)
+
+    def number(self, tensor: Tensor) -> int:
+        found = self._numbers.get(id(tensor))
+        if found is None:
+            raise _UnknownTensorError
+        return found
+
+    def owner(self, tensor: Tensor) -> int:
+        return self.owners[self.number(tensor)]
+
+    def address(self, tensor: Tensor) -> _Address:
+        owner = self.owner(tensor)
+        return _Address(owner, tensor.data_ptr() - self.all[owner].data_ptr())
 
 
-def _open(argument: Any, find: Callable[[int], _Address]) -> Any:
-    """An argument with addresses in place of tensors."""
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _open(argument: Any, tensors: _Tensors) -> Any:
+    """An argument of a kernel with addresses in place of tensors."""
     if isinstance(argument, Tensor):
-        return find(argument.data_ptr())
+        return tensors.address(argument)
     if isinstance(argument, tuple):
-        parts = [_open(part, find) for part in argument]
+        parts = [_open(part, tensors) for part in argument]
         return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
     if hasattr(argument, "base"):
         found = copy(argument)
-        found.base = find(argument.base.data_ptr())
+        found.base = tensors.address(argument.base)
         return found
     return argument
 
@@ -218,7 +275,7 @@ class _DriverLaunch:
         self.memory.found = values, places
         return values, places
 
-    def __call__(self, pointers: Sequence[int], stream: int) -> None:
+    def __call__(self, tensors: list[Any], pointers: list[int], stream: int) -> None:
         try:
             values, places = self.memory.found
         except AttributeError:
@@ -238,7 +295,7 @@ class _TritonLaunch:
     def __init__(self, launch: Launched, arguments: tuple[Any, ...]) -> None:
         self.compiled, self.programs, self.arguments = launch.compiled, launch.programs, arguments
 
-    def __call__(self, pointers: Sequence[int], stream: int) -> None:
+    def __call__(self, tensors: list[Any], pointers: list[int], stream: int) -> None:
         compiled = self.compiled
         compiled.run(
             self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None,
@@ -246,8 +303,40 @@ class _TritonLaunch:
         )  # fmt: skip
 
 
-def _prepared(launch: Launched, find: Callable[[int], _Address]) -> _DriverLaunch | _TritonLaunch:
-    compiled, arguments = launch.compiled, _open(launch.arguments, find)
+class _Operation:
+    """An operation of torch on tensors of the call."""
+
+    def __init__(self, step: Operated, tensors: _Tensors) -> None:
+        self.function, self.options = step.function, step.options
+        self.arguments = [None if isinstance(a, (Tensor, list)) else a for a in step.arguments]
+        self.places: list[tuple[int, int]] = []
+        self.lists: list[tuple[int, list[int]]] = []
+        for place, argument in enumerate(step.arguments):
+            if isinstance(argument, Tensor):
+                self.places.append((place, tensors.number(argument)))
+            elif isinstance(argument, list) and any(isinstance(a, Tensor) for a in argument):
+                self.lists.append((place, [tensors.number(a) for a in argument]))
+            elif isinstance(argument, list):
+                self.arguments[place] = argument
+        if any(isinstance(option, Tensor) for option in tree_leaves(step.options)):
+            raise _UnknownTensorError
+        self.results = [tensors.number(result) for result in step.results]
+
+    def __call__(self, tensors: list[Any], pointers: list[int], stream: int) -> None:
+        arguments = self.arguments.copy()
+        for place, number in self.places:
+            arguments[place] = tensors[number]
+        for place, numbers in self.lists:
+            arguments[place] = [tensors[number] for number in numbers]
+        found = self.function(*arguments, **self.options)
+        for number, result in zip(
+            self.results, (found,) if isinstance(found, Tensor) else found, strict=True
+        ):
+            tensors[number], pointers[number] = result, result.data_ptr()
+
+
+def _prepared(launch: Launched, tensors: _Tensors) -> _DriverLaunch | _TritonLaunch:
+    compiled, arguments = launch.compiled, _open(launch.arguments, tensors)
     metadata = compiled.metadata
     leaves = flat(tuple(compiled.src.signature.values()), arguments)
     is_plain = (
@@ -261,60 +350,116 @@ def _prepared(launch: Launched, find: Callable[[int], _Address]) -> _DriverLaunc
     return _DriverLaunch(launch, leaves) if is_plain else _TritonLaunch(launch, arguments)
 
 
+def _addresses(argument: Any) -> Iterator[_Address]:
+    if isinstance(argument, _Address):
+        yield argument
+    elif isinstance(argument, tuple):
+        for part in argument:
+            yield from _addresses(part)
+    elif hasattr(argument, "base"):
+        yield argument.base
+
+
+def _needed(
+    steps: list[Launched | Operated], tensors: _Tensors, results: set[int]
+) -> tuple[list[Launched | Operated], set[int]]:
+    """Launches and the operations that these, or results, need; and the numbers of all tensors that
+    operations are given."""
+    needed = set(results)
+    operands: set[int] = set()
+    found: list[Launched | Operated] = []
+    for step in reversed(steps):
+        if isinstance(step, Launched):
+            needed.update(a.tensor for a in _addresses(_open(step.arguments, tensors)))
+        elif step.function._schema.is_mutable or any(
+            tensors.number(result) in needed for result in step.results
+        ):
+            given = [tensors.number(t) for t in step.given]
+            operands.update(given)
+            needed.update(given)
+        else:
+            continue
+        found.append(step)
+    return found[::-1], operands
+
+
 class Replay:
-    """What a call does, given the addresses of its tensors.
+    """What a call does, given its tensors.
 
     Attributes:
         device: On which, by its number.
         allocations: Size, stride and dtype of the memory that it needs.
-        launches: What it launches.
-        results: Which of its memory is what it returns; None for what is None.
+        steps: Launches, and operations.
+        others: How many tensors the operations return.
+        results: Which of all its tensors it returns; None for what is None.
     """
 
     def __init__(
         self, watch: _Watch, inputs: Sequence[Tensor], results: Sequence[Tensor | None]
     ) -> None:
         self.device = inputs[0].device.index
-        allocated = watch.allocated
-        places = _Places(inputs, allocated)
-        self.results: list[int | None] = []
-        shapes = [(tuple(t.shape), t.stride(), t.dtype) for t in allocated]
-        for result in results:
-            number = None
-            if result is not None:
-                number = places.find(result.data_ptr()).tensor - len(inputs)
-                if number < 0 or result.untyped_storage().nbytes() != places.sizes[number]:
-                    raise _UnknownAddressError
+        tensors = _Tensors(inputs, watch)
+        self.allocations = [(tuple(t.shape), t.stride(), t.dtype) for t in watch.allocated]
+        self.results = [None if r is None else tensors.number(r) for r in results]
+        returned = [n for n in self.results if n is not None]
+        owners = [tensors.owners[n] for n in returned]
+        if any(owner < tensors.first_memory for owner in owners):
+            raise _UnknownTensorError
+        operated = {n for n in returned if tensors.owners[n] >= tensors.first_result}
+        operands = _needed(watch.steps, tensors, operated)[1]
+        seen = {tensors.owners[n] for n in operands}
+        for place, number in enumerate(self.results):
+            if number is None:
+                continue
+            result, owner = tensors.all[number], tensors.owners[number]
+            is_all = result.untyped_storage().nbytes() == result.nbytes
+            if (
+                owner < tensors.first_result
+                and owner not in seen
+                and owners.count(owner) == 1
+                and is_all
+            ):
                 # Kernels know addresses alone: the memory may as well have the result's shape.
-                shapes[number] = (tuple(result.shape), result.stride(), result.dtype)
-            self.results.append(number)
-        self.allocations = shapes
-        self.launches = [_prepared(launch, places.find) for launch in watch.launches]
+                shape = tuple(result.shape), result.stride(), result.dtype
+                self.allocations[owner - tensors.first_memory] = shape
+                self.results[place] = owner
+        wanted = {n for n in self.results if n is not None}
+        steps, _ = _needed(watch.steps, tensors, wanted)
+        self.steps = [
+            _prepared(step, tensors) if isinstance(step, Launched) else _Operation(step, tensors)
+            for step in steps
+        ]
+        operates = any(isinstance(step, _Operation) for step in self.steps)
+        self.others = len(tensors.all) - tensors.first_result if operates else 0
 
-    def __call__(self, pointers: list[int]) -> tuple[Tensor | None, ...] | None:
+    def __call__(
+        self, inputs: list[Tensor], pointers: list[int]
+    ) -> tuple[Tensor | None, ...] | None:
         if torch._C._cuda_getDevice() != self.device or observed():
             return None
         memory = [empty_cuda(*allocation) for allocation in self.allocations]
-        pointers = pointers + [t.data_ptr() for t in memory]
+        # Operations fill in the rest.
+        tensors: list[Any] = [*inputs, *memory, *[None] * self.others]
+        pointers = [*pointers, *[t.data_ptr() for t in memory], *[0] * self.others]
         stream = torch._C._cuda_getCurrentRawStream(self.device)
-        for launch in self.launches:
-            launch(pointers, stream)
-        return tuple([None if number is None else memory[number] for number in self.results])
+        for step in self.steps:
+            step(tensors, pointers, stream)
+        return tuple([None if number is None else tensors[number] for number in self.results])
 
 
 def record(
     function: Callable[[], tuple[Tensor | None, ...]], inputs: list[Tensor]
 ) -> tuple[tuple[Tensor | None, ...], Replay | None]:
-    """The results of a call on ``inputs``, and how to do it again on others of the same kind, at
-    addresses that all differ; None if it does more than to allocate memory and launch kernels.
+    """The results of a call on ``inputs``, and how to do it again on others of the same kind; None
+    if it looks at values, or at tensors from elsewhere.
     """
     with _Watch() as watch:
         results = function()
-    if not watch.is_simple:
+    if not watch.is_known:
         return results, None
     try:
         return results, Replay(watch, inputs, results)
-    except _UnknownAddressError:
+    except _UnknownTensorError:
         return results, None
 
 
