@@ -191,7 +191,7 @@ def _unused(x: Tensor) -> tuple[Tensor, ...]:
 def test_operations_of_torch_are_done_again(driver, call):
     """Between launches and after, on other tensors, with the results of a call from scratch."""
     x = torch.randn(2, 12)
-    results, again = replay.record(lambda: call(x), [x])
+    _, again = replay.record(lambda: call(x), [x])
     assert again is not None
     assert len(again.steps) == 1 or call is not _unused
     for _ in range(2):

@@ -275,18 +275,15 @@ class _DriverLaunch:
         self.memory.found = values, places
         return values, places
 
-    def __call__(self, tensors: list[Any], pointers: list[int], stream: int) -> None:
+    def bound(self, pointers: list[int]) -> Any:
+        """Where its arguments lie, with these addresses among them."""
         try:
             values, places = self.memory.found
         except AttributeError:
             values, places = self._memory()
         for number, tensor, offset in self.addresses:
             values[number] = pointers[tensor] + offset
-        error = _driver()(self.compiled.function, *self.before, stream, places, None)
-        if error:
-            raise RuntimeError(
-                f"CUDA error {error} when the kernel {self.compiled.name} was launched"
-            )
+        return places
 
 
 class _TritonLaunch:
@@ -388,6 +385,7 @@ class Replay:
 
     Attributes:
         device: On which, by its number.
+        launch: The driver's function.
         allocations: Size, stride and dtype of the memory that it needs.
         steps: Launches, and operations.
         others: How many tensors the operations return.
@@ -397,7 +395,7 @@ class Replay:
     def __init__(
         self, watch: _Watch, inputs: Sequence[Tensor], results: Sequence[Tensor | None]
     ) -> None:
-        self.device = inputs[0].device.index
+        self.device, self.launch = inputs[0].device.index, _driver()
         tensors = _Tensors(inputs, watch)
         self.allocations = [(tuple(t.shape), t.stride(), t.dtype) for t in watch.allocated]
         self.results = [None if r is None else tensors.number(r) for r in results]
@@ -443,7 +441,14 @@ class Replay:
         pointers = [*pointers, *[t.data_ptr() for t in memory], *[0] * self.others]
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         for step in self.steps:
-            step(tensors, pointers, stream)
+            if not isinstance(step, _DriverLaunch):
+                step(tensors, pointers, stream)
+            elif error := self.launch(
+                step.compiled.function, *step.before, stream, step.bound(pointers), None
+            ):
+                raise RuntimeError(
+                    f"CUDA error {error} when the kernel {step.compiled.name} was launched"
+                )
         return tuple([None if number is None else tensors[number] for number in self.results])
 
 
