@@ -43,7 +43,9 @@ def _separated(tensors: Tensors, parameters: Parameters) -> Tensors:
 
 def _pairs(tensors: Tensors, parameters: Parameters) -> tuple[int, int]:
     """Pairs of a call of the operator: with keys of the grid, and with additional keys."""
-    query, key, _, _, additional_keys, _, cumulative_q, cumulative_kv, lengths = tensors
+    query, key, additional_keys = tensors.query, tensors.key, tensors.additional_keys
+    cumulative_q, cumulative_kv = tensors.cumulative_seqlen_q, tensors.cumulative_seqlen_kv
+    lengths = tensors.additional_lengths
     batch, heads = query.shape[0], query.shape[-2]
     query_shape = tuple(query.shape[1:-2])
     key_shape = query_shape if key is None else tuple(key.shape[1:-2])

@@ -109,10 +109,14 @@ def _check_problem(p: Problem) -> None:
         value = getattr(p, name)
         if type(value) is not int or value < minimum:
             raise ValueError(f"{name} must be an int of at least {minimum}, got {value!r}")
-    for name in ("has_lengths", "has_rpb", "varlen", "requires_grad"):
+    for name in (
+        "has_lengths", "has_rpb", "has_sink", "has_key_mask", "has_query_mask", "varlen",
+        "requires_grad",
+    ):  # fmt: skip
         validation.optional_bool(name, getattr(p, name))
     if p.heads % p.heads_kv:
         raise ValueError(f"heads must be a multiple of heads_kv, got {p.heads} and {p.heads_kv}")
+    validation.check_softcap(p.softcap)
     if not math.isfinite(validation.check_scale(p.scale, p.head_dim)):
         raise ValueError(f"scale must be finite, got {p.scale}")
 

@@ -31,6 +31,10 @@ def shape_class(problem: Problem) -> ShapeClass:
         problem.num_additional > 0,
         problem.has_rpb,
         problem.has_lengths,
+        problem.softcap > 0,
+        problem.has_sink,
+        problem.has_key_mask,
+        problem.has_query_mask,
         problem.varlen,
     )
 

@@ -368,6 +368,51 @@ def check_rpb(
         )
 
 
+def check_softcap(softcap: Any) -> float:
+    """The bound of scores as a float; 0.0, which None stands for, is none."""
+    if softcap is None:
+        return 0.0
+    if isinstance(softcap, bool) or not isinstance(softcap, (Real, torch.SymFloat)):
+        raise ValueError(f"softcap must be a number or None, got {shown(softcap)}")
+    try:
+        number = float(softcap)
+    except OverflowError:
+        number = inf
+    if not torch.compiler.is_compiling() and not (isfinite(number) and number >= 0):
+        raise ValueError(
+            f"softcap must be a finite number of at least 0, or None, got {shown(softcap)}"
+        )
+    return number
+
+
+def check_sink(sink: Tensor | None, query: Tensor) -> None:
+    """Check the sink: one logit for each head."""
+    if sink is None:
+        return
+    check_is_tensor("sink", sink)
+    if sink.device != query.device:
+        raise ValueError(f"sink must be on query's device {query.device}, got {sink.device}")
+    if sink.shape != query.shape[-2:-1]:
+        raise ValueError(
+            f"sink must have shape [heads] = {tuple(query.shape[-2:-1])}, got {tuple(sink.shape)}"
+        )
+
+
+def check_mask(name: str, mask: Tensor | None, tokens: Tensor) -> None:
+    """Check which ``tokens``, the query or the key, are valid."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool or mask.shape != tokens.shape[:-2] or mask.is_nested:
+        raise ValueError(
+            f"{name} must be a tensor of bools [batch, *tokens] = {tuple(tokens.shape[:-2])}, True "
+            f"where a token is valid, got shape {tuple(mask.shape)} and {mask.dtype}"
+        )
+    if mask.device != tokens.device:
+        raise ValueError(f"{name} must be on query's device {tokens.device}, got {mask.device}")
+
+
 def check_tiles(
     names: tuple[str, str], q_tile: Any, kv_tile: Any, rank: int
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:

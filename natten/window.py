@@ -275,9 +275,9 @@ def absent(lengths: Tensor, size: int) -> Tensor:
 
 
 def cleared(tensor: Tensor, hidden: Tensor) -> Tensor:
-    """Additional keys or values ``[batch, size, heads, features]`` with zeros where ``hidden``, of
-    ``[batch, size]``: a weight of zero times what is not finite would not be zero."""
-    return tensor.masked_fill(hidden[:, :, None, None], 0.0)
+    """Keys or values ``[batch, *tokens, heads, features]`` with zeros where ``hidden``, of
+    ``[batch, *tokens]``: a weight of zero times what is not finite would not be zero."""
+    return tensor.masked_fill(hidden[..., None, None], 0.0)
 
 
 __all__ = [

@@ -636,12 +636,12 @@ def operators_refuse_token_shards() -> None:
     """What would gather the grid raises; batch and heads are shared out."""
     mesh = meshes()["line"]
     window = (5, 3, 1, 1, 1, 1, 0, 0)
-    rest = (window, 0.5, 0, 0, "reference", "", True)
+    rest = (window, 0.5, 0.0, 0, 0, "reference", "", True)
     for placement in (Shard(1), Shard(2), Shard(0), Shard(3), Replicate()):
         (query, _), (key, _), (value, _), *_, (rpb, _) = distributed((placement,), mesh)
-        arguments = (query, key, value, rpb, *[None] * 5, 0)
+        arguments = (query, key, value, rpb, *[None] * 8, 0)
         qkv = torch.cat([query, key, value], -2) if placement != Shard(3) else None
-        packed = (qkv, *[None] * 8, 4)
+        packed = (qkv, *[None] * 11, 4)
         if placement.is_shard() and placement.dim in (1, 2):
             with raises(NotImplementedError, "is sharded along tokens"):
                 operators.neighborhood_attention(*arguments, *rest)

@@ -78,11 +78,22 @@ def test_the_operator_cuts_what_nobody_checked(backend):
         pytest.importorskip("numba")
     backward = backend != "flex"
     query, key, value, *context = tensors(requires_grad=backward)
-    parameters = (0, [3, 5, 1, 1, 2, 1, 0, 0], 0.3, 0, 0, backend, "", backward)
+    parameters = (0, [3, 5, 1, 1, 2, 1, 0, 0], 0.3, 0.0, 0, 0, backend, "", backward)
 
     def call(lengths):
         return operators.neighborhood_attention(
-            query, key, value, None, *context, None, None, torch.tensor(lengths), *parameters
+            query,
+            key,
+            value,
+            None,
+            *context,
+            None,
+            None,
+            None,
+            torch.tensor(lengths),
+            None,
+            None,
+            *parameters,
         )
 
     got, expected = call([-3, 2**40, 2, 7]), call([0, 6, 2, 6])

@@ -16,7 +16,8 @@ import natten
 
 ATTENTION = torch.ops.natten.neighborhood_attention.default
 BACKWARD = torch.ops.natten.neighborhood_attention_backward.default
-NUM_TENSORS = 9
+NUM_TENSORS = 12
+NUM_DIFFERENTIABLE = 7
 NAMES = [argument.name for argument in ATTENTION._schema.arguments]
 
 REFUSED = (ValueError, NotImplementedError, RuntimeError)
@@ -39,10 +40,14 @@ def arguments(backend: str = "reference", **changes: Any) -> list[Any]:
         "rpb": guarded(4, 5, 5),
         "additional_keys": guarded(2, 3, 2, 8),
         "additional_values": guarded(2, 3, 2, 8),
+        "sink": guarded(4),
         "additional_lengths": torch.tensor([2, 3]),
+        "key_mask": torch.rand(2, 6, 7) < 0.8,
+        "query_mask": torch.rand(2, 6, 7) < 0.8,
         "heads_kv": 0,
         "window": [3, 3, 1, 2, 2, 1, 0, 0],
         "scale": 0.3,
+        "softcap": 2.5,
         "max_seqlen_q": 0,
         "max_seqlen_kv": 0,
         "backend": backend,
@@ -65,7 +70,10 @@ def varlen(backend: str = "reference", **changes: Any) -> list[Any]:
             "rpb": None,
             "additional_keys": None,
             "additional_values": None,
+            "sink": guarded(2),
             "additional_lengths": None,
+            "key_mask": None,
+            "query_mask": None,
             "cumulative_seqlen_q": ends,
             "cumulative_seqlen_kv": ends,
             "window": [0, 1, 1, 0],
@@ -104,6 +112,18 @@ WRONG = {
     "negative grid": {"window": [*WHOLE, -9, 9, 0, 0, 0, 0]},
     "scale of NaN": {"scale": float("nan")},
     "infinite scale": {"scale": float("inf")},
+    "negative softcap": {"softcap": -1.0},
+    "softcap of NaN": {"softcap": float("nan")},
+    "infinite softcap": {"softcap": float("inf")},
+    "sink of other heads": {"sink": guarded(2)},
+    "sink of integers": {"sink": torch.ones(4, dtype=torch.int64)},
+    "sink of two dimensions": {"sink": guarded(4, 1)},
+    "mask of numbers": {"key_mask": torch.ones(2, 6, 7)},
+    "mask of heads": {"key_mask": torch.ones(2, 6, 7, 4, dtype=torch.bool)},
+    "mask of another batch": {"query_mask": torch.ones(1, 6, 7, dtype=torch.bool)},
+    "mask of another grid": {"query_mask": torch.ones(2, 7, 6, dtype=torch.bool)},
+    "mask of flat tokens": {"key_mask": torch.ones(2, 42, dtype=torch.bool)},
+    "mask on another device": {"key_mask": torch.ones(2, 6, 7, dtype=torch.bool, device="meta")},
     "max_seqlen without sequences": {"max_seqlen_q": 4},
     "unknown backend": {"backend": "nobody"},
     "empty config": {"config": ","},
@@ -166,6 +186,8 @@ WRONG_VARLEN = {
     "a stride": {"window": [0, 2, 1, 0]},
     "a box": {"window": [12, 1, 1, 0, 12, 1, 0]},
     "a bias": {"rpb": guarded(2, 17)},
+    "a mask": {"key_mask": torch.ones(1, 9, dtype=torch.bool)},
+    "a mask of queries": {"query_mask": torch.ones(1, 9, dtype=torch.bool)},
     "additional keys": {
         "additional_keys": guarded(1, 3, 2, 8),
         "additional_values": guarded(1, 3, 2, 8),
@@ -191,9 +213,11 @@ def test_wrong_packed_sequences(name, backend):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_wrong_arguments_of_the_backward_pass(backend):
-    given = arguments(backend, requires_grad=True)
+    plain = {"sink": None, "key_mask": None, "query_mask": None, "softcap": 0.0}
+    plain = {} if backend == "reference" else plain
+    given = arguments(backend, requires_grad=True, **plain)
     out, lse = ATTENTION(*given)
-    needs = [True] * 6
+    needs = [True] * NUM_DIFFERENTIABLE
 
     def backward(**changes: Any) -> Any:
         named = {"out": out, "lse": lse, "grad_out": out, "grad_lse": lse, "needs": needs}
@@ -203,7 +227,7 @@ def test_wrong_arguments_of_the_backward_pass(backend):
             *given[NUM_TENSORS:], named["needs"],
         )  # fmt: skip
 
-    assert [g.shape for g in backward()] == [t.shape for t in given[:6]]
+    assert [g.shape for g in backward()][:6] == [t.shape for t in given[:6]]
     for changes in (
         {"out": out[:, :5]},
         {"out": out.double()},
@@ -214,7 +238,7 @@ def test_wrong_arguments_of_the_backward_pass(backend):
         {"grad_out": torch.empty_like(out, device="meta")},
         {"grad_lse": lse[:1]},
         {"grad_lse": lse.double()},
-        {"needs": [True] * 5},
+        {"needs": [True] * 6},
         {"needs": []},
     ):
         with pytest.raises((ValueError, NotImplementedError, RuntimeError)):
@@ -289,9 +313,11 @@ def test_random_arguments():
             assert out.isfinite().all()
         if given[NAMES.index("backend")] == "flex":
             continue
-        needs = [t is not None for t in given[:6]]
+        needs = [t is not None for t in given[:NUM_DIFFERENTIABLE]]
         both = [
-            BACKWARD(out, lse.clamp(min=-1), *call[:NUM_TENSORS], out, lse, *call[9:], needs)
+            BACKWARD(
+                out, lse.clamp(min=-1), *call[:NUM_TENSORS], out, lse, *call[NUM_TENSORS:], needs
+            )
             for call in (given, exact)
         ]
         if given[NAMES.index("scale")] != 1e30:

@@ -18,23 +18,26 @@ from natten.functional import operators
 from natten.functional.neighborhood import packed_attention
 
 OPERATOR = torch.ops.natten.neighborhood_attention.default
+NUM_TENSORS = 12
 BACKWARD = torch.ops.natten.neighborhood_attention_backward.default
 
 
 def arguments(requires_grad=True, everything=True):
     """The operator's arguments for a small 2-D problem."""
     query, key, value = (torch.randn(1, 6, 5, 2, 8, requires_grad=requires_grad) for _ in range(3))
-    extras = [None, None, None]
-    lengths = None
+    extras = [None] * 4
+    others = [None] * 3
     if everything:
-        lengths = torch.tensor([2])
+        others = [torch.tensor([2]), torch.rand(1, 6, 5) < 0.8, torch.rand(1, 6, 5) < 0.8]
         extras = [
             torch.randn(2, 5, 5, requires_grad=requires_grad),
             *(torch.randn(1, 3, 2, 8, requires_grad=requires_grad) for _ in range(2)),
+            torch.randn(2, requires_grad=requires_grad),
         ]
     window = [3, 3, 1, 2, 1, 1, 0, 0]
-    parameters = (0, window, 0.3, 0, 0, "reference", "", requires_grad)
-    return (query, key, value, *extras, None, None, lengths, *parameters)
+    softcap = 1.5 if everything else 0.0
+    parameters = (0, window, 0.3, softcap, 0, 0, "reference", "", requires_grad)
+    return (query, key, value, *extras, None, None, *others, *parameters)
 
 
 @pytest.mark.parametrize("everything", [True, False])
@@ -48,8 +51,8 @@ def test_opcheck_backward(with_lse):
     given = arguments(requires_grad=False)
     out, lse = OPERATOR(*given)
     grads = (torch.randn_like(out), torch.randn_like(lse) if with_lse else None)
-    needs = [True, True, False, True, False, True]
-    opcheck(BACKWARD, (*grads, *given[:9], out, lse, *given[9:], needs))
+    needs = [True, True, False, True, False, True, True]
+    opcheck(BACKWARD, (*grads, *given[:NUM_TENSORS], out, lse, *given[NUM_TENSORS:], needs))
 
 
 def packed_arguments(requires_grad=True, bias=True, heads_kv=1, qkv_needs=True):
@@ -57,8 +60,8 @@ def packed_arguments(requires_grad=True, bias=True, heads_kv=1, qkv_needs=True):
     qkv = torch.randn(1, 6, 5, 2 + 2 * heads_kv, 8, requires_grad=requires_grad and qkv_needs)
     rpb = torch.randn(2, 5, 5, requires_grad=requires_grad) if bias else None
     window = [3, 3, 1, 2, 1, 1, 0, 0, 7, 5, 1, 0, 1, 0]
-    parameters = (heads_kv, window, 0.3, 0, 0, "reference", "", requires_grad)
-    return (qkv, None, None, rpb, *[None] * 5, *parameters)
+    parameters = (heads_kv, window, 0.3, 0.0, 0, 0, "reference", "", requires_grad)
+    return (qkv, None, None, rpb, *[None] * 8, *parameters)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -72,8 +75,8 @@ def test_opcheck_packed_backward(needs):
     given = packed_arguments(requires_grad=False)
     out, lse = OPERATOR(*given)
     grads = (torch.randn_like(out), torch.randn_like(lse) if all(needs) else None)
-    needs = [needs[0], False, False, needs[1], False, False]
-    opcheck(BACKWARD, (*grads, *given[:9], out, lse, *given[9:], needs))
+    needs = [needs[0], False, False, needs[1], False, False, False]
+    opcheck(BACKWARD, (*grads, *given[:NUM_TENSORS], out, lse, *given[NUM_TENSORS:], needs))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "flex-fna"])

@@ -172,8 +172,10 @@ def _over_heads(
         # Each rank has the whole grid, of some heads.
         kernel_size, stride, dilation, is_causal, factor, name = parameters[1:7]
         encoded = encode_window(kernel_size, stride, dilation, is_causal)
-        given = Parameters(0, encoded, factor, 0, 0, name, "", False)
-        tensors = Tensors(query, key, value, moved.rpb, *context[:2], None, None, lengths)
+        given = Parameters(0, encoded, factor, 0.0, 0, 0, name, "", False)
+        tensors = Tensors(
+            query, key, value, moved.rpb, *context[:2], additional_lengths=lengths
+        )  # fmt: skip
         out, lse = attend(tensors, given, _as_given)
     return heads_to_tokens(out, dim, line), heads_to_tokens(lse.unsqueeze(-1), dim, line).squeeze(
         -1

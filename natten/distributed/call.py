@@ -173,7 +173,7 @@ class Call:
         _, kernel_size, stride, dilation, is_causal = zip(*self.axes)
         boxes = (self.layout.grid, queries.origin, keys.origin)
         window = encode_window(kernel_size, stride, dilation, is_causal, *boxes)
-        return Parameters(0, window, self.scale, 0, 0, self.backend, "", True)
+        return Parameters(0, window, self.scale, 0.0, 0, 0, self.backend, "", True)
 
     def attend(
         self, inputs: Inputs, queries: Box, keys: Box, pair: Sequence[Tensor]
@@ -183,7 +183,7 @@ class Call:
         query, (key, value) = inputs.query[queries.within(self.own)], pair
         *bias_and_additional, lengths = inputs[3:]
         return neighborhood_attention(
-            query, key, value, *bias_and_additional, None, None, lengths,
+            query, key, value, *bias_and_additional, None, None, None, lengths, None, None,
             *self.parameters(queries, keys),
         )  # fmt: skip
 
@@ -195,10 +195,11 @@ class Call:
         where, (key, value) = queries.within(self.own), pair
         grad_out, grad_lse, out, lse = [None if t is None else t[where] for t in results]
         *bias_and_additional, lengths = inputs[3:]
-        return neighborhood_attention_backward(
+        *gradients, _ = neighborhood_attention_backward(
             grad_out, grad_lse, inputs.query[where], key, value, *bias_and_additional, None, None,
-            lengths, out, lse, *self.parameters(queries, keys), list(needs),
+            None, lengths, None, None, out, lse, *self.parameters(queries, keys), [*needs, False],
         )  # fmt: skip
+        return tuple(gradients)
 
     # --- exchanges
 

@@ -146,17 +146,18 @@ def _present(tensors: Sequence[Any], placements: Sequence[Placement]) -> list[Pl
 
 def _kinds(rank: int) -> list[tuple[Placement, _Placements]]:
     """Ways to share out a call along one mesh dimension: the placement of query, key, value and
-    results, and those of rpb, additional keys, additional values and additional_lengths."""
+    results, and those of rpb, additional keys, additional values, sink, additional_lengths and the
+    two masks."""
     whole, batch = Replicate(), Shard(0)
     return [
-        (whole, [whole] * 4),
-        (batch, [whole, batch, batch, batch]),
-        (Shard(rank + 1), [batch, Shard(2), Shard(2), whole]),
+        (whole, [whole] * 7),
+        (batch, [whole, batch, batch, whole, batch, batch, batch]),
+        (Shard(rank + 1), [batch, Shard(2), Shard(2), batch, whole, whole, whole]),
     ]
 
 
 def _rules(tensors: Sequence[Any], of_gradients: bool) -> list[tuple[Any, Any]]:
-    """Placements of what the operator gives, and of its nine tensors."""
+    """Placements of what the operator gives, and of its tensors."""
     given_tensors = Tensors(*tensors)
     query = given_tensors.query
     _refuse_tokens(tensors[:3], Tensors._fields[:3])
@@ -168,13 +169,13 @@ def _rules(tensors: Sequence[Any], of_gradients: bool) -> list[tuple[Any, Any]]:
     if given_tensors.key is None:
         kinds = kinds[:2]
     rules = []
-    for grid, (rpb, keys, values, lengths) in kinds:
-        placed = [grid, grid, grid, rpb, keys, values, Replicate(), Replicate(), lengths]
+    for grid, (rpb, keys, values, sink, *others) in kinds:
+        placed = [grid, grid, grid, rpb, keys, values, sink, Replicate(), Replicate(), *others]
         given: list[Placement] = [grid, grid]
         if of_gradients:
             # What is replicated while the batch is shared out has a part of its gradient.
-            bias = Partial() if grid == Shard(0) else rpb
-            given = [grid, grid, grid, bias, keys, values]
+            bias, logit = [Partial() if grid == Shard(0) else p for p in (rpb, sink)]
+            given = [grid, grid, grid, bias, keys, values, logit]
         rules.append((given, _present(tensors, placed)))
     return rules
 

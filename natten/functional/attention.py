@@ -28,7 +28,7 @@ def _max_seqlen(name: str, value: Any) -> int:
 
 def _longest(tensors: Tensors, max_seqlen_Q: Any, max_seqlen_KV: Any) -> tuple[int, int]:
     """The checked lengths of the longest packed sequences; (0, 0) for plain batches."""
-    query, cumulative_q, cumulative_kv = tensors.query, *tensors[6:8]
+    query, cumulative_q, cumulative_kv = tensors.query, *tensors[7:9]
     is_packed = cumulative_q is not None or cumulative_kv is not None
     # Only without them it is looked at what the lengths are: compilers may keep them symbolic.
     if not is_packed and max_seqlen_Q in (None, 0) and max_seqlen_KV in (None, 0):
@@ -51,6 +51,7 @@ def _longest(tensors: Tensors, max_seqlen_Q: Any, max_seqlen_KV: Any) -> tuple[i
 def _parameters(
     tensors: Tensors,
     scale: Any,
+    softcap: Any,
     backend: Any,
     knobs: tuple[Any, ...],
     is_causal: Any,
@@ -64,11 +65,15 @@ def _parameters(
     causal = validation.optional_bool("is_causal", is_causal)
     checked_knobs = validation.check_knobs(1, knobs, suffix="size")
     longest = _longest(tensors, max_seqlen_Q, max_seqlen_KV)
+    validation.check_sink(tensors.sink, query)
+    validation.check_mask("key_mask", tensors.key_mask, key)
+    validation.check_mask("query_mask", tensors.query_mask, query)
     # Attention is neighborhood attention with a window as long as the axis.
     window = (EVERYTHING, 1, 1, int(causal))
     scale = validation.check_scale(scale, query.shape[-1])
     name, config = parse_name(backend, FMHA), encode_config(*checked_knobs)
-    return Parameters(0, window, scale, *longest, name, config, False)
+    cap = validation.check_softcap(softcap)
+    return Parameters(0, window, scale, cap, *longest, name, config, False)
 
 
 class Options(TypedDict, total=False):
@@ -84,6 +89,10 @@ class Options(TypedDict, total=False):
     kernel_schedule: str | KernelSchedule | None
     torch_compile: bool
     is_causal: bool
+    softcap: float | None
+    sink: Tensor | None
+    key_mask: Tensor | None
+    query_mask: Tensor | None
     seqlens_Q: Tensor | None
     seqlens_KV: Tensor | None
     cumulative_seqlen_Q: Tensor | None
@@ -131,6 +140,10 @@ def attention(
     return_lse: bool = False,
     *,
     is_causal: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     seqlens_Q: Tensor | None = None,
     seqlens_KV: Tensor | None = None,
     cumulative_seqlen_Q: Tensor | None = None,
@@ -162,6 +175,14 @@ def attention(
         torch_compile: Compile FlexAttention, if ``natten.allow_flex_compile()`` allows it.
         return_lse: Also return the logsumexp.
         is_causal: Whether query i sees the keys 0 to i only (aligned at the first token).
+        softcap: Bound c of the scaled dot products s, which become ``c * tanh(s / c)``; None or 0
+            for none.
+        sink: A logit of each head ``[heads]`` that joins every query's softmax with a value of
+            zero, and the logsumexp; differentiable.
+        key_mask: bool ``[batch, seqlen_kv]``, True for valid keys. The others are seen by no query
+            and get gradients of 0, whatever they hold. Not of packed sequences.
+        query_mask: bool ``[batch, seqlen]``, True for valid queries. The others get 0 and -inf,
+            and gradients of 0. Not of packed sequences.
         seqlens_Q: int32 ``[sequences]``, lengths of packed sequences.
         seqlens_KV: Likewise, of the keys.
         cumulative_seqlen_Q: int32 ``[sequences + 1]``, where each sequence starts, and the end;
@@ -173,7 +194,8 @@ def attention(
     Returns:
         ``[batch, seqlen, heads, head_dim_v]`` in query's dtype, and with ``return_lse`` the
         natural logarithm of the sum of exponentials, ``[batch, seqlen, heads]`` in float32
-        (float64 for float64). A query with no key gets 0 and -inf. Both are differentiable.
+        (float64 for float64). A query with no key gets 0 and -inf, or with a sink 0 and the sink.
+        Both are differentiable.
 
     Raises:
         ValueError: An argument is wrong by itself, or does not fit the others.
@@ -206,9 +228,10 @@ def attention(
             generate_varlen_parameters(query, key, value, seqlens_Q, seqlens_KV)
         )
     tensors = Tensors(
-        query, key, value, None, None, None, cumulative_seqlen_Q, cumulative_seqlen_KV
-    )
-    asked = (scale, backend, knobs, is_causal, max_seqlen_Q, max_seqlen_KV)
+        query, key, value, None, None, None, sink, cumulative_seqlen_Q, cumulative_seqlen_KV,
+        key_mask=key_mask, query_mask=query_mask,
+    )  # fmt: skip
+    asked = (scale, softcap, backend, knobs, is_causal, max_seqlen_Q, max_seqlen_KV)
     out, lse = attend(tensors, asked, _parameters)
     return (out, lse) if return_lse else out
 
@@ -224,7 +247,7 @@ def attention_with_context(
     """:func:`attention` to ``key`` and to additional keys, in one softmax; nothing is copied or
     merged."""
     tensors = Tensors(query, key, value, None, additional_keys, additional_values)
-    asked = (scale, None, NO_KNOBS, False, None, None)
+    asked = (scale, None, None, NO_KNOBS, False, None, None)
     return attend(tensors, asked, _parameters)[0]
 
 

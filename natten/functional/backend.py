@@ -23,7 +23,7 @@ Replay = Callable[[list[Tensor], list[int]], Tensors | None]
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call as backends take them; the first six are differentiable.
+    """The tensors of a call as backends take them.
 
     Backends may trust them: they are checked, and those of an empty context are left out.
     """
@@ -34,13 +34,17 @@ class Inputs(NamedTuple):
     rpb: Tensor | None = None
     additional_keys: Tensor | None = None
     additional_values: Tensor | None = None
+    sink: Tensor | None = None
     cumulative_seqlen_q: Tensor | None = None
     cumulative_seqlen_kv: Tensor | None = None
     additional_lengths: Tensor | None = None
+    key_mask: Tensor | None = None
+    query_mask: Tensor | None = None
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
-        """Those that gradients are asked for."""
+        """Those that a backend is asked for gradients of: that of the sink follows from the results
+        (`natten.functional.sink`)."""
         return self[:6]
 
 
@@ -63,7 +67,8 @@ class Sequence(NamedTuple):
     def inputs(self, inputs: Inputs) -> Inputs:
         """Its tensors."""
         query, key, value, *_ = inputs
-        return Inputs(query[:, self.queries], key[:, self.keys], value[:, self.keys])
+        parts = (query[:, self.queries], key[:, self.keys], value[:, self.keys])
+        return Inputs(*parts, sink=inputs.sink)
 
     def results(self, results: Results) -> Results:
         """Its results and their gradients."""
@@ -123,7 +128,7 @@ class Backend(ABC):
     @abstractmethod
     def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """out ``[batch, *query_shape, heads, head_dim_v]`` in the problem's dtype, and logsumexp
-        ``[batch, *query_shape, heads]`` in its accumulation dtype."""
+        ``[batch, *query_shape, heads]`` in its accumulation dtype, which counts the sink."""
 
     @abstractmethod
     def backward(

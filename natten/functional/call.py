@@ -24,7 +24,7 @@ EVERYTHING = 0
 
 
 class Tensors(NamedTuple):
-    """The tensors of a call; the first six are differentiable.
+    """The tensors of a call; the first seven are differentiable.
 
     ``key`` and ``value`` are None where query, key and value are the heads of one tensor, in this
     order: then ``query`` is that tensor.
@@ -36,12 +36,16 @@ class Tensors(NamedTuple):
     rpb: Tensor | None = None
     additional_keys: Tensor | None = None
     additional_values: Tensor | None = None
+    sink: Tensor | None = None
     cumulative_seqlen_q: Tensor | None = None
     cumulative_seqlen_kv: Tensor | None = None
     additional_lengths: Tensor | None = None
+    key_mask: Tensor | None = None
+    query_mask: Tensor | None = None
 
 
 NUM_TENSORS = len(Tensors._fields)
+NUM_DIFFERENTIABLE = Tensors._fields.index("sink") + 1
 
 
 class Parameters(NamedTuple):
@@ -53,6 +57,7 @@ class Parameters(NamedTuple):
             after the other; and, where the tensors hold boxes of a grid, its extents and the
             origins of query and key. A kernel_size of EVERYTHING is the whole axis.
         scale: Factor on the dot products.
+        softcap: Bound of the scaled products; 0 for none.
         max_seqlen_q: Longest packed query sequence; 0 without packed sequences.
         max_seqlen_kv: Longest packed key sequence.
         backend: A name of the table in :mod:`natten.functional.dispatch`, or "".
@@ -63,6 +68,7 @@ class Parameters(NamedTuple):
     heads_kv: int
     window: tuple[int, ...]
     scale: float
+    softcap: float
     max_seqlen_q: int
     max_seqlen_kv: int
     backend: str
@@ -188,14 +194,19 @@ class Call:
         problem = self.problem
         has_queries = problem.batch and problem.num_queries and problem.heads
         has_keys = problem.num_keys or problem.num_additional
-        is_unused = problem.varlen and not (problem.max_seqlen_q and problem.max_seqlen_kv)
-        return not has_queries or not has_keys or is_unused
+        if problem.varlen:
+            has_queries = has_queries and problem.max_seqlen_q
+            # Whose rows see a sink, backends know.
+            has_keys = problem.has_sink or (has_keys and problem.max_seqlen_kv)
+        return not has_queries or not has_keys
 
     def prepared(self, tensors: Tensors) -> Inputs:
         """The tensors as backends take them."""
         query, key, value = separated(tensors, self.parameters.heads_kv)
         if self.is_flat:
             query, key, value = flat(query), flat(key), flat(value)
+            masks = [None if m is None else m.flatten(1) for m in tensors[-2:]]
+            tensors = tensors._replace(key_mask=masks[0], query_mask=masks[1])
         inputs = Inputs(query, key, value, *tensors[3:])
         if inputs.additional_keys is not None and not self.problem.num_additional:
             inputs = inputs._replace(
@@ -304,6 +315,8 @@ def _check_varlen(tensors: Tensors, query: Tensor, parameters: Parameters, windo
         )
     if tensors.rpb is not None or tensors.additional_keys is not None:
         raise ValueError("packed sequences go with no rpb and no additional keys")
+    if tensors.key_mask is not None or tensors.query_mask is not None:
+        raise ValueError("packed sequences go with no key_mask and no query_mask")
     return True
 
 
@@ -326,6 +339,9 @@ def make_problem(tensors: Tensors, parameters: Parameters) -> Problem:
     validation.check_additional(query, key, value, additional_keys, tensors.additional_values)
     validation.check_lengths(tensors.additional_lengths, query, additional_keys)
     validation.check_rpb(tensors.rpb, query, kernel_size, is_causal)
+    validation.check_sink(tensors.sink, query)
+    validation.check_mask("key_mask", tensors.key_mask, key)
+    validation.check_mask("query_mask", tensors.query_mask, query)
     return Problem(
         batch=query.shape[0],
         query_shape=query_shape,
@@ -342,9 +358,13 @@ def make_problem(tensors: Tensors, parameters: Parameters) -> Problem:
         query_origin=window.query_origin,
         key_origin=window.key_origin,
         scale=validation.check_scale(parameters.scale, query.shape[-1]),
+        softcap=validation.check_softcap(parameters.softcap),
         num_additional=0 if additional_keys is None else additional_keys.shape[1],
         has_lengths=tensors.additional_lengths is not None,
         has_rpb=tensors.rpb is not None,
+        has_sink=tensors.sink is not None,
+        has_key_mask=tensors.key_mask is not None,
+        has_query_mask=tensors.query_mask is not None,
         varlen=_check_varlen(tensors, query, parameters, window),
         max_seqlen_q=parameters.max_seqlen_q,
         max_seqlen_kv=parameters.max_seqlen_kv,
@@ -395,6 +415,7 @@ def make_call(tensors: Tensors, parameters: Parameters) -> Call:
 
 __all__ = [
     "EVERYTHING",
+    "NUM_DIFFERENTIABLE",
     "NUM_TENSORS",
     "Call",
     "Parameters",

@@ -36,7 +36,7 @@ def problem_of_tensors(
     # The window does not decide which tiles there are; the largest fits every grid.
     window = (EVERYTHING,) * rank + (1,) * 2 * rank + (int(is_causal),) * rank
     scale = validation.check_scale(None, query.shape[-1])
-    parameters = Parameters(0, window, scale, 0, 0, "", "", requires_grad)
+    parameters = Parameters(0, window, scale, 0.0, 0, 0, "", "", requires_grad)
     problem = make_problem(Tensors(query, key, value), parameters)
     if not is_varlen:
         return problem

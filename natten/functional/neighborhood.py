@@ -61,15 +61,15 @@ def _boxes(
     return extents, *origins
 
 
-# What a public function is asked for beside its tensors: the four parameters of the window, scale,
-# backend, the values of Config's fields, and grid, query_origin and key_origin.
-_Asked = tuple[tuple[Any, ...], Any, Any, tuple[Any, ...], tuple[Any, Any, Any]]
+# What a public function is asked for beside its tensors: the four parameters of the window, scale
+# and softcap, backend, the values of Config's fields, and grid, query_origin and key_origin.
+_Asked = tuple[tuple[Any, ...], tuple[Any, Any], Any, tuple[Any, ...], tuple[Any, Any, Any]]
 
 
 def _parameters(tensors: Tensors, rank: int | None, heads_kv: int, asked: _Asked) -> Parameters:
     """The operator's parameters for the arguments of a public function, which are checked; whether
     gradients are needed is left open."""
-    window, scale, backend, knobs, boxes = asked
+    window, (scale, softcap), backend, knobs, boxes = asked
     query, key, value = separated(tensors, heads_kv)
     rank = validation.check_qkv(query, key, value, rank)
     placed = _boxes(query, key, *boxes)
@@ -78,6 +78,9 @@ def _parameters(tensors: Tensors, rank: int | None, heads_kv: int, asked: _Asked
     validation.check_additional(query, key, value, *tensors[4:6])
     validation.check_lengths(tensors.additional_lengths, query, tensors.additional_keys)
     validation.check_rpb(tensors.rpb, query, kernel_size, is_causal)
+    validation.check_sink(tensors.sink, query)
+    validation.check_mask("key_mask", tensors.key_mask, key)
+    validation.check_mask("query_mask", tensors.query_mask, query)
     checked_knobs = validation.check_knobs(rank, knobs)
     name = parse_name(backend, FNA)
     encoded = encode_window(kernel_size, stride, dilation, is_causal, *placed)
@@ -85,6 +88,7 @@ def _parameters(tensors: Tensors, rank: int | None, heads_kv: int, asked: _Asked
         heads_kv,
         encoded,
         validation.check_scale(scale, query.shape[-1]),
+        validation.check_softcap(softcap),
         0,
         0,
         name,
@@ -110,6 +114,17 @@ def _is_full(tensors: Tensors, window: tuple[Any, ...], knobs: tuple[Any, ...], 
         for shape in shapes
         for size, extent in zip(kernel_size, shape, strict=True)
     )
+
+
+def _refuse_separate(softcap: Any, sink: Any, key_mask: Any, query_mask: Any) -> None:
+    """Decline what the attention that users set up by themselves does not take."""
+    given = {"softcap": validation.check_softcap(softcap) or None, "sink": sink}
+    for name, value in (given | {"key_mask": key_mask, "query_mask": query_mask}).items():
+        if value is not None:
+            raise NotImplementedError(
+                f"{name} and attention_kwargs, which make a part an attention of its own, do not "
+                "go together without try_fuse_additional_kv=True"
+            )
 
 
 def _attend_separately(
@@ -157,12 +172,13 @@ def _attend_sharded(
     rank: int | None, tensors: Tensors, asked: _Asked, attention_kwargs: AttentionKwargs | None
 ) -> tuple[Tensor, Tensor]:
     """Where the grid is sharded over ranks."""
-    window, scale, backend, knobs, (grid, query_origin, key_origin) = asked
+    window, (scale, softcap), backend, knobs, (grid, query_origin, key_origin) = asked
     named = zip(fields(DEFAULT_CONFIG), knobs, NO_KNOBS, strict=True)
     given = {f.name: None if knob == default else knob for f, knob, default in named}
     given |= dict(
         attention_kwargs=attention_kwargs, grid=grid, query_origin=query_origin,
-        key_origin=key_origin,
+        key_origin=key_origin, softcap=validation.check_softcap(softcap) or None,
+        sink=tensors.sink, key_mask=tensors.key_mask, query_mask=tensors.query_mask,
     )  # fmt: skip
     parts = (*tensors[:6], tensors.additional_lengths)
     return sharded.attend(rank, parts, window, scale, backend, given)
@@ -196,6 +212,10 @@ def _neighborhood_attention(
     return_lse: bool = False,
     rpb: Tensor | None = None,
     additional_lengths: Tensor | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     grid: Sequence[int] | None = None,
     query_origin: Sequence[int] | None = None,
     key_origin: Sequence[int] | None = None,
@@ -207,8 +227,9 @@ def _neighborhood_attention(
             dtype, query, key, value, additional_keys, additional_values
         )
     tensors = Tensors(
-        query, key, value, rpb, additional_keys, additional_values, None, None, additional_lengths
-    )
+        query, key, value, rpb, additional_keys, additional_values, sink,
+        additional_lengths=additional_lengths, key_mask=key_mask, query_mask=query_mask,
+    )  # fmt: skip
     window = (kernel_size, stride, dilation, is_causal)
     knobs = (
         q_tile_shape,
@@ -221,7 +242,7 @@ def _neighborhood_attention(
         kernel_schedule,
         torch_compile,
     )
-    asked = (window, scale, backend, knobs, (grid, query_origin, key_origin))
+    asked = (window, (scale, softcap), backend, knobs, (grid, query_origin, key_origin))
     validation.optional_bool("try_fuse_additional_kv", try_fuse_additional_kv)
     validation.optional_bool("return_lse", return_lse)
     if sharded.current is not None or sharded.is_dtensor(query):
@@ -229,6 +250,7 @@ def _neighborhood_attention(
         return (out, lse) if return_lse else out
     if attention_kwargs and not try_fuse_additional_kv:
         validation.check_mapping("attention_kwargs", attention_kwargs)
+        _refuse_separate(softcap, sink, key_mask, query_mask)
         parameters = _parameters(tensors, rank, 0, asked)
         is_full = _is_full(tensors, window, knobs, grid)
         if is_full or additional_keys is not None:
@@ -261,6 +283,10 @@ def packed_attention(
     origin: Sequence[int] | None = None,
     grid: Sequence[int] | None = None,
     backend: str | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Neighborhood attention of heads that one projection made, and its logsumexp.
 
@@ -271,20 +297,23 @@ def packed_attention(
         qkv: ``[batch, *tokens, heads + 2 * heads_kv, head_dim]``: the heads of query, of key and
             of value, in this order.
         heads_kv: Heads of key and of value; heads is a multiple of it.
-        kernel_size, stride, dilation, is_causal, scale, rpb, backend: As there.
+        kernel_size, stride, dilation, is_causal, scale, rpb, backend, softcap, sink, key_mask,
+            query_mask: As there.
         origin: Where the box starts in the grid.
         grid: Extents of the whole grid, of which the tokens are a box; default the tokens' own.
     """
     dtype = autocast_dtype(qkv)
     if dtype is not None:
         (qkv,) = autocast(dtype, qkv)
-    tensors = Tensors(qkv, None, None, rpb)
+    tensors = Tensors(
+        qkv, None, None, rpb, sink=sink, key_mask=key_mask, query_mask=query_mask
+    )  # fmt: skip
     validation.check_positive_int("heads_kv", heads_kv)
     window = (kernel_size, stride, dilation, is_causal)
     boxes = (grid, origin, origin)
-    asked = (window, scale, backend, NO_KNOBS, boxes)
+    asked = (window, (scale, softcap), backend, NO_KNOBS, boxes)
     if sharded.current is not None or sharded.is_dtensor(qkv):
-        unpacked = Tensors(*separated(tensors, heads_kv), rpb)
+        unpacked = tensors._replace(**dict(zip(Tensors._fields, separated(tensors, heads_kv))))
         return _attend_sharded(None, unpacked, asked, None)
     return attend(tensors, (None, heads_kv, asked), _parameters)
 
@@ -310,6 +339,10 @@ class Options(TypedDict, total=False):
     try_fuse_additional_kv: bool
     rpb: Tensor | None
     additional_lengths: Tensor | None
+    softcap: float | None
+    sink: Tensor | None
+    key_mask: Tensor | None
+    query_mask: Tensor | None
     grid: Sequence[int] | None
     query_origin: Sequence[int] | None
     key_origin: Sequence[int] | None
@@ -396,6 +429,16 @@ def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
             gradient other than 0, whatever they hold; short contexts cost less than long ones.
             None: all. Values out of range raise where looking is free, on the CPU; elsewhere they
             count as 0 and context.
+        softcap: Bound c of the scaled dot products s, which become ``c * tanh(s / c)`` before the
+            bias is added and the window is cut out, as in FlashAttention and Gemma; None or 0 for
+            none. Those of additional keys as well.
+        sink: A logit of each head ``[heads]``, any floating dtype, that joins every query's softmax
+            with a value of zero: queries may attend to nothing. It takes part in the logsumexp and
+            gets a gradient.
+        key_mask: bool ``[batch, *tokens of key]``, True for valid keys. The others are seen by no
+            query and get gradients of 0, whatever they hold.
+        query_mask: bool ``[batch, *tokens of query]``, True for valid queries. The others get
+            0 and -inf, with a sink too, and gradients of 0, whatever they hold.
         grid: Extents of the whole grid, where query and key hold boxes of it. Windows are
             placed in the grid, and keys outside of the key box are left out.
         query_origin: Where query's box starts in the grid; default 0.
@@ -404,7 +447,8 @@ def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
     Returns:
         ``[batch, *tokens, heads, head_dim_v]`` in query's dtype, and with ``return_lse`` the
         natural logarithm of the sum of exponentials, ``[batch, *tokens, heads]`` in float32
-        (float64 for float64). A query with no key gets 0 and -inf. Both are differentiable.
+        (float64 for float64). A query with no key gets 0 and -inf, or with a sink 0 and the sink.
+        Both are differentiable.
 
     Raises:
         ValueError: An argument is wrong by itself, or does not fit the others.
@@ -491,6 +535,10 @@ def explain(
     *,
     rpb: Tensor | None = None,
     additional_lengths: Tensor | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     torch_compile: bool = False,
     grid: Sequence[int] | None = None,
     query_origin: Sequence[int] | None = None,
@@ -506,10 +554,11 @@ def explain(
     """
     knobs = (None, None, None, None, None, False, True, None, torch_compile)
     tensors = Tensors(
-        query, key, value, rpb, additional_keys, additional_values, None, None, additional_lengths
-    )
+        query, key, value, rpb, additional_keys, additional_values, sink,
+        additional_lengths=additional_lengths, key_mask=key_mask, query_mask=query_mask,
+    )  # fmt: skip
     window = (kernel_size, stride, dilation, is_causal)
-    asked = (window, scale, None, knobs, (grid, query_origin, key_origin))
+    asked = (window, (scale, softcap), None, knobs, (grid, query_origin, key_origin))
     parameters = _parameters(tensors, None, 0, asked)
     problem = make_problem(tensors, parameters._replace(requires_grad=needs_grad(tensors)))
     return explain_problem(problem, decode_config(parameters.config))

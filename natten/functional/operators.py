@@ -6,7 +6,7 @@ and so does its gradient: nothing has to be split or concatenated around the ope
 are fresh contiguous tensors.
 
     natten::neighborhood_attention           -> out, logsumexp
-    natten::neighborhood_attention_backward  -> gradients of the six inputs, empty if not asked for
+    natten::neighborhood_attention_backward  -> seven gradients, empty if not asked for
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from torch import Tensor
 from natten import _internals
 from natten._internals import is_plain, plain_apply, transformed, transforming
 from natten.context import preferences
+from natten.functional import sink as sinks
 from natten.functional.backend import Results
 from natten.functional.call import (
+    NUM_DIFFERENTIABLE,
     NUM_TENSORS,
     Call,
     Parameters,
@@ -38,12 +40,13 @@ from natten.tuned import with_profile
 
 _TENSORS = (
     "Tensor query, Tensor? key, Tensor? value, Tensor? rpb, Tensor? additional_keys, "
-    "Tensor? additional_values, Tensor? cumulative_seqlen_q, Tensor? cumulative_seqlen_kv, "
-    "Tensor? additional_lengths"
+    "Tensor? additional_values, Tensor? sink, Tensor? cumulative_seqlen_q, "
+    "Tensor? cumulative_seqlen_kv, Tensor? additional_lengths, Tensor? key_mask, "
+    "Tensor? query_mask"
 )
 _PARAMETERS = (
-    "SymInt heads_kv, SymInt[] window, float scale, SymInt max_seqlen_q, SymInt max_seqlen_kv, "
-    "str backend, str config, bool requires_grad"
+    "SymInt heads_kv, SymInt[] window, float scale, float softcap, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_kv, str backend, str config, bool requires_grad"
 )
 
 library = _internals.library("natten")
@@ -156,10 +159,10 @@ def _compute(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
     call.check_values(tensors)
     if call.is_empty:
         query, shape = tensors.query, call.out_shape
-        return (
-            query.new_zeros(shape),
-            query.new_full(shape[:-1], -torch.inf, dtype=problem.accumulation_dtype),
-        )
+        lse = query.new_full(shape[:-1], -torch.inf, dtype=problem.accumulation_dtype)
+        if tensors.sink is not None:
+            lse += tensors.sink
+        return query.new_zeros(shape), lse
     out, lse = backend.forward(problem, config, call.prepared(tensors))
     return call.result(out, call.out_shape), call.result(lse, call.out_shape[:-1])
 
@@ -177,7 +180,7 @@ def _run_backward(
     lse: Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the first six tensors; None where none is asked for."""
+    """The gradients of the differentiable tensors; None where none is asked for."""
     what = (*needs, grad_out is None, grad_lse is None)
     given = (*tensors, out, lse, grad_out, grad_lse)
     found: tuple[Tensor | None, ...] = _again(
@@ -196,40 +199,50 @@ def _compute_backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     problem = call.problem
-    needs = tuple([n and t is not None for n, t in zip(needs, tensors[:6], strict=True)])
+    needs = tuple(
+        [n and t is not None for n, t in zip(needs, tensors[:NUM_DIFFERENTIABLE], strict=True)]
+    )
     backend = resolve(problem, call.config, call.parameters.backend)
     config = with_profile(call.config, problem, backend.name)
     call.check_values(tensors)
-    wanted = [t if need else None for need, t in zip(needs, tensors[:6], strict=True)]
-    if call.is_empty or (grad_out is None and grad_lse is None):
-        return tuple([None if t is None else _zeros(t) for t in wanted])
-    gradients: list[Tensor | None] = [None] * 6
+    *wanted, sink = [
+        t if need else None for need, t in zip(needs, tensors[:NUM_DIFFERENTIABLE], strict=True)
+    ]
+    grad_sink = None
+    if sink is not None:
+        grad_sink = sinks.gradient(sink, out, lse, grad_out, grad_lse)
+    *needed, _ = needs
+    is_zero = call.is_empty or (grad_out is None and grad_lse is None)
+    if is_zero or not any(needed):
+        return (*[None if t is None else _zeros(t) for t in wanted], grad_sink)
+    gradients: list[Tensor | None] = [None] * len(wanted)
     parts = None
     if call.is_packed:
-        if needs[0]:
+        if needed[0]:
             whole = torch.empty_like(tensors.query, memory_format=torch.contiguous_format)
             gradients[0] = whole
             parts = unpacked(flat(whole) if call.is_flat else whole, call.parameters.heads_kv)
-        needs = (needs[0],) * 3 + needs[3:]
+        needed[:3] = [needed[0]] * 3
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     if call.is_flat:
         out, grad_out, lse = flat(out), flat(grad_out), lse.flatten(1, -2)
         grad_lse = None if grad_lse is None else grad_lse.flatten(1, -2)
     results = Results(out, lse, grad_out, grad_lse)
-    found = backend.backward(problem, config, call.prepared(tensors), results, needs, parts)
+    inputs = call.prepared(tensors)
+    found = backend.backward(problem, config, inputs, results, tuple(needed), parts)
     if parts is not None:
         for destination, part in zip(parts, found[:3], strict=True):
             if part is None:
                 destination.zero_()
             elif part is not destination:
                 destination.copy_(part)
-    for i in range(3 if call.is_packed else 0, 6):
+    for i in range(3 if call.is_packed else 0, len(wanted)):
         tensor, gradient = wanted[i], found[i]
         if tensor is not None:
             gradient = _zeros(tensor) if gradient is None else _of_dtype(gradient, tensor.dtype)
             gradients[i] = call.result(gradient, tensor.shape)
-    return tuple(gradients)
+    return (*gradients, grad_sink)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -246,8 +259,10 @@ def _backward(
     out, lse, *parameters, needs = arguments[NUM_TENSORS:]
     call = _planned(tensors, Parameters(*parameters))
     call.check_results(out, lse, grad_out, grad_lse)
-    if len(needs) != 6:
-        raise ValueError(f"needs must hold 6 flags, one for each gradient, got {len(needs)}")
+    if len(needs) != NUM_DIFFERENTIABLE:
+        raise ValueError(
+            f"needs must hold {NUM_DIFFERENTIABLE} flags, one for each gradient, got {len(needs)}"
+        )
     gradients = _run_backward(call, grad_out, grad_lse, tensors, out, lse, tuple(needs))
     return tuple([tensors.query.new_empty(0) if g is None else g for g in gradients])
 
@@ -294,7 +309,7 @@ def _backward_fake(grad_out: Any, grad_lse: Any, *arguments: Any) -> tuple[Tenso
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if need and tensor is not None
         else query.new_empty(0)
-        for need, tensor in zip(needs, arguments[:6], strict=True)
+        for need, tensor in zip(needs, arguments[:NUM_DIFFERENTIABLE], strict=True)
     )
 
 
@@ -312,9 +327,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[:6]
+        needs = ctx.needs_input_grad[:NUM_DIFFERENTIABLE]
         gradients = _gradients(ctx, grad_out, grad_lse, needs)
-        return (*gradients, *[None] * (len(ctx.needs_input_grad) - 6))
+        return (*gradients, *[None] * (len(ctx.needs_input_grad) - NUM_DIFFERENTIABLE))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -327,7 +342,7 @@ class _Attention(torch.autograd.Function):
 def _gradients(
     ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, needs: tuple[bool, ...]
 ) -> Sequence[Tensor | None]:
-    """The six gradients, on the shortest way that autograd, compilers and torch.func allow."""
+    """The gradients, on the shortest way that autograd, compilers and torch.func allow."""
     # Once: hooks on saved tensors, as of checkpointing, may compute them.
     saved = ctx.saved_tensors
     if (
@@ -362,8 +377,9 @@ class _PlainAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        gradients = _gradients(ctx, grad_out, grad_lse, ctx.needs_input_grad[1:7])
-        return (None, *gradients, None, None, None)
+        needs = ctx.needs_input_grad[1 : 1 + NUM_DIFFERENTIABLE]
+        gradients = _gradients(ctx, grad_out, grad_lse, needs)
+        return (None, *gradients, *[None] * (NUM_TENSORS - NUM_DIFFERENTIABLE))
 
 
 _apply_plainly = plain_apply(_PlainAttention)
@@ -412,7 +428,7 @@ def _autocast(*arguments: Any) -> tuple[Any, ...]:
     dtype = autocast_dtype(arguments[0])
     if dtype is None:
         return arguments
-    # The bias is added in the accumulation dtype and keeps its own.
+    # Bias and sink are added in the accumulation dtype and keep their own.
     query, key, value, rpb, more_keys, more_values, *rest = arguments
     query, key, value, more_keys, more_values = autocast(
         dtype, query, key, value, more_keys, more_values
@@ -493,7 +509,7 @@ def define(
 neighborhood_attention_backward = define(
     "neighborhood_attention_backward",
     f"(Tensor? grad_out, Tensor? grad_logsumexp, {_TENSORS}, Tensor out, Tensor logsumexp, "
-    f"{_PARAMETERS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_PARAMETERS}, bool[] needs) -> ({', '.join(['Tensor'] * NUM_DIFFERENTIABLE)})",
     _backward,
     _backward_fake,
     _AttentionBackward,
@@ -527,7 +543,7 @@ library.impl("neighborhood_attention_traced", _forward_traced, "CompositeImplici
 def needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a backward pass may follow."""
     if torch.is_grad_enabled():
-        for tensor in tensors[:6]:
+        for tensor in tensors[:NUM_DIFFERENTIABLE]:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False

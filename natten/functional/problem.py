@@ -47,6 +47,10 @@ class Problem:
         num_additional: Additional keys that every query sees; 0 for none.
         has_lengths: Whether batch entries have only so many of them as a tensor says.
         has_rpb: Whether a relative position bias is added.
+        softcap: Bound c of the scaled products s, which become c * tanh(s / c); 0 for none.
+        has_sink: Whether heads have a logit beside those of the keys, whose value is zero.
+        has_key_mask: Whether a tensor says which keys are valid.
+        has_query_mask: Whether a tensor says which queries are.
         varlen: Whether batch 1 holds packed sequences, each a problem of its own.
         max_seqlen_q: Longest packed query sequence; 0 if not varlen.
         max_seqlen_kv: Longest packed key sequence; 0 if not varlen.
@@ -73,6 +77,10 @@ class Problem:
     num_additional: int = 0
     has_lengths: bool = False
     has_rpb: bool = False
+    softcap: float = 0.0
+    has_sink: bool = False
+    has_key_mask: bool = False
+    has_query_mask: bool = False
     varlen: bool = False
     max_seqlen_q: int = 0
     max_seqlen_kv: int = 0

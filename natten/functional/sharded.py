@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from natten import validation
+
 # What `natten.distributed.context_parallel` says of all calls inside of it, else None.
 current: Any = None
 
@@ -44,7 +46,8 @@ def attend(
     for name, value in given.items():
         if value is not None:
             raise NotImplementedError(
-                f"{name} is not implemented where the grid is sharded over ranks, got {value!r}"
+                f"{name} is not implemented where the grid is sharded over ranks, got "
+                f"{validation.shown(value)}"
             )
     return attend_where_sharded(rank, tensors, window, scale, backend)
 

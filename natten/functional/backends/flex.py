@@ -304,7 +304,8 @@ def _attend(
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    query, key, value, rpb, additional_keys, additional_values, *cumulative, _ = inputs
+    query, key, value, rpb, additional_keys, additional_values, *_ = inputs
+    cumulative = (inputs.cumulative_seqlen_q, inputs.cumulative_seqlen_kv)
     additional_lengths = inputs.additional_lengths
     q, k, v = (t.flatten(1, -3) for t in (query, key, value))
     tiles: tuple[tuple[int, ...], tuple[int, ...]] = ((_BLOCK,), (_BLOCK,))
@@ -430,6 +431,8 @@ class Flex(Backend):
     name = "flex"
 
     def refusal(self, problem: Problem, config: Config) -> str | None:
+        if problem.softcap or problem.has_sink or problem.has_key_mask or problem.has_query_mask:
+            return "it knows no softcap, no sink and no masks of tokens"
         if problem.dtype not in _DTYPES:
             return f"FlexAttention does not take {problem.dtype}"
         if problem.requires_grad and problem.device.type != "cuda":

@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from natten.functional import sink as sinks
 from natten.functional.backend import Backend, Gradients, Inputs, Results, sequences
 from natten.functional.problem import Config, Problem
 from natten.window import Axis, absent, bounds_table, cleared
@@ -220,14 +221,48 @@ def _entry(tensor: Tensor | None, entry: slice) -> Tensor | None:
     return None if tensor is None else tensor[entry]
 
 
-def _context(
-    problem: Problem, keys: Tensor | None, values: Tensor | None, lengths: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Which additional keys each batch entry lacks, if any, and keys and values without those."""
-    if keys is None or values is None or lengths is None:
-        return None, keys, values
-    hidden = absent(lengths, problem.num_additional)
-    return hidden, cleared(keys, hidden), cleared(values, hidden)
+class _Hidden(NamedTuple):
+    """Which tokens of each batch entry are not there; None where all are."""
+
+    queries: Tensor | None  # bool [B, *X]
+    keys: Tensor | None  # bool [B, *X]
+    additional: Tensor | None  # bool [B, additional]
+
+    def of(self, tile: _Tile, entry: slice, k: Tensor) -> tuple[Tensor, ...]:
+        """What to mask of the pairs of a tile and its keys ``k``, each to be spread over
+        ``[B, Hkv, G, queries, keys + additional]``."""
+        masks = []
+        if self.queries is not None:
+            rows = self.queries[(entry, *tile.queries)].flatten(1)
+            masks.append(rows[:, None, None, :, None])
+        columns = k.new_zeros(k.shape[0], k.shape[-2], dtype=torch.bool)
+        if self.keys is not None:
+            own = self.keys[(entry, *tile.keys)].flatten(1)
+            columns[:, : own.shape[1]] = own
+        if self.additional is not None:
+            columns[:, k.shape[-2] - self.additional.shape[1] :] = self.additional[entry]
+        if self.keys is not None or self.additional is not None:
+            masks.append(columns[:, None, None, None, :])
+        return tuple(masks)
+
+
+def _present(problem: Problem, inputs: Inputs) -> tuple[_Hidden, Inputs]:
+    """Which tokens are not there, and the inputs with zeros for those."""
+    hidden = _Hidden(
+        None if inputs.query_mask is None else ~inputs.query_mask,
+        None if inputs.key_mask is None else ~inputs.key_mask,
+        None
+        if inputs.additional_lengths is None
+        else absent(inputs.additional_lengths, problem.num_additional),
+    )
+    owners = (("query",), ("key", "value"), ("additional_keys", "additional_values"))
+    changes = {
+        name: cleared(getattr(inputs, name), absent_tokens)
+        for names, absent_tokens in zip(owners, hidden, strict=True)
+        if absent_tokens is not None
+        for name in names
+    }
+    return hidden, inputs._replace(**changes)
 
 
 def _scores(
@@ -236,14 +271,19 @@ def _scores(
     q: Tensor,
     k: Tensor,
     rpb: Tensor | None,
-    hidden: Tensor | None,
-) -> Tensor:
-    """``[B, Hkv, G, queries, keys + additional]``, -inf where a key is not visible.
+    hidden: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """``[B, Hkv, G, queries, keys + additional]``, -inf where a key is not visible, and with a soft
+    cap its derivative.
 
     The scale belongs to the product: where numbers are not finite, scaling a factor of it would not
     be the same.
     """
-    scores = (q @ k.transpose(-1, -2)).mul_(problem.scale)
+    scores, slope = (q @ k.transpose(-1, -2)).mul_(problem.scale), None
+    if problem.softcap:
+        scores = scores.div_(problem.softcap).tanh_()
+        slope = 1 - scores.square()
+        scores = scores.mul_(problem.softcap)
     own = scores.shape[-1] - problem.num_additional
     if rpb is not None and tile.bias_index is not None:
         index: tuple[Any, ...] = (slice(None), *tile.bias_index)
@@ -252,61 +292,70 @@ def _scores(
         bias = bias.reshape(problem.heads_kv, group, scores.shape[-2], own)
         scores[..., :own] += bias
     _mask(problem, tile, scores, hidden, -torch.inf)
-    return scores
+    return scores, slope
 
 
 def _mask(
-    problem: Problem, tile: _Tile, pairs: Tensor, hidden: Tensor | None, number: float
+    problem: Problem, tile: _Tile, pairs: Tensor, hidden: tuple[Tensor, ...], number: float
 ) -> None:
     """Write a number where a query does not see a key, of ``[..., queries, keys + additional]``."""
     own = pairs.shape[-1] - problem.num_additional
     if tile.visible is not None:
         pairs[..., :own].masked_fill_(~tile.visible, number)
-    if hidden is not None:
-        pairs[..., own:].masked_fill_(hidden[:, None, None, None, :], number)
+    for mask in hidden:
+        pairs.masked_fill_(mask, number)
 
 
 def _forward(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor) -> None:
-    query, key, value, rpb, additional_keys, additional_values, *_ = inputs
+    hidden, inputs = _present(problem, inputs)
+    query, key, value, rpb, additional_keys, additional_values, sink, *_ = inputs
     dtype = problem.accumulation_dtype
     groups = problem.heads_kv
-    hidden, additional_keys, additional_values = _context(
-        problem, additional_keys, additional_values, inputs.additional_lengths
-    )
     rpb = None if rpb is None else rpb.to(dtype)
     for tile, entry in _passes(problem, rpb, query, key, value, additional_keys, additional_values):
         q = tile.rows(query[entry], groups, dtype)
         k = tile.columns(key[entry], _entry(additional_keys, entry), dtype)
         v = tile.columns(value[entry], _entry(additional_values, entry), dtype)
         row_out, row_lse = out[entry], lse[entry].unsqueeze(-1)
+        masks = hidden.of(tile, entry, k)
         if k.shape[-2] == 0:
-            tile.put_rows(row_out, out.new_zeros(()).expand(*q.shape[:-1], problem.head_dim_v))
-            tile.put_rows(row_lse, lse.new_full((), -torch.inf).expand(*q.shape[:-1], 1))
-            continue
-        weights = _scores(problem, tile, q, k, rpb, _entry(hidden, entry))
-        top = weights.amax(-1, keepdim=True)
-        # A row with nothing to attend to has no maximum to subtract, and takes nothing from a value
-        # that is not finite.
-        empty = top == -torch.inf
-        top = top.masked_fill(empty, 0.0)
-        weights = weights.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        result = (weights @ v) / total
-        tile.put_rows(row_out, result.masked_fill_(empty, 0.0))
-        tile.put_rows(row_lse, top + total.log())
+            result = q.new_zeros(*q.shape[:-1], problem.head_dim_v)
+            logarithm = q.new_full((*q.shape[:-1], 1), -torch.inf)
+        else:
+            weights, _ = _scores(problem, tile, q, k, rpb, masks)
+            top = weights.amax(-1, keepdim=True)
+            # A row with nothing to attend to has no maximum to subtract, and takes nothing from a
+            # value that is not finite.
+            empty = top == -torch.inf
+            top = top.masked_fill(empty, 0.0)
+            weights = weights.sub_(top).exp_()
+            total = weights.sum(-1, keepdim=True)
+            result = ((weights @ v) / total).masked_fill_(empty, 0.0)
+            logarithm = top + total.log()
+        if sink is not None:
+            # [B, Hkv, G, queries], and the sink of each head.
+            of_heads = sink.to(dtype).reshape(groups, -1, 1)
+            result, logarithm = sinks.join(result, logarithm.squeeze(-1), of_heads)
+            logarithm = logarithm.unsqueeze(-1)
+            if hidden.queries is not None:
+                logarithm = logarithm.masked_fill(masks[0], -torch.inf)
+        tile.put_rows(row_out, result)
+        tile.put_rows(row_lse, logarithm)
 
 
 def _backward(
     problem: Problem, inputs: Inputs, results: Results, gradients: list[Tensor | None]
 ) -> None:
     """Add to ``gradients``, zeros in the accumulation dtype; None is not wanted."""
+    hidden, inputs = _present(problem, inputs)
     query, key, value, rpb, additional_keys, additional_values, *_ = inputs
     out, lse, grad_out, grad_lse = results
+    if hidden.queries is not None:
+        grad_out = cleared(grad_out, hidden.queries)
+        if grad_lse is not None:
+            grad_lse = grad_lse.masked_fill(hidden.queries.unsqueeze(-1), 0.0)
     dtype = problem.accumulation_dtype
     groups = problem.heads_kv
-    hidden, additional_keys, additional_values = _context(
-        problem, additional_keys, additional_values, inputs.additional_lengths
-    )
     dq, dk, dv, drpb, dk_extra, dv_extra = gradients
     rpb = None if rpb is None else rpb.to(dtype)
     scale = problem.gradient_scale
@@ -323,7 +372,8 @@ def _backward(
         empty = row_lse == -torch.inf
         q = tile.rows(query[entry], groups, dtype).masked_fill(empty, 0.0)
         grad = tile.rows(grad_out[entry], groups, dtype).masked_fill(empty, 0.0)
-        scores = _scores(problem, tile, q, k, rpb, _entry(hidden, entry))
+        masks = hidden.of(tile, entry, k)
+        scores, slope = _scores(problem, tile, q, k, rpb, masks)
         # No weight is above one, but the logsumexp of huge scores is not exact enough to say so.
         weights = scores.sub_(row_lse).clamp_(max=0.0).exp_().masked_fill_(empty, 0.0)
         delta = (grad * tile.rows(out[entry], groups, dtype)).sum(-1, keepdim=True)
@@ -334,12 +384,14 @@ def _backward(
             _add_columns(tile, *sums, weights, grad, problem)
         # From here on, the gradient of the scores.
         weights *= grad @ v.transpose(-1, -2) - delta
-        _mask(problem, tile, weights.masked_fill_(empty, 0.0), _entry(hidden, entry), 0.0)
+        _mask(problem, tile, weights.masked_fill_(empty, 0.0), masks, 0.0)
+        # And that of the products, which a bias does not pass through.
+        products = weights if slope is None else weights * slope
         if dq is not None:
-            tile.put_rows(dq[entry], (weights @ k).mul_(scale).masked_fill_(empty, 0.0))
+            tile.put_rows(dq[entry], (products @ k).mul_(scale).masked_fill_(empty, 0.0))
         if dk is not None or dk_extra is not None:
             sums = (_entry(dk, entry), _entry(dk_extra, entry))
-            _add_columns(tile, *sums, weights, q, problem)
+            _add_columns(tile, *sums, products, q, problem)
         if drpb is not None and tile.bias_index is not None:
             own = weights[..., : weights.shape[-1] - problem.num_additional].squeeze(0)
             spread = torch.broadcast_tensors(*tile.bias_index)
@@ -351,10 +403,12 @@ def _backward(
     for keys in (dk, dk_extra):
         if keys is not None:
             keys *= scale
-    if hidden is not None:
-        for extra in (dk_extra, dv_extra):
-            if extra is not None:
-                extra.masked_fill_(hidden[:, :, None, None], 0.0)
+    for sums, absent_tokens in (
+        ((dk, dv), hidden.keys), ((dk_extra, dv_extra), hidden.additional),
+    ):  # fmt: skip
+        for total in sums:
+            if total is not None and absent_tokens is not None:
+                total.masked_fill_(absent_tokens[..., None, None], 0.0)
 
 
 def _as_rows(index: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:

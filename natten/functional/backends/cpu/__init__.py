@@ -173,6 +173,8 @@ class CpuBackend(Backend):
             return f"it runs on the CPU, and the tensors are on {problem.device}"
         if problem.dtype not in KINDS:
             return f"it computes float32, float64, bfloat16 and float16, not {problem.dtype}"
+        if problem.softcap or problem.has_sink or problem.has_key_mask or problem.has_query_mask:
+            return "it knows no softcap, no sink and no masks of tokens"
         if problem.rank > 3:
             return f"it supports 1 to 3 axes of tokens, not {problem.rank}"
         if problem.varlen and (problem.num_additional or problem.has_rpb):

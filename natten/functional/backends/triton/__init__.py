@@ -122,6 +122,8 @@ class _Backend(Backend):
         most = MAX_FLOAT32_HEAD_DIM if problem.dtype == torch.float32 else MAX_HEAD_DIM
         if problem.head_dim > most:
             return f"head_dim must be at most {most} in {problem.dtype}, got {problem.head_dim}"
+        if problem.softcap or problem.has_sink or problem.has_key_mask or problem.has_query_mask:
+            return "it knows no softcap, no sink and no masks of tokens"
         reason = self._problem_refusal(problem)
         if reason is not None:
             return reason

@@ -93,7 +93,8 @@ class BackwardPass:
         needs: tuple[bool, ...],
         destinations: tuple[Tensor, ...] | None,
     ) -> None:
-        query, key, value, rpb, additional_keys, additional_values, *cumulative, lengths = inputs
+        query, key, value, rpb, additional_keys, additional_values, *_ = inputs
+        cumulative = (inputs.cumulative_seqlen_q, inputs.cumulative_seqlen_kv)
         out, lse, grad_out, grad_lse = results
         self.needs, self.destinations = needs, destinations
         self.problem, self.tilings, self.dtype = problem, tilings, query.dtype
@@ -122,7 +123,7 @@ class BackwardPass:
         if additional_keys is not None and additional_values is not None:
             self.additional = (readable(additional_keys), readable(additional_values))
         self.cumulative = (launcher.adjacent(cumulative[0]), launcher.adjacent(cumulative[1]))
-        self.counts = launcher.adjacent(lengths)
+        self.counts = launcher.adjacent(inputs.additional_lengths)
         self.sequences = launcher.sequences(problem, cumulative[0])
         self.precision = arguments.precision(problem)
         self.out, self.lse = out.contiguous(), lse.contiguous()

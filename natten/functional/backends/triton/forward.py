@@ -201,8 +201,9 @@ def _launch(
 
 def forward(problem: Problem, tiling: Tiling, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """out and logsumexp."""
-    query, key, value, rpb, additional_keys, additional_values, *cumulative, lengths = inputs
-    cumulative_query, cumulative_key = map(launcher.adjacent, cumulative)
+    query, key, value, rpb, additional_keys, additional_values, *_ = inputs
+    cumulative_query = launcher.adjacent(inputs.cumulative_seqlen_q)
+    cumulative_key = launcher.adjacent(inputs.cumulative_seqlen_kv)
     out = launcher.allocate(problem, problem.output_shape, query.dtype, query.device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=query.device)
     if problem.varlen:
@@ -229,6 +230,6 @@ def forward(problem: Problem, tiling: Tiling, inputs: Inputs) -> tuple[Tensor, T
         descriptor(key, key_tile) if tiling.tma else key,
         descriptor(value, key_tile) if tiling.tma else value,
         out, lse, bias, additional_keys, additional_values, cumulative_query, cumulative_key,
-        launcher.adjacent(lengths),
+        launcher.adjacent(inputs.additional_lengths),
     )  # fmt: skip
     return out, lse
