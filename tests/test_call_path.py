@@ -83,7 +83,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
         tensors = arguments[2]
         results = [torch.empty(t.shape) for t in QKV]
         replay.note(_compiled(1), 5, (tensors.query, (results[0], (7, None)), 0.5))
-        return (*results, None, None, None)
+        return (*results, None, None, None, None)
 
     def empty(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(size, stride, dtype=dtype)
