@@ -22,6 +22,7 @@ from natten.distributed.call import Call, Inputs, Results, automatic_method
 from natten.distributed.exchange import Statement, agree
 from natten.distributed.sharding import layout
 from natten.flops import attention_backward_flops, attention_flops
+from natten.functional.call import Tensors
 from natten.functional.problem import accumulation_dtype
 from natten.window import Axis
 
@@ -197,14 +198,14 @@ torch.library.register_fake(
 sharded_agreement = torch.ops.natten.sharded_agreement.default
 
 
-def _of_one(inputs: Inputs, call: Call) -> tuple[Any, ...]:
+def _of_one(inputs: Inputs, call: Call) -> Tensors:
     """What the operator of one process is given for this rank's queries and all keys they see."""
     keys = [
         torch.empty((t.shape[0], *call.needed.extent, *t.shape[-2:]), dtype=t.dtype, device="meta")
         for t in inputs[1:3]
     ]
     *others, lengths = inputs[3:]
-    return inputs.query, *keys, *others, None, None, lengths
+    return Tensors(inputs.query, *keys, *others, additional_lengths=lengths)
 
 
 @register_flop_formula(torch.ops.natten.sharded_attention, get_raw=True)
