@@ -205,7 +205,8 @@ def _of_one(inputs: Inputs, call: Call) -> Tensors:
         for t in inputs[1:3]
     ]
     *others, lengths = inputs[3:]
-    return Tensors(inputs.query, *keys, *others, additional_lengths=lengths)
+    given = Tensors(inputs.query, *keys, *others)
+    return given._replace(additional_lengths=lengths)
 
 
 @register_flop_formula(torch.ops.natten.sharded_attention, get_raw=True)
