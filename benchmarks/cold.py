@@ -38,7 +38,7 @@ tensors = [
     for _ in range(3)
 ]
 gradient = torch.randn(1, *grid, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-torch.autograd.grad((tensors[0] * tensors[1]).sum(), tensors[:2])
+torch.autograd.grad(tensors[0] * tensors[1], tensors[:2], gradient)
 torch.cuda.synchronize()
 times = [time.perf_counter()]
 def now():
@@ -75,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--output", type=Path, help="write the table as JSON")
     options = parser.parse_args()
     import torch
@@ -82,7 +83,8 @@ def main() -> None:
 
     table = Table("case", "cache", "import", "forward", "backward", "all", title="seconds")
     results = []
-    for name, case in CASES.items():
+    for name in options.cases:
+        case = CASES[name]
         with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as other:
             rows = [("empty", seconds(case, "call", cache)), ("full", seconds(case, "call", cache))]
             imported, compiling = seconds(case, "precompile", other)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -14,8 +18,8 @@ from natten.simulator import make_problem
 
 pytest.importorskip("triton")
 
-from natten.functional.backends.triton import CUTLASS, ahead, tiles
-from natten.functional.backends.triton.launcher import Compilation
+from natten.functional.backends.triton import CUTLASS, ahead, launcher, tiles
+from natten.functional.backends.triton.launcher import Compilation, Launch
 
 
 def _problem(*grid: int, dtype: torch.dtype = torch.float16):
@@ -54,6 +58,39 @@ def test_calls_of_a_model_are_found(compiled):
         "forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel"
     }  # fmt: skip
     assert natten.precompile(model, x, gpu="h100", backward=False) == 1
+
+
+def test_backward_kernels_are_compiled_meanwhile(compiled):
+    """From the first forward pass on, those that the backward pass launches, which waits for
+    them."""
+    problem = replace(_problem(40, 30), requires_grad=True, device=torch.device("cuda"))
+    with (
+        mock.patch("torch.cuda.device", return_value=nullcontext()),
+        devices.pretending(devices.find("h100")),
+    ):
+        ahead.compile_backward(CUTLASS, problem, DEFAULT_CONFIG)
+        pending = [future for futures in launcher._pending.values() for future in futures]
+        wait(pending)
+        found = set(compiled)
+        inputs, results, needs = ahead.without_memory(problem)
+        with launcher.collecting(any_order=False) as wanted:
+            CUTLASS.backward(problem, DEFAULT_CONFIG, inputs, results, needs)
+    assert len(pending) == len(found) == 2
+    assert found == {(c.kernel.__name__, c.programs) for c in wanted}
+    finished = []
+
+    def launch(kernel: object, *_: object) -> None:
+        assert all(future.done() for future in futures)
+        finished.append(kernel)
+
+    done = threading.Event()
+    with ThreadPoolExecutor(2) as pool, mock.patch.object(launcher, "_launch", launch):
+        for compilation in wanted:
+            futures = launcher._pending[compilation.kernel] = [pool.submit(done.wait)]
+            threading.Timer(0.05, done.set).start()
+            Launch(compilation.kernel, 1, compilation.arguments)._compile(())
+    assert finished == [c.kernel for c in wanted]
+    assert not launcher._pending
 
 
 def test_problems(compiled):

@@ -247,7 +247,7 @@ class _Backend(Backend):
             tile is not None
             or problem.device.type != "cuda"
             or preferences().deterministic
-            or _kernels().is_collecting()
+            or _kernels().for_any_order()
         )
 
     def _running(self, problem: Problem, config: Config) -> Tiling:
@@ -288,7 +288,15 @@ class _Backend(Backend):
                     break
                 except kernels.TooLargeError as error:
                     self._refuse(problem, error)
+            is_real = problem.device.type == "cuda" and not kernels.is_collecting()
+            if problem.requires_grad and is_real:
+                self._compile_backward(problem, config, preferences())
         return (out, lse) if slices is None else (slices.join(out), slices.first(lse))
+
+    @lru_cache(maxsize=4096)  # noqa: B019
+    def _compile_backward(self, problem: Problem, config: Config, _: Preferences) -> None:
+        """Have the kernels of the backward pass compiled by the time that it comes."""
+        _kernels().compile_backward(self, problem, config)
 
     def backward(
         self,

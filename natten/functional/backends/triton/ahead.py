@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -14,7 +14,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from natten.functional.backend import Backend, Inputs, Results
-from natten.functional.backends.triton.launcher import Compilation, collecting
+from natten.functional.backends.triton.launcher import (
+    Compilation,
+    collecting,
+    compile_meanwhile,
+)
 from natten.functional.problem import Config, Problem
 
 
@@ -60,11 +64,21 @@ def kernels(backend: Backend, problem: Problem, config: Config) -> list[Compilat
     """The kernels that a problem needs and that are not compiled yet, of its backward pass too if
     it asks for gradients."""
     inputs, results, needs = without_memory(problem)
-    with collecting() as found:
+    with collecting(any_order=True) as found:
         backend.forward(problem, config, inputs)
         if problem.requires_grad:
             backend.backward(problem, config, inputs, results, needs)
     return found
+
+
+def compile_backward(backend: Backend, problem: Problem, config: Config) -> None:
+    """Compile in the background what the backward pass of a call will need, unless it is there."""
+    inputs, results, needs = without_memory(problem)
+    # What is declined is told when the time comes.
+    with suppress(NotImplementedError), collecting(any_order=False) as found:
+        backend.backward(problem, config, inputs, results, needs)
+    if found:
+        compile_meanwhile(found, problem.device)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -65,22 +66,50 @@ class Compilation:
 
 
 _collected: ContextVar[list[Compilation] | None] = ContextVar("collected", default=None)
+_any_order: ContextVar[bool] = ContextVar("any_order", default=False)
 
 
 @contextmanager
-def collecting() -> Iterator[list[Compilation]]:
-    """Inside, new kernels are neither compiled nor launched. Yields the list that they go to."""
+def collecting(any_order: bool) -> Iterator[list[Compilation]]:
+    """Inside, new kernels are neither compiled nor launched. Yields the list that they go to.
+
+    ``any_order`` says that nobody knows what other calls will come before.
+    """
     found: list[Compilation] = []
-    token = _collected.set(found)
+    tokens = _collected.set(found), _any_order.set(any_order)
     try:
         yield found
     finally:
-        _collected.reset(token)
+        _collected.reset(tokens[0])
+        _any_order.reset(tokens[1])
 
 
 def is_collecting() -> bool:
     """Whether that is so now."""
     return _collected.get() is not None
+
+
+def for_any_order() -> bool:
+    """Whether kernels are collected now that are to serve whatever calls will come before."""
+    return _any_order.get()
+
+
+# Compilations that threads are at or will be, by kernel.
+_pending: dict[Any, list[Future[None]]] = {}
+
+
+def compile_meanwhile(compilations: list[Compilation], device: torch.device) -> None:
+    """Compile kernels in threads, all at once: the compiler, which they wait for most of the time,
+    has threads of its own. What fails is left to the launch."""
+
+    def run(compilation: Compilation) -> None:
+        with torch.cuda.device(device):
+            compilation.run()
+
+    pool = ThreadPoolExecutor(max(len(compilations), 1), "natten-compile")
+    for compilation in compilations:
+        _pending.setdefault(compilation.kernel, []).append(pool.submit(run, compilation))
+    pool.shutdown(wait=False)
 
 
 @dataclass(frozen=True)
@@ -167,6 +196,8 @@ class Launch:
         if collected is not None:
             collected.append(Compilation(self.kernel, self.programs, arguments, self.options))
             return None
+        for future in _pending.pop(self.kernel, ()):
+            future.exception()  # which this launch will meet, too
         try:
             return _launch(self.kernel, self.programs, arguments, self.options)
         except OutOfResources as error:

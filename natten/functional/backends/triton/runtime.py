@@ -2,14 +2,22 @@
 
 from triton import knobs
 
+from natten.functional.backends.triton.ahead import compile_backward
 from natten.functional.backends.triton.backward import BackwardPass
 from natten.functional.backends.triton.forward import forward
-from natten.functional.backends.triton.launcher import TooLargeError, in_gluon, is_collecting
+from natten.functional.backends.triton.launcher import (
+    TooLargeError,
+    for_any_order,
+    in_gluon,
+    is_collecting,
+)
 from natten.functional.backends.triton.replay import record
 
 __all__ = [
     "BackwardPass",
     "TooLargeError",
+    "compile_backward",
+    "for_any_order",
     "forward",
     "in_gluon",
     "is_collecting",
