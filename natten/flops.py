@@ -66,9 +66,8 @@ def _pairs(tensors: Tensors, parameters: Parameters) -> tuple[int, int]:
                 axis = Axis(length, length, 1, 1, window.is_causal[0])
                 total += count_pairs((axis,), (q,), (kv,))
         return repeats * total, 0
-    kernel_size, stride, dilation, is_causal, grid, *origins = window
-    axes = tuple(map(Axis, grid, kernel_size, stride, dilation, is_causal))
-    in_grid = count_pairs(axes, query_shape, key_shape, *origins)
+    origins = window.query_origin, window.key_origin
+    in_grid = count_pairs(window.axes, query_shape, key_shape, *origins)
     extra = 0 if additional_keys is None else additional_keys.shape[1]
     total = batch * extra
     if extra and lengths is not None and _readable(lengths):

@@ -150,6 +150,57 @@ def check_window(
     return kernel, strides, dilations, causal
 
 
+def check_circular(
+    is_circular: Any,
+    grid: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    is_causal: tuple[bool, ...],
+) -> tuple[bool, ...]:
+    """is_circular as a tuple that fits ``grid`` and a checked window; () if no axis is circular."""
+    if is_circular is None or is_circular is False or is_circular == ():
+        return ()
+    rank = len(grid)
+    rings = bool_tuple("is_circular", is_circular, rank)
+    for axis in range(rank):
+        if not rings[axis]:
+            continue
+        if is_causal[axis]:
+            raise ValueError(
+                "an axis is causal or circular but not both, got "
+                f"is_causal={is_causal} and is_circular={rings}"
+            )
+        if grid[axis] % (dilation[axis] * stride[axis]):
+            raise ValueError(
+                "along a circular axis, dilation must divide the number of tokens, and stride that "
+                f"of each dilation group, got dilation={dilation} and stride={stride} for tokens "
+                f"of shape {tuple(grid)}"
+            )
+    return rings if any(rings) else ()
+
+
+def check_rings(
+    is_circular: tuple[bool, ...],
+    grid: tuple[int, ...],
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+    query_origin: tuple[int, ...],
+    key_origin: tuple[int, ...],
+) -> None:
+    """Check that query and key hold all of each circular axis."""
+    for axis, is_ring in enumerate(is_circular):
+        whole = (0, 0, grid[axis], grid[axis])
+        if is_ring and whole != (
+            query_origin[axis], key_origin[axis], query_shape[axis], key_shape[axis]
+        ):  # fmt: skip
+            raise ValueError(
+                "query and key must hold all tokens along a circular axis, got "
+                f"is_circular={is_circular}, grid={grid}, query_origin={query_origin}, key_origin="
+                f"{key_origin} and token shapes {query_shape} and {key_shape}"
+            )
+
+
 def check_is_tensor(name: str, tensor: Any) -> None:
     """Accept dense floating-point tensors only."""
     if not isinstance(tensor, Tensor):

@@ -13,11 +13,15 @@ share the window of their leader:
 |-|-|-|-|
 | bidirectional | `min(p//s*s + s//2, L_g - 1)` | `clamp(leader - k//2, 0, L_g - k)` | `start + k` |
 | causal | `min(p//s*s + s - 1, L_g - 1)` | `max(leader - k + 1, 0)` | `p + 1` |
+| circular | `p//s*s + s//2` | `leader - k//2` | `start + k` |
 
-Windows are clamped into the axis, never cut by its border. An N-dimensional window is the product
-of the windows of its axes. Both ends of a window grow with the query's position, and stride is at
-most kernel_size, so that the union of the windows of consecutive positions, their intersection,
-and the set of queries that see a key are ranges too.
+Windows are clamped into the axis, never cut by its border. A circular axis has no border: its
+positions are those of a ring, on which j and j + L_g are one. Dilation divides its length and
+stride that of its groups. Bounds stay *unwrapped* there: they may be negative, or lie beyond L_g.
+
+An N-dimensional window is the product of the windows of its axes. Both ends of a window grow with
+the query's position, and stride is at most kernel_size, so that the union of the windows of
+consecutive positions, their intersection, and the set of queries that see a key are ranges too.
 
 All functions take Python integers or integer tensors of any shape that broadcast, use plain tensor
 operations only (they run inside a FlexAttention ``mask_mod``, under vmap and torch.compile), and
@@ -30,7 +34,7 @@ Attention (https://arxiv.org/abs/2504.16922).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -49,6 +53,7 @@ class Axis(NamedTuple):
         stride: Queries that share one window.
         dilation: Distance of neighbors.
         is_causal: Whether a query attends to no later token.
+        is_circular: Whether the last token is a neighbor of the first.
     """
 
     length: int
@@ -56,6 +61,7 @@ class Axis(NamedTuple):
     stride: int = 1
     dilation: int = 1
     is_causal: bool = False
+    is_circular: bool = False
 
 
 def _tensor(index: Index) -> Tensor:
@@ -84,6 +90,8 @@ def position_bounds(position: Index, group: Index, axis: Axis) -> tuple[Tensor, 
     last: Any = group_length(group, axis) - 1
     k, s = axis.kernel_size, axis.stride
     leader = position // s * s + (s - 1 if axis.is_causal else s // 2)
+    if axis.is_circular:
+        return leader - k // 2, leader - k // 2 + k
     leader = leader.clamp(max=last)
     if axis.is_causal:
         return (leader - k + 1).clamp(min=0), position + 1
@@ -98,12 +106,13 @@ def bounds(
     stride: int = 1,
     dilation: int = 1,
     is_causal: bool = False,
+    is_circular: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """First key position and one past the last that the query token ``index`` attends to.
 
     Both are positions in the group ``index % dilation``.
     """
-    axis = Axis(length, kernel_size, stride, dilation, is_causal)
+    axis = Axis(length, kernel_size, stride, dilation, is_causal, is_circular)
     index = _tensor(index)
     return position_bounds(index // dilation, index % dilation, axis)
 
@@ -117,6 +126,11 @@ def inverse_position_bounds(position: Index, group: Index, axis: Axis) -> tuple[
     length = group_length(group, axis)
     last = length - 1
     k, s = axis.kernel_size, axis.stride
+    if axis.is_circular:
+        # The leaders whose windows hold the key.
+        earliest, latest = position - k + k // 2 + 1, position + k // 2
+        first = _tensor(_ceil_div(earliest - s // 2, s)) * s
+        return first, (latest - s // 2) // s * s + s
     end = torch.zeros_like(position) + length
     if axis.is_causal:
         # A later query drops the key when its leader passes position + k - 1. The clamp of the
@@ -144,12 +158,13 @@ def inverse_bounds(
     stride: int = 1,
     dilation: int = 1,
     is_causal: bool = False,
+    is_circular: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """First query position and one past the last that attend to the key token ``index``.
 
     Both are positions in the group ``index % dilation``; first == last + 1 means none.
     """
-    axis = Axis(length, kernel_size, stride, dilation, is_causal)
+    axis = Axis(length, kernel_size, stride, dilation, is_causal, is_circular)
     index = _tensor(index)
     return inverse_position_bounds(index // dilation, index % dilation, axis)
 
@@ -181,8 +196,23 @@ def axis_mask(query_index: Index, key_index: Index, axis: Axis) -> Tensor:
     d = axis.dilation
     start, end = position_bounds(query_index // d, query_index % d, axis)
     key_position = key_index // d
-    inside = (key_position >= start) & (key_position < end)
+    if axis.is_circular:
+        inside = (key_position - start) % (axis.length // d) < axis.kernel_size
+    else:
+        inside = (key_position >= start) & (key_position < end)
     return inside if d == 1 else inside & (query_index % d == key_index % d)
+
+
+def distance(query_index: Index, key_index: Index, axis: Axis) -> Tensor:
+    """Key position - query position along one axis; on a circular one that inside the query's
+    window, if the key is in there."""
+    query_index, key_index = _tensor(query_index), _tensor(key_index)
+    d = axis.dilation
+    query, key = query_index // d, key_index // d
+    if not axis.is_circular:
+        return key - query
+    start, _ = position_bounds(query, query_index % d, axis)
+    return (key - start) % (axis.length // d) + start - query
 
 
 def mask(query_index: Sequence[Index], key_index: Sequence[Index], axes: Sequence[Axis]) -> Tensor:
@@ -244,6 +274,8 @@ def bounds_table(
     key_extent = axis.length - key_origin if key_extent is None else key_extent
     index = torch.arange(query_origin, query_origin + query_extent, device=device)
     start, end = bounds(index, *axis)
+    if axis.is_circular:
+        return start, end
     low, high = box_bounds(index % axis.dilation, axis.dilation, key_origin, key_extent)
     start = torch.maximum(start, _tensor(low))
     return start, torch.maximum(torch.minimum(end, _tensor(high)), start)
@@ -261,7 +293,11 @@ def attended(
         if not isinstance(index, int):
             raise ValueError(f"index must be an int for a single axis, got {index!r}")
         start, end = (int(b) for b in bounds(index, *axes))
-        return [index % axes.dilation + axes.dilation * j for j in range(start, end)]
+        d, ring = axes.dilation, axes.length // axes.dilation
+        positions: Iterable[int] = range(start, end)
+        if axes.is_circular:
+            positions = sorted(j % ring for j in positions)
+        return [index % d + d * j for j in positions]
     if isinstance(index, int) or len(index) != len(axes):
         raise ValueError(f"index must have one value for each of {len(axes)} axes, got {index!r}")
     per_axis: list[Any] = [attended(i, axis) for i, axis in zip(index, axes, strict=True)]
@@ -289,6 +325,7 @@ __all__ = [
     "bounds_table",
     "box_bounds",
     "cleared",
+    "distance",
     "grid_mask",
     "group_length",
     "intersection_bounds",

@@ -32,6 +32,7 @@ class Case:
     # Of each batch entry; what the inputs hold behind them is NaN.
     additional_lengths: tuple[int, ...] | None = None
     rpb: bool = False
+    is_circular: tuple[bool, ...] = ()
     scale: float | None = None
     contiguous: bool = True
     grid: tuple[int, ...] | None = None
@@ -48,6 +49,7 @@ class Case:
             "stride": (1,) * rank,
             "dilation": (1,) * rank,
             "is_causal": (False,) * rank,
+            "is_circular": (False,) * rank,
             "heads_kv": self.heads,
             "head_dim_v": self.head_dim,
             "key_tokens": self.tokens,
@@ -337,6 +339,74 @@ def _subgrids() -> list[Case]:
     ]
 
 
+def _circular() -> list[Case]:
+    ring, rings = (True,), (True, True)
+    return [
+        Case("1d_ring", (21,), (5,), is_circular=ring),
+        Case("1d_ring_even", (20,), (6,), is_circular=ring),
+        Case("1d_ring_strided", (24,), (5,), (4,), is_circular=ring),
+        Case("1d_ring_dilated_strided", (36,), (5,), (2,), (3,), is_circular=ring),
+        Case("1d_ring_blocked", (24,), (6,), (6,), is_circular=ring),
+        Case("1d_ring_almost_whole", (70,), (69,), is_circular=ring),
+        Case("1d_ring_whole", (23,), (23,), is_circular=ring),
+        Case("1d_ring_whole_rpb", (23,), (23,), is_circular=ring, rpb=True),
+        Case("1d_ring_k1", (9,), (1,), is_circular=ring),
+        Case("1d_ring_long", (200,), (31,), is_circular=ring),
+        Case("2d_ring", (11, 12), (5, 4), is_circular=(False, True)),
+        Case("2d_rings", (9, 12), (4, 5), (3, 2), (1, 2), is_circular=rings),
+        Case(
+            "2d_ring_causal",
+            (9, 12),
+            (4, 5),
+            (2, 3),
+            (1, 2),
+            (True, False),
+            is_circular=(False, True),
+        ),
+        Case("2d_ring_rpb", (10, 9), (5, 3), dilation=(2, 3), is_circular=rings, rpb=True),
+        Case(
+            "2d_ring_rpb_gqa",
+            (8, 9),
+            (5, 4),
+            (2, 1),
+            is_circular=(True, False),
+            heads=4,
+            heads_kv=2,
+            rpb=True,
+        ),
+        Case(
+            "2d_ring_additional",
+            (9, 8),
+            (5, 3),
+            is_circular=(False, True),
+            additional=7,
+            contiguous=False,
+        ),
+        Case(
+            "3d_ring", (4, 6, 8), (3, 3, 5), (1, 2, 2), (1, 1, 1), is_circular=(False, True, True)
+        ),
+        Case(
+            "3d_rings",
+            (4, 6, 10),
+            (3, 3, 4),
+            (2, 1, 1),
+            (1, 2, 2),
+            is_circular=(True, True, True),
+            heads_kv=1,
+        ),
+        Case(
+            "2d_ring_sub",
+            (5, 12),
+            (5, 4),
+            grid=(17, 12),
+            query_origin=(6, 0),
+            key_tokens=(9, 12),
+            key_origin=(4, 0),
+            is_circular=(False, True),
+        ),
+    ]
+
+
 def _varlen(
     name: str, lengths_q: tuple[int, ...], lengths_kv: tuple[int, ...], **arguments: Any
 ) -> Case:
@@ -377,6 +447,7 @@ GROUPS: dict[str, list[Case]] = {
     "heads": _heads(),
     "extras": _extras(),
     "subgrids": _subgrids(),
+    "circular": _circular(),
     "attention": _attention(),
 }
 CASES: list[Case] = [case for group in GROUPS.values() for case in group]
@@ -390,8 +461,39 @@ def random_lengths(random: Random, batch: int, additional: int) -> tuple[int, ..
     )
 
 
+def around_rings(case: Case, rings: tuple[bool, ...]) -> Case:
+    """The case with these axes circular, of as many tokens as its windows need there, and whole."""
+    grid = case.grid or case.tokens
+    units = [s * d for s, d in zip(case.stride, case.dilation)]
+    tokens = tuple(
+        max(n // unit, -(-k * d // unit)) * unit if is_ring else n
+        for n, unit, k, d, is_ring in zip(grid, units, case.kernel_size, case.dilation, rings)
+    )
+    causal = tuple(c and not is_ring for c, is_ring in zip(case.is_causal, rings))
+    return replace(
+        case,
+        tokens=tokens,
+        key_tokens=tokens,
+        grid=None,
+        query_origin=None,
+        key_origin=None,
+        is_causal=causal,
+        is_circular=rings,
+    )
+
+
 def random_case(seed: int, rank: int | None = None, max_tokens: int = 600) -> Case:
     """A valid neighborhood attention problem drawn from all features."""
+    case = _random_case(seed, rank, max_tokens)
+    random = Random(f"rings of {seed}")
+    rings = tuple(random.random() < 0.3 for _ in case.tokens)
+    if not any(rings) or case.grid is not None:
+        return case
+    circular = around_rings(case, rings)
+    return circular if prod(circular.tokens) <= max_tokens else case
+
+
+def _random_case(seed: int, rank: int | None, max_tokens: int) -> Case:
     random = Random(seed)
     rank = rank or random.choice((1, 2, 2, 3))
     while True:

@@ -143,6 +143,7 @@ def run(
         additional_lengths=lengths,
         rpb=inputs.rpb,
         backend=backend,
+        is_circular=case.is_circular,
         grid=case.grid,
         query_origin=case.query_origin,
         key_origin=case.key_origin,
@@ -162,6 +163,7 @@ def full_mask(case: Case, device: str | torch.device = "cpu") -> Tensor:
                 case.stride,
                 case.dilation,
                 case.is_causal,
+                case.is_circular,
             )
         ]
         boxes = (case.tokens, case.key_tokens, case.query_origin, case.key_origin)
@@ -216,6 +218,11 @@ def _full_bias(case: Case, rpb: Tensor) -> Tensor:
         q = torch.arange(case.tokens[axis]) + (case.query_origin or (0,) * rank)[axis]
         kv = torch.arange(case.key_tokens[axis]) + (case.key_origin or (0,) * rank)[axis]
         distance = (kv // d)[None, :] - (q // d)[:, None] + k - 1
+        if case.is_circular[axis]:
+            # What the first position of each window is at.
+            s = case.stride[axis]
+            start = ((q // d) // s * s + s // 2 - k // 2 - q // d + k - 1)[:, None]
+            distance = (distance - start) % (case.tokens[axis] // d) + start
         shape = [1] * (2 * rank)
         shape[axis], shape[rank + axis] = distance.shape
         index.append(distance.clamp(0, 2 * k - 2).view(shape).to(rpb.device))

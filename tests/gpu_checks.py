@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cases import CASES, Case, random_case, random_lengths
+from cases import CASES, Case, around_rings, random_case, random_lengths
 from checks import check_packed, check_problem, make_inputs, run
 from invariance import check_batch_entries, check_packed_sequences, tiles_1d
 from invariance import tiles as shapes_2d
@@ -100,6 +100,22 @@ def larger_cases() -> list[Case]:
             "2d_48x40_additional_lengths_d64", (48, 40), (9, 9), head_dim=64, batch=4,
             additional=700, additional_lengths=(700, 0, 131, 64),
         ),
+        Case("1d_ring_2000_d64", (2000,), (701,), is_circular=(True,), head_dim=64, **one),
+        Case(
+            "1d_ring_2000_d128", (2000,), (1900,), (50,), is_circular=(True,), head_dim=128, **one
+        ),
+        Case(
+            "2d_ring_48x40_d64", (48, 40), (17, 17), is_circular=(False, True), head_dim=64, **one
+        ),
+        Case("2d_rings_48x40_d128", (48, 40), (31, 29), is_circular=(True, True), head_dim=128),
+        Case(
+            "2d_ring_48x40_dilated_rpb_d32", (48, 40), (13, 11), dilation=(3, 2), head_dim=32,
+            is_circular=(True, False), rpb=True, **one,
+        ),
+        Case(
+            "3d_ring_10x12x14_d64", (10, 12, 14), (7, 9, 8), (1, 3, 1), head_dim=64,
+            is_causal=(True, False, False), is_circular=(False, True, True), **one,
+        ),
         Case("3d_10x12x14_d64", (10, 12, 14), (7, 9, 11), head_dim=64, **one),
         Case("3d_10x12x14_d128", (10, 12, 14), (7, 9, 11), head_dim=128, **one),
         Case("3d_10x12x14_strided_d128", (10, 12, 14), (8, 8, 8), (4, 4, 8), head_dim=128, **one),
@@ -155,6 +171,7 @@ class Family:
     lengths: bool  # of the additional keys
     negative: bool
     deterministic: bool
+    is_circular: tuple[bool, ...]
     knobs: tuple[tuple[str, Any], ...]
 
 
@@ -188,9 +205,14 @@ def family(number: int) -> Family:
         negative=random.random() < 0.1,
         deterministic=random.random() < 0.2,
         lengths=random.random() < 0.5,
+        is_circular=(False,) * rank,
         knobs=(),
     )  # fmt: skip
-    return replace(made, knobs=tuple(_tiles(made, random).items()))
+    made = replace(made, knobs=tuple(_tiles(made, random).items()))
+    random = Random(f"rings of {number}")
+    if random.random() < 0.7:
+        return made
+    return replace(made, is_circular=tuple(not c and random.random() < 0.6 for c in causal))
 
 
 def _tiles(family: Family, random: Random) -> dict[str, Any]:
@@ -263,11 +285,12 @@ def family_case(family: Family, seed: int) -> Case:
     lengths = None
     if additional and family.lengths:
         lengths = random_lengths(random, case.batch, additional)
-    return replace(
+    case = replace(
         case,
         kernel_size=kernel_size,
         stride=stride,
         is_causal=family.is_causal,
+        is_circular=(False,) * family.rank,
         dilation=dilation,
         contiguous=family.contiguous,
         heads=heads_kv * family.group,
@@ -279,6 +302,7 @@ def family_case(family: Family, seed: int) -> Case:
         additional_lengths=lengths,
         scale=random.choice((-0.2, -0.05)) if family.negative else random.choice((None, None, 0.3)),
     )
+    return around_rings(case, family.is_circular) if any(family.is_circular) else case
 
 
 def check_family_problem(number: int, seed: int) -> None:
@@ -318,6 +342,7 @@ def gluon_family(number: int) -> Family:
         negative=random.random() < 0.2,
         deterministic=False,
         lengths=False,
+        is_circular=(False,) * rank,
         knobs=tuple(knobs.items()),
     )  # fmt: skip
 

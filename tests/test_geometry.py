@@ -20,14 +20,50 @@ def random_axis(random: Random) -> Axis:
     dilation = random.choice((1, 1, 2, 3, random.randint(1, length)))
     kernel_size = random.randint(1, max(1, min(length // dilation, random.choice((3, 9, 60)))))
     stride = random.randint(1, kernel_size)
-    return Axis(length, kernel_size, stride, dilation, random.random() < 0.3)
+    axis = Axis(length, kernel_size, stride, dilation, random.random() < 0.3)
+    if random.random() < 0.3:
+        # A ring of whole groups and strides.
+        unit = stride * dilation
+        length = max(length // unit, -(-kernel_size // stride)) * unit
+        axis = Axis(length, kernel_size, stride, dilation, is_circular=True)
+    return axis
 
 
-def random_box(random: Random, length: int) -> Box:
-    if random.random() < 0.5:
+def random_box(random: Random, axis: Axis) -> Box:
+    length = axis.length
+    if axis.is_circular or random.random() < 0.5:
         return Box(0, length, 0, length)
     ranges = [sorted(random.sample(range(length + 1), 2)) for _ in range(2)]
     return Box(*(number for low, high in ranges for number in (low, high - low)))
+
+
+def around_a_ring(
+    axis: Axis, row_tile: int, column_tile: int, inverse: bool, aligned: bool
+) -> tuple[int, int, int]:
+    """The same for a circular axis, one dilation group for all."""
+    ring = axis.length // axis.dilation
+    row_tiles = visited = full = 0
+    find = window.inverse_position_bounds if inverse else window.position_bounds
+    for first in range(0, ring, row_tile):
+        row_tiles += 1
+        members = range(first, min(first + row_tile, ring))
+        windows = [range(*(int(bound) for bound in find(row, 0, axis))) for row in members]
+        columns = range(windows[0].start, windows[-1].stop)
+        tiles = set()
+        corner = columns.start
+        while corner < columns.stop:
+            seam = (corner // ring + 1) * ring
+            start = corner
+            if aligned:
+                start -= corner % ring % column_tile
+            tile = range(start, start + column_tile)
+            whole = tile.stop <= seam and all(c in own for own in windows for c in tile)
+            full += whole
+            # Aligned tiles are the same ones once around.
+            tiles.add(start % ring if aligned else start)
+            corner = min(tile.stop, seam)
+        visited += len(tiles)
+    return row_tiles * axis.dilation, visited * axis.dilation, full * axis.dilation
 
 
 def brute_force(
@@ -38,6 +74,8 @@ def brute_force(
     mask = window.axis_mask(tokens[:, None], tokens[None, :], axis)
     mask = mask.T if inverse else mask
     row_tiles = visited = full = 0
+    if axis.is_circular:
+        return around_a_ring(axis, row_tile, column_tile, inverse, aligned)
     for group in range(axis.dilation):
         own = mask[group :: axis.dilation, group :: axis.dilation].tolist()
         rows, columns = (
@@ -68,7 +106,7 @@ def test_counts_along_an_axis(seed: int) -> None:
     random = Random(seed)
     for _ in range(5):
         axis = random_axis(random)
-        box = random_box(random, axis.length)
+        box = random_box(random, axis)
         rows, columns = ([random.choice((1, 2, 3, 4, 8)) for _ in range(2)] for _ in range(2))
         inverse, aligned = random.random() < 0.5, random.random() < 0.3
         found = count((axis,), (box,), tuple(rows), tuple(columns), inverse, aligned)
@@ -83,7 +121,7 @@ def test_counts_along_an_axis(seed: int) -> None:
 def test_axes_are_counted_together_as_alone(seed: int) -> None:
     random = Random(seed)
     axes = tuple(random_axis(random) for _ in range(3))
-    boxes = tuple(random_box(random, axis.length) for axis in axes)
+    boxes = tuple(random_box(random, axis) for axis in axes)
     rows, columns = (2, 8), (1, 4, 5)
     for inverse in (False, True):
         together = count(axes, boxes, rows, columns, inverse)
@@ -96,7 +134,7 @@ def test_axes_are_counted_together_as_alone(seed: int) -> None:
 def test_pairs_of_boxes_are_those_of_the_mask(seed: int) -> None:
     random = Random(seed)
     axes = tuple(random_axis(random) for _ in range(random.choice((1, 2))))
-    boxes = [random_box(random, axis.length) for axis in axes]
+    boxes = [random_box(random, axis) for axis in axes]
     query_origin, query_shape, key_origin, key_shape = zip(*boxes, strict=True)
     mask = window.grid_mask(axes, query_shape, key_shape, query_origin, key_origin)
     found = geometry.count_pairs(axes, query_shape, key_shape, query_origin, key_origin)

@@ -53,6 +53,7 @@ class Setting:
     heads: int = 8
     batch: int = 1
     is_causal: tuple[bool, ...] = ()
+    is_circular: tuple[bool, ...] = ()
     additional: int = 0
     lengths: bool = False  # of the additional keys
     rpb: bool = False
@@ -70,8 +71,8 @@ class Setting:
             self.batch, self.tokens, self.tokens, self.heads, self.heads, self.head_dim,
             self.head_dim, self.kernel_size, ones, ones, self.is_causal or (False,) * rank,
             self.tokens, zeros, zeros, self.head_dim**-0.5, self.additional, self.lengths,
-            self.rpb, dtype=torch.bfloat16, device=torch.device("cuda"),
-            requires_grad=self.backward,
+            self.rpb, is_circular=self.is_circular, dtype=torch.bfloat16,
+            device=torch.device("cuda"), requires_grad=self.backward,
         )  # fmt: skip
 
 
@@ -107,6 +108,10 @@ MORE_SETTINGS = [
     Setting("3d_d128", 100, (30, 48, 80), (18, 24, 24), 128),
     Setting("3d_d64", 100, (16, 32, 32), (9, 13, 13), 64),
     Setting("2d_d64_bias", 100, (64, 64), (13, 13), 64, rpb=True),
+    Setting("2d_k7_d32_ring", 80, (56, 56), (7, 7), 32, batch=64, is_circular=(False, True)),
+    Setting("2d_d64_ring", 90, (128, 128), (13, 13), 64, is_circular=(False, True)),
+    Setting("3d_d128_rings", 90, (30, 48, 80), (18, 24, 24), 128, is_circular=(True,) * 3),
+    Setting("1d_d64_ring", 100, (32768,), (2048,), 64, is_circular=(True,)),
 ]  # fmt: skip
 
 

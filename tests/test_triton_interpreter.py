@@ -161,6 +161,28 @@ GROUPS: dict[str, tuple[str, torch.dtype, list[Case]]] = {
             NAMED["varlen_gqa"],
         ],
     ),
+    "cutlass_rings": (
+        "cutlass",
+        HALF,
+        [
+            *map(
+                _thin,
+                (
+                    "1d_ring_strided",
+                    "1d_ring_dilated_strided",
+                    "1d_ring_almost_whole",
+                    "1d_ring_whole_rpb",
+                    "1d_ring_long",
+                    "2d_ring",
+                    "2d_ring_additional",
+                    "2d_ring_sub",
+                ),
+            ),
+            replace(NAMED["2d_ring_causal"], batch=1, heads=1, heads_kv=1),
+            replace(NAMED["2d_ring_rpb"], batch=1, heads=1, heads_kv=1),
+            replace(NAMED["3d_rings"], batch=1, heads=1, heads_kv=1),
+        ],
+    ),
     "cutlass_float32": (
         "cutlass",
         SINGLE,
@@ -193,6 +215,8 @@ GROUPS: dict[str, tuple[str, torch.dtype, list[Case]]] = {
             _wide("2d_additional"),
             _wide("2d_rpb"),
             _wide("2d_sub_strided"),
+            _wide("2d_ring"),
+            _wide("1d_ring_almost_whole"),
             _wide("attention_cross"),
             _wide("attention_causal"),
             _wide("varlen_cross"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from natten.window import Axis, axis_mask, position_bounds
+from natten.window import Axis, axis_mask, inverse_position_bounds, position_bounds
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreted
@@ -24,25 +24,27 @@ import triton.language as tl  # noqa: E402
 from natten.functional.backends.triton import arguments  # noqa: E402
 from natten.functional.backends.triton.primitives import (  # noqa: E402
     axis_rows,
+    axis_tile,
     column_tile,
     key_window,
     query_window,
     quotient,
     reciprocal,
+    ring_tiles,
 )
 
 
 @triton.jit
 def window_kernel(
     position, length, kernel, stride, start, end,
-    COUNT: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr,
+    COUNT: tl.constexpr, CAUSAL: tl.constexpr, CIRCULAR: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     arguments = tl.load(position + i), tl.load(length + i), tl.load(kernel + i), tl.load(stride + i)
     if INVERSE:
-        first, last = key_window(*arguments, CAUSAL)
+        first, last = key_window(*arguments, CAUSAL, CIRCULAR)
     else:
-        first, last = query_window(*arguments, CAUSAL)
+        first, last = query_window(*arguments, CAUSAL, CIRCULAR)
     tl.store(start + i, first)
     tl.store(end + i, last)
 
@@ -51,7 +53,7 @@ def window_kernel(
 def axis_kernel(
     parameters, row_results, tile_results,
     COUNT: tl.constexpr, TILE: tl.constexpr, COLUMN_TILE: tl.constexpr,
-    CAUSAL: tl.constexpr, INVERSE: tl.constexpr,
+    CAUSAL: tl.constexpr, CIRCULAR: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """All that `axis_rows` says about COUNT tiles. One column of parameters each."""
     i = tl.arange(0, COUNT)[:, None]
@@ -63,7 +65,7 @@ def axis_kernel(
          tl.load(at + 5 * COUNT)),
         (tl.load(at + 6 * COUNT), tl.load(at + 7 * COUNT)),
         (tl.load(at + 8 * COUNT), tl.load(at + 9 * COUNT)),
-        TILE, COLUMN_TILE, CAUSAL, INVERSE, True,
+        TILE, COLUMN_TILE, CAUSAL, CIRCULAR, INVERSE, True,
     )  # fmt: skip
     for n in tl.static_range(5):
         tl.store(row_results + n * COUNT * TILE + i * TILE + offset, rows[n].to(tl.int32))
@@ -71,6 +73,24 @@ def axis_kernel(
         tl.store(tile_results + n * COUNT + i, box[n])
     for n in tl.static_range(3):
         tl.store(tile_results + (4 + n) * COUNT + i, columns[n])
+
+
+@triton.jit
+def ring_kernel(
+    parameters, results, COUNT: tl.constexpr, STEPS: tl.constexpr, COLUMN_TILE: tl.constexpr
+):
+    """Corner, position and wholeness of the first column tiles along a circular axis, and how many
+    there are. Rows of parameters: begin and end of the union and of the intersection, length."""
+    at = parameters + tl.arange(0, COUNT)[:, None]
+    t = tl.arange(0, STEPS)[None, :]
+    begin, end, length = tl.load(at), tl.load(at + COUNT), tl.load(at + 4 * COUNT)
+    inner, inner_end = tl.load(at + 2 * COUNT), tl.load(at + 3 * COUNT)
+    found = axis_tile(t, begin, inner, inner_end - inner, length, COLUMN_TILE, True)
+    place = results + tl.arange(0, COUNT)[:, None] * STEPS + t
+    for n in tl.static_range(3):
+        tl.store(place + n * COUNT * STEPS, found[n].to(tl.int32))
+    number = ring_tiles(begin, end, length, COLUMN_TILE)
+    tl.store(place + 3 * COUNT * STEPS, number + t * 0)
 
 
 @triton.jit
@@ -102,23 +122,34 @@ def _lengths() -> list[int]:
     return [*range(1, 22), 33, 40]
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_windows(causal: bool) -> None:
+# Kinds of windows: is_causal and is_circular.
+KINDS = {"plain": (False, False), "causal": (True, False), "circular": (False, True)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows(kind: str) -> None:
     """Every kernel size and stride of small axes, and some of larger ones."""
     columns: list[list[Tensor]] = []
     expected: list[list[Tensor]] = []
     random = Random(0)
+    causal, circular = KINDS[kind]
     for length in _lengths():
         position = torch.arange(length)
         for kernel in range(1, length + 1):
             for stride in range(1, kernel + 1):
                 if length > 22 and random.random() > 0.1:
                     continue
-                axis = Axis(length, kernel, stride, 1, causal)
+                if circular and length % stride:
+                    continue
+                axis = Axis(length, kernel, stride, 1, causal, circular)
                 start, end = position_bounds(position, 0, axis)
                 seen = (start[:, None] <= position) & (position < end[:, None])
                 fills = (torch.full_like(position, n) for n in (length, kernel, stride))
                 columns.append([position, *fills])
+                if circular:
+                    first, last = inverse_position_bounds(position, 0, axis)
+                    expected.append([start, end, first, last, position >= 0])
+                    continue
                 # argmax finds the first; a key that nobody sees has an empty range.
                 first = seen.int().argmax(0)
                 last = length - seen.flip(0).int().argmax(0)
@@ -134,7 +165,7 @@ def test_windows(causal: bool) -> None:
     for inverse in (False, True):
         got = torch.empty(2, count + padding, dtype=torch.int32)
         window_kernel[((count + padding) // block,)](
-            *arguments, got[0], got[1], block, causal, inverse
+            *arguments, got[0], got[1], block, causal, circular, inverse
         )
         low, high = got[:, :count]
         if not inverse:
@@ -203,7 +234,7 @@ def _check_tiles(
     row_results = torch.empty(5, count, tile_size, dtype=torch.int32)
     tile_results = torch.empty(7, count, dtype=torch.int32)
     axis_kernel[(1,)](
-        table, row_results, tile_results, count, tile_size, column_size, causal, inverse
+        table, row_results, tile_results, count, tile_size, column_size, causal, False, inverse
     )
     done = 0
     for problem in problems:
@@ -259,6 +290,38 @@ def _check_problem(
     near = torch.where(exists, begin, 1 << 20).amin(1)
     least = (far - near + column_size - 1) // column_size
     assert bool((count[:, 0] == least)[full].all()), f"fewest tiles: {problem}"
+
+
+@pytest.mark.parametrize("column_size", [1, 4, 32])
+def test_tiles_of_rings(column_size: int) -> None:
+    """Every column of a union is in one tile, at its unwrapped position, and no tile lies across
+    the seam; tiles that need no mask are told from the others."""
+    random = Random(column_size)
+    parameters = []
+    for _ in range(256):
+        length = random.randint(1, 40)
+        begin = random.randint(-length, length - 1)
+        end = begin + random.randint(1, 2 * length - 1)
+        inner = random.randint(begin, end)
+        parameters.append((begin, end, inner, random.randint(inner - 3, end), length))
+    table = torch.tensor(parameters, dtype=torch.int32).T.contiguous()
+    steps = 128
+    results = torch.empty(4, len(parameters), steps, dtype=torch.int32)
+    ring_kernel[(1,)](table, results, len(parameters), steps, column_size)
+    for problem, corners, positions, wholes, numbers in zip(parameters, *results.tolist()):
+        begin, end, inner, inner_end, length = problem
+        number = numbers[0]
+        assert number <= steps
+        found = []
+        for corner, position, whole in zip(corners[:number], positions, wholes):
+            columns = range(corner, corner + column_size)
+            real = [c for c in columns if c < length]
+            assert (position - corner) % length == 0
+            found += [c - corner + position for c in real]
+            in_sight = inner <= position and position + column_size <= inner_end
+            assert whole == (in_sight and len(real) == column_size), problem
+        assert found[: end - begin] == list(range(begin, end)), problem
+        assert len(found) - (end - begin) < column_size
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

@@ -13,6 +13,7 @@ from natten.window import (
     axis_mask,
     bounds,
     bounds_table,
+    distance,
     grid_mask,
     intersection_bounds,
     inverse_bounds,
@@ -47,6 +48,13 @@ from natten.window import (
         # Causal with stride 2: the window starts where the second of the pair wants it.
         (Axis(5, 3, 2, 1, True), [[0], [0, 1], [1, 2], [1, 2, 3], [2, 3, 4]]),
         (Axis(5, 2, 1, 2, True), [[0], [1], [0, 2], [1, 3], [2, 4]]),
+        # Circular: nobody is pushed back.
+        (Axis(5, 3, is_circular=True), [[0, 1, 4], [0, 1, 2], [1, 2, 3], [2, 3, 4], [0, 3, 4]]),
+        (Axis(4, 3, 2, is_circular=True), [[0, 1, 2]] * 2 + [[0, 2, 3]] * 2),
+        (
+            Axis(6, 2, 1, 2, is_circular=True),
+            [[0, 4], [1, 5], [0, 2], [1, 3], [2, 4], [3, 5]],
+        ),
     ],
     ids=str,
 )
@@ -76,11 +84,16 @@ def every_axis(longest: int = 13):
 
 
 AXES = list(every_axis())
+RINGS = [
+    axis._replace(is_circular=True)
+    for axis in AXES
+    if not axis.is_causal and axis.length % (axis.dilation * axis.stride) == 0
+]
 
 
 def by_definition(axis: Axis, index: int) -> list[int]:
     """The tokens a query attends to, spelled out."""
-    length, k, s, d, is_causal = axis
+    length, k, s, d, is_causal, is_circular = axis
     group = [t for t in range(length) if t % d == index % d]
     p = group.index(index)
     stride_group = [q for q in range(len(group)) if q // s == p // s]
@@ -88,6 +101,8 @@ def by_definition(axis: Axis, index: int) -> list[int]:
         leader = stride_group[-1] if len(stride_group) == s else len(group) - 1
         return [t for j, t in enumerate(group) if leader - k < j <= p]
     leader = stride_group[0] + s // 2
+    if is_circular:
+        return [group[(leader - k // 2 + j) % len(group)] for j in range(k)]
     leader = min(leader, len(group) - 1)
     start = leader - k // 2
     while start < 0:
@@ -109,6 +124,33 @@ def test_by_definition():
             assert len(window) == axis.kernel_size or axis.is_causal
 
 
+def test_rings_by_definition():
+    assert len(RINGS) > 200
+    for axis in RINGS:
+        d, ring = axis.dilation, axis.length // axis.dilation
+        starts, ends = (b.tolist() for b in bounds(torch.arange(axis.length), *axis))
+        for index, (start, end) in enumerate(zip(starts, ends)):
+            window = [index % d + d * (j % ring) for j in range(start, end)]
+            assert window == by_definition(axis, index), (axis, index)
+            assert index in window
+            assert len(window) == axis.kernel_size
+
+
+def test_inverse_of_rings():
+    """Unwrapped, the windows of the queries from low to high hold the key, and no others do."""
+    for axis in RINGS:
+        ring = axis.length // axis.dilation
+        far = torch.arange(-2 * ring, 3 * ring)
+        # Windows of what is before and after the ring are those of the ring, moved.
+        start = position_bounds(far % ring, 0, axis)[0] + far // ring * ring
+        for key in range(ring):
+            low, high = (int(b) for b in inverse_bounds(key * axis.dilation, *axis))
+            seen = (start <= key) & (key < start + axis.kernel_size)
+            assert far[seen].tolist() == list(range(low, high)), (axis, key)
+            assert -ring <= low < ring
+            assert high - low <= ring
+
+
 def test_inverse():
     for axis in AXES:
         seen = grid_mask([axis])
@@ -126,7 +168,7 @@ def test_inverse():
 
 
 def test_windows_are_monotone():
-    for axis in AXES:
+    for axis in [*AXES, *RINGS]:
         for group in range(axis.dilation):
             tokens = torch.arange(group, axis.length, axis.dilation)
             start, end = bounds(tokens, *axis)
@@ -136,7 +178,7 @@ def test_windows_are_monotone():
 
 
 def test_union_and_intersection():
-    for axis in AXES[::29]:
+    for axis in [*AXES[::29], *RINGS[::29]]:
         for group in range(axis.dilation):
             count = len(range(group, axis.length, axis.dilation))
             for first, last in product(range(count), range(count)):
@@ -153,10 +195,24 @@ def test_union_and_intersection():
 
 
 def test_mask_is_the_windows():
-    for axis in AXES[::13]:
+    for axis in [*AXES[::13], *RINGS[::13]]:
         seen = grid_mask([axis])
         for index in range(axis.length):
             assert seen[index].nonzero().flatten().tolist() == attended(index, axis)
+
+
+def test_distances():
+    for axis in [*AXES[::29], *RINGS[::13]]:
+        index = torch.arange(axis.length)
+        found = distance(index[:, None], index[None, :], axis)
+        group, position = index % axis.dilation, index // axis.dilation
+        start, end = bounds(index, *axis)
+        key = position[:, None] + found
+        assert bool(((key - position) % (-(-axis.length // axis.dilation)) == 0).all()) or not (
+            axis.is_circular
+        )
+        inside = (start[:, None] <= key) & (key < end[:, None]) & (group[:, None] == group)
+        assert torch.equal(inside, grid_mask([axis])), axis
 
 
 def test_mask_is_a_product():

@@ -18,9 +18,12 @@ from torch import Tensor
 from natten import validation
 from natten.functional.backend import Inputs
 from natten.functional.problem import Config, Problem, decode_config
+from natten.window import Axis
 
 # What the operator takes as kernel_size for a window of everything there is along an axis.
 EVERYTHING = 0
+# What it takes for the windows of an axis.
+PLAIN, CAUSAL, CIRCULAR = 0, 1, 2
 
 
 class Tensors(NamedTuple):
@@ -53,9 +56,10 @@ class Parameters(NamedTuple):
 
     Attributes:
         heads_kv: Heads of key and of value in a packed query; 0 where they are tensors.
-        window: kernel_size, stride, dilation and is_causal (0 or 1), one value per axis each, one
-            after the other; and, where the tensors hold boxes of a grid, its extents and the
-            origins of query and key. A kernel_size of EVERYTHING is the whole axis.
+        window: kernel_size, stride, dilation and the kind of window (PLAIN, CAUSAL or CIRCULAR),
+            one value per axis each, one after the other; and, where the tensors hold boxes of a
+            grid, its extents and the origins of query and key. A kernel_size of EVERYTHING is the
+            whole axis.
         scale: Factor on the dot products.
         softcap: Bound of the scaled products; 0 for none.
         max_seqlen_q: Longest packed query sequence; 0 without packed sequences.
@@ -86,6 +90,13 @@ class Window(NamedTuple):
     grid: tuple[int, ...]
     query_origin: tuple[int, ...]
     key_origin: tuple[int, ...]
+    is_circular: tuple[bool, ...] = ()
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The same along each axis."""
+        is_circular = self.is_circular or (False,) * len(self.grid)
+        return tuple(map(Axis, self.grid, *self[:4], is_circular))
 
 
 def encode_window(
@@ -94,10 +105,14 @@ def encode_window(
     dilation: Sequence[int],
     is_causal: Sequence[bool],
     *boxes: Sequence[int],
+    is_circular: Sequence[bool] = (),
 ) -> tuple[int, ...]:
     """The operator's window; ``boxes`` are the grid and the origins in it of query and key, if they
-    are needed."""
-    window = (*kernel_size, *stride, *dilation, *map(int, is_causal))
+    are needed, ``is_circular`` is empty if no axis is."""
+    kinds = [CAUSAL if causal else PLAIN for causal in is_causal]
+    for axis, wraps in enumerate(is_circular):
+        kinds[axis] = CIRCULAR if wraps else kinds[axis]
+    window = (*kernel_size, *stride, *dilation, *kinds)
     for box in boxes:
         window += tuple(box)
     return window
@@ -117,16 +132,20 @@ def decode_window(
             f"window must hold 4 or 7 values for each of {rank} axes, got {list(window)}"
         )
     parts = [tuple(window[i : i + rank]) for i in range(0, len(window), rank)]
-    kernel_size, stride, dilation, flags = parts[:4]
-    for flag in flags:
-        if flag not in (0, 1):
-            raise ValueError(f"window must hold 0 or 1 for is_causal, got {list(flags)}")
-    is_causal = tuple([flag == 1 for flag in flags])
+    kernel_size, stride, dilation, kinds = parts[:4]
+    for kind in kinds:
+        if kind not in (PLAIN, CAUSAL, CIRCULAR):
+            raise ValueError(
+                "window must hold 0 (plain), 1 (causal) or 2 (circular) for each axis, got "
+                f"{list(kinds)}"
+            )
+    is_causal = tuple([kind == CAUSAL for kind in kinds])
+    is_circular = tuple([kind == CIRCULAR for kind in kinds]) if CIRCULAR in kinds else ()
     zeros = (0,) * rank
     if len(parts) > 4:
         grid, query_origin, key_origin = (
             validation.int_tuple(name, part, rank, minimum=0)
-            for name, part in zip(Window._fields[4:], parts[4:], strict=True)
+            for name, part in zip(Window._fields[4:7], parts[4:], strict=True)
         )
     else:
         if tuple(query_shape) != tuple(key_shape) and any(k != EVERYTHING for k in kernel_size):
@@ -141,7 +160,9 @@ def decode_window(
     kernel_size = tuple(
         [g if k == EVERYTHING else k for k, g in zip(kernel_size, grid, strict=True)]
     )
-    return Window(kernel_size, stride, dilation, is_causal, grid, query_origin, key_origin)
+    return Window(
+        kernel_size, stride, dilation, is_causal, grid, query_origin, key_origin, is_circular
+    )
 
 
 def unpacked(qkv: Tensor, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,7 +355,14 @@ def make_problem(tensors: Tensors, parameters: Parameters) -> Problem:
     validation.check_boxes(
         window.grid, query_shape, window.query_origin, key_shape, window.key_origin
     )
-    kernel_size, stride, dilation, is_causal = validation.check_window(window.grid, *window[:4])
+    checked = validation.check_window(window.grid, *window[:4])
+    kernel_size, stride, dilation, is_causal = checked
+    is_circular = validation.check_circular(window.is_circular, window.grid, *checked)
+    if is_circular:
+        shapes, origins = (query_shape, key_shape), (window.query_origin, window.key_origin)
+        validation.check_rings(is_circular, window.grid, *shapes, *origins)
+        if tensors.rpb is None:
+            is_circular = _wrapped(is_circular, window.grid, kernel_size, dilation)
     additional_keys = tensors.additional_keys
     validation.check_additional(query, key, value, additional_keys, tensors.additional_values)
     validation.check_lengths(tensors.additional_lengths, query, additional_keys)
@@ -365,6 +393,7 @@ def make_problem(tensors: Tensors, parameters: Parameters) -> Problem:
         has_sink=tensors.sink is not None,
         has_key_mask=tensors.key_mask is not None,
         has_query_mask=tensors.query_mask is not None,
+        is_circular=is_circular,
         varlen=_check_varlen(tensors, query, parameters, window),
         max_seqlen_q=parameters.max_seqlen_q,
         max_seqlen_kv=parameters.max_seqlen_kv,
@@ -372,6 +401,21 @@ def make_problem(tensors: Tensors, parameters: Parameters) -> Problem:
         device=query.device,
         requires_grad=parameters.requires_grad,
     )
+
+
+def _wrapped(
+    is_circular: tuple[bool, ...],
+    grid: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[bool, ...]:
+    """The circular axes on which that makes a difference: a window of the whole ring is one of
+    everything."""
+    wraps = [
+        is_ring and k * d != n
+        for is_ring, n, k, d in zip(is_circular, grid, kernel_size, dilation, strict=True)
+    ]
+    return tuple(wraps) if any(wraps) else ()
 
 
 def is_full_window(problem: Problem) -> bool:
@@ -385,7 +429,8 @@ def _flattened(problem: Problem) -> Problem:
     length, one, zero = (problem.num_queries,), (1,), (0,)
     return replace(
         problem, query_shape=length, key_shape=length, kernel_size=length, stride=one,
-        dilation=one, is_causal=(False,), grid=length, query_origin=zero, key_origin=zero,
+        dilation=one, is_causal=(False,), is_circular=(), grid=length, query_origin=zero,
+        key_origin=zero,
     )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ from natten.functional.problem import Problem
 from natten.window import Axis
 
 Shape = tuple[int, ...]
+# Beyond all unwrapped positions.
+_FAR = 2**40
 Array = np.ndarray
 
 
@@ -53,6 +55,7 @@ class RowTiles(NamedTuple):
         sight_stop: One past the last.
         column_begin: First column that there is.
         column_end: One past the last.
+        is_circular: Whether columns are those of a ring, unwrapped.
     """
 
     offsets: list[int]
@@ -65,6 +68,7 @@ class RowTiles(NamedTuple):
     sight_stop: Array
     column_begin: Array
     column_end: Array
+    is_circular: Array
 
 
 class Counts(NamedTuple):
@@ -126,7 +130,7 @@ def _runs(axis: Axis, group: _Group, size: int, every: bool) -> Iterator[tuple[i
     reach = axis.kernel_size + axis.stride
     low = max(group.row_begin, group.column_begin + reach)
     high = min(group.row_end, group.column_end - reach, group.length - reach)
-    if axis.kernel_size == group.length and not axis.is_causal:
+    if axis.kernel_size == group.length and not axis.is_causal and not axis.is_circular:
         # All windows are the same.
         period, low, high = 1, group.row_begin, group.row_end
     low, high = -(-low // size), high // size
@@ -175,12 +179,17 @@ def row_tiles(
     first = np.maximum(first, row_begin)
     column_end = np.maximum(column_begin, column_end)
     lower, upper = _bounds(np.stack((first, end - 1)), example, axes, window_, inverse)
-    begin, sight = lower.clip(column_begin, column_end)
-    sight_stop, stop = upper.clip(column_begin, column_end)
+    *_, is_circular = window_
+    low, high = (
+        np.where(is_circular, far, c) for far, c in ((-_FAR, column_begin), (_FAR, column_end))
+    )
+    begin, sight = lower.clip(low, high)
+    sight_stop, stop = upper.clip(low, high)
     offsets = [0, *accumulate(per_size[:-1])]
     return RowTiles(
-        offsets, times, first, end, begin, stop, sight, sight_stop, column_begin, column_end
-    )
+        offsets, times, first, end, begin, stop, sight, sight_stop, column_begin, column_end,
+        is_circular > 0,
+    )  # fmt: skip
 
 
 def _bounds(
@@ -189,19 +198,59 @@ def _bounds(
     """Begins and ends of the windows of positions, each in a group of an axis of its own: ``facts``
     are those of Axis."""
     find = window.inverse_position_bounds if inverse else window.position_bounds
-    # The formulas of windows hold for tensors of parameters, too, but for is_causal.
-    position, *tensors = (torch.from_numpy(array) for array in (positions, groups, *facts[:-1]))
+    # The formulas of windows hold for tensors of parameters, too, but for flags.
+    position, *tensors = (torch.from_numpy(array) for array in (positions, groups, *facts[:-2]))
     group, length, kernel_size, stride, dilation = cast("list[Any]", tensors)
     if all(axis.dilation == 1 for axis in axes):
         group, dilation = 0, 1
-    found = {}
-    for is_causal in {axis.is_causal for axis in axes}:
-        parameters = Axis(length, kernel_size, stride, dilation, is_causal)
-        bounds = find(position, group, parameters)
-        found[is_causal] = np.stack([bound.numpy() for bound in bounds])
-    if len(found) == 1:
-        return found.popitem()[1]
-    return np.where(facts[-1], found[True], found[False])
+    result: Any = None
+    for kind in {axis[4:] for axis in axes}:
+        bounds = find(position, group, Axis(length, kernel_size, stride, dilation, *kind))
+        found = np.stack([bound.numpy() for bound in bounds])
+        is_kind = np.all([own == flag for own, flag in zip(facts[-2:], kind)], axis=0)
+        result = found if result is None else np.where(is_kind, found, result)
+    return cast("Array", result)
+
+
+def _visits(tiles: RowTiles, width: Array, aligned: bool) -> tuple[Array, Array]:
+    """Column tiles of each width that row tiles visit, and those in sight of all their rows."""
+    visited, full = _piece(tiles, tiles.begin, tiles.stop, width, aligned)
+    rings = tiles.is_circular
+    if not rings.any():
+        return visited, full
+    # No column tile lies across the seam of a ring.
+    length = np.maximum(tiles.column_end - tiles.column_begin, 1)
+    start = tiles.begin // length * length
+    parts = [
+        _piece(
+            tiles, np.maximum(tiles.begin, start + n * length),
+            np.minimum(tiles.stop, start + (n + 1) * length), width, aligned, start + n * length,
+        )
+        for n in range(3)
+    ]  # fmt: skip
+    around, around_full = (sum(part) for part in zip(*parts, strict=True))
+    if aligned:
+        # A tile that is seen from both sides of the seam is visited once.
+        around = np.minimum(around, np.ceil(length / width))
+    return np.where(rings, around, visited), np.where(rings, around_full, full)
+
+
+def _piece(
+    tiles: RowTiles, begin: Array, stop: Array, width: Array, aligned: bool, origin: Any = None
+) -> tuple[Array, Array]:
+    """`_visits` between these columns; aligned tiles lie at multiples of their width from
+    ``origin``, by default the first column."""
+    if not aligned:
+        origin = begin
+    elif origin is None:
+        origin = tiles.column_begin
+    sight, sight_stop = np.maximum(tiles.sight, begin), np.minimum(tiles.sight_stop, stop)
+    visited = np.ceil((stop - origin) / width)
+    full = np.floor((sight_stop - origin) / width) - np.ceil((sight - origin) / width)
+    if aligned:
+        visited -= np.floor((begin - origin) / width)
+    visited[:, stop <= begin] = 0
+    return visited, full.clip(0)
 
 
 @lru_cache(maxsize=16384)
@@ -226,12 +275,7 @@ def count(
     tiles = row_tiles(axes, boxes, rows, inverse, every=aligned)
     # Quotients of integers below 2 ** 53 are rounded to no other integer.
     width = np.array(columns, float)[:, None]
-    origin = tiles.column_begin if aligned else tiles.begin
-    visited = np.ceil((tiles.stop - origin) / width)
-    full = np.floor((tiles.sight_stop - origin) / width) - np.ceil((tiles.sight - origin) / width)
-    if aligned:
-        visited -= np.floor((tiles.begin - origin) / width)
-        visited[:, tiles.stop <= tiles.begin] = 0
+    visited, full = _visits(tiles, width, aligned)
     whole = np.ceil((tiles.column_end - tiles.column_begin) / width)
     terms = np.stack((visited.clip(0), full.clip(0), whole)) * tiles.times
     sums = np.add.reduceat(terms, tiles.offsets, axis=2)

@@ -13,6 +13,7 @@ from natten._internals import is_known
 from natten.functional import sharded
 from natten.functional.attention import attention
 from natten.functional.call import (
+    CAUSAL,
     Parameters,
     Tensors,
     encode_window,
@@ -61,7 +62,7 @@ def _boxes(
     return extents, *origins
 
 
-# What a public function is asked for beside its tensors: the four parameters of the window, scale
+# What a public function is asked for beside its tensors: the five parameters of the window, scale
 # and softcap, backend, the values of Config's fields, and grid, query_origin and key_origin.
 _Asked = tuple[tuple[Any, ...], tuple[Any, Any], Any, tuple[Any, ...], tuple[Any, Any, Any]]
 
@@ -74,7 +75,12 @@ def _parameters(tensors: Tensors, rank: int | None, heads_kv: int, asked: _Asked
     rank = validation.check_qkv(query, key, value, rank)
     placed = _boxes(query, key, *boxes)
     grid = placed[0] if placed else tuple(query.shape[1:-2])
-    kernel_size, stride, dilation, is_causal = validation.check_window(grid, *window)
+    *sizes, is_circular = window
+    kernel_size, stride, dilation, is_causal = validation.check_window(grid, *sizes)
+    rings = validation.check_circular(is_circular, grid, kernel_size, stride, dilation, is_causal)
+    if rings and placed:
+        shapes = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
+        validation.check_rings(rings, grid, *shapes, *placed[1:])
     validation.check_additional(query, key, value, *tensors[4:6])
     validation.check_lengths(tensors.additional_lengths, query, tensors.additional_keys)
     validation.check_rpb(tensors.rpb, query, kernel_size, is_causal)
@@ -83,7 +89,7 @@ def _parameters(tensors: Tensors, rank: int | None, heads_kv: int, asked: _Asked
     validation.check_mask("query_mask", tensors.query_mask, query)
     checked_knobs = validation.check_knobs(rank, knobs)
     name = parse_name(backend, FNA)
-    encoded = encode_window(kernel_size, stride, dilation, is_causal, *placed)
+    encoded = encode_window(kernel_size, stride, dilation, is_causal, *placed, is_circular=rings)
     return Parameters(
         heads_kv,
         encoded,
@@ -104,7 +110,7 @@ def _is_full(tensors: Tensors, window: tuple[Any, ...], knobs: tuple[Any, ...], 
     shapes = [tuple(tensor.shape[1:-2]) for tensor in (query, key) if tensor is not None]
     rank = len(shapes[0])
     shapes.append(shapes[0] if grid is None else validation.int_tuple("grid", grid, rank, 0))
-    kernel_size, _, _, is_causal = validation.check_window(shapes[-1], *window)
+    kernel_size, _, _, is_causal = validation.check_window(shapes[-1], *window[:4])
     if any(is_causal) and (rank > 1 or tensors.additional_keys is not None):
         return False
     if tensors.rpb is not None or any(knob is not None for knob in knobs[:5]):
@@ -156,7 +162,8 @@ def _attend_separately(
 
     if is_full and key is not None and value is not None:
         # On one axis, is_causal is the last of four values.
-        out, lse = attend_to(key, value, query.dim() == 4 and bool(parameters.window[3]))
+        is_causal = query.dim() == 4 and parameters.window[3] == CAUSAL
+        out, lse = attend_to(key, value, is_causal)
     else:
         own = tensors._replace(additional_keys=None, additional_values=None)
         out, lse = attend(own, (rank, 0, asked), _parameters)
@@ -172,16 +179,18 @@ def _attend_sharded(
     rank: int | None, tensors: Tensors, asked: _Asked, attention_kwargs: AttentionKwargs | None
 ) -> tuple[Tensor, Tensor]:
     """Where the grid is sharded over ranks."""
-    window, (scale, softcap), backend, knobs, (grid, query_origin, key_origin) = asked
+    (*window, is_circular), (scale, softcap), backend, knobs, placed = asked
+    grid, query_origin, key_origin = placed
     named = zip(fields(DEFAULT_CONFIG), knobs, NO_KNOBS, strict=True)
     given = {f.name: None if knob == default else knob for f, knob, default in named}
     given |= dict(
         attention_kwargs=attention_kwargs, grid=grid, query_origin=query_origin,
         key_origin=key_origin, softcap=validation.check_softcap(softcap) or None,
         sink=tensors.sink, key_mask=tensors.key_mask, query_mask=tensors.query_mask,
+        is_circular=is_circular or None,
     )  # fmt: skip
     parts = (*tensors[:6], tensors.additional_lengths)
-    return sharded.attend(rank, parts, window, scale, backend, given)
+    return sharded.attend(rank, parts, tuple(window), scale, backend, given)
 
 
 def _neighborhood_attention(
@@ -216,6 +225,7 @@ def _neighborhood_attention(
     sink: Tensor | None = None,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    is_circular: BoolOrSequence | None = False,
     grid: Sequence[int] | None = None,
     query_origin: Sequence[int] | None = None,
     key_origin: Sequence[int] | None = None,
@@ -230,7 +240,7 @@ def _neighborhood_attention(
         query, key, value, rpb, additional_keys, additional_values, sink,
         additional_lengths=additional_lengths, key_mask=key_mask, query_mask=query_mask,
     )  # fmt: skip
-    window = (kernel_size, stride, dilation, is_causal)
+    window = (kernel_size, stride, dilation, is_causal, is_circular)
     knobs = (
         q_tile_shape,
         kv_tile_shape,
@@ -287,6 +297,7 @@ def packed_attention(
     sink: Tensor | None = None,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    is_circular: BoolOrSequence | None = False,
 ) -> tuple[Tensor, Tensor]:
     """Neighborhood attention of heads that one projection made, and its logsumexp.
 
@@ -298,7 +309,7 @@ def packed_attention(
             of value, in this order.
         heads_kv: Heads of key and of value; heads is a multiple of it.
         kernel_size, stride, dilation, is_causal, scale, rpb, backend, softcap, sink, key_mask,
-            query_mask: As there.
+            query_mask, is_circular: As there.
         origin: Where the box starts in the grid.
         grid: Extents of the whole grid, of which the tokens are a box; default the tokens' own.
     """
@@ -309,7 +320,7 @@ def packed_attention(
         qkv, None, None, rpb, sink=sink, key_mask=key_mask, query_mask=query_mask
     )  # fmt: skip
     validation.check_positive_int("heads_kv", heads_kv)
-    window = (kernel_size, stride, dilation, is_causal)
+    window = (kernel_size, stride, dilation, is_causal, is_circular)
     boxes = (grid, origin, origin)
     asked = (window, (scale, softcap), backend, NO_KNOBS, boxes)
     if sharded.current is not None or sharded.is_dtensor(qkv):
@@ -343,6 +354,7 @@ class Options(TypedDict, total=False):
     sink: Tensor | None
     key_mask: Tensor | None
     query_mask: Tensor | None
+    is_circular: BoolOrSequence | None
     grid: Sequence[int] | None
     query_origin: Sequence[int] | None
     key_origin: Sequence[int] | None
@@ -423,7 +435,8 @@ def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
         return_lse: Also return the logsumexp.
         rpb: Relative position bias ``[heads, 2 * kernel_size - 1 for each axis]``; entry
             ``key position - query position + kernel_size - 1`` of the dilation group is added to
-            the scaled dot product. Bidirectional axes only.
+            the scaled dot product. Not for causal axes; around a circular one, the position of
+            the key is the one inside the window, before the first or after the last as need be.
         additional_lengths: Integers ``[batch]``, from 0 to context: how many of the additional
             keys, the first ones, each batch entry has. The others are neither read nor get a
             gradient other than 0, whatever they hold; short contexts cost less than long ones.
@@ -439,6 +452,9 @@ def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
             query and get gradients of 0, whatever they hold.
         query_mask: bool ``[batch, *tokens of query]``, True for valid queries. The others get
             0 and -inf, with a sink too, and gradients of 0, whatever they hold.
+        is_circular: Whether windows wrap around, for each axis: the last token is a neighbor of
+            the first. There, dilation divides the number of tokens, and stride that of each
+            dilation group; query and key hold all tokens.
         grid: Extents of the whole grid, where query and key hold boxes of it. Windows are
             placed in the grid, and keys outside of the key box are left out.
         query_origin: Where query's box starts in the grid; default 0.
@@ -539,6 +555,7 @@ def explain(
     sink: Tensor | None = None,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    is_circular: BoolOrSequence | None = False,
     torch_compile: bool = False,
     grid: Sequence[int] | None = None,
     query_origin: Sequence[int] | None = None,
@@ -557,7 +574,7 @@ def explain(
         query, key, value, rpb, additional_keys, additional_values, sink,
         additional_lengths=additional_lengths, key_mask=key_mask, query_mask=query_mask,
     )  # fmt: skip
-    window = (kernel_size, stride, dilation, is_causal)
+    window = (kernel_size, stride, dilation, is_causal, is_circular)
     asked = (window, (scale, softcap), None, knobs, (grid, query_origin, key_origin))
     parameters = _parameters(tensors, None, 0, asked)
     problem = make_problem(tensors, parameters._replace(requires_grad=needs_grad(tensors)))

@@ -51,6 +51,7 @@ class Problem:
         has_sink: Whether heads have a logit beside those of the keys, whose value is zero.
         has_key_mask: Whether a tensor says which keys are valid.
         has_query_mask: Whether a tensor says which queries are.
+        is_circular: Whether windows wrap around; () where they do along no axis.
         varlen: Whether batch 1 holds packed sequences, each a problem of its own.
         max_seqlen_q: Longest packed query sequence; 0 if not varlen.
         max_seqlen_kv: Longest packed key sequence; 0 if not varlen.
@@ -81,6 +82,7 @@ class Problem:
     has_sink: bool = False
     has_key_mask: bool = False
     has_query_mask: bool = False
+    is_circular: tuple[bool, ...] = ()
     varlen: bool = False
     max_seqlen_q: int = 0
     max_seqlen_kv: int = 0
@@ -104,9 +106,9 @@ class Problem:
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
         """The window's parameters along each axis, as :mod:`natten.window` takes them."""
-        return tuple(
-            map(Axis, self.grid, self.kernel_size, self.stride, self.dilation, self.is_causal)
-        )
+        is_circular = self.is_circular or (False,) * self.rank
+        window = self.kernel_size, self.stride, self.dilation, self.is_causal, is_circular
+        return tuple(map(Axis, self.grid, *window))
 
     @cached_property
     def num_queries(self) -> int:

@@ -27,7 +27,7 @@ from natten._internals import AUTOGRAD
 from natten.context import is_flex_compile_allowed, is_flex_compile_backprop_allowed
 from natten.functional.backend import Backend, Gradients, Inputs, Results
 from natten.functional.problem import Config, Problem, Unavailable
-from natten.window import absent, cleared, mask
+from natten.window import absent, cleared, distance, mask
 
 _BLOCK = 128
 # (query, key) tiles by the number of axes, of 128 or 64 tokens. The first of one axis is what there
@@ -247,7 +247,7 @@ def _score_mod(
     problem: Problem, rpb: Tensor | None, orders: tuple[_Order, _Order] | None
 ) -> ScoreMod | None:
     """What adds the bias, None if there is none to add."""
-    own = problem.num_keys
+    own, axes = problem.num_keys, problem.axes
     if rpb is None or not own:
         return None
 
@@ -258,10 +258,8 @@ def _score_mod(
         queries = _coordinates(q, problem.query_shape, problem.query_origin)
         keys = _coordinates(inside, problem.key_shape, problem.key_origin)
         index = [
-            (key // d - query // d + k - 1).clamp(0, 2 * k - 2)
-            for query, key, k, d in zip(
-                queries, keys, problem.kernel_size, problem.dilation, strict=True
-            )
+            (distance(query, key, axis) + axis.kernel_size - 1).clamp(0, 2 * axis.kernel_size - 2)
+            for query, key, axis in zip(queries, keys, axes, strict=True)
         ]
         bias = rpb[(h, *index)].to(score.dtype)
         return score + torch.where(kv < own, bias, 0.0) if problem.num_additional else score + bias

@@ -32,12 +32,16 @@ _SCORES = 1 << 20
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+# Keys along one axis: on a circular one each of them, where they may come more than once.
+_Keys = slice | Tensor
+
+
 @dataclass(frozen=True)
 class _Segment:
     """Queries of one tile along one axis, and the keys they attend to."""
 
     queries: slice
-    keys: slice
+    keys: _Keys
     visible: Tensor | None  # bool [queries, keys]; None if all are
     distance: Tensor  # key position - query position, [queries, keys]
 
@@ -66,11 +70,13 @@ def _segments(
             if bool(filled.any()):
                 keys_low, keys_high = int(low[filled].min()), int(high[filled].max())
                 token = group + d * keys_low - key_origin
-                keys = slice(token, token + d * (keys_high - 1 - keys_low) + 1, d)
+                keys: _Keys = slice(token, token + d * (keys_high - 1 - keys_low) + 1, d)
             else:
                 keys_low = keys_high = 0
                 keys = slice(0, 0)
             key_position = torch.arange(keys_low, keys_high, device="cpu")
+            if axis.is_circular:
+                keys = (group + d * (key_position % (axis.length // d))).to(device)
             visible = (key_position >= low[:, None]) & (key_position < high[:, None])
             segments.append(
                 _Segment(
@@ -92,13 +98,16 @@ def _tile_shape(problem: Problem, shared_window_only: bool) -> list[int]:
     ]
     if shared_window_only:
         return [
-            n if axis.kernel_size == axis.length and not axis.is_causal else 1
+            n if axis.kernel_size == axis.length and not any(axis[4:]) else 1
             for n, axis in zip(tile, axes, strict=True)
         ]
 
     def scores() -> int:
         keys = [
-            min(axis.kernel_size + axis.stride + n - 2, -(-axis.length // axis.dilation))
+            min(
+                axis.kernel_size + axis.stride + n - 2,
+                (1 + axis.is_circular) * -(-axis.length // axis.dilation),
+            )
             for n, axis in zip(tile, axes, strict=True)
         ]
         rows = problem.heads * prod(tile)
@@ -119,7 +128,7 @@ class _Tile:
     """One N-d tile: where its queries and keys are, what is visible, which bias applies."""
 
     queries: tuple[slice, ...]
-    keys: tuple[slice, ...]
+    keys: tuple[_Keys, ...]
     visible: Tensor | None  # bool [queries, keys]
     bias_index: tuple[Tensor, ...] | None  # rpb indices per axis, that broadcast to [queries, keys]
 
@@ -159,9 +168,23 @@ class _Tile:
         part = part.flatten(1, -3).unflatten(-2, (groups, -1))
         return part.permute(0, 2, 3, 1, 4).to(dtype)
 
+    def _part(self, tensor: Tensor) -> Tensor:
+        """``[B, *X, ...]`` cut to the keys, but for circular axes: a view."""
+        ranges = [keys if isinstance(keys, slice) else slice(None) for keys in self.keys]
+        return tensor[(slice(None), *ranges)]
+
+    def _rings(self) -> Iterator[tuple[int, Tensor]]:
+        """The dimension of each circular axis, and its keys."""
+        for axis, keys in enumerate(self.keys):
+            if not isinstance(keys, slice):
+                yield axis + 1, keys
+
     def columns(self, tensor: Tensor, extra: Tensor | None, dtype: torch.dtype) -> Tensor:
         """``[B, *X, Hkv, D]`` to ``[B, Hkv, 1, keys + extra, D]``."""
-        part = tensor[(slice(None), *self.keys)].flatten(1, -3)
+        part = self._part(tensor)
+        for dim, index in self._rings():
+            part = part.index_select(dim, index)
+        part = part.flatten(1, -3)
         if extra is not None:
             part = torch.cat([part, extra], dim=1)
         return part.permute(0, 2, 1, 3).unsqueeze(2).to(dtype)
@@ -173,10 +196,17 @@ class _Tile:
 
     def add_columns(self, target: Tensor, extra: Tensor | None, columns: Tensor) -> None:
         """Add ``[B, Hkv, keys + extra, D]`` to this tile's keys and the extra keys."""
-        part = target[(slice(None), *self.keys)]
+        part, rings = self._part(target), list(self._rings())
+        shape = list(part.shape)
+        for dim, index in rings:
+            shape[dim] = len(index)
         columns = columns.transpose(1, 2)
-        count = prod(part.shape[1:-2])
-        part += columns[:, :count].reshape(part.shape)
+        count = prod(shape[1:-2])
+        own = columns[:, :count].reshape(shape)
+        for dim, index in rings:
+            shape[dim] = part.shape[dim]
+            own = own.new_zeros(shape).index_add_(dim, index, own)
+        part += own
         if extra is not None:
             extra += columns[:, count:]
 

@@ -615,12 +615,13 @@ def list_extras(extra: int, picks: Ints) -> None:
 
 # The tables of a sweep, all int64. "Rows" are queries in `forward` and `backward_queries`, keys in
 # `backward_keys`; "the others" are what a row sees. Axes are padded to three.
-#   axes     for each axis: first entry in `items`, first in `blocks`, number of blocks, dilation
+#   axes     for each axis: first entry in `items`, first in `blocks`, number of blocks, dilation,
+#            and how many of the others make a ring, which lo and hi may leave by less than its size
 #   items    for each row of an axis: lo and hi, the others that it sees, counted inside its residue
 #            of the dilation; what turns such a count into an index of the relative position bias
 #   blocks   first row, number of rows, first of the others, lo and hi of all rows together
 #   tensors  address, byte strides of batch, three axes and heads, element stride of head_dim
-ITEM, BLOCK, BLOCKS, DILATION, AXIS_SIZE = 0, 1, 2, 3, 4
+ITEM, BLOCK, BLOCKS, DILATION, RING, AXIS_SIZE = 0, 1, 2, 3, 4, 5
 FIRST, COUNT, OTHER, LOW, HIGH, BLOCK_SIZE = 0, 1, 2, 3, 4, 5
 ADDRESS, BATCH, AXES, HEADS, FEATURES, TENSOR_SIZE = 0, 1, 2, 5, 6, 7
 # What open_row says about a row: its place, where its window starts in the bias, and the window's
@@ -728,6 +729,17 @@ def put_row(
 
 
 @inner
+def wrapped(position: int, ring: int) -> int:
+    """A position of a ring, from an unwrapped one."""
+    if position < 0:
+        return position + ring
+    # Twice around where the window of a box's last row begins at the end of a ring.
+    while position >= ring:
+        position -= ring
+    return position
+
+
+@inner
 def pack(
     tensor: Ints, batch: int, head: int, axes: Ints, box: Ints, kind: int, count: int, width: int,
     factor: float, out: Floats,
@@ -738,11 +750,14 @@ def pack(
     box_y, box_z = after(box, BLOCK_SIZE), after(box, 2 * BLOCK_SIZE)
     features, ahead = tensor[FEATURES], 16 * axis_z[DILATION] * tensor[AXES + 2]
     for x in range(box[LOW], box[HIGH]):
-        start_x = start + (box[OTHER] + axes[DILATION] * x) * tensor[AXES]
+        at = box[OTHER] + axes[DILATION] * wrapped(x, axes[RING])
+        start_x = start + at * tensor[AXES]
         for y in range(box_y[LOW], box_y[HIGH]):
-            start_y = start_x + (box_y[OTHER] + axis_y[DILATION] * y) * tensor[AXES + 1]
+            at = box_y[OTHER] + axis_y[DILATION] * wrapped(y, axis_y[RING])
+            start_y = start_x + at * tensor[AXES + 1]
             for z in range(box_z[LOW], box_z[HIGH]):
-                start_z = start_y + (box_z[OTHER] + axis_z[DILATION] * z) * tensor[AXES + 2]
+                at = box_z[OTHER] + axis_z[DILATION] * wrapped(z, axis_z[RING])
+                start_z = start_y + at * tensor[AXES + 2]
                 read_row(start_z, features, count, kind, factor, ahead, out, width)
                 out = after(out, width)
 

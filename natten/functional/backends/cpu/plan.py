@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from natten.functional.problem import Problem
-from natten.window import Axis, bounds_table
+from natten.window import Axis, bounds_table, inverse_position_bounds
 
 # Keys and values of a box this large stay in a core's own cache; copying the halo is still cheap.
 MAX_BOX_BYTES = 1 << 20
@@ -20,6 +20,10 @@ MIN_BOX_BYTES = 1 << 18
 FIXED_UNITS = 8
 # Multiply-adds that are worth a thread of their own: about a fifth of a millisecond.
 WORK_PER_THREAD = 2_000_000
+
+
+# More than there are tokens.
+UNBOUNDED = 2**62
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,14 @@ class Side:
             inside the residue), and an offset into the relative position bias.
         residues: The rows, by residue.
         dilation: The distance of neighbors.
+        ring: The others of a residue of a circular axis, where what a row sees is unwrapped (see
+            :mod:`natten.window`), or more than there are.
     """
 
     items: np.ndarray
     residues: tuple[Residue, ...]
     dilation: int
+    ring: int = UNBOUNDED
 
     def blocks(self, tile: int) -> list[tuple[int, int, int, int, int]]:
         """Runs of up to `tile` rows of a residue: first, count, first of the others, lo, hi."""
@@ -70,14 +77,16 @@ def query_side(
     other = (token - key_origin) % dilation
     first_position = (key_origin + other) // dilation
     bias = first_position - token // dilation + axis.kernel_size - 1
-    available = np.maximum(-(-(key_extent - other) // dilation), 0)
-    low = np.clip(start.numpy() - first_position, 0, available)
-    high = np.clip(end.numpy() - first_position, low, available)
+    low, high = start.numpy() - first_position, end.numpy() - first_position
+    if not axis.is_circular:
+        available = np.maximum(-(-(key_extent - other) // dilation), 0)
+        low = np.clip(low, 0, available)
+        high = np.clip(high, low, available)
     residues = tuple(
         Residue(first, ceil((query_extent - first) / dilation), int(other[first]))
         for first in range(min(dilation, query_extent))
     )
-    return Side(np.stack([low, high, bias], axis=1), residues, dilation)
+    return Side(np.stack([low, high, bias], axis=1), residues, dilation, _ring(axis))
 
 
 def key_side(
@@ -90,16 +99,24 @@ def key_side(
     for first in range(min(dilation, key_extent)):
         count = ceil((key_extent - first) / dilation)
         other = (key_origin + first - query_origin) % dilation
-        windows = queries.items[other::dilation]
         keys = np.arange(count)
-        # Both ends of the windows grow, so that the queries of a key are a range.
-        low = np.searchsorted(windows[:, 1], keys, side="right")
-        high = np.maximum(np.searchsorted(windows[:, 0], keys, side="right"), low)
+        if axis.is_circular:
+            bounds = inverse_position_bounds(torch.from_numpy(keys), first, axis)
+            low, high = (bound.numpy() for bound in bounds)
+        else:
+            windows = queries.items[other::dilation]
+            # Both ends of the windows grow, so that the queries of a key are a range.
+            low = np.searchsorted(windows[:, 1], keys, side="right")
+            high = np.maximum(np.searchsorted(windows[:, 0], keys, side="right"), low)
         difference = (key_origin + first) // dilation - (query_origin + other) // dilation
         bias = difference + keys + axis.kernel_size - 1
         items[first::dilation] = np.stack([low, high, bias], axis=1)
         residues.append(Residue(first, count, other))
-    return Side(items, tuple(residues), dilation)
+    return Side(items, tuple(residues), dilation, _ring(axis))
+
+
+def _ring(axis: Axis) -> int:
+    return axis.length // axis.dilation if axis.is_circular else UNBOUNDED
 
 
 @dataclass(frozen=True)
@@ -166,7 +183,7 @@ def make_sweep(
     item_starts = np.cumsum([0] + [len(side.items) for side in sides])
     block_starts = np.cumsum([0] + [len(part) for part in blocks])
     axes = [
-        (item_starts[a], block_starts[a], len(blocks[a]), sides[a].dilation)
+        (item_starts[a], block_starts[a], len(blocks[a]), sides[a].dilation, sides[a].ring)
         for a in range(len(sides))
     ]
     return Sweep(

@@ -80,6 +80,7 @@ class Variant:
         VALUE_BLOCK: Features of a tile of values.
         RANK: Axes of the grid.
         CAUSAL: Whether queries attend to no later token, of each axis.
+        CIRCULAR: Whether windows wrap around, of each axis.
         TMA: Whether column tiles are loaded through descriptors.
         UNIT: Divides all strides, which kernels take in multiples of it.
         WIDE: Whether offsets inside a column tile take 64 bits.
@@ -103,6 +104,7 @@ class Variant:
     VALUE_BLOCK: int
     RANK: int
     CAUSAL: tuple[bool, ...]
+    CIRCULAR: tuple[bool, ...]
     TMA: bool
     UNIT: int
     WIDE: bool
@@ -197,13 +199,22 @@ def _tile_counts(
 
 
 def _check_steps(problem: Problem, row_tile: tuple[int, ...], column_tile: tuple[int, ...]) -> None:
-    """Decline windows of so many tiles that kernels would divide their numbers inexactly."""
+    """Decline windows of so many tiles that kernels would divide their numbers inexactly, and rings
+    whose unwrapped positions they would not tell from what lies beyond."""
+    rings = zip(problem.grid, problem.is_circular)
+    if any(is_circular and length >= 2**28 for length, is_circular in rings):
+        raise NotImplementedError(
+            "the Triton kernels take circular axes of less than 2 ** 28 tokens, got a grid of "
+            f"{problem.grid}"
+        )
     if problem.rank == 1:
         return
     grid, kernel_size = pad(problem.grid, 1), pad(problem.kernel_size, 1)
-    # An inverse window reaches as far as a window and two strides, which are no longer.
+    # An inverse window reaches as far as a window and two strides, which are no longer. Around a
+    # ring it may pass the same token twice, and the seam cuts tiles.
+    around, cuts = (2, 3) if problem.is_circular else (1, 1)
     counts = [
-        -(-min(length, 3 * size + rows) // columns) + 1
+        -(-min(around * length, 3 * size + rows) // columns) + cuts
         for length, size, rows, columns in zip(
             grid, kernel_size, row_tile, column_tile, strict=True
         )
@@ -302,6 +313,7 @@ def common(
             VALUE_BLOCK=block(problem.head_dim_v),
             RANK=problem.rank,
             CAUSAL=pad(problem.is_causal, False),
+            CIRCULAR=pad(problem.is_circular or (False,) * problem.rank, False),
             TMA=tiling.tma,
             UNIT=gcd(16, *(s for group in (*groups, *map(_strides, others)) for s in group)),
             WIDE=any(

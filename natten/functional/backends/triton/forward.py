@@ -27,10 +27,10 @@ from natten.functional.backends.triton.primitives import (
     ceil_div,
     column_source,
     column_steps,
-    column_tile,
     head_offset,
     load_columns,
     load_rows,
+    placed_tile,
     row_offsets,
     row_tile,
     store_rows,
@@ -113,7 +113,7 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
     for t in tl.range(
         0, column_steps(box), num_stages=V.STAGES, warp_specialize=V.WARP_SPECIALIZE
     ):  # fmt: skip
-        tile = column_tile(t, box, KEY_TILE, V.RANK)
+        tile = placed_tile(t, box, grid, KEY_TILE, V)
         columns = load_columns(
             key_source, tile[0], grid, place, V.FEATURES, V.BLOCK, COLUMNS, V
         )  # fmt: skip

@@ -20,11 +20,11 @@ from natten.functional.backends.triton.primitives import (
     additional_count,
     column_source,
     column_steps,
-    column_tile,
     decode,
     head_offset,
     load_columns,
     load_rows,
+    placed_tile,
     row_offsets,
     row_tile,
     store_rows,
@@ -147,7 +147,7 @@ def key_value_gradient_tile(
         for t in tl.range(
             steps * split // splits, steps * (split + 1) // splits, num_stages=V.STAGES
         ):
-            tile = column_tile(t, box, QUERY_TILE, V.RANK)
+            tile = placed_tile(t, box, grid, QUERY_TILE, V)
             query_columns = load_columns(
                 query_source, tile[0], grid, place, V.FEATURES, V.BLOCK, COLUMNS, V
             )

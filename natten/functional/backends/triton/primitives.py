@@ -10,6 +10,10 @@ lets the compiler drop. Positions are counted inside a dilation group (see `natt
 column positions start at the first column that exists, so that a column tile is a plain box of the
 strided view of one group: dilation and sub-grids need no permutation of tokens.
 
+Along a circular axis, positions are unwrapped (see `natten.window`): windows and their unions may
+begin before the first column and end behind the last. Column tiles are boxes all the same: none
+lies across the seam, and each has a corner in memory beside its position.
+
 The window test must agree with `natten.window`; `tests/test_triton_window.py` compares them.
 """
 
@@ -23,6 +27,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Beyond all positions of a ring, unwrapped.
+FAR = tl.constexpr(2**30)
 # Whether kernels may contain PTX.
 INLINE = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
@@ -61,7 +67,7 @@ class Box(NamedTuple):
     Attributes:
         union: Where the union of its rows' windows begins.
         counts: How many tiles cover it.
-        inner: The first tile in sight of all rows.
+        inner: The first tile in sight of all rows; along a circular axis the first column.
         inner_counts: How many of these there are.
         inverses: `reciprocal` of the counts, as far as it is needed.
     """
@@ -124,9 +130,14 @@ def decode(numbers):
 
 
 @triton.jit
-def query_window(position, length, kernel, stride, CAUSAL: tl.constexpr):
+def query_window(
+    position, length, kernel, stride, CAUSAL: tl.constexpr, CIRCULAR: tl.constexpr
+):  # fmt: skip
     """First key and one past the last key that the query at `position` attends to."""
-    if CAUSAL:
+    if CIRCULAR:
+        start = position // stride * stride + stride // 2 - kernel // 2
+        return start, start + kernel
+    elif CAUSAL:
         leader = tl.minimum(position // stride * stride + stride - 1, length - 1)
         return tl.maximum(leader - kernel + 1, 0), position + 1
     else:
@@ -136,9 +147,18 @@ def query_window(position, length, kernel, stride, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def key_window(position, length, kernel, stride, CAUSAL: tl.constexpr):
+def key_window(
+    position, length, kernel, stride, CAUSAL: tl.constexpr, CIRCULAR: tl.constexpr
+):  # fmt: skip
     """First query and one past the last query that attends to the key at `position`."""
-    if CAUSAL:
+    if CIRCULAR:
+        # From the first leader whose window holds the key to the last. Stride divides the length,
+        # and quotients are of positive numbers.
+        earliest = position + length - kernel + kernel // 2 + 1
+        start = ceil_div(earliest - stride // 2, stride) * stride - length
+        latest = position + kernel // 2 - stride // 2
+        return start, latest // stride * stride + stride
+    elif CAUSAL:
         reach = position + kernel - 1
         stop = (reach - (stride - 1)) // stride * stride + stride
         return position, tl.where(reach >= length - 1, length, tl.minimum(stop, length))
@@ -162,13 +182,16 @@ def window(
     first_column,
     end_column,
     CAUSAL: tl.constexpr,
+    CIRCULAR: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
     """Columns that a row sees, counted from the first column that exists."""
     if INVERSE:
-        start, end = key_window(position, length, kernel, stride, CAUSAL)
+        start, end = key_window(position, length, kernel, stride, CAUSAL, CIRCULAR)
     else:
-        start, end = query_window(position, length, kernel, stride, CAUSAL)
+        start, end = query_window(position, length, kernel, stride, CAUSAL, CIRCULAR)
+    if CIRCULAR:
+        return start, end
     start = tl.minimum(tl.maximum(start, first_column), end_column)
     end = tl.maximum(tl.minimum(end, end_column), start)
     return start - first_column, end - first_column
@@ -177,7 +200,7 @@ def window(
 @triton.jit
 def axis_rows(
     tile, tiles, offset, axis, row_box, column_box,
-    TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, CAUSAL: tl.constexpr,
+    TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, CAUSAL: tl.constexpr, CIRCULAR: tl.constexpr,
     INVERSE: tl.constexpr, ACTIVE: tl.constexpr,
 ):  # fmt: skip
     """Everything about one axis of a row tile.
@@ -207,21 +230,31 @@ def axis_rows(
         end_of_rows = tl.minimum(first + TILE, row_end)
         last_row = tl.maximum(end_of_rows - 1, 0)
         first_begin, first_end = window(
-            first_row, group_length, kernel, stride, column_begin, column_end, CAUSAL, INVERSE
-        )
+            first_row, group_length, kernel, stride, column_begin, column_end, CAUSAL, CIRCULAR,
+            INVERSE,
+        )  # fmt: skip
         last_begin, last_end = window(
-            last_row, group_length, kernel, stride, column_begin, column_end, CAUSAL, INVERSE
-        )
-        count = tl.where(end_of_rows > first_row, ceil_div(last_end - first_begin, COLUMN_TILE), 0)
-        inner = tl.minimum(tl.maximum(ceil_div(last_begin - first_begin, COLUMN_TILE), 0), count)
-        inner_end = tl.maximum(first_end - first_begin, 0) // COLUMN_TILE
-        inner_count = tl.maximum(tl.minimum(inner_end, count) - inner, 0)
+            last_row, group_length, kernel, stride, column_begin, column_end, CAUSAL, CIRCULAR,
+            INVERSE,
+        )  # fmt: skip
+        if CIRCULAR:
+            count = ring_tiles(first_begin, last_end, group_length, COLUMN_TILE)
+            count = tl.where(end_of_rows > first_row, count, 0)
+            inner, inner_count = last_begin, first_end - last_begin
+        else:
+            count = ceil_div(last_end - first_begin, COLUMN_TILE)
+            count = tl.where(end_of_rows > first_row, count, 0)
+            inner = ceil_div(last_begin - first_begin, COLUMN_TILE)
+            inner = tl.minimum(tl.maximum(inner, 0), count)
+            inner_end = tl.maximum(first_end - first_begin, 0) // COLUMN_TILE
+            inner_count = tl.maximum(tl.minimum(inner_end, count) - inner, 0)
 
         position = first + offset
         exists = (position >= row_begin) & (position < row_end)
         begin, end = window(
-            position, group_length, kernel, stride, column_begin, column_end, CAUSAL, INVERSE
-        )
+            position, group_length, kernel, stride, column_begin, column_end, CAUSAL, CIRCULAR,
+            INVERSE,
+        )  # fmt: skip
         memory = position * dilation + group - row_origin
         column_memory = column_begin * dilation + group - column_origin
         return (
@@ -276,9 +309,8 @@ def quotient(dividend, divisor, inverse):
 
 
 @triton.jit
-def column_tile(t, box, COLUMN_TILE: tl.constexpr, RANK: tl.constexpr):
-    """Corner of the t-th column tile of a box, and whether all rows see all of it."""
-    union, counts, inner, inner_counts, inverses = box
+def tile_index(t, counts, inverses, RANK: tl.constexpr):
+    """The number along each axis of the t-th column tile of a box."""
     x, y, z = t * 0, t * 0, t
     if RANK >= 2:
         y = quotient(t, counts[2], inverses[2])
@@ -286,6 +318,14 @@ def column_tile(t, box, COLUMN_TILE: tl.constexpr, RANK: tl.constexpr):
     if RANK == 3:
         x = quotient(y, counts[1], inverses[1])
         y -= x * counts[1]
+    return x, y, z
+
+
+@triton.jit
+def column_tile(t, box, COLUMN_TILE: tl.constexpr, RANK: tl.constexpr):
+    """Corner of the t-th column tile of a box, and whether all rows see all of it."""
+    union, counts, inner, inner_counts, inverses = box
+    x, y, z = tile_index(t, counts, inverses, RANK)
     whole = (z >= inner[2]) & (z < inner[2] + inner_counts[2])
     if RANK >= 2:
         whole = whole & (y >= inner[1]) & (y < inner[1] + inner_counts[1])
@@ -295,6 +335,77 @@ def column_tile(t, box, COLUMN_TILE: tl.constexpr, RANK: tl.constexpr):
         union[0] + x * COLUMN_TILE[0], union[1] + y * COLUMN_TILE[1], union[2] + z * COLUMN_TILE[2],
     )  # fmt: skip
     return corner, whole
+
+
+@triton.jit
+def ring_tiles(begin, end, length, COLUMN_TILE: tl.constexpr):
+    """How many column tiles cover a range of a ring, unwrapped, if none lies across its seam."""
+    start = tl.where(begin < 0, begin + length, begin)
+    before, total = length - start, end - begin
+    second = tl.minimum(tl.maximum(total - before, 0), length)
+    third = tl.maximum(total - before - length, 0)
+    return (
+        ceil_div(tl.minimum(total, before), COLUMN_TILE)
+        + ceil_div(second, COLUMN_TILE)
+        + ceil_div(third, COLUMN_TILE)
+    )
+
+
+@triton.jit
+def axis_tile(
+    t, union, inner, inner_count, length, COLUMN_TILE: tl.constexpr, CIRCULAR: tl.constexpr
+):  # fmt: skip
+    """Corner of the t-th column tile along one axis, its position, and whether all rows see it."""
+    if CIRCULAR:
+        # Up to the seam, then once around, then the rest.
+        start = tl.where(union < 0, union + length, union)
+        before, around = ceil_div(length - start, COLUMN_TILE), ceil_div(length, COLUMN_TILE)
+        later = t - before
+        rest = tl.where(later >= around, later - around, later)
+        corner = tl.where(later < 0, start + t * COLUMN_TILE, rest * COLUMN_TILE)
+        rings = tl.where(later < 0, 0, tl.where(later >= around, 2, 1))
+        position = corner + rings * length + (union - start)
+        end = position + COLUMN_TILE
+        whole = (position >= inner) & (end <= inner + inner_count)
+        return corner, position, whole & (corner + COLUMN_TILE <= length)
+    else:
+        corner = union + t * COLUMN_TILE
+        return corner, corner, (t >= inner) & (t < inner + inner_count)
+
+
+@triton.jit
+def placed_tile(t, box, columns, COLUMN_TILE: tl.constexpr, V: tl.constexpr):
+    """Corner of the t-th column tile of a box, whether all rows see all of it, and the positions of
+    the corner that windows are compared with: others where an axis is circular."""
+    if V.CIRCULAR[0] or V.CIRCULAR[1] or V.CIRCULAR[2]:
+        x, y, z = tile_index(t, box.counts, box.inverses, V.RANK)
+        corner_x, position_x, whole_x = axis_tile(
+            x, box.union[0], box.inner[0], box.inner_counts[0], columns.extent[0], COLUMN_TILE[0],
+            V.CIRCULAR[0],
+        )  # fmt: skip
+        corner_y, position_y, whole_y = axis_tile(
+            y, box.union[1], box.inner[1], box.inner_counts[1], columns.extent[1], COLUMN_TILE[1],
+            V.CIRCULAR[1],
+        )  # fmt: skip
+        corner_z, position_z, whole_z = axis_tile(
+            z, box.union[2], box.inner[2], box.inner_counts[2], columns.extent[2], COLUMN_TILE[2],
+            V.CIRCULAR[2],
+        )  # fmt: skip
+        corner = (corner_x, corner_y, corner_z)
+        return corner, whole_x & whole_y & whole_z, (position_x, position_y, position_z)
+    else:
+        corner, whole = column_tile(t, box, COLUMN_TILE, V.RANK)
+        return corner, whole, corner
+
+
+@triton.jit
+def before_seam(place, corner, length, CIRCULAR: tl.constexpr):
+    """Places of columns in a tile along one axis; far away those behind the seam of a ring, which
+    are columns of another tile."""
+    if CIRCULAR:
+        return tl.where(place + corner < length, place, FAR)
+    else:
+        return place
 
 
 @triton.jit
@@ -431,15 +542,15 @@ def tile_scores(
 ):  # fmt: skip
     """Scores of a tile before scaling, -inf where a row does not see a column: [rows, columns].
 
-    `tile` is its corner and whether all rows see all of it. `V.MASK` says which tiles are masked:
+    `tile` is what `placed_tile` says. `V.MASK` says which tiles are masked:
     "always" all of them, "edges" those that not all rows see all of, "never" none, for there are no
     such tiles. A bias is what the product adds to: as a summand of its own, its layout, that of a
     load, would spread to all that follows.
     """
-    corner, whole = tile
+    corner, whole, position = tile
     if V.HAS_RPB:
         row, column, size = bias_slot(
-            corner, place, rows.position, columns.first, window, INVERSE, V.RANK
+            position, place, rows.position, columns.first, window, INVERSE, V.RANK
         )
         biases = load_biases(bias + head.to(tl.int64) * size, row, column)
         scores = tl.dot(row_features, column_features.T, biases, input_precision=V.PRECISION)
@@ -447,12 +558,19 @@ def tile_scores(
         scores = tl.dot(row_features, column_features.T, input_precision=V.PRECISION)
     if V.NEGATE:
         scores = -scores
+    if V.MASK != "never":
+        extent = columns.extent
+        place = (
+            before_seam(place[0], corner[0], extent[0], V.CIRCULAR[0]),
+            before_seam(place[1], corner[1], extent[1], V.CIRCULAR[1]),
+            before_seam(place[2], corner[2], extent[2], V.CIRCULAR[2]),
+        )
     if V.MASK == "edges":
         if not whole:
-            seen = in_sight(corner, place, rows.begin, rows.width, V.RANK)
+            seen = in_sight(position, place, rows.begin, rows.width, V.RANK)
             scores = tl.where(seen, scores, float("-inf"))
     elif V.MASK == "always":
-        seen = in_sight(corner, place, rows.begin, rows.width, V.RANK)
+        seen = in_sight(position, place, rows.begin, rows.width, V.RANK)
         scores = tl.where(seen, scores, float("-inf"))
     return scores
 
@@ -575,17 +693,17 @@ def row_tile(program, row, data, heads, INVERSE: tl.constexpr, V: tl.constexpr):
     rows_x, box_x, columns_x = axis_rows(
         tile[0], tiles[0], row[0], (lengths[0], kernels[0], strides[0], dilations[0]),
         (row_origins[0], row_extents[0]), (column_origins[0], column_extents[0]),
-        ROW_TILE[0], COLUMN_TILE[0], V.CAUSAL[0], INVERSE, V.RANK == 3,
+        ROW_TILE[0], COLUMN_TILE[0], V.CAUSAL[0], V.CIRCULAR[0], INVERSE, V.RANK == 3,
     )  # fmt: skip
     rows_y, box_y, columns_y = axis_rows(
         tile[1], tiles[1], row[1], (lengths[1], kernels[1], strides[1], dilations[1]),
         (row_origins[1], row_extents[1]), (column_origins[1], column_extents[1]),
-        ROW_TILE[1], COLUMN_TILE[1], V.CAUSAL[1], INVERSE, V.RANK >= 2,
+        ROW_TILE[1], COLUMN_TILE[1], V.CAUSAL[1], V.CIRCULAR[1], INVERSE, V.RANK >= 2,
     )  # fmt: skip
     rows_z, box_z, columns_z = axis_rows(
         tile[2], tiles[2], row[2], (length, kernel, strides[2], dilations[2]),
         (row_origins[2], row_extent), (column_origins[2], column_extent),
-        ROW_TILE[2], COLUMN_TILE[2], V.CAUSAL[2], INVERSE, True,
+        ROW_TILE[2], COLUMN_TILE[2], V.CAUSAL[2], V.CIRCULAR[2], INVERSE, True,
     )  # fmt: skip
     inverses = (0, 0, 0)
     if V.RANK == 2:

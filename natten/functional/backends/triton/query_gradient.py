@@ -25,10 +25,10 @@ from natten.functional.backends.triton.primitives import (
     ceil_div,
     column_source,
     column_steps,
-    column_tile,
     head_offset,
     load_columns,
     load_rows,
+    placed_tile,
     row_offsets,
     row_tile,
     store_rows,
@@ -211,7 +211,7 @@ def query_gradient_kernel(
         bias_target = data.bias_gradient + (copy * heads + head).to(tl.int64) * table_size(window)
     accumulator = tl.zeros([ROWS, BLOCK], tl.float32)
     for t in tl.range(0, column_steps(box), num_stages=V.STAGES):
-        tile = column_tile(t, box, KEY_TILE, V.RANK)
+        tile = placed_tile(t, box, grid, KEY_TILE, V)
         key_columns = load_columns(
             key_source, tile[0], grid, place, V.FEATURES, V.BLOCK, COLUMNS, V
         )  # fmt: skip
@@ -227,7 +227,7 @@ def query_gradient_kernel(
         )  # fmt: skip
         if data.bias_gradient is not None:
             add_bias_gradient(
-                score_gradient, bias_target, data.factor, tile[0], rows.corner, grid.first, window,
+                score_gradient, bias_target, data.factor, tile[2], rows.corner, grid.first, window,
                 V,
             )  # fmt: skip
     if V.HAS_ADDITIONAL:

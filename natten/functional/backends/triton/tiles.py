@@ -201,6 +201,7 @@ def _suits_ping_pong(problem: Problem) -> bool:
         and not problem.has_lengths
         and problem.num_keys > 0
         and not any(d > 1 for d in problem.dilation)
+        and not problem.is_circular
     )
 
 
@@ -289,6 +290,7 @@ def dense_problem(problem: Problem, num_queries: int, num_keys: int) -> Problem:
         stride=(1,),
         dilation=(1,),
         is_causal=(False,),
+        is_circular=(),
         grid=length,
         query_origin=(0,),
         key_origin=(0,),
@@ -476,9 +478,9 @@ def reuse(problem: Problem, kernel: Kernel, tiling: Tiling) -> Tiling:
     """
     alike = (
         kernel, replace(tiling, query=(), key=()), prod(tiling.query), prod(tiling.key),
-        problem.rank, problem.is_causal, problem.head_dim, problem.head_dim_v, problem.dtype,
-        problem.heads // problem.heads_kv, problem.num_additional > 0, problem.has_rpb,
-        problem.varlen, problem.device,
+        problem.rank, problem.is_causal, problem.is_circular, problem.head_dim,
+        problem.head_dim_v, problem.dtype, problem.heads // problem.heads_kv,
+        problem.num_additional > 0, problem.has_rpb, problem.varlen, problem.device,
     )  # fmt: skip
     used = _used.setdefault(alike, [])
     best = kernel.cost(problem, tiling.query, tiling.key)
