@@ -33,6 +33,10 @@ class Case:
     additional_lengths: tuple[int, ...] | None = None
     rpb: bool = False
     is_circular: tuple[bool, ...] = ()
+    softcap: float = 0.0
+    sink: bool = False
+    key_mask: bool = False
+    query_mask: bool = False
     scale: float | None = None
     contiguous: bool = True
     grid: tuple[int, ...] | None = None
@@ -238,6 +242,43 @@ def _extras() -> list[Case]:
             additional=2,
         ),
     ]
+
+
+def _scores() -> list[Case]:
+    """Soft cap, sink and masks of tokens, each alone and combined."""
+    boxes: dict[str, Any] = {
+        "grid": (17, 15), "query_origin": (6, 9), "key_tokens": (9, 10), "key_origin": (4, 5),
+    }  # fmt: skip
+    masks = {"key_mask": True, "query_mask": True}
+    return [
+        Case("1d_softcap", (21,), (5,), softcap=1.5),
+        Case("2d_softcap_large_scores", (9, 8), (5, 3), softcap=20.0, magnitude=6.0),
+        Case("2d_softcap_small", (9, 8), (5, 3), softcap=0.05, scale=-0.5),
+        Case("2d_softcap_scale_0", (9, 8), (5, 3), softcap=2.0, scale=0.0),
+        Case("2d_softcap_rpb_additional", (9, 8), (5, 3), softcap=1.0, rpb=True, additional=6),
+        Case("1d_sink", (21,), (5,), sink=True),
+        Case("2d_sink_gqa_dv", (9, 8), (5, 3), heads=4, heads_kv=2, head_dim_v=24, sink=True),
+        Case("2d_sink_full_window", (5, 6), (5, 6), sink=True, additional=4),
+        Case("1d_key_mask", (37,), (7,), key_mask=True),
+        Case("2d_key_mask", (19, 17), (7, 7), batch=3, key_mask=True),
+        Case("3d_key_mask_causal", (5, 6, 7), (3, 5, 3), is_causal=(True, False, False),
+             key_mask=True),
+        Case("2d_query_mask", (11, 13), (5, 3), query_mask=True),
+        Case("2d_masks_dilated_strided", (13, 17), (4, 5), (2, 3), (2, 3), batch=3, **masks),
+        Case("2d_masks_rpb", (9, 8), (5, 3), heads=4, heads_kv=2, rpb=True, **masks),
+        Case("2d_masks_additional_lengths", (9, 8), (5, 3), additional=7,
+             additional_lengths=(0, 4), **masks),
+        Case("2d_masks_full_window", (7, 9), (7, 9), batch=3, **masks),
+        Case("2d_masks_non_contiguous", (9, 8), (5, 3), contiguous=False, head_dim_v=24, **masks),
+        Case("2d_masks_circular", (12, 13), (3, 5), dilation=(2, 1), is_circular=(True, False),
+             heads=1, **masks),
+        Case("2d_sub_masks", (5, 6), (5, 4), **boxes, **masks),
+        Case("2d_everything", (9, 8), (5, 3), softcap=1.0, sink=True, rpb=True, additional=7,
+             additional_lengths=(0, 4), **masks),
+        Case("attention_masks", (37,), None, key_tokens=(45,), batch=3, **masks),
+        Case("attention_causal_masks_sink", (70,), None, is_causal=(True,), sink=True, **masks),
+        _varlen("varlen_softcap_sink", (7, 20, 0, 13), (7, 20, 5, 0), softcap=1.0, sink=True),
+    ]  # fmt: skip
 
 
 def _subgrids() -> list[Case]:
@@ -446,6 +487,7 @@ GROUPS: dict[str, list[Case]] = {
     "windows": _windows(),
     "heads": _heads(),
     "extras": _extras(),
+    "scores": _scores(),
     "subgrids": _subgrids(),
     "circular": _circular(),
     "attention": _attention(),
@@ -542,5 +584,13 @@ def _random_case(seed: int, rank: int | None, max_tokens: int) -> Case:
             key_tokens=boxes["key"],
             query_origin=boxes["query_origin"],
             key_origin=boxes["key_origin"],
+        )
+    if random.random() < 0.25:
+        case = replace(
+            case,
+            softcap=random.choice((0.0, 0.5, 4.0)),
+            sink=random.random() < 0.5,
+            key_mask=random.random() < 0.6,
+            query_mask=random.random() < 0.3,
         )
     return case

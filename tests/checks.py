@@ -26,7 +26,7 @@ RESULT_ROUNDING = 2.0
 
 @dataclass
 class Inputs:
-    """The tensors of a case; the first six take gradients."""
+    """The tensors of a case that take gradients."""
 
     query: Tensor
     key: Tensor
@@ -34,6 +34,7 @@ class Inputs:
     rpb: Tensor | None = None
     additional_keys: Tensor | None = None
     additional_values: Tensor | None = None
+    sink: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         pairs = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -94,7 +95,30 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
     if case.rpb:
         table = torch.randn(case.heads, *(2 * k - 1 for k in case.kernel_size), generator=generator)
         inputs.rpb = table.to(dtype).to(device).requires_grad_()
+    if case.sink:
+        logits = torch.randn(case.heads, generator=generator)
+        inputs.sink = logits.to(dtype).to(device).requires_grad_()
     return inputs
+
+
+def masks(case: Case, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Which keys and queries are valid: of the first batch entry some here and there, of the second
+    a corner, of the third none."""
+    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + 1)
+    found = {}
+    for name, tokens in (("key_mask", case.key_tokens), ("query_mask", case.tokens)):
+        if not getattr(case, name):
+            continue
+        mask = torch.rand(case.batch, *tokens, generator=generator) < 0.6
+        if case.batch > 1:
+            mask[1] = False
+            mask[(1, *(slice(-(-2 * n // 3)) for n in tokens))] = True
+        if case.batch > 2:
+            mask[2] = False
+        if not case.contiguous:
+            mask = torch.stack([mask, ~mask], -1)[..., 0]
+        found[name] = mask.to(device)
+    return found
 
 
 def _absent(case: Case, device: str | torch.device) -> Tensor:
@@ -107,6 +131,9 @@ def run(
     case: Case, inputs: Inputs, backend: str | None = None, **knobs: Any
 ) -> tuple[Tensor, Tensor]:
     """Call the public function for a case."""
+    knobs = {
+        "softcap": case.softcap, "sink": inputs.sink, **masks(case, inputs.query.device), **knobs
+    }  # fmt: skip
     if case.is_attention:
         device = inputs.query.device
         lengths = {}
@@ -183,10 +210,14 @@ def eager(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
     repeat = case.heads // case.heads_kv
     visible = full_mask(case, q.device)
+    valid = {name: mask.flatten(1) for name, mask in masks(case, q.device).items()}
     scores_bias = q.new_zeros(case.heads, *visible.shape)
     if inputs.rpb is not None:
         scores_bias = _full_bias(case, inputs.rpb)
     scores_bias = scores_bias.masked_fill(~visible, -torch.inf)
+    if "key_mask" in valid:
+        hidden = ~valid["key_mask"][:, None, None, :]
+        scores_bias = scores_bias.expand(case.batch, -1, -1, -1).masked_fill(hidden, -torch.inf)
     if inputs.additional_keys is not None:
         more_k, more_v = inputs.additional_keys, inputs.additional_values
         scores_bias = torch.nn.functional.pad(scores_bias, (0, case.additional))
@@ -199,7 +230,22 @@ def eager(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
         v = torch.cat([v, more_v.transpose(1, 2)], dim=2)
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    scores = (q * scale) @ k.transpose(-1, -2) + scores_bias
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if case.softcap:
+        scores = case.softcap * (scores / case.softcap).tanh()
+    scores = scores + scores_bias
+    if inputs.sink is not None:
+        logits = inputs.sink[:, None, None].expand(*scores.shape[:-1], 1)
+        if case.lengths_q is not None:
+            # Tokens behind the last sequence are of none.
+            logits = logits.masked_fill(
+                torch.arange(len(visible), device=q.device)[:, None] >= sum(case.lengths_q),
+                -torch.inf,
+            )
+        scores = torch.cat([scores, logits], -1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 1))
+    if "query_mask" in valid:
+        scores = scores.masked_fill(~valid["query_mask"][:, None, :, None], -torch.inf)
     # Rows without keys have no softmax; torch's own attention gives zeros for them too.
     dead = (scores == -torch.inf).all(-1, keepdim=True)
     weights = scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)

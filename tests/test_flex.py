@@ -22,6 +22,8 @@ SOME = [
     *(c for c in CASES if c.name in ("3d_rpb_additional_dilated_strided", "1d_sub_disjoint")),
     *(c for c in CASES if "additional_lengths" in c.name),
     *(c for c in CASES if c.name in ("attention_causal_cross_long", "varlen_empty_sequences")),
+    *(c for c in CASES if c.name in ("2d_softcap_rpb_additional", "2d_everything")),
+    *(c for c in CASES if c.name in ("attention_causal_masks_sink", "varlen_softcap_sink")),
 ]
 
 

@@ -27,6 +27,7 @@ from natten._internals import AUTOGRAD
 from natten.context import is_flex_compile_allowed, is_flex_compile_backprop_allowed
 from natten.functional.backend import Backend, Gradients, Inputs, Results
 from natten.functional.problem import Config, Problem, Unavailable
+from natten.functional.sink import join
 from natten.window import absent, cleared, distance, mask
 
 _BLOCK = 128
@@ -153,19 +154,51 @@ def _sequence_of_tokens(cumulative: Tensor, tokens: int) -> tuple[Tensor, Tensor
     return number.masked_fill(beyond, -1), start
 
 
-def _with_lengths(
+def _of_entries(
     visible: Callable[[Tensor, Tensor], Tensor],
-    lengths: Tensor,
-    own: int,
+    problem: Problem,
+    inputs: Inputs,
     orders: tuple[_Order, _Order] | None,
 ) -> Callable[..., Tensor]:
-    """FlexAttention's mask where each batch entry has so many of the additional keys."""
+    """FlexAttention's mask where batch entries differ: in valid tokens, and in how many of the
+    additional keys they have."""
+    own = problem.num_keys
+    lengths = inputs.additional_lengths
+    key_mask, query_mask = (
+        None if mask is None else mask.flatten(1).contiguous()
+        for mask in (inputs.key_mask, inputs.query_mask)
+    )
 
     def masked(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        token = kv if orders is None else orders[1].token[kv]
-        return visible(q, kv) & (token < own + lengths[b])
+        seen = visible(q, kv)
+        if orders is not None:
+            q, kv = orders[0].token[q], orders[1].token[kv]
+        if lengths is not None:
+            # Below zero they would take away keys of the grid.
+            seen = seen & (kv < own + lengths[b].long().clamp(min=0))
+        if key_mask is not None and own:
+            seen = seen & (key_mask[b, kv.clamp(max=own - 1)] | (kv >= own))
+        return seen if query_mask is None else seen & query_mask[b, q]
 
     return masked
+
+
+def _without_absent(problem: Problem, inputs: Inputs) -> Inputs:
+    """The inputs with zeros for tokens that do not exist or are not valid."""
+    changes: dict[str, Tensor] = {}
+
+    def clear(hidden: Tensor, *names: str) -> None:
+        for name in names:
+            changes[name] = cleared(getattr(inputs, name), hidden)
+
+    if inputs.additional_lengths is not None:
+        hidden = absent(inputs.additional_lengths, problem.num_additional)
+        clear(hidden, "additional_keys", "additional_values")
+    if inputs.key_mask is not None:
+        clear(~inputs.key_mask, "key", "value")
+    if inputs.query_mask is not None:
+        clear(~inputs.query_mask, "query")
+    return inputs._replace(**changes)
 
 
 def _block_mask(
@@ -191,9 +224,11 @@ def _block_mask(
         # Blocks that the border cuts count as partial.
         all_seen = torch.nn.functional.pad(seen.all(0), (0, padding))
         full = all_seen.view(-1, kv_block).all(-1) & (len(q) == q_block)
+        # Who sees additional keys in a block, or is valid in it, is not known here.
         if problem.has_lengths:
-            # Who sees the additional keys in a block is not known here.
             full[(keys - problem.num_additional) // kv_block :] = False
+        if problem.has_key_mask or problem.has_query_mask:
+            full = torch.zeros_like(full)
         every.append(full)
         some.append(any_seen.view(-1, kv_block).any(-1) & ~full)
 
@@ -235,6 +270,8 @@ def _geometry(problem: Problem) -> Problem:
         head_dim_v=1,
         scale=1.0,
         has_rpb=False,
+        softcap=0.0,
+        has_sink=False,
         dtype=torch.float32,
         requires_grad=False,
     )
@@ -246,12 +283,18 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 def _score_mod(
     problem: Problem, rpb: Tensor | None, orders: tuple[_Order, _Order] | None
 ) -> ScoreMod | None:
-    """What adds the bias, None if there is none to add."""
-    own, axes = problem.num_keys, problem.axes
+    """What caps scores and adds the bias, None if there is nothing to do."""
+    own, axes, softcap = problem.num_keys, problem.axes, problem.softcap
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
     if rpb is None or not own:
-        return None
+        return capped if softcap else None
 
     def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        if softcap:
+            score = capped(score, b, h, q, kv)
         if orders is not None:
             q, kv = orders[0].token[q], orders[1].token[kv]
         inside = kv.clamp(max=own - 1)
@@ -302,9 +345,9 @@ def _attend(
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    query, key, value, rpb, additional_keys, additional_values, *_ = inputs
+    inputs = _without_absent(problem, inputs)
+    query, key, value, rpb, additional_keys, additional_values, sink, *_ = inputs
     cumulative = (inputs.cumulative_seqlen_q, inputs.cumulative_seqlen_kv)
-    additional_lengths = inputs.additional_lengths
     q, k, v = (t.flatten(1, -3) for t in (query, key, value))
     tiles: tuple[tuple[int, ...], tuple[int, ...]] = ((_BLOCK,), (_BLOCK,))
     if config.q_tile_shape is not None and config.kv_tile_shape is not None:
@@ -317,12 +360,6 @@ def _attend(
         own = orders[1].token[: len(orders[1].token) - problem.num_additional]
         k, v = k.index_select(1, own), v.index_select(1, own)
     if additional_keys is not None and additional_values is not None:
-        if additional_lengths is not None:
-            # Below zero they would take away keys of the grid.
-            additional_lengths = additional_lengths.long().clamp(min=0)
-            hidden = absent(additional_lengths, problem.num_additional)
-            additional_keys = cleared(additional_keys, hidden)
-            additional_values = cleared(additional_values, hidden)
         k, v = torch.cat([k, additional_keys], dim=1), torch.cat([v, additional_values], dim=1)
     q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
     if cumulative[0] is not None and cumulative[1] is not None:
@@ -333,14 +370,11 @@ def _attend(
         block_mask = _block_mask(problem, _visible(problem, sequences), blocks)
     else:
         block_mask = _cached_block_mask(geometry, blocks, None if orders is None else tiles)
-        if additional_lengths is not None:
+        if problem.has_lengths or problem.has_key_mask or problem.has_query_mask:
             visible = _visible(problem, None)
             block_mask = copy(block_mask)
-            block_mask.mask_mod = _with_lengths(
-                visible if orders is None else _reordered(visible, orders),
-                additional_lengths,
-                problem.num_keys,
-                orders,
+            block_mask.mask_mod = _of_entries(
+                visible if orders is None else _reordered(visible, orders), problem, inputs, orders
             )
     attend: Any = _compiled() if config.torch_compile else flex_attention
     score_mod = _score_mod(problem, rpb, orders)
@@ -359,7 +393,14 @@ def _attend(
     lse = aux.lse.to(problem.accumulation_dtype)
     if orders is not None:
         out, lse = (t.index_select(2, orders[0].place) for t in (out, lse))
-    return out.transpose(1, 2).unflatten(1, tokens), lse.transpose(1, 2).unflatten(1, tokens)
+    out, lse = out.transpose(1, 2).unflatten(1, tokens), lse.transpose(1, 2).unflatten(1, tokens)
+    if sink is not None and weigh is None:
+        of_no_query = None if inputs.query_mask is None else ~inputs.query_mask[..., None]
+        if cumulative[0] is not None:
+            of_no_query = (sequences[0] < 0)[None, :, None]
+        out, lse = join(out, lse, sink)
+        lse = lse if of_no_query is None else lse.masked_fill(of_no_query, -torch.inf)
+    return out, lse
 
 
 def _kernel_options(blocks: tuple[int, int]) -> Any:
@@ -429,8 +470,6 @@ class Flex(Backend):
     name = "flex"
 
     def refusal(self, problem: Problem, config: Config) -> str | None:
-        if problem.softcap or problem.has_sink or problem.has_key_mask or problem.has_query_mask:
-            return "it knows no softcap, no sink and no masks of tokens"
         if problem.dtype not in _DTYPES:
             return f"FlexAttention does not take {problem.dtype}"
         if problem.requires_grad and problem.device.type != "cuda":
@@ -484,6 +523,10 @@ class Flex(Backend):
         destinations: tuple[Tensor, ...] | None = None,
     ) -> Gradients:
         grad_out, grad_lse = results.grad_out, results.grad_lse
+        if inputs.query_mask is not None:
+            grad_out = cleared(grad_out, ~inputs.query_mask)
+            if grad_lse is not None:
+                grad_lse = grad_lse.masked_fill(~inputs.query_mask[..., None], 0.0)
         # Tiles are named for the forward pass. Of the backward pass not all compile: it has none.
         config = replace(config, q_tile_shape=None, kv_tile_shape=None)
         with _autograd_allowed(), torch.enable_grad():

@@ -40,6 +40,7 @@ from natten.functional.backends.cpu.plan import (
     query_sweep,
 )
 from natten.functional.problem import Config, Problem, Unavailable
+from natten.functional.sink import join
 
 # How kernels.py calls the storage types; FLOATING is the type of the computation itself.
 KINDS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -83,11 +84,11 @@ def _table(*tensors: Tensor | None) -> np.ndarray:
     return np.array(rows, np.int64)
 
 
-def _precise_bias(problem: Problem, rpb: Tensor | None) -> Tensor:
-    """The bias in the compute type and row-major order, empty if there is none."""
-    if rpb is None:
+def _precise(problem: Problem, tensor: Tensor | None) -> Tensor:
+    """Bias or sink in the compute type and row-major order, empty if there is none."""
+    if tensor is None:
         return torch.empty(0, dtype=problem.accumulation_dtype, device="cpu")
-    return rpb.to(problem.accumulation_dtype).contiguous().view(-1)
+    return tensor.to(problem.accumulation_dtype).contiguous().view(-1)
 
 
 def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
@@ -121,6 +122,15 @@ def _with_axis(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.unsqueeze(-1)
 
 
+def _masks(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
+    """Those of keys and of queries, with axes of one head and one feature."""
+    key, query = (
+        None if mask is None else mask[..., None, None]
+        for mask in (inputs.key_mask, inputs.query_mask)
+    )
+    return key, query
+
+
 def _check(problem: Problem, **tensors: Tensor | None) -> None:
     """Compiled loops trust the problem, not the tensors: make sure that they agree.
 
@@ -139,16 +149,20 @@ def _check(problem: Problem, **tensors: Tensor | None) -> None:
         "grad_out": problem.output_shape,
         "lse": problem.lse_shape,
         "grad_lse": problem.lse_shape,
+        "sink": (problem.heads,),
+        "key_mask": (batch, *problem.key_shape),
+        "query_mask": (batch, *problem.query_shape),
     }
     optional = {"grad_lse"}
-    if not problem.has_rpb:
-        optional.add("rpb")
+    for name in ("rpb", "sink", "key_mask", "query_mask"):
+        if not getattr(problem, f"has_{name}"):
+            optional.add(name)
     if not extra:
         optional.update(("additional_keys", "additional_values"))
     for name, tensor in tensors.items():
         if tensor is None and name in optional:
             continue
-        converted = name in ("rpb", "lse", "grad_lse")
+        converted = name in ("rpb", "lse", "grad_lse", "sink", "key_mask", "query_mask")
         if (
             tensor is None
             or not (converted or tensor.dtype == problem.dtype)
@@ -173,8 +187,6 @@ class CpuBackend(Backend):
             return f"it runs on the CPU, and the tensors are on {problem.device}"
         if problem.dtype not in KINDS:
             return f"it computes float32, float64, bfloat16 and float16, not {problem.dtype}"
-        if problem.softcap or problem.has_sink or problem.has_key_mask or problem.has_query_mask:
-            return "it knows no softcap, no sink and no masks of tokens"
         if problem.rank > 3:
             return f"it supports 1 to 3 axes of tokens, not {problem.rank}"
         if problem.varlen and (problem.num_additional or problem.has_rpb):
@@ -184,7 +196,7 @@ class CpuBackend(Backend):
 
     def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The output and the logsumexp."""
-        query, key, value, rpb, additional_keys, additional_values, *_ = inputs
+        query, key, value, rpb, additional_keys, additional_values, sink, *_ = inputs
         if problem.varlen:
             # Tokens behind the last sequence belong to none.
             out = query.new_zeros(problem.output_shape)
@@ -196,16 +208,20 @@ class CpuBackend(Backend):
             return out, lse
         _check(
             problem, query=query, key=key, value=value, rpb=rpb,
-            additional_keys=additional_keys, additional_values=additional_values,
+            additional_keys=additional_keys, additional_values=additional_values, sink=sink,
+            key_mask=inputs.key_mask, query_mask=inputs.query_mask,
         )  # fmt: skip
         if dense.covers(problem):
             tame = dense.tame(problem, query, key, value)
             if all(tame):
-                return dense.forward(problem, query, key, value)
+                out, lse = dense.forward(problem, query, key, value)
+                return (out, lse) if sink is None else join(out, lse, sink)
             if any(tame):
                 alone = replace(problem, batch=1)
                 tensors = _entries(query, key, value)
-                results = [self.forward(alone, config, Inputs(*t)) for t in tensors]
+                results = [
+                    self.forward(alone, config, Inputs(q, k, v, sink=sink)) for q, k, v in tensors
+                ]
                 out, lse = map(torch.cat, zip(*results, strict=True))
                 return out, lse
         # numba takes half a second to import.
@@ -217,24 +233,37 @@ class CpuBackend(Backend):
         sweep = query_sweep(problem, torch.get_num_threads())
         width, width_v = padded(problem.head_dim), padded(problem.head_dim_v)
         longest, extra = padded(sweep.longest), problem.num_additional
-        bias = _precise_bias(problem, rpb)
+        bias, logits = _precise(problem, rpb), _precise(problem, sink)
         arguments = (
-            _table(query, key, value, additional_keys, additional_values, out, _with_axis(lse)),
+            _table(
+                query,
+                key,
+                value,
+                additional_keys,
+                additional_values,
+                out,
+                _with_axis(lse),
+                *_masks(inputs),
+            ),
             KINDS[problem.dtype],
             problem.scale,
+            problem.softcap,
             problem.heads_kv,
             problem.heads // problem.heads_kv,
             problem.head_dim,
             problem.head_dim_v,
             extra,
             _extras(problem, inputs.additional_lengths),
+            array_of(logits),
             array_of(bias),
             bias_extents(problem),
             sweep.capacity,
             sweep.longest,
         )
-        scratch = (sweep.capacity + extra + 1) * (width + width_v) + longest + padded(extra)
+        scratch = (sweep.capacity + extra + 1) * (width + width_v) + 2 * (longest + padded(extra))
         picks = 2 * longest + padded(extra) + kernels.STATE_SIZE
+        if problem.has_key_mask:
+            picks += sweep.capacity
         _launch(kernels.forward, sweep, arguments, scratch, picks, _numpy_type(precise))
         return out, lse
 
@@ -263,7 +292,8 @@ class CpuBackend(Backend):
         _check(
             problem, query=query, key=key, value=value, rpb=rpb,
             additional_keys=additional_keys, additional_values=additional_values,
-            grad_out=grad_out, grad_lse=grad_lse, out=out, lse=lse,
+            grad_out=grad_out, grad_lse=grad_lse, out=out, lse=lse, sink=inputs.sink,
+            key_mask=inputs.key_mask, query_mask=inputs.query_mask,
         )  # fmt: skip
         if dense.covers(problem):
             tame = dense.tame(problem, query, key, value, grad_out, grad_lse)
@@ -273,8 +303,10 @@ class CpuBackend(Backend):
             if any(tame):
                 alone = replace(problem, batch=1)
                 entries = [
-                    self.backward(alone, config, Inputs(*t[:3]), Results(*t[3:]), needs)[:3]
-                    for t in _entries(query, key, value, *results)
+                    self.backward(
+                        alone, config, Inputs(q, k, v, sink=inputs.sink), Results(*rest), needs
+                    )[:3]
+                    for q, k, v, *rest in _entries(query, key, value, *results)
                 ]
                 dq, dk, dv = [torch.cat(parts) for parts in zip(*entries, strict=True)]
                 return dq, dk, dv, None, None, None
@@ -288,7 +320,8 @@ class CpuBackend(Backend):
         extra = problem.num_additional
         needs_extra = extra > 0 and (needs[4] or needs[5])
         needs_queries = needs[0] or needs[3] or needs_extra
-        bias, extents = _precise_bias(problem, rpb), bias_extents(problem)
+        bias, extents = _precise(problem, rpb), bias_extents(problem)
+        key_mask, _ = _masks(inputs)
         if grad_lse is not None:
             grad_lse = grad_lse.to(precise)
         lse = lse.to(precise)
@@ -298,6 +331,7 @@ class CpuBackend(Backend):
             KINDS[problem.dtype],
             problem.scale,
             problem.gradient_scale,
+            problem.softcap,
             problem.heads_kv,
             problem.heads // problem.heads_kv,
             problem.head_dim,
@@ -317,14 +351,16 @@ class CpuBackend(Backend):
         arguments = (
             _table(
                 query, key, value, additional_keys, additional_values, out, _with_axis(lse),
-                grad_out, _with_axis(grad_lse), _with_axis(delta), grad_query,
+                grad_out, _with_axis(grad_lse), _with_axis(delta), grad_query, key_mask,
             ),
             *shared, extra, _extras(problem, inputs.additional_lengths), array_of(bias), extents,
             sweep.capacity, sweep.longest, not needs_queries,
             bias_grads.reshape(-1), extra_grads.reshape(-1),
         )  # fmt: skip
-        scratch = (sweep.capacity + extra + 2) * (width + width_v) + 2 * (longest + padded(extra))
+        scratch = (sweep.capacity + extra + 2) * (width + width_v) + 3 * (longest + padded(extra))
         picks = 2 * longest + padded(extra) + kernels.STATE_SIZE
+        if problem.has_key_mask:
+            picks += sweep.capacity
         _launch(kernels.backward_queries, sweep, arguments, scratch, picks, numpy_type)
 
         if needs[1] or needs[2]:
@@ -333,12 +369,12 @@ class CpuBackend(Backend):
             key_arguments = (
                 _table(
                     query, key, value, _with_axis(lse), grad_out, _with_axis(delta),
-                    grad_key, grad_value,
+                    grad_key, grad_value, key_mask,
                 ),
                 *shared, array_of(bias), extents, sweep.capacity, sweep.longest, sweep.rows,
             )  # fmt: skip
             scratch = (sweep.capacity + sweep.rows + 1) * (width + width_v)
-            scratch += 2 * sweep.capacity + 2 * longest
+            scratch += 2 * sweep.capacity + 3 * longest
             picks = 2 * longest + kernels.STATE_SIZE
             _launch(kernels.backward_keys, sweep, key_arguments, scratch, picks, numpy_type)
 

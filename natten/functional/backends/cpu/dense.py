@@ -23,6 +23,8 @@ _LARGEST_SCORE = 2.0**20
 
 def covers(problem: Problem) -> bool:
     """Whether the operator computes this problem on tame numbers. It aborts on empty tensors."""
+    if problem.softcap or problem.has_key_mask or problem.has_query_mask:
+        return False
     if problem.has_rpb or problem.num_additional or 0 in (*problem.output_shape, problem.num_keys):
         return False
     causal = (

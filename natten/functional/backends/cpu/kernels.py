@@ -240,6 +240,50 @@ def exp(typing, vector):
 
 
 @intrinsic
+def tanh(typing, vector):
+    """tanh x within a few ulps, by e ** 2|x| - 1, which loses nothing where x is small."""
+
+    def generate(context, builder, signature, args):
+        x = args[0]
+        single = vector.dtype.bitwidth == 32
+        kind, bits = x.type, ir.VectorType(ir.IntType(vector.dtype.bitwidth), LANES)
+
+        def real(value: float) -> Any:
+            return ir.Constant(kind, [value] * LANES)
+
+        mantissa, bias, largest, degree = (23, 127, 20.0, 8) if single else (52, 1023, 44.0, 14)
+        sign = ir.Constant(bits, [1 << (vector.dtype.bitwidth - 1)] * LANES)
+        whole = builder.bitcast(x, bits)
+        size = builder.bitcast(builder.and_(whole, builder.not_(sign)), kind)
+        # Beyond, the result is 1; NaN stays.
+        y = builder.fmul(size, real(2.0))
+        y = builder.select(builder.fcmp_ordered(">", y, real(largest)), real(largest), y)
+        # y = count * log 2 + rest, as in `exp`.
+        magic = real(1.5 * 2.0**mantissa)
+        shifted = _multiply_add(builder, y, real(1 / math.log(2)), magic)
+        count = builder.fsub(shifted, magic)
+        high = math.floor(math.log(2) * 2.0 ** (mantissa - 12)) / 2.0 ** (mantissa - 12)
+        rest = _multiply_add(builder, count, real(-high), y)
+        rest = _multiply_add(builder, count, real(high - math.log(2)), rest)
+        # (e ** rest - 1) / rest.
+        series = real(1 / math.factorial(degree))
+        for power in range(degree - 1, 0, -1):
+            series = _multiply_add(builder, series, rest, real(1 / math.factorial(power)))
+        exponent = builder.add(builder.bitcast(shifted, bits), ir.Constant(bits, [bias] * LANES))
+        shift = ir.Constant(bits, [mantissa] * LANES)
+        power_of_two = builder.bitcast(builder.shl(exponent, shift), kind)
+        less_one = builder.fmul(series, rest)
+        less_one = _multiply_add(
+            builder, power_of_two, less_one, builder.fsub(power_of_two, real(1.0))
+        )
+        result = builder.fdiv(less_one, builder.fadd(less_one, real(2.0)))
+        result = builder.or_(builder.bitcast(result, bits), builder.and_(whole, sign))
+        return builder.bitcast(result, kind)
+
+    return vector(vector), generate
+
+
+@intrinsic
 def take_ticket(typing, counter):
     """The value of counter[0], which grows by one; no two threads get the same."""
 
@@ -291,6 +335,16 @@ def halves_at(typing, address):
         return builder.inttoptr(args[0], context.get_value_type(types.CPointer(types.uint16)))
 
     return types.CPointer(types.uint16)(types.int64), generate
+
+
+@intrinsic
+def bytes_at(typing, address):
+    """A pointer to bytes, from an integer."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(types.CPointer(types.uint8)))
+
+    return types.CPointer(types.uint8)(types.int64), generate
 
 
 @intrinsic
@@ -572,6 +626,16 @@ def softmax(scores: Floats, count: int) -> float:
 
 
 @inner
+def with_sink(lse: float, sink: float, one: float) -> tuple[float, float]:
+    """What outputs are multiplied with that a sink joins, and the logsumexp with it."""
+    if lse == -np.inf:
+        return one, sink
+    top = max(lse, sink)
+    total = top + math.log(math.exp(lse - top) + math.exp(sink - top))
+    return math.exp(lse - total), total
+
+
+@inner
 def score_gradients(scores: Floats, grads: Floats, count: int, lse: float, delta: float) -> None:
     """Replace scores by weights P, and gradients of P by those of the scores.
 
@@ -585,6 +649,26 @@ def score_gradients(scores: Floats, grads: Floats, count: int, lse: float, delta
         weight = exp(capped(subtract(load(scores, j), lses), most))
         store(scores, j, weight)
         store(grads, j, multiply(weight, subtract(load(grads, j), deltas)))
+
+
+@inner
+def cap(scores: Floats, count: int, limit: float, slopes: Floats) -> None:
+    """Replace scores s by limit * tanh(s / limit), and write the derivative of that to `slopes`.
+
+    `count` is rounded up to LANES.
+    """
+    limits, parts, ones = splat(scores, limit), splat(scores, 1 / limit), splat(scores, 1)
+    for j in range(0, count, LANES):
+        share = tanh(multiply(load(scores, j), parts))
+        store(slopes, j, subtract(ones, multiply(share, share)))
+        store(scores, j, multiply(share, limits))
+
+
+@inner
+def steepen(grads: Floats, count: int, slopes: Floats) -> None:
+    """Gradients of products from those of their capped scores; `count` is rounded up to LANES."""
+    for j in range(0, count, LANES):
+        store(grads, j, multiply(load(grads, j), load(slopes, j)))
 
 
 @inner
@@ -690,6 +774,46 @@ def open_row(
 
 
 @inner
+def flag(tensor: Ints, batch: int, row: Ints) -> bool:
+    """Whether a mask, if there is one, has a row valid."""
+    if tensor[ADDRESS] == 0:
+        return True
+    return bytes_at(locate_row(tensor, batch, 0, row))[0] != 0
+
+
+@inner
+def pack_flags(tensor: Ints, batch: int, axes: Ints, box: Ints, out: Ints) -> None:
+    """Which of the others that a box sees a mask has valid, one after the other."""
+    if tensor[ADDRESS] == 0:
+        return
+    axis_y, axis_z = after(axes, AXIS_SIZE), after(axes, 2 * AXIS_SIZE)
+    box_y, box_z = after(box, BLOCK_SIZE), after(box, 2 * BLOCK_SIZE)
+    start, j = locate(tensor, batch, 0), 0
+    for x in range(box[LOW], box[HIGH]):
+        start_x = start + (box[OTHER] + axes[DILATION] * x) * tensor[AXES]
+        for y in range(box_y[LOW], box_y[HIGH]):
+            start_y = start_x + (box_y[OTHER] + axis_y[DILATION] * y) * tensor[AXES + 1]
+            for z in range(box_z[LOW], box_z[HIGH]):
+                start_z = start_y + (box_z[OTHER] + axis_z[DILATION] * z) * tensor[AXES + 2]
+                out[j] = bytes_at(start_z)[0]
+                j += 1
+
+
+@inner
+def keep_valid(flags: Ints, count: int, picks: Ints, bias_picks: Ints) -> int:
+    """Leave out of both lists what is not valid; returns how many are left. `flags` begins with the
+    window's first row."""
+    kept = 0
+    for j in range(count):
+        if flags[picks[j]]:
+            picks[kept], bias_picks[kept] = picks[j], bias_picks[j]
+            kept += 1
+    for j in range(kept, padded(kept)):
+        picks[j] = picks[kept - 1]
+    return kept
+
+
+@inner
 def bias_index(head: int, row: Ints, extents: Ints) -> int:
     at = (head * extents[0] + row[BIAS]) * extents[1] + row[BIAS + 1]
     return at * extents[2] + row[BIAS + 2]
@@ -785,15 +909,18 @@ def pack_list(
 @inner
 def score(
     query: Floats, keys: Floats, width: int, picks: Ints, count: int, extra_keys: Floats,
-    extra_picks: Ints, extra: int, scale: float, biased: bool, rpb: Floats, bias_picks: Ints,
-    infinity: float, out: Floats,
+    extra_picks: Ints, extra: int, scale: float, limit: float, slopes: Floats, biased: bool,
+    rpb: Floats, bias_picks: Ints, infinity: float, out: Floats,
 ) -> None:  # fmt: skip
-    """The scores of one query: its window's, then the additional keys', each padded with -inf.
+    """The scores of one query: its window's, then the additional keys', each padded with -inf. With
+    a `limit` above zero, that of a soft cap, also its `slopes`.
 
     The scale belongs to the product: where numbers are not finite, scaling a factor of it would not
     be the same.
     """
     dots(query, keys, width, picks, count, scale, out)
+    if limit > 0:
+        cap(out, count, limit, slopes)
     if biased:
         for j in range(count):
             out[j] += rpb[bias_picks[j]]
@@ -801,25 +928,31 @@ def score(
     if extra:
         more = after(out, padded(count))
         dots(query, extra_keys, width, extra_picks, extra, scale, more)
+        if limit > 0:
+            cap(more, extra, limit, after(slopes, padded(count)))
         fill(after(more, extra), padded(extra) - extra, -infinity)
 
 
 @entry
 def forward(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
-    scale: float, heads: int, group: int, dim: int, dim_v: int, most: int, extras: Ints,
-    rpb: Floats, extents: Ints, capacity: int, longest: int, work: Floats, lists: Ints,
+    scale: float, limit: float, heads: int, group: int, dim: int, dim_v: int, most: int,
+    extras: Ints, sinks: Floats, rpb: Floats, extents: Ints, capacity: int, longest: int,
+    work: Floats, lists: Ints,
 ) -> None:  # fmt: skip
     """Attention of every unit that this thread gets.
 
-    tensors: query, key, value, additional keys, additional values, out, logsumexp. work: keys and
-    values of `capacity` tokens, `most` additional keys and values, a query, an output, scores.
-    lists: two of `longest` picks, one of `most`, STATE_SIZE. extras: additional keys of every batch
-    entry, at most `most`.
+    tensors: query, key, value, additional keys, additional values, out, logsumexp, masks of keys
+    and queries (address 0 for none). work: keys and values of `capacity` tokens, `most` additional
+    keys and values, a query, an output, scores, slopes. lists: two of `longest` picks, one of
+    `most`, STATE_SIZE, and flags of `capacity` tokens if there is a mask of keys. extras:
+    additional keys of every batch entry, at most `most`. sinks: of every head, or empty. limit: of
+    the scores, 0 for none.
     """
     width, width_v, longest = padded(dim), padded(dim_v), padded(longest)
     one, scale, infinity = work.dtype.type(1), work.dtype.type(scale), work.dtype.type(np.inf)
     zero, forth, biased = work.dtype.type(0), np.int64(1), rpb.size > 0
+    limit, sunk, sinks = work.dtype.type(limit), sinks.size > 0, start_of(sinks)
     axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
     rpb, extents = start_of(rpb), start_of(extents)
 
@@ -830,6 +963,9 @@ def forward(
     extra_value_at = after(extra_key_at, TENSOR_SIZE)
     out_at = after(extra_value_at, TENSOR_SIZE)
     lse_at = after(out_at, TENSOR_SIZE)
+    key_mask_at = after(lse_at, TENSOR_SIZE)
+    query_mask_at = after(key_mask_at, TENSOR_SIZE)
+    masked = key_mask_at[ADDRESS] != 0
 
     keys = start_of(work)
     values = after(keys, capacity * width)
@@ -838,12 +974,14 @@ def forward(
     query = after(extra_values, most * width_v)
     result = after(query, width)
     scores = after(result, width_v)
+    slopes = after(scores, longest + padded(most))
 
     picks = start_of(lists)
     bias_picks = after(picks, longest)
     extra_picks = after(bias_picks, longest)
     box = after(extra_picks, padded(most))
     row = after(box, 3 * BLOCK_SIZE)
+    flags = after(row, ROW_SIZE)
     extras = start_of(extras)
 
     while True:
@@ -857,18 +995,23 @@ def forward(
         pack(value_at, batch, head_kv, axes, box, kind, dim_v, width_v, one, values)
         pack_list(extra_key_at, batch, head_kv, extra, kind, dim, width, one, extra_keys)
         pack_list(extra_value_at, batch, head_kv, extra, kind, dim_v, width_v, one, extra_values)
+        pack_flags(key_mask_at, batch, axes, box, flags)
         row[LISTED] = -1
         ahead = 2 * axes[2 * AXIS_SIZE + DILATION]
         for index in range(rows_of(box)):
             count, first = open_row(index, axes, items, box, forth, extents, picks, bias_picks, row)
+            valid = flag(query_mask_at, batch, row)
+            if masked:
+                count = keep_valid(after(flags, first), count, picks, bias_picks)
+                row[LISTED] = -1
             for head in range(head_kv * group, (head_kv + 1) * group):
                 fill(result, width_v, zero)
                 logsumexp = -infinity
-                if count + extra:
+                if valid and count + extra > 0:
                     get_row(query_at, batch, head, row, ahead, kind, dim, width, one, query)
                     score(
                         query, after(keys, first * width), width, picks, count, extra_keys,
-                        extra_picks, extra, scale, biased,
+                        extra_picks, extra, scale, limit, slopes, biased,
                         after(rpb, bias_index(head, row, extents)), bias_picks, infinity, scores,
                     )  # fmt: skip
                     logsumexp = softmax(scores, padded(count) + padded(extra))
@@ -878,16 +1021,19 @@ def forward(
                     )
                     more = after(scores, padded(count))
                     accumulate(more, extra_values, width_v, extra_picks, extra, result)
-                put_row(out_at, batch, head, row, kind, dim_v, one, result)
+                share = one
+                if sunk and valid:
+                    share, logsumexp = with_sink(logsumexp, sinks[head], one)
+                put_row(out_at, batch, head, row, kind, dim_v, share, result)
                 numbers_at(locate_row(lse_at, batch, head, row), keys)[0] = logsumexp
 
 
 @entry
 def backward_queries(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
-    scale: float, grad_scale: float, heads: int, group: int, dim: int, dim_v: int, most: int,
-    extras: Ints, rpb: Floats, extents: Ints, capacity: int, longest: int, only_delta: bool,
-    bias_grads: Floats, extra_grads: Floats, work: Floats, lists: Ints,
+    scale: float, grad_scale: float, limit: float, heads: int, group: int, dim: int, dim_v: int,
+    most: int, extras: Ints, rpb: Floats, extents: Ints, capacity: int, longest: int,
+    only_delta: bool, bias_grads: Floats, extra_grads: Floats, work: Floats, lists: Ints,
 ) -> None:  # fmt: skip
     """The gradients that a query owns, and each row's `delta` for backward_keys.
 
@@ -895,7 +1041,8 @@ def backward_queries(
     delta = rowsum(grad_out * out) - grad_logsumexp.
 
     tensors: query, key, value, additional keys, additional values, out, logsumexp, grad_out,
-    grad_logsumexp (address 0 for none), delta, grad_query. bias_grads: of every unit, or empty.
+    grad_logsumexp (address 0 for none), delta, grad_query, mask of keys (address 0 for none).
+    bias_grads: of every unit, or empty.
     extra_grads: of every unit `most` keys, which are still to be scaled, then as many values, or
     empty. grad_scale: the factor of the gradients of queries and keys. work: as in `forward`, then
     a gradient of the output and gradients of scores. lists, extras: as in `forward`.
@@ -904,6 +1051,7 @@ def backward_queries(
     one, scale, infinity = work.dtype.type(1), work.dtype.type(scale), work.dtype.type(np.inf)
     grad_scale = work.dtype.type(grad_scale)
     zero, forth, biased = work.dtype.type(0), np.int64(1), rpb.size > 0
+    limit = work.dtype.type(limit)
     axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
     rpb, extents = start_of(rpb), start_of(extents)
     bias_wanted, extra_wanted = bias_grads.size > 0, extra_grads.size > 0
@@ -921,6 +1069,8 @@ def backward_queries(
     grad_lse_at = after(grad_out_at, TENSOR_SIZE)
     delta_at = after(grad_lse_at, TENSOR_SIZE)
     grad_query_at = after(delta_at, TENSOR_SIZE)
+    key_mask_at = after(grad_query_at, TENSOR_SIZE)
+    masked = key_mask_at[ADDRESS] != 0
 
     keys = start_of(work)
     values = after(keys, capacity * width)
@@ -931,12 +1081,14 @@ def backward_queries(
     grad_row = after(result, max(width, width_v))
     scores = after(grad_row, width_v)
     grads = after(scores, longest + padded(most))
+    slopes = after(grads, longest + padded(most))
 
     picks = start_of(lists)
     bias_picks = after(picks, longest)
     extra_picks = after(bias_picks, longest)
     box = after(extra_picks, padded(most))
     row = after(box, 3 * BLOCK_SIZE)
+    flags = after(row, ROW_SIZE)
     extras = start_of(extras)
 
     while True:
@@ -953,10 +1105,14 @@ def backward_queries(
             pack_list(
                 extra_value_at, batch, head_kv, extra, kind, dim_v, width_v, one, extra_values
             )
+            pack_flags(key_mask_at, batch, axes, box, flags)
         row[LISTED] = -1
         ahead = 2 * axes[2 * AXIS_SIZE + DILATION]
         for index in range(rows_of(box)):
             count, first = open_row(index, axes, items, box, forth, extents, picks, bias_picks, row)
+            if masked and not only_delta:
+                count = keep_valid(after(flags, first), count, picks, bias_picks)
+                row[LISTED] = -1
             for head in range(head_kv * group, (head_kv + 1) * group):
                 get_row(out_at, batch, head, row, ahead, kind, dim_v, width_v, one, result)
                 get_row(grad_out_at, batch, head, row, ahead, kind, dim_v, width_v, one, grad_row)
@@ -972,7 +1128,7 @@ def backward_queries(
                     get_row(query_at, batch, head, row, ahead, kind, dim, width, one, query)
                     score(
                         query, after(keys, first * width), width, picks, count, extra_keys,
-                        extra_picks, extra, scale, biased,
+                        extra_picks, extra, scale, limit, slopes, biased,
                         after(rpb, bias_index(head, row, extents)), bias_picks, infinity, scores,
                     )  # fmt: skip
                     value_rows = after(values, first * width_v)
@@ -980,13 +1136,15 @@ def backward_queries(
                     more, more_grads = after(scores, padded(count)), after(grads, padded(count))
                     dots(grad_row, extra_values, width_v, extra_picks, extra, one, more_grads)
                     score_gradients(scores, grads, padded(count) + padded(extra), lse, delta)
-                    accumulate(grads, after(keys, first * width), width, picks, count, result)
-                    accumulate(more_grads, extra_keys, width, extra_picks, extra, result)
                     if bias_wanted:
                         at = unit * group * biases
                         at += bias_index(head - head_kv * group, row, extents)
                         for j in range(count):
                             bias_grads[at + bias_picks[j]] += grads[j]
+                    if limit > 0:
+                        steepen(grads, padded(count) + padded(extra), slopes)
+                    accumulate(grads, after(keys, first * width), width, picks, count, result)
+                    accumulate(more_grads, extra_keys, width, extra_picks, extra, result)
                     if extra_wanted:
                         out = after(extra_grads, unit * most * (width + width_v))
                         scatter(more_grads, extra, query, width, out)
@@ -997,20 +1155,22 @@ def backward_queries(
 @entry
 def backward_keys(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
-    scale: float, grad_scale: float, heads: int, group: int, dim: int, dim_v: int, rpb: Floats,
-    extents: Ints, capacity: int, longest: int, rows: int, work: Floats, lists: Ints,
+    scale: float, grad_scale: float, limit: float, heads: int, group: int, dim: int, dim_v: int,
+    rpb: Floats, extents: Ints, capacity: int, longest: int, rows: int, work: Floats, lists: Ints,
 ) -> None:  # fmt: skip
     """The gradients of keys and values, summed over the queries that see them.
 
-    tensors: query, key, value, logsumexp, grad_out, delta, grad_key, grad_value. work: of
-    `capacity` queries the vectors, their output gradients, logsumexp and delta; of `rows` keys both
-    gradients; a key, a value, scores and their gradients. lists: two of `longest` picks,
+    tensors: query, key, value, logsumexp, grad_out, delta, grad_key, grad_value, mask of keys
+    (address 0 for none). work: of `capacity` queries the vectors, their output gradients, logsumexp
+    and delta; of `rows` keys both gradients; a key, a value, scores, their gradients and slopes.
+    lists: two of `longest` picks,
     STATE_SIZE.
     """
     width, width_v, longest = padded(dim), padded(dim_v), padded(longest)
     one, scale, zero = work.dtype.type(1), work.dtype.type(scale), work.dtype.type(0)
     infinity, grad_scale = work.dtype.type(np.inf), work.dtype.type(grad_scale)
     single, back, floating, biased = np.int64(1), np.int64(-1), np.int64(FLOATING), rpb.size > 0
+    limit = work.dtype.type(limit)
     axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
     rpb, extents = start_of(rpb), start_of(extents)
 
@@ -1022,6 +1182,7 @@ def backward_keys(
     delta_at = after(grad_out_at, TENSOR_SIZE)
     grad_key_at = after(delta_at, TENSOR_SIZE)
     grad_value_at = after(grad_key_at, TENSOR_SIZE)
+    key_mask_at = after(grad_value_at, TENSOR_SIZE)
 
     queries = start_of(work)
     grad_rows = after(queries, capacity * width)
@@ -1033,6 +1194,7 @@ def backward_keys(
     value = after(key, width)
     scores = after(value, width_v)
     grads = after(scores, longest)
+    slopes = after(grads, longest)
 
     picks = start_of(lists)
     bias_picks = after(picks, longest)
@@ -1063,12 +1225,16 @@ def backward_keys(
                 count, first = open_row(
                     index, axes, items, box, back, extents, picks, bias_picks, row
                 )
+                if not flag(key_mask_at, batch, row):
+                    continue
                 get_row(key_at, batch, head_kv, row, ahead, kind, dim, width, one, key)
                 get_row(value_at, batch, head_kv, row, ahead, kind, dim_v, width_v, one, value)
                 window = after(queries, first * width)
                 window_grads = after(grad_rows, first * width_v)
                 dots(key, window, width, picks, count, scale, scores)
                 dots(value, window_grads, width_v, picks, count, one, grads)
+                if limit > 0:
+                    cap(scores, count, limit, slopes)
                 if biased:
                     bias = after(rpb, bias_index(head, row, extents))
                     for j in range(count):
@@ -1080,6 +1246,8 @@ def backward_keys(
                     scores[j] = -infinity if empty else scores[j] - logsumexp
                     grads[j] = zero if empty else grads[j] - window_delta[picks[j]]
                 score_gradients(scores, grads, padded(count), zero, zero)
+                if limit > 0:
+                    steepen(grads, count, slopes)
                 accumulate(grads, window, width, picks, count, after(grad_keys, index * width))
                 accumulate(
                     scores, window_grads, width_v, picks, count, after(grad_values, index * width_v)
