@@ -790,11 +790,14 @@ def pack_flags(tensor: Ints, batch: int, axes: Ints, box: Ints, out: Ints) -> No
     box_y, box_z = after(box, BLOCK_SIZE), after(box, 2 * BLOCK_SIZE)
     start, j = locate(tensor, batch, 0), 0
     for x in range(box[LOW], box[HIGH]):
-        start_x = start + (box[OTHER] + axes[DILATION] * x) * tensor[AXES]
+        at = box[OTHER] + axes[DILATION] * wrapped(x, axes[RING])
+        start_x = start + at * tensor[AXES]
         for y in range(box_y[LOW], box_y[HIGH]):
-            start_y = start_x + (box_y[OTHER] + axis_y[DILATION] * y) * tensor[AXES + 1]
+            at = box_y[OTHER] + axis_y[DILATION] * wrapped(y, axis_y[RING])
+            start_y = start_x + at * tensor[AXES + 1]
             for z in range(box_z[LOW], box_z[HIGH]):
-                start_z = start_y + (box_z[OTHER] + axis_z[DILATION] * z) * tensor[AXES + 2]
+                at = box_z[OTHER] + axis_z[DILATION] * wrapped(z, axis_z[RING])
+                start_z = start_y + at * tensor[AXES + 2]
                 out[j] = bytes_at(start_z)[0]
                 j += 1
 
