@@ -30,6 +30,7 @@ MODES: dict[str, dict[str, Any] | None] = {
     "compiled": {},
     "graphs": {"mode": "reduce-overhead"},
 }
+TASKS = ("inference", "training")
 MODELS = ("nat_tiny", "dinat_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny")
 
 
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--profile", action="store_true", help="show where a step spends its time")
@@ -102,7 +104,7 @@ def main() -> None:
     images = torch.randn(batch, 3, options.size, options.size, device=device)
     rows: list[dict[str, Any]] = []
     for mode in options.modes:
-        for task in ("inference", "training"):
+        for task in options.tasks:
             steps = {}
             for name in options.models:
                 model = timm.create_model(name, num_classes=1000).to(device)

@@ -60,6 +60,7 @@ after_autograd = torch._C._after_autograd_keyset
 below_autograd = torch._C._AutoDispatchBelowAutograd
 excluding = torch._C._ExcludeDispatchKeyGuard
 any_requires_grad = torch._C._any_requires_grad
+any_autocast = torch._C._is_any_autocast_enabled
 
 
 def is_plain(tensors: Iterable[Tensor | None]) -> bool:
@@ -224,6 +225,7 @@ __all__ = [
     "AUTOCAST",
     "AUTOGRAD",
     "after_autograd",
+    "any_autocast",
     "any_requires_grad",
     "below_autocast",
     "below_autograd",

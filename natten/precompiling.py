@@ -78,7 +78,7 @@ def precompile(
                     )
                 wanted[problem, config, name] = ahead.kernels(backend, problem, config)
         compilations = [kernel for kernels in wanted.values() for kernel in kernels]
-        failed = _compile(ahead, compilations, workers, progress)
+        failed = _compile(ahead, compilations, workers, progress, None if gpu else device)
     if failed:
         reasons = "; ".join(f"{c.kernel.__name__}: {error}" for c, error in failed)
         raise RuntimeError(
@@ -112,16 +112,22 @@ def _calls_of(what: Any, inputs: tuple[Any, ...]) -> list[tuple[Problem, Config,
 
 
 def _compile(
-    ahead: Any, compilations: list[Any], workers: int, progress: bool
+    ahead: Any,
+    compilations: list[Any],
+    workers: int,
+    progress: bool,
+    device: torch.device | None,
 ) -> list[tuple[Any, Exception]]:
     if not progress:
-        found: list[tuple[Any, Exception]] = ahead.compile_all(compilations, workers, lambda: None)
+        found: list[tuple[Any, Exception]] = ahead.compile_all(
+            compilations, workers, lambda: None, device
+        )
         return found
     from rich.progress import Progress
 
     with Progress() as bar:
         task = bar.add_task("compiling kernels", total=len(compilations))
-        found = ahead.compile_all(compilations, workers, lambda: bar.advance(task))
+        found = ahead.compile_all(compilations, workers, lambda: bar.advance(task), device)
         return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext
 from dataclasses import replace
 from unittest import mock
 
@@ -31,7 +30,7 @@ def compiled():
     """What would be compiled, by kernel and number of programs."""
     found = []
 
-    def run(self: Compilation) -> None:
+    def run(self: Compilation, device: torch.device | None) -> None:
         found.append((self.kernel.__name__, self.programs))
 
     with mock.patch.object(Compilation, "run", run):
@@ -64,10 +63,7 @@ def test_backward_kernels_are_compiled_meanwhile(compiled):
     """From the first forward pass on, those that the backward pass launches, which waits for
     them."""
     problem = replace(_problem(40, 30), requires_grad=True, device=torch.device("cuda"))
-    with (
-        mock.patch("torch.cuda.device", return_value=nullcontext()),
-        devices.pretending(devices.find("h100")),
-    ):
+    with devices.pretending(devices.find("h100")):
         ahead.compile_backward(CUTLASS, problem, DEFAULT_CONFIG)
         pending = [future for futures in launcher._pending.values() for future in futures]
         wait(pending)
@@ -126,7 +122,7 @@ def test_command(compiled, capsys):
 
 
 def test_what_fails_is_named():
-    def fail(self: Compilation) -> None:
+    def fail(self: Compilation, device: torch.device | None) -> None:
         raise ValueError("too odd")
 
     with (

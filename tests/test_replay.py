@@ -206,6 +206,21 @@ def test_operations_of_torch_are_done_again(driver, call):
                 assert mine.untyped_storage().data_ptr() != y.untyped_storage().data_ptr()
 
 
+def test_a_tensor_that_is_given_twice(driver):
+    """And two tensors at one address."""
+
+    def call(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor]:
+        out = torch.empty(12)
+        _launch(x, out, 3, 2.0)
+        return (out + y * z,)
+
+    for same in (lambda x: (x, x, x), lambda x: (x, x[:], x.view(12))):
+        x, y = same(torch.randn(12)), same(torch.randn(12))
+        _, again = replay.record(lambda x=x: call(*x), list(x))
+        (found,) = again(list(y), [t.data_ptr() for t in y])
+        assert torch.equal(found, call(*y)[0])
+
+
 _ELSEWHERE = torch.ones(12)
 
 
@@ -236,6 +251,14 @@ def test_what_may_change_is_not_done_again(driver, more):
 
 # --- on a GPU
 
+
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return natten.attention(
+        q, k, v, cumulative_seqlen_Q=ends, cumulative_seqlen_KV=ends, max_seqlen_Q=569,
+        max_seqlen_KV=569, return_lse=True,
+    )  # fmt: skip
+
+
 KINDS: dict[str, Any] = {
     "2-D": lambda q, k, v: natten.na2d(q, k, v, (5, 7), return_lse=True),
     "2-D, dilated and causal": lambda q, k, v: natten.na2d(
@@ -253,18 +276,11 @@ KINDS: dict[str, Any] = {
     "packed heads": lambda q, k, v: packed_attention(
         torch.cat([q, k, v], -2), k.shape[-2], (5, 7), (1, 1), (1, 1), (False, False)
     ),
-    "packed sequences": lambda q, k, v: natten.attention(
+    "packed sequences": lambda q, k, v: _attend_packed(
         *(t[:1].flatten(1, 2) for t in (q, k, v)),
-        **{
-            f"{what}_{name}": value
-            for name in ("Q", "KV")
-            for what, value in (
-                ("cumulative_seqlen", q.new_tensor([0, 100, 131, 700], dtype=torch.int32)),
-                ("max_seqlen", 569),
-            )
-        },
-        return_lse=True,
+        q.new_tensor([0, 100, 131, 700], dtype=torch.int32),
     ),
+    "one tensor for all": lambda q, k, v: natten.na2d(q, q, q, (5, 7)) + 0 * (k + v).sum(),
     "additional keys": lambda q, k, v: natten.na2d(
         q, k, v, (5, 7), additional_keys=k[:, 0, :9], additional_values=v[:, 0, :9]
     ),

@@ -153,8 +153,8 @@ class Backend(ABC):
     def record(
         self, function: Callable[[], Tensors], inputs: list[Tensor]
     ) -> tuple[Tensors, Replay | None]:
-        """The results of a call on ``inputs``, no two of which are the same, and how to do it again
-        on others with the same sizes, strides and alignment; None if that is no faster."""
+        """The results of a call on ``inputs``, and how to do it again on others of the same sizes,
+        strides and alignment, of which the same are the same; None if that is no faster."""
         return function(), None
 
 

@@ -133,6 +133,9 @@ def _again(
         preferences(),
         torch.get_float32_matmul_precision() if call.problem.dtype == torch.float32 else None,
     )
+    if len(set(pointers)) < len(pointers):
+        # Which of them are the same, as both lengths of packed sequences often are.
+        key += tuple([pointers.index(p) for p in pointers])
     found = call.replays.get(key)
     if found is None:
         # For all that is done once, such as compiling.
@@ -141,8 +144,6 @@ def _again(
         call.replays[key] = _ONCE
         return compute(call, *arguments)
     if found is _ONCE:
-        if len(set(map(id, present))) < len(present):
-            return compute(call, *arguments)
         backend = resolve(call.problem, call.config, call.parameters.backend)
         results, replay = backend.record(lambda: compute(call, *arguments), present)
         call.replays[key] = replay or _NEVER
@@ -406,8 +407,8 @@ class _AttentionBackward(torch.autograd.Function):
 
 def autocast_dtype(tensor: Any) -> torch.dtype | None:
     """What autocast casts to where ``tensor`` is; None where it is off."""
-    # torch refuses to be asked about the meta device.
-    if not isinstance(tensor, Tensor) or tensor.is_meta:
+    # For most calls that is all there is to ask. torch refuses to be asked about the meta device.
+    if not _internals.any_autocast() or not isinstance(tensor, Tensor) or tensor.is_meta:
         return None
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -52,7 +52,8 @@ def without_memory(problem: Problem) -> Given:
         tensor(batch, *problem.query_shape, problem.heads, head_dim),
         tensor(batch, *problem.key_shape, heads_kv, head_dim),
         tensor(batch, *problem.key_shape, heads_kv, head_dim_v),
-        bias, more_keys, more_values, sequences, sequences, lengths,
+        bias, more_keys, more_values,
+        cumulative_seqlen_q=sequences, cumulative_seqlen_kv=sequences, additional_lengths=lengths,
     )  # fmt: skip
     out = tensor(*problem.output_shape)
     lse = tensor(*problem.lse_shape, dtype=torch.float32)
@@ -101,13 +102,18 @@ def target(capability: tuple[int, int]) -> Iterator[None]:
 
 
 def compile_all(
-    compilations: list[Compilation], workers: int, done: Callable[[], None]
+    compilations: list[Compilation],
+    workers: int,
+    done: Callable[[], None],
+    device: torch.device | None,
 ) -> list[tuple[Compilation, Exception]]:
-    """Compile kernels in threads, which wait for the compiler most of the time; ``done`` is called
-    after each. Returns what failed, and why."""
+    """Compile kernels in threads, which wait for the compiler most of the time, and load them on
+    the device, if any; ``done`` is called after each. Returns what failed, and why."""
     failed = []
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(compilation.run): compilation for compilation in compilations}
+        futures = {
+            pool.submit(compilation.run, device): compilation for compilation in compilations
+        }
         for future in as_completed(futures):
             error = future.exception()
             if isinstance(error, Exception):

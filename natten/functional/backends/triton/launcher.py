@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -60,9 +60,15 @@ class Compilation:
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
-    def run(self) -> None:
-        """Compile it, into Triton's cache."""
-        self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.options)
+    def run(self, device: torch.device | None = None) -> None:
+        """Compile it, into Triton's cache; for a CUDA device also load it there, for what launches
+        it is compiled then."""
+        with nullcontext() if device is None else torch.cuda.device(device):
+            compiled = self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.options)
+            if device is not None:
+                # The launch itself will say so, and other tiles will be taken.
+                with suppress(OutOfResources):
+                    _ = compiled.run
 
 
 _collected: ContextVar[list[Compilation] | None] = ContextVar("collected", default=None)
@@ -102,13 +108,9 @@ def compile_meanwhile(compilations: list[Compilation], device: torch.device) -> 
     """Compile kernels in threads, all at once: the compiler, which they wait for most of the time,
     has threads of its own. What fails is left to the launch."""
 
-    def run(compilation: Compilation) -> None:
-        with torch.cuda.device(device):
-            compilation.run()
-
     pool = ThreadPoolExecutor(max(len(compilations), 1), "natten-compile")
     for compilation in compilations:
-        _pending.setdefault(compilation.kernel, []).append(pool.submit(run, compilation))
+        _pending.setdefault(compilation.kernel, []).append(pool.submit(compilation.run, device))
     pool.shutdown(wait=False)
 
 

@@ -167,8 +167,8 @@ class _Tensors:
         self._numbers: dict[int, int] = {}
         self.first_memory = len(inputs)
         self.first_result = len(inputs) + len(watch.allocated)
-        for tensor in (*inputs, *watch.allocated):
-            self._add(tensor, len(self.all))
+        for number, tensor in enumerate((*inputs, *watch.allocated)):
+            self._add(tensor, number)
         for step in watch.steps:
             if isinstance(step, Operated):
                 given = step.given

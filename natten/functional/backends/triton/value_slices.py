@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,13 +46,10 @@ class Slices:
 
     def repeat(self, tensor: Tensor, axis: int = -2) -> Tensor:
         """Heads once for each slice; a view of a single one."""
-        if tensor.shape[axis] == 1:
-            shape = list(tensor.shape)
-            shape[axis] = self.number
-            return tensor.expand(shape)
-        if self.neighbors:
-            return tensor.repeat_interleave(self.number, axis)
-        return torch.cat([tensor] * self.number, axis)
+        head = tensor.dim() + axis
+        slices = head + 1 if self.neighbors else head
+        shape = [*tensor.shape[:slices], self.number, *tensor.shape[slices:]]
+        return tensor.unsqueeze(slices).expand(shape).flatten(head, head + 1)
 
     def split(self, tensor: Tensor) -> Tensor:
         """[..., heads, features] to [..., slices as heads, width], with zeros behind the last."""
