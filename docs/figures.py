@@ -39,8 +39,9 @@ def neighborhoods() -> Figure:
         {"kernel_size": 4, "dilation": 3},
         {"kernel_size": 5, "is_causal": True},
         {"kernel_size": (9, 3), "is_causal": (True, False)},
+        {"kernel_size": 5, "is_circular": (False, True)},
     )
-    figure = Figure(figsize=(13, 3.3), layout="constrained")
+    figure = Figure(figsize=(15, 3.2), layout="constrained")
     for axes, arguments in zip(figure.subplots(1, len(panels)), panels):
         viz.draw_neighborhood(axes, [(4, 4), (11, 10)], (12, 12), **arguments)
         axes.set_title(

@@ -2,10 +2,9 @@
 
     python examples/weather.py --steps 300
 
-Fields are on a grid of latitudes and longitudes. The operator's windows end at borders, and
-longitude has none: keys and values get a halo of columns from the other side, and queries are
-placed between the halos in that wider grid, `grid=`, `query_origin=`, `key_origin=`. Turning the
-globe turns the forecast. The weather is made up: waves that drift with the latitude.
+Fields are on a grid of latitudes and longitudes. Windows end at borders, and longitude has none:
+`is_circular=(False, True)`. Turning the globe turns the forecast. The weather is made up: waves
+that drift with the latitude.
 """
 
 from __future__ import annotations
@@ -16,39 +15,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from natten.functional import neighborhood_attention_generic
 from natten.nn import Mlp, NeighborhoodAttention2D, PatchTokenizer
-
-
-class CircularAttention(NeighborhoodAttention2D):
-    """Neighborhood attention whose second axis, longitude, is a circle."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self._project(x, None, True)
-        rows, columns = x.shape[1:3]
-        halo = self.kernel_size[1] // 2 * self.dilation[1]
-        key, value = (torch.cat([t[:, :, -halo:], t, t[:, :, :halo]], 2) for t in (key, value))
-        out = neighborhood_attention_generic(
-            query,
-            key,
-            value,
-            self.kernel_size,
-            dilation=self.dilation,
-            scale=self.scale,
-            rpb=self.rpb,
-            grid=(rows, columns + 2 * halo),
-            query_origin=(0, halo),
-            key_origin=(0, 0),
-        )
-        return self._output(out)
 
 
 class Block(nn.Module):
     def __init__(self, dim: int, heads: int, kernel_size: int, dilation: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attn = CircularAttention(
-            dim, heads, kernel_size, dilation=(1, dilation), rel_pos_bias=True
+        self.attn = NeighborhoodAttention2D(
+            dim,
+            heads,
+            kernel_size,
+            dilation=(1, dilation),
+            is_circular=(False, True),
+            rel_pos_bias=True,
         )
         self.mlp = Mlp(dim, 2 * dim)
 

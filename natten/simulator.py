@@ -486,6 +486,7 @@ def make_problem(
     dilation: IntOrSequence | None = 1,
     is_causal: BoolOrSequence | None = False,
     *,
+    is_circular: BoolOrSequence | None = False,
     batch: int = 1,
     heads: int = 1,
     heads_kv: int | None = None,
@@ -518,10 +519,11 @@ def make_problem(
         raise ValueError(f"heads must be a multiple of heads_kv, got {heads} and {heads_kv}")
     zeros = (0,) * len(shape)
     windows = validation.check_window(shape, kernel_size, stride, dilation, is_causal)
+    rings = validation.check_circular(is_circular, shape, *windows)
     return Problem(
         batch, shape, shape, heads, heads_kv, head_dim, head_dim_v, *windows, shape, zeros, zeros,
-        validation.check_scale(None, head_dim), num_additional=additional, dtype=dtype,
-        device=torch.device(device), requires_grad=requires_grad,
+        validation.check_scale(None, head_dim), num_additional=additional, is_circular=rings,
+        dtype=dtype, device=torch.device(device), requires_grad=requires_grad,
     )  # fmt: skip
 
 
@@ -532,8 +534,8 @@ def dense_of(problem: Problem) -> Problem:
         problem,
         query_shape=(problem.num_queries,),
         key_shape=(problem.num_keys,),
-        kernel_size=length, stride=(1,), dilation=(1,), is_causal=(False,), grid=length,
-        query_origin=(0,), key_origin=(0,), has_rpb=False,
+        kernel_size=length, stride=(1,), dilation=(1,), is_causal=(False,), is_circular=(),
+        grid=length, query_origin=(0,), key_origin=(0,), has_rpb=False,
     )  # fmt: skip
 
 
@@ -616,6 +618,7 @@ def simulate(
     dilation: IntOrSequence | None = 1,
     is_causal: BoolOrSequence | None = False,
     *,
+    is_circular: BoolOrSequence | None = False,
     batch: int = 1,
     heads: int = 1,
     heads_kv: int | None = None,
@@ -641,6 +644,7 @@ def simulate(
         stride: Queries that share one window.
         dilation: Distance of neighbors.
         is_causal: Whether queries attend to no later token.
+        is_circular: Whether windows wrap around.
         batch: Batch size.
         heads: Query heads.
         heads_kv: Key and value heads; default as many.
@@ -666,9 +670,9 @@ def simulate(
         RuntimeError: No tile shapes are given, and no GPU backend runs the problem there.
     """
     problem = make_problem(
-        shape, kernel_size, stride, dilation, is_causal, batch=batch, heads=heads,
-        heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v, additional=additional,
-        dtype=dtype,
+        shape, kernel_size, stride, dilation, is_causal, is_circular=is_circular, batch=batch,
+        heads=heads, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v,
+        additional=additional, dtype=dtype,
     )  # fmt: skip
     config = Config(
         *validation.check_tiles(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from natten import window
 from natten.functional import geometry
-from natten.validation import check_window, int_tuple
+from natten.validation import check_circular, check_window, int_tuple
 
 if TYPE_CHECKING:
     from matplotlib.animation import FuncAnimation
@@ -109,6 +109,20 @@ def _checked_position(position: Sequence[int], shape: Sequence[int]) -> tuple[in
     return found
 
 
+def _axes(
+    shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+    is_causal: bool | Sequence[bool],
+    is_circular: bool | Sequence[bool],
+) -> list[window.Axis]:
+    """The window of a call, checked."""
+    windows = check_window(tuple(shape), kernel_size, stride, dilation, is_causal)
+    rings = check_circular(is_circular, tuple(shape), *windows) or (False,) * len(shape)
+    return list(map(window.Axis, shape, *windows, rings))
+
+
 def attended_tokens(
     position: Sequence[int],
     shape: Sequence[int],
@@ -116,13 +130,13 @@ def attended_tokens(
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_circular: bool | Sequence[bool] = False,
 ) -> tuple[Tensor, ...]:
     """The indices, axis by axis, that the query at `position` of a grid of `shape` attends to.
 
     The neighborhood is their product: `torch.meshgrid(*attended_tokens(...), indexing="ij")`.
     """
-    windows = check_window(tuple(shape), kernel_size, stride, dilation, is_causal)
-    axes = [window.Axis(*axis) for axis in zip(shape, *windows)]
+    axes = _axes(shape, kernel_size, stride, dilation, is_causal, is_circular)
     place = _checked_position(position, shape)
     return tuple(torch.tensor(window.attended(*p), device="cpu") for p in zip(place, axes))
 
@@ -136,6 +150,8 @@ def attention_weights(
     dilation: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
     scale: float | None = None,
+    *,
+    is_circular: bool | Sequence[bool] = False,
 ) -> Tensor:
     """The attention weights of one query, laid over the grid.
 
@@ -144,7 +160,8 @@ def attention_weights(
     """
     shape = query.shape[1:-2]
     heads, head_dim = query.shape[-2:]
-    tokens = attended_tokens(position, shape, kernel_size, stride, dilation, is_causal)
+    arguments = (kernel_size, stride, dilation, is_causal, is_circular)
+    tokens = attended_tokens(position, shape, *arguments)
     box = tuple(torch.meshgrid(*tokens, indexing="ij"))
     batch = (slice(None),)
     near = key[batch + box].flatten(1, -3).repeat_interleave(heads // key.shape[-2], dim=-2)
@@ -215,6 +232,7 @@ def draw_neighborhood(
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_circular: bool | Sequence[bool] = False,
 ) -> None:
     """Draw a 1-D or 2-D grid of tokens and the neighborhoods of the queries at `positions`.
 
@@ -223,7 +241,7 @@ def draw_neighborhood(
     """
     if len(shape) not in (1, 2):
         raise ValueError(f"shape: a grid of 1 or 2 axes can be drawn, got {tuple(shape)}")
-    arguments = (kernel_size, stride, dilation, is_causal)
+    arguments = (kernel_size, stride, dilation, is_causal, is_circular)
     owner, sharing = _neighborhoods(positions, shape, arguments)
     marks = []
     for position, queries in zip(positions, sharing):
@@ -249,6 +267,7 @@ def neighborhood_figure(
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_circular: bool | Sequence[bool] = False,
     *,
     context: int = 0,
     title: str = "",
@@ -264,7 +283,8 @@ def neighborhood_figure(
         raise ValueError(f"shape: a grid of 1 to 3 axes can be drawn, got {shape}")
     if context < 0:
         raise ValueError(f"context must be at least 0, got {context}")
-    owner, sharing = _neighborhoods(positions, shape, (kernel_size, stride, dilation, is_causal))
+    arguments = (kernel_size, stride, dilation, is_causal, is_circular)
+    owner, sharing = _neighborhoods(positions, shape, arguments)
     planes = owner.view(-1, *owner.shape[-2:]) if len(shape) > 1 else owner.view(1, 1, -1)
     count, height, width = planes.shape
     cell = min(0.3, 12 / (count * (width + 1)))
@@ -300,6 +320,7 @@ def draw_mask(
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_circular: bool | Sequence[bool] = False,
 ) -> Tensor:
     """Draw which keys (columns) each query (row) of a grid attends to, tokens in row-major order.
 
@@ -309,8 +330,7 @@ def draw_mask(
     from matplotlib.colors import ListedColormap
 
     shape = int_tuple("shape", tuple(shape), len(shape))
-    windows = check_window(shape, kernel_size, stride, dilation, is_causal)
-    mask = window.grid_mask([window.Axis(*axis) for axis in zip(shape, *windows)])
+    mask = window.grid_mask(_axes(shape, kernel_size, stride, dilation, is_causal, is_circular))
     axes.imshow(
         mask.numpy(), cmap=ListedColormap([_empty_color(), _full_color()]), vmin=0, vmax=1,
         interpolation="nearest",

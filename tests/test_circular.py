@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import natten
 from natten import na1d, na2d, na3d
 from natten.functional import neighborhood_attention_generic
+from natten.nn import NeighborhoodAttention2D, NeighborhoodTransformerBlock, RotaryEmbedding
+from natten.window import Axis, attended
 
 
 def parts(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -97,3 +99,87 @@ def test_explained() -> None:
         natten.explain(*tensors, 3, is_circular=(False, True))
     )
     assert "is_circular" not in str(natten.explain(*tensors, 3))
+
+
+def modules(**options: Any) -> Any:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = dict(dilation=(1, 2), is_circular=(False, True))
+    module = NeighborhoodAttention2D(16, 2, (5, 5), **{**settings, **options})
+    return module.double().eval()
+
+
+X = torch.randn(2, 7, 12, 16, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rel_pos_bias": True}, {"rotary": True}, {"qk_norm": True, "stride": (1, 3)}],
+    ids=str,
+)
+def test_modules_turn_with_the_ring(options: dict[str, Any]) -> None:
+    module = modules(**options)
+    turned = module(X.roll(6, 2)).roll(-6, 2)
+    torch.testing.assert_close(turned, module(X))
+    bounded = modules(**options, is_circular=False)
+    assert not torch.allclose(bounded(X), module(X))
+
+
+@pytest.mark.parametrize("options", [{}, {"rel_pos_bias": True, "stride": 1}], ids=str)
+def test_dropout_and_maps_know_the_ring(options: dict[str, Any]) -> None:
+    module = modules(**{"stride": (1, 3), **options}, attn_drop=1e-12)
+    expected = module(X)
+    torch.testing.assert_close(module.train()(X), expected)
+    positions = [[3, 0], [6, 11]]
+    weights = module.eval().attention_map(X, positions).grid
+    torch.testing.assert_close(weights.sum((-1, -2)), torch.ones_like(weights[..., 0, 0]))
+    seen = weights[0, 1, 0].nonzero().tolist()
+    axes = (Axis(7, 5), Axis(12, 5, module.stride[1], 2, is_circular=True))
+    assert sorted(map(tuple, seen)) == sorted(attended((6, 11), axes))
+
+
+def test_scripted_modules() -> None:
+    module = modules()
+    torch.testing.assert_close(torch.jit.script(module)(X), module(X))
+
+
+def test_attributes_are_as_if_constructed() -> None:
+    module = modules(rotary=True)
+    other = modules(rotary=True, is_circular=False)
+    other.is_circular = (False, True)
+    torch.testing.assert_close(other(X), module(X))
+    assert "is_circular=(False, True)" in repr(module)
+
+
+def test_blocks() -> None:
+    torch.manual_seed(0)
+    block = NeighborhoodTransformerBlock(16, 2, (3, 3), is_circular=(False, True)).double().eval()
+    torch.testing.assert_close(block(X.roll(5, 2)).roll(-5, 2), block(X))
+
+
+def test_streams() -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = dict(is_causal=(True, False), is_circular=(False, True))
+    module = NeighborhoodAttention2D(16, 2, (3, 5), **options).double().eval()
+    out, state = module.stream(X[:, :4])
+    rest, _ = module.stream(X[:, 4:], state)
+    torch.testing.assert_close(torch.cat([out, rest], 1), module(X))
+
+
+def test_what_modules_refuse() -> None:
+    with pytest.raises(ValueError, match="causal or circular but not both"):
+        modules(is_causal=True)
+    with pytest.raises(ValueError, match="a circular axis is not padded, got 4 tokens"):
+        modules(pad=True)(X[:, :, :4])
+    with pytest.raises(ValueError, match="dilation must divide the number of tokens"):
+        modules()(X[:, :, :11])
+
+
+def test_periodic_rotations() -> None:
+    rotary = RotaryEmbedding(16, 2, is_circular=(False, True), dtype=torch.float64)
+    cos, sin = rotary.rotation([5, 12])
+    later, _ = rotary.rotation([5, 12], [0, 12])
+    torch.testing.assert_close(later, cos)
+    assert not torch.allclose(rotary.rotation([5, 12], [5, 0])[0], cos)
+    # Every pair of the ring turns: no coordinate looks like another one.
+    angles = torch.atan2(sin, cos)[0, :, 0, 4:]
+    assert bool(((angles[1:] - angles[:1]).abs() > 1e-3).any(1).all())

@@ -24,7 +24,7 @@ from natten.nn.core import (
     place,
     plan_of,
     refuse_sharded,
-    refuse_whole_axes,
+    refuse_windows,
     whole_axes,
 )
 from natten.nn.explicit import AttentionMap, attention_map
@@ -63,16 +63,18 @@ class NeighborhoodAttention(NeighborhoodModule):
         qkv_bias: whether `qkv` has a bias.
         qk_scale: factor on query · key; None for `head_dim ** -0.5`.
         proj_drop: probability of dropping elements of the output.
+        is_circular: whether windows wrap around along an axis (longitude, a panorama's columns).
+            Dilation and stride divide its tokens, and it is neither causal nor padded.
         rel_pos_bias: learn a bias `rpb`, `[num_heads, 2 * kernel_size - 1, ...]`, added to the
-            scaled products. Bidirectional axes only.
+            scaled products. No causal axes.
         num_kv_heads: heads of key and value, a divisor of num_heads (grouped-query attention);
             None for num_heads.
         qk_norm: RMS-normalize the channels of every query and key head, with learned weights
             (`q_norm`, `k_norm`; https://arxiv.org/abs/2302.05442).
         rotary: rotate queries and keys by their positions. True for a `RotaryEmbedding` whose
-            spacing is the dilation, or one of your own, which several modules may share; or any
-            function that is called as it is, with heads `[B, *X, heads, head_dim]` and the
-            coordinates of the first token, or None for 0.
+            spacing is the dilation, periodic along circular axes, or one of your own, which several
+            modules may share; or any function that is called as it is, with heads `[B, *X, heads,
+            head_dim]` and the coordinates of the first token, or None for 0.
         attn_drop: probability of dropping attention weights in training. No fused kernel stores
             the weights, so that training with attn_drop > 0 gathers the keys and values of every
             window (memory times the window size). Evaluation is fused.
@@ -89,8 +91,8 @@ class NeighborhoodAttention(NeighborhoodModule):
     Parameters: `qkv.*`, rows in the order query, key, value, each heads by head_dim; `proj.*`;
     and `rpb`, `q_norm.weight`, `k_norm.weight`, `logit_scale` where asked for.
 
-    `kernel_size`, `stride`, `dilation`, `is_causal`, `scale`, `pad`, `attn_drop` and `rotary` may
-    be set to what the constructor takes, and are then as if it had been given there.
+    `kernel_size`, `stride`, `dilation`, `is_causal`, `is_circular`, `scale`, `pad`, `attn_drop` and
+    `rotary` may be set to what the constructor takes, and are then as if it had been given there.
 
     A state dict that holds one of the parameters asked for, for a module without it, is warned of,
     since `load_state_dict(strict=False)` drops it.
@@ -114,6 +116,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
         *,
+        is_circular: bool | Sequence[bool] = False,
         rel_pos_bias: bool = False,
         num_kv_heads: int | None = None,
         qk_norm: bool = False,
@@ -132,6 +135,7 @@ class NeighborhoodAttention(NeighborhoodModule):
             stride,
             dilation,
             is_causal,
+            is_circular,
             qk_scale,
             rel_pos_bias,
             num_kv_heads,
@@ -205,7 +209,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         if not torch.jit.is_scripting():
             plan = plan_of(self.plan)
             if plan is not None:
-                refuse_whole_axes(self.kernel_size)
+                refuse_windows(self.kernel_size, self.is_circular)
                 return plan.self_attention(self, x, registers, origin, grid)
         if registers is not None:
             if torch.jit.is_scripting():
@@ -214,7 +218,7 @@ class NeighborhoodAttention(NeighborhoodModule):
                 return self._forward_with_registers(x, registers, origin, grid)
         extent = x.shape[1:-1]
         kernel_size = whole_axes(x, self.kernel_size, grid)
-        x = place(x, kernel_size, self.dilation, self.pad, origin, grid)
+        x = place(x, kernel_size, self.dilation, self.pad, origin, grid, self.is_circular)
         if self._is_packed():
             out = attend_packed(
                 self._heads(x),
@@ -223,6 +227,7 @@ class NeighborhoodAttention(NeighborhoodModule):
                 self.stride,
                 self.dilation,
                 self.is_causal,
+                self.is_circular,
                 self.scale,
                 self._bias(),
                 origin,
@@ -245,7 +250,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         check_sequence(registers, x.shape[0], self.embed_dim, "registers")
         extent = x.shape[1:-1]
         kernel_size = whole_axes(x, self.kernel_size, grid)
-        x = place(x, kernel_size, self.dilation, self.pad, origin, grid)
+        x = place(x, kernel_size, self.dilation, self.pad, origin, grid, self.is_circular)
         query, key, value = self._project(x, origin, True)
         query_r, key_r, value_r = self._project(registers, None, False)
         out = self._attend(query, key, value, key_r, value_r, origin, grid, kernel_size=kernel_size)
@@ -365,7 +370,15 @@ class NeighborhoodAttention(NeighborhoodModule):
         if registers is not None:
             check_sequence(registers, x.shape[0], self.embed_dim, "registers")
             key_r = self._project(registers, None, False)[1]
-        x = place(x, whole_axes(x, self.kernel_size, grid), self.dilation, self.pad, origin, grid)
+        x = place(
+            x,
+            whole_axes(x, self.kernel_size, grid),
+            self.dilation,
+            self.pad,
+            origin,
+            grid,
+            self.is_circular,
+        )
         query, key, _ = self._project(x, origin, True)
         return self._map(query, key, positions, extent, key_r, None, origin, grid)
 

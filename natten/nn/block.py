@@ -198,8 +198,8 @@ class NeighborhoodTransformerBlock(nn.Module):
         drop_path: probability of dropping a residual branch of a sample.
         cond_dim: channels of the conditioning vector; None for none.
         context_dim: channels of a context, as of a text; None for none.
-        qkv_bias, qk_scale, rel_pos_bias, num_kv_heads, qk_norm, rotary, pad, head_dim,
-            learned_scale: as for `NeighborhoodAttention2D`.
+        is_circular, qkv_bias, qk_scale, rel_pos_bias, num_kv_heads, qk_norm, rotary, pad,
+            head_dim, learned_scale: as for `NeighborhoodAttention2D`.
         device, dtype: of the parameters.
 
     A state dict that holds `gamma1` or `modulation`, for a block without, is warned of, since
@@ -226,6 +226,7 @@ class NeighborhoodTransformerBlock(nn.Module):
         drop_path: float = 0.0,
         cond_dim: int | None = None,
         context_dim: int | None = None,
+        is_circular: bool | Sequence[bool] = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         rel_pos_bias: bool = False,
@@ -267,6 +268,7 @@ class NeighborhoodTransformerBlock(nn.Module):
             stride,
             dilation,
             is_causal,
+            is_circular=is_circular,
             qkv_bias=qkv_bias,
             qk_scale=qk_scale,
             proj_drop=drop,

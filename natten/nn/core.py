@@ -19,6 +19,7 @@ from natten.nn.explicit import AttentionMap, attention_map, window_attention, wi
 from natten.nn.rotary import RotaryEmbedding, rotate
 from natten.validation import (
     bool_tuple,
+    check_circular,
     check_is_tensor,
     check_positive_int,
     check_rpb,
@@ -38,6 +39,7 @@ def attend(
     stride: list[int],
     dilation: list[int],
     is_causal: list[bool],
+    is_circular: list[bool],
     scale: float,
     rpb: Tensor | None = None,
     additional_keys: Tensor | None = None,
@@ -50,7 +52,9 @@ def attend(
     TorchScript.
     """
     if torch.jit.is_scripting():
-        window = kernel_size + stride + dilation + [int(c) for c in is_causal]
+        # CAUSAL and CIRCULAR of natten.functional.call; no axis is both.
+        kinds = [int(c) + 2 * int(r) for c, r in zip(is_causal, is_circular)]
+        window = kernel_size + stride + dilation + kinds
         if grid is not None:
             corner = [0] * len(grid) if origin is None else origin
             window = window + grid + corner + corner
@@ -86,6 +90,7 @@ def attend(
         stride=stride,
         dilation=dilation,
         is_causal=is_causal,
+        is_circular=is_circular,
         scale=scale,
         additional_keys=additional_keys,
         additional_values=additional_values,
@@ -142,6 +147,7 @@ def attend_packed(
     stride: list[int],
     dilation: list[int],
     is_causal: list[bool],
+    is_circular: list[bool],
     scale: float,
     rpb: Tensor | None = None,
     origin: list[int] | None = None,
@@ -161,6 +167,7 @@ def attend_packed(
             stride,
             dilation,
             is_causal,
+            is_circular,
             scale,
             rpb,
             None,
@@ -169,8 +176,9 @@ def attend_packed(
             grid,
         )[0]
     out, _ = packed_attention(
-        qkv, heads_kv, kernel_size, stride, dilation, is_causal, scale, rpb, origin, grid
-    )
+        qkv, heads_kv, kernel_size, stride, dilation, is_causal, scale, rpb, origin, grid,
+        is_circular=is_circular,
+    )  # fmt: skip
     return out
 
 
@@ -180,12 +188,14 @@ def window_axes(
     stride: Sequence[int],
     dilation: Sequence[int],
     is_causal: Sequence[bool],
+    is_circular: Sequence[bool],
 ) -> list[Axis]:
     """The window of a grid, checked: attributes of a module may have been set one by one."""
     window = check_window(
         tuple(extent), tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal)
     )
-    return list(map(Axis, extent, *window))
+    check_circular(tuple(is_circular), tuple(extent), *window)
+    return list(map(Axis, extent, *window, is_circular))
 
 
 def attend_with_dropout(
@@ -196,6 +206,7 @@ def attend_with_dropout(
     stride: Sequence[int],
     dilation: Sequence[int],
     is_causal: Sequence[bool],
+    is_circular: Sequence[bool],
     scale: float,
     rpb: Tensor | None,
     additional_keys: Tensor | None,
@@ -214,7 +225,7 @@ def attend_with_dropout(
         query,
         key,
         value,
-        window_axes(extent, kernel_size, stride, dilation, is_causal),
+        window_axes(extent, kernel_size, stride, dilation, is_causal, is_circular),
         [0] * len(extent) if origin is None or grid is None else origin,
         scale,
         rpb,
@@ -358,9 +369,18 @@ def place(
     pad: bool,
     origin: list[int] | None,
     grid: list[int] | None,
+    is_circular: list[bool],
 ) -> Tensor:
     """`fit_window`, or where x is a crop of a larger grid, a check that both fit in there."""
     if grid is None:
+        for axis in range(len(kernel_size)):
+            if pad and is_circular[axis]:
+                reach = kernel_size[axis] * dilation[axis]
+                if x.shape[axis + 1] < reach:
+                    raise ValueError(
+                        f"a circular axis is not padded, got {x.shape[axis + 1]} tokens for "
+                        f"kernel_size * dilation = {reach} along axis {axis}"
+                    )
         return fit_window(x, kernel_size, dilation, pad)
     rank = len(kernel_size)
     corner = [0] * rank if origin is None else origin
@@ -427,8 +447,13 @@ def refuse_sharded(plan: Any, name: str) -> None:
         )
 
 
-def refuse_whole_axes(kernel_size: Sequence[int]) -> None:
+def refuse_windows(kernel_size: Sequence[int], is_circular: Sequence[bool]) -> None:
     """For a grid whose tokens are sharded over ranks."""
+    if any(is_circular):
+        raise NotImplementedError(
+            f"is_circular={tuple(is_circular)} of a grid that is sharded over ranks is not "
+            "implemented"
+        )
     if -1 in kernel_size:
         raise NotImplementedError(
             f"kernel_size={tuple(kernel_size)} of a grid that is sharded over ranks is not "
@@ -471,8 +496,11 @@ class HeadNorm(nn.RMSNorm):
 
 # Attributes that are stored as the constructor stores them, however they are set.
 _SETTABLE = frozenset(
-    ("kernel_size", "stride", "dilation", "is_causal", "scale", "pad", "attn_drop", "rotary")
-)
+    (
+        "kernel_size", "stride", "dilation", "is_causal", "is_circular", "scale", "pad",
+        "attn_drop", "rotary",
+    )
+)  # fmt: skip
 
 
 class NeighborhoodModule(nn.Module):
@@ -481,9 +509,9 @@ class NeighborhoodModule(nn.Module):
 
     Subclasses add projections; their rank classes set `rank` and nothing else.
 
-    `kernel_size`, `stride`, `dilation`, `is_causal`, `scale`, `pad`, `attn_drop` and `rotary` may
-    be set to what the constructor takes, and are then as if it had been given there. What they
-    hold must fit each other when the module is called.
+    `kernel_size`, `stride`, `dilation`, `is_causal`, `is_circular`, `scale`, `pad`, `attn_drop` and
+    `rotary` may be set to what the constructor takes, and are then as if it had been given there.
+    What they hold must fit each other when the module is called.
     """
 
     rank: int
@@ -503,6 +531,7 @@ class NeighborhoodModule(nn.Module):
         stride: int | Sequence[int],
         dilation: int | Sequence[int],
         is_causal: bool | Sequence[bool],
+        is_circular: bool | Sequence[bool],
         qk_scale: float | None,
         rel_pos_bias: bool,
         num_kv_heads: int | None,
@@ -538,6 +567,9 @@ class NeighborhoodModule(nn.Module):
         checked = tuple(2**30 if k == -1 else k for k in self.kernel_size)
         window = check_window((0,) * self.rank, checked, stride, dilation, is_causal)
         _, self.stride, self.dilation, self.is_causal = window
+        self.is_circular = self._normalized("is_circular", is_circular)
+        units = tuple(s * d for s, d in zip(self.stride, self.dilation, strict=True))
+        check_circular(self.is_circular, units, *window)
         if rel_pos_bias and -1 in self.kernel_size:
             raise ValueError(f"rel_pos_bias=True needs a kernel_size, got {self.kernel_size}")
         if rel_pos_bias and any(self.is_causal):
@@ -553,8 +585,9 @@ class NeighborhoodModule(nn.Module):
         self.rotary: Any = None
         if rotary is True:
             self.rotary = RotaryEmbedding(
-                self.head_dim, self.rank, spacing=self.dilation, device=device, dtype=dtype
-            )
+                self.head_dim, self.rank, spacing=self.dilation, is_circular=self.is_circular,
+                device=device, dtype=dtype,
+            )  # fmt: skip
             self._rotary_is_own = True
         else:
             self.rotary = self._normalized("rotary", rotary)
@@ -584,8 +617,12 @@ class NeighborhoodModule(nn.Module):
         super().__setattr__(name, value)
         if name == "rotary":
             super().__setattr__("_rotary_is_own", False)
-        elif name == "dilation" and getattr(self, "_rotary_is_own", False) and self.rotary:
-            self.rotary.spacing = value  # what rotary=True stands for
+        elif getattr(self, "_rotary_is_own", False) and self.rotary:
+            # What rotary=True stands for.
+            if name == "dilation":
+                self.rotary.spacing = value
+            elif name == "is_circular":
+                self.rotary.is_circular = value
 
     def _normalized(self, name: str, value: Any) -> Any:
         """An attribute as the constructor stores it."""
@@ -599,7 +636,7 @@ class NeighborhoodModule(nn.Module):
             return sizes
         if name in ("stride", "dilation"):
             return int_tuple(name, 1 if value is None else value, self.rank)
-        if name == "is_causal":
+        if name in ("is_causal", "is_circular"):
             return bool_tuple(name, False if value is None else value, self.rank)
         if name == "scale":
             return check_scale(value, self.head_dim)
@@ -690,6 +727,7 @@ class NeighborhoodModule(nn.Module):
                     self.stride,
                     self.dilation,
                     self.is_causal,
+                    self.is_circular,
                     self.scale,
                     self._bias(),
                     additional_keys,
@@ -707,6 +745,7 @@ class NeighborhoodModule(nn.Module):
             self.stride,
             self.dilation,
             self.is_causal,
+            self.is_circular,
             self.scale,
             self._bias(),
             additional_keys,
@@ -752,6 +791,7 @@ class NeighborhoodModule(nn.Module):
                 self.stride,
                 self.dilation,
                 self.is_causal,
+                self.is_circular,
             ),
             [0] * self.rank if origin is None or grid is None else origin,
             self._bias(),
@@ -768,7 +808,7 @@ class NeighborhoodModule(nn.Module):
         if self.num_kv_heads != self.num_heads:
             parts.append(f"num_kv_heads={self.num_kv_heads}")
         parts.append(f"kernel_size={self.kernel_size}")
-        defaults = {"stride": 1, "dilation": 1, "is_causal": False}
+        defaults = {"stride": 1, "dilation": 1, "is_causal": False, "is_circular": False}
         for name, default in defaults.items():
             value = getattr(self, name)
             if any(v != default for v in value):

@@ -19,7 +19,7 @@ from natten.nn.core import (
     left_out,
     place,
     plan_of,
-    refuse_whole_axes,
+    refuse_windows,
     whole_axes,
 )
 from natten.nn.explicit import AttentionMap
@@ -85,9 +85,9 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             proj_drop: as for `NeighborhoodAttention2D`. The context is never masked by is_causal.
         context_dim: channels of the context; None for a module without one.
         source_dim: channels of the grid of keys and values; None for embed_dim.
-        rel_pos_bias, num_kv_heads, qk_norm, rotary, attn_drop, pad, head_dim, learned_scale: as
-            for `NeighborhoodAttention2D`. Biases and rotation act between grids, not on the
-            context; `k_norm` on both.
+        is_circular, rel_pos_bias, num_kv_heads, qk_norm, rotary, attn_drop, pad, head_dim,
+            learned_scale: as for `NeighborhoodAttention2D`. Biases and rotation act between grids,
+            not on the context; `k_norm` on both.
         device, dtype: of the parameters.
 
     Parameters: `q`, `kv` (rows in the order key, value), `context_kv` (likewise), `proj`; and
@@ -119,6 +119,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
         *,
+        is_circular: bool | Sequence[bool] = False,
         context_dim: int | None = None,
         source_dim: int | None = None,
         rel_pos_bias: bool = False,
@@ -139,6 +140,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             stride,
             dilation,
             is_causal,
+            is_circular,
             qk_scale,
             rel_pos_bias,
             num_kv_heads,
@@ -206,7 +208,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if not torch.jit.is_scripting():
             plan = plan_of(self.plan)
             if plan is not None:
-                refuse_whole_axes(self.kernel_size)
+                refuse_windows(self.kernel_size, self.is_circular)
                 return plan.cross_attention(self, x, context, context_lengths, source, origin, grid)
         extent = x.shape[1:-1]
         query, key, value = self._project(x, source, origin, grid)
@@ -245,8 +247,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         check_grid(source, len(self.kernel_size), self.source_dim, "source")
         check_source(source, x)
         kernel_size = whole_axes(x, self.kernel_size, grid)
-        x = place(x, kernel_size, self.dilation, self.pad, origin, grid)
-        source = place(source, kernel_size, self.dilation, self.pad, origin, grid)
+        x = place(x, kernel_size, self.dilation, self.pad, origin, grid, self.is_circular)
+        source = place(source, kernel_size, self.dilation, self.pad, origin, grid, self.is_circular)
         if not torch.jit.is_scripting():
             check_heads_whole("kv", self.kv, self.heads_mesh)
         query = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natten.window import Axis, absent, axis_mask, bounds
+from natten.window import Axis, absent, axis_mask, bounds, distance
 
 
 class AttentionMap(NamedTuple):
@@ -51,6 +51,8 @@ def window_tables(
         slot = start + torch.arange(axis.kernel_size, device=device)  # [length, kernel_size]
         d, k = axis.dilation, axis.kernel_size
         attended = index % d + slot * d
+        if axis.is_circular:
+            attended = attended % axis.length
         real = (slot < end) & (attended >= first) & (attended < first + length)
         relative = torch.where(real, slot - index // d + k - 1, 0)
         token = _outer(token * length, torch.where(real, attended, index) - first, torch.add)
@@ -163,8 +165,8 @@ def window_rows(
         token = torch.arange(first, first + length, device=positions.device)
         mask = mask & axis_mask(index, token, axis).view([count] + along)
         if bias is not None:
-            k, d = axis.kernel_size, axis.dilation
-            relative = (token // d - index // d + k - 1).clamp(0, 2 * k - 2)  # [P, length]
+            k = axis.kernel_size
+            relative = (distance(index, token, axis) + k - 1).clamp(0, 2 * k - 2)  # [P, length]
             wanted = list(bias.shape)
             wanted[i + 2] = length
             bias = bias.gather(i + 2, relative.view([1, count] + along).expand(wanted))

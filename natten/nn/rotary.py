@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natten.validation import check_is_tensor, check_positive_int
+from natten.validation import bool_tuple, check_is_tensor, check_positive_int
 
 
 class RotaryEmbedding(nn.Module):
@@ -23,15 +23,18 @@ class RotaryEmbedding(nn.Module):
         angle = (coordinate + origin) / spacing * theta ** (-n / m)
 
     so that query · key depends on the difference of their coordinates alone. With `spacing` set to
-    an attention's dilation, neighboring tokens of a window are at rotary distance 1.
+    an attention's dilation, neighboring tokens of a window are at rotary distance 1. Along a
+    circular axis, each frequency is the nearest one that turns whole times around the tokens that
+    are rotated, at least once, so that the first and the last of them are neighbors.
 
     Args:
         head_dim: channels of a head; even, with at least one pair for each axis.
         rank: number of axes of the grid.
         theta: base of the frequencies, one number or one for each axis.
         spacing: coordinates are divided by it, one number or one for each axis.
+        is_circular: whether an axis is a ring, one bool or one for each axis.
 
-    `theta` and `spacing` may be set; angles follow.
+    `theta`, `spacing` and `is_circular` may be set; angles follow.
 
     There are no parameters and nothing in the state_dict. Angles are computed in float32 whatever
     the dtype of the module (in float64 for a float64 module), and the result is rounded once to the
@@ -48,6 +51,7 @@ class RotaryEmbedding(nn.Module):
         theta: float | tuple[float, ...] = 10000.0,
         spacing: float | tuple[float, ...] = 1.0,
         *,
+        is_circular: bool | Sequence[bool] = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -65,11 +69,14 @@ class RotaryEmbedding(nn.Module):
         self.rank = rank
         self.theta: Any = theta
         self.spacing: Any = spacing
+        self.is_circular: Any = is_circular
         # Annotated here, since TorchScript reads the annotations of the class.
         self.frequencies: Tensor
         self.register_buffer("frequencies", self._frequencies(device, dtype), persistent=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "is_circular":
+            value = bool_tuple(name, value, self.rank)
         if name not in ("theta", "spacing"):
             super().__setattr__(name, value)
             return
@@ -104,7 +111,7 @@ class RotaryEmbedding(nn.Module):
         """Cosines and sines of the angles of a grid, `[*extent, 1, head_dim // 2]`, for `rotate`;
         `origin` is where it lies in a larger grid (default 0).
         """
-        return rotation_of_grid(self.frequencies, extent, origin)
+        return rotation_of_grid(self.frequencies, extent, origin, self.is_circular)
 
     def forward(self, x: Tensor, origin: list[int] | None = None) -> Tensor:
         """Rotates `x`, `[B, *X, heads, head_dim]`, whose first token has the coordinates `origin`
@@ -118,11 +125,12 @@ class RotaryEmbedding(nn.Module):
         return (
             f"head_dim={self.head_dim}, rank={self.rank}, theta={self.theta}, "
             f"spacing={self.spacing}"
+            + (f", is_circular={self.is_circular}" if any(self.is_circular) else "")
         )
 
 
 def rotation_of_grid(
-    table: Tensor, extent: list[int], origin: list[int] | None
+    table: Tensor, extent: list[int], origin: list[int] | None, is_circular: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """`RotaryEmbedding.rotation`, by its table of frequencies."""
     rank = len(extent)
@@ -135,7 +143,12 @@ def rotation_of_grid(
             coordinate = coordinate + origin[axis]
         for _ in range(rank - axis):
             coordinate = coordinate.unsqueeze(-1)
-        angles = angles + coordinate * table[axis]
+        frequency = table[axis]
+        if is_circular[axis]:
+            once = 2.0 * math.pi / extent[axis]
+            around = (frequency / once).round().clamp(min=1.0)
+            frequency = torch.where(frequency == 0.0, frequency, around * once)
+        angles = angles + coordinate * frequency
     angles = angles.unsqueeze(-2)
     return angles.cos(), angles.sin()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from natten.functional import neighborhood_attention_generic
-from natten.nn.core import NeighborhoodModule, crop, fit_window, refuse_sharded, whole_axes
+from natten.nn.core import NeighborhoodModule, crop, place, refuse_sharded, whole_axes
 
 
 @dataclass
@@ -71,7 +71,8 @@ def check_stream(module: NeighborhoodModule) -> None:
 def fit_frames(module: NeighborhoodModule, x: Tensor) -> Tensor:
     """Pads frames to the window. Time needs none: frames that do not exist are before the grid."""
     size = whole_axes(x, module.kernel_size, None)
-    return fit_window(x, [1, *size[1:]], [1, *module.dilation[1:]], module.pad)
+    dilation = [1, *module.dilation[1:]]
+    return place(x, [1, *size[1:]], dilation, module.pad, None, None, module.is_circular)
 
 
 def attend_to_stream(
@@ -113,6 +114,7 @@ def attend_to_stream(
         stride=module.stride,
         dilation=module.dilation,
         is_causal=module.is_causal,
+        is_circular=module.is_circular,
         scale=module.scale,
         additional_keys=additional_keys,
         additional_values=additional_values,
