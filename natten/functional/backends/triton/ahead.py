@@ -107,8 +107,8 @@ def compile_all(
     done: Callable[[], None],
     device: torch.device | None,
 ) -> list[tuple[Compilation, Exception]]:
-    """Compile kernels in threads, which wait for the compiler most of the time, and load them on
-    the device, if any; ``done`` is called after each. Returns what failed, and why."""
+    """Compile kernels in threads, which wait for the compiler most of the time, and what launches
+    them on the device, if any; ``done`` is called after each. Returns what failed, and why."""
     failed = []
     with ThreadPoolExecutor(workers) as pool:
         futures = {

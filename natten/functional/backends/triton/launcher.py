@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -61,14 +61,12 @@ class Compilation:
     options: dict[str, Any]
 
     def run(self, device: torch.device | None = None) -> None:
-        """Compile it, into Triton's cache; for a CUDA device also load it there, for what launches
-        it is compiled then."""
+        """Compile it, into Triton's cache; for a CUDA device also what launches it there."""
         with nullcontext() if device is None else torch.cuda.device(device):
             compiled = self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.options)
             if device is not None:
-                # The launch itself will say so, and other tiles will be taken.
-                with suppress(OutOfResources):
-                    _ = compiled.run
+                # Not loaded: that would break a CUDA graph that another thread captures.
+                triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
 _collected: ContextVar[list[Compilation] | None] = ContextVar("collected", default=None)
