@@ -179,15 +179,12 @@ def shipped_weights() -> str:
                 f"`{path.stem}`",
                 f"{result['parameters'] / 1e6:.2f} M",
                 f"{result['test_accuracy']:.2f}% of {result['images']['test']} images",
-                f"{result['images_per_second_inference']:,.0f}",
-                f"{result['images_per_second_training']:,.0f}",
                 result["device"],
             ]
         )
     if not rows:
         return "No weights are in the package yet."
-    header = ["model", "parameters", "test accuracy", "inference, images/s", "training, images/s"]
-    return markdown_table([*header, "measured on"], rows)
+    return markdown_table(["model", "parameters", "test accuracy", "trained on"], rows)
 
 
 def model_speeds() -> str:

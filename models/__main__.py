@@ -21,7 +21,7 @@ from ._checkpoint import LAYOUTS, Move, convert, detect_layout, read_checkpoint
 from ._count import count_macs
 
 PROG = "python -m natten.models"
-MODULES = ("nat", "dinat", "dinat_s", "isotropic", "video")
+MODULES = ("nat", "dinat", "dinat_s", "isotropic", "video", "denoiser")
 
 
 def listing(pattern: str) -> Table:

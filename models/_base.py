@@ -19,6 +19,7 @@ from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
 from natten.nn import NeighborhoodBackbone
+from natten.nn.backbone import depth_groups, without_decay
 
 from ._checkpoint import adopt_checkpoints, checkpoint_filter_fn, read_checkpoint
 
@@ -107,9 +108,7 @@ class Classifier(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {
-            name for name, _ in self.named_parameters() if name.endswith((".rpb", ".logit_scale"))
-        }
+        return without_decay(self)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -139,14 +138,7 @@ class Hierarchy(Classifier):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = r"^levels\.(\d+)"
-        if not coarse:
-            blocks = [
-                (r"^levels\.(\d+)\.downsample", (0,)),
-                (r"^levels\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ]
-        return {"stem": r"^patch_embed", "blocks": blocks}
+        return depth_groups(coarse)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -267,10 +259,22 @@ def dense(
     return backbone
 
 
-def init_weights(module: nn.Module) -> None:
-    """Truncated normal weights (std 0.02) and zero biases, as in the released code."""
+def init_weights(module: nn.Module, weight_init: str = "") -> None:
+    """Truncated normal weights (std 0.02) and zero biases, as in the released code.
+
+    That is for wide models: in narrow ones branches would begin too faint to learn. These take
+    `weight_init="xavier"`.
+
+    Raises:
+        ValueError: another weight_init.
+    """
+    if weight_init not in ("", "xavier"):
+        raise ValueError(f"weight_init must be '' or 'xavier', got {weight_init!r}")
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
+        if weight_init:
+            nn.init.xavier_uniform_(module.weight)
+        else:
+            trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

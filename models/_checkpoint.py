@@ -63,15 +63,29 @@ def read_checkpoint(path: str | Path) -> StateDict:
         ValueError: the file is truncated or no checkpoint, or it asks for more than tensors (such a
             pickle can run any code).
     """
+    checkpoint = read_file(path)
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    if not isinstance(checkpoint, dict) or not checkpoint:
+        raise ValueError(f"{path} holds no state dict, but {type(checkpoint).__name__}.")
+    tensors = {k: v for k, v in clean_state_dict(checkpoint).items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors; its keys begin with {list(checkpoint)[:3]}.")
+    return tensors
+
+
+def read_file(path: str | Path) -> Any:
+    """All that a checkpoint holds, read as `read_checkpoint` does."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}.")
     try:
         if path.suffix == ".safetensors":
-            checkpoint: Any = load_file(path, device="cpu")
-        else:
-            with torch.serialization.safe_globals(_HARMLESS):
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path, device="cpu")
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: it is damaged, or it needs more than tensors and plain containers "
@@ -83,16 +97,6 @@ def read_checkpoint(path: str | Path) -> StateDict:
         raise ValueError(
             f"{path} is truncated, or not a checkpoint of this kind: {_first_line(error)}"
         ) from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
-    if not isinstance(checkpoint, dict) or not checkpoint:
-        raise ValueError(f"{path} holds no state dict, but {type(checkpoint).__name__}.")
-    tensors = {k: v for k, v in clean_state_dict(checkpoint).items() if isinstance(v, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors; its keys begin with {list(checkpoint)[:3]}.")
-    return tensors
 
 
 # What training scripts store beside weights, none of which can run code.

@@ -2,9 +2,10 @@
 
     python -m natten.models.card runs/dinat_pico [runs/dinat_pico-dense ...]
 
-The folders are outputs of `natten.models.train`: one run with neighborhood attention, and any
-number of the same model, data and settings with another. Copies the weights of the first into the
-package (`models/weights/`), with result.json and the card.
+The folders are outputs of `natten.models.train` on a data set of `natten.models.data`, with
+`--test-split test`: one run with neighborhood attention, and any number of the same model, data and
+settings with another. Copies the weights of the first into the package (`models/weights/`), with
+result.json and the card.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import argparse
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from natten.command import Parser, guarded
 
+from . import data, train
 from ._checkpoint import WEIGHTS
 
 _DATA = {
@@ -51,28 +54,49 @@ model = timm.create_model("{name}", pretrained=True)
 {data}. The split is fixed (`natten.models.data.split`): {train} images to train, {val} to validate,
 {test} to test, every class in equal parts. Nothing else was trained on. Digits say something about
 the implementation and little about natural images.
+{comparison}
+## Training
 
+```
+python -m natten.models.data {data_name} data/{data_name}
+{command}
+```
+
+{minutes:.0f} minutes on {device}, torch {torch}, timm {timm}. Accuracy on the images to validate:
+{val_accuracy:.2f}%. The weights are stored in float16, and the accuracies are of these.
+"""
+
+_COMPARISON = """
 ## Attention compared
 
-The same model, script, data, epochs and seed, with its attention replaced (`--attention`). Images a
-second on {device}, torch {torch}, batches of {batch_size}{precision}.
+The same model, script, data, epochs and seed, with its attention replaced (`--attention`).
 
-| attention | test % | val % | inference, images/s | training, images/s |
-|-|-|-|-|-|
+| attention | test % | val % | training, minutes |
+|-|-|-|-|
 {rows}
 
 A difference of {noise:.1f} points in test accuracy is one standard error of this many images:
 smaller ones say nothing.
-
-## Training
-
-`python -m natten.models.train --model {model} --data {data_name}` with the settings below,
-{minutes:.1f} minutes on {device}.
-
-| setting | value |
-|-|-|
-{settings}
 """
+
+
+def command_of(settings: dict[str, Any]) -> str:
+    """The command that trains with these settings: those that are not the defaults."""
+    defaults = train.parse([settings["data"]]).settings
+    words = [f"python -m natten.models.train {settings['data']}"]
+    for name, value in settings.items():
+        if value == defaults.get(name, value):
+            continue
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        else:
+            listed = value if isinstance(value, list) else [value]
+            words.append(" ".join([option, *(str(v) or "''" for v in listed)]))
+    return textwrap.fill(
+        " ".join([*words, "--test-split test"]), 96, subsequent_indent="    ",
+        break_long_words=False, break_on_hyphens=False,
+    ).replace("\n", " \\\n")  # fmt: skip
 
 
 def write_card(results: Sequence[dict[str, Any]]) -> str:
@@ -85,42 +109,47 @@ def write_card(results: Sequence[dict[str, Any]]) -> str:
     if len(ours) != 1:
         raise ValueError(f"a card needs one result with neighborhood attention, got {len(ours)}.")
     main = ours[0]
+    if main["data"] not in data.NAMES or "test_accuracy" not in main:
+        raise ValueError(
+            f"a card is of a run on {' or '.join(data.NAMES)} with --test-split test, got one on "
+            f"{main['data']}"
+        )
     for result in results:
         if result["model"].removeprefix("di") != main["model"].removeprefix("di"):
             # Without their own attention, a NAT and the DiNAT of its size are one network.
             raise ValueError(f"a card of {main['model']} got a run of {result['model']}.")
-        for field in ("data", "settings", "device"):
-            if result[field] != main[field]:
+        own = {"model": "", "attention": ""}
+        for field, value, wanted in (
+            ("data", result["data"], main["data"]),
+            ("device", result["device"], main["device"]),
+            ("settings", {**result["settings"], **own}, {**main["settings"], **own}),
+        ):
+            if value != wanted:
                 raise ValueError(
                     f"the run with {result['attention']} attention has other {field}: "
-                    f"{result[field]} instead of {main[field]}."
+                    f"{value} instead of {wanted}."
                 )
-    rows = []
-    for result in [main, *(r for r in results if r is not main)]:
-        attention = f"**{result['attention']}**" if result is main else result["attention"]
-        rows.append(
-            f"| {attention} | {result['test_accuracy']:.2f} "
-            f"| {result['val_accuracy']:.2f} | {result['images_per_second_inference']:,.0f} "
-            f"| {result['images_per_second_training']:,.0f} |"
-        )
-    accuracy = main["test_accuracy"] / 100
+    accuracy, count = main["test_accuracy"] / 100, main["images"]["test"]
+    rows = [
+        f"| {result['attention']} | {result['test_accuracy']:.2f} | {result['val_accuracy']:.2f} "
+        f"| {result['seconds'] / 60:.1f} |"
+        for result in [main, *(r for r in results if r is not main)]
+    ]
+    comparison = _COMPARISON.format(
+        rows="\n".join(rows), noise=100 * (accuracy * (1 - accuracy) / count) ** 0.5
+    )
+    shown = ("model", "test_accuracy", "val_accuracy", "device", "torch", "timm")
     return _CARD.format(
+        **{name: main[name] for name in shown},
+        **main["images"],
         name=f"{main['model']}.{main['data']}",
-        model=main["model"],
         summary="DiNAT" if main["model"].startswith("dinat") else "NAT",
         parameters=main["parameters"] / 1e6,
-        test_accuracy=main["test_accuracy"],
-        data=_DATA.get(main["data"], main["data"]),
+        data=_DATA[main["data"]],
         data_name=main["data"],
-        **main["images"],
-        device=main["device"],
-        torch=main["torch"],
-        batch_size=main["settings"]["batch_size"],
-        precision=", bfloat16" if main["settings"]["amp"] else "",
-        rows="\n".join(rows),
-        noise=100 * (accuracy * (1 - accuracy) / main["images"]["test"]) ** 0.5,
-        minutes=main["seconds_training"] / 60,
-        settings="\n".join(f"| {name} | {value} |" for name, value in main["settings"].items()),
+        comparison=comparison if len(results) > 1 else "",
+        command=command_of(main["settings"]),
+        minutes=main["seconds"] / 60,
     )
 
 

@@ -4,6 +4,8 @@ budget.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
@@ -92,7 +94,7 @@ class WindowAttention2D(nn.Module):
         return out.roll((self.shift, self.shift), (1, 2)) if self.shift else out
 
 
-def replace_attention(model: NAT, attention: str, input_size: tuple[int, int]) -> NAT:
+def replace_attention(model: Any, attention: str, input_size: tuple[int, int]) -> Any:
     """Replaces the attention of every block of `model`, in place, for images of `input_size`.
 
     Args:
@@ -103,12 +105,14 @@ def replace_attention(model: NAT, attention: str, input_size: tuple[int, int]) -
         input_size: rows and columns of the images.
 
     Raises:
-        ValueError: another attention, or windows that do not divide the grid.
+        ValueError: another attention or model, or windows that do not divide the grid.
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}.")
     if attention == "neighborhood":
         return model
+    if not isinstance(model, NAT):
+        raise ValueError(f"attention of a NAT or DiNAT is replaced, got {type(model).__name__}")
     for level, info in zip(model.levels, model.feature_info):
         height, width = (extent // info["reduction"] for extent in input_size)
         for i, block in enumerate(level.blocks):
@@ -120,4 +124,7 @@ def replace_attention(model: NAT, attention: str, input_size: tuple[int, int]) -
             block.attn = WindowAttention2D(
                 old.embed_dim, old.num_heads, (height, width), window, shift
             )
+            # As strong in the beginning.
+            for name in ("qkv", "proj"):
+                getattr(block.attn, name).load_state_dict(getattr(old, name).state_dict())
     return model

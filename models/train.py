@@ -1,514 +1,514 @@
-"""Trains a small image classifier, and evaluates one.
+"""Trains a classifier of images in folders, or in another data set that timm reads, with timm's
+data, optimizers, schedules, mixup, averages and checkpoints.
 
-    python -m natten.models.train --model dinat_pico --data mnist5k --output RUN
-    python -m natten.models.train --model dinat_pico --data mnist5k --output RUN --resume
-    python -m natten.models.train --model dinat_pico --data mnist5k --evaluate RUN/final.safetensors
+    python -m natten.models.train photographs --model dinat_mini --pretrained
+    torchrun --nproc-per-node 4 -m natten.models.train imagenet --model dinat_tiny --epochs 300
+    python -m natten.models.train wds/shards --model nat_mini --num-classes 10
+    python -m natten.models.train hfds/beans --model nat_mini
+    python -m natten.models.train photographs --evaluate --initial-checkpoint runs/a/last.pth.tar
 
-AdamW with a cosine schedule after a linear warm-up, mixed precision (bfloat16, on GPUs), an
-exponential moving average of the weights, random affine crops, flips, mixup and label smoothing.
-Everything random follows from `--seed` and the epoch, so that a run that was interrupted and
-resumed ends with the weights of one that was not.
+A folder has `train/CLASS/*.jpg` and `validation/CLASS/*.jpg` (or `val`). `--pretrained` begins
+with the model's own weights, `--initial-checkpoint` with those of a file of any layout. Everything
+random follows from `--seed` and the epoch: a run that was killed and goes on with `--resume` ends
+with the weights of one that was not. In the output folder:
 
-The data is split once and for all (`natten.models.data.split`). Training reports accuracy on "val"
-as it goes; "test" is evaluated once, when it has ended. In the output folder:
-
-    log.csv              a line an epoch
-    last.pt              all that --resume needs; written after an epoch unless writing takes more
-                         than a twentieth of the time since it was written before
-    last.safetensors     weights of the same epoch; last-ema.safetensors their average
+    last.pth.tar         all that --resume needs; checkpoint-N.pth.tar, model_best.pth.tar: the best
+    summary.csv          a line for each epoch; with --tensorboard also TensorBoard's files
     final.safetensors    the averaged weights at the end, in float16
-    result.json          accuracies, speed, settings
+    result.json          accuracies of these weights, time, settings
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from safetensors.torch import save_file
+from timm.data import (
+    IterableImageDataset,
+    Mixup,
+    create_dataset,
+    create_loader,
+    resolve_data_config,
+)
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import (
+    CheckpointSaver,
+    ModelEmaV3,
+    init_distributed_device,
+    random_seed,
+    update_summary,
+)
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from natten.command import Parser, guarded
 
-from . import data as image_data
-from ._checkpoint import checkpoint_filter_fn, read_checkpoint
+from ._checkpoint import read_checkpoint, read_file
 from .comparison import ATTENTIONS, replace_attention
-from .nat import NAT
 
 PROG = "python -m natten.models.train"
-# What the weights of a run depend on: reported, and the same when it is resumed.
-SETTINGS = (
-    *("epochs", "batch_size", "lr", "warmup_epochs", "weight_decay", "clip_grad"),
-    *("drop_path", "label_smoothing", "mixup", "rotate", "scale", "shear", "shift"),
-    *("hflip", "ema_decay", "amp", "compile", "seed"),
-)
+# What may differ when a run goes on; everything else is a setting, which its weights depend on.
+PLACES = ("output", "resume", "evaluate", "workers", "device", "tensorboard", "test_split")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog=PROG,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="dinat_pico", help="a registered NAT or DiNAT (default: %(default)s)")
-    add("--attention", choices=ATTENTIONS, default="neighborhood", help="replace the attention")
-    add(
-        "--data",
-        default="mnist5k",
-        help="mnist5k, digits, or an .npz file (see natten.models.data)",
-    )
+    add("data", help="a folder, wds/FOLDER (webdataset), or hfds/NAME (Hugging Face, or a folder)")
+    add("--model", default="dinat_mini", help="any model of timm (default: %(default)s)")
+    add("--attention", choices=ATTENTIONS, default="neighborhood", help="instead of a NAT's own")
     add("--output", type=Path, default=Path("runs/train"), help="folder (default: %(default)s)")
+    add("--num-classes", type=int, help="default: what the data say")
+    add("--train-split", default="train")
+    add("--val-split", default="validation", help="measured after each epoch")
+    add("--val-data", help="where --val-split is (default: as the training data)")
+    add("--test-split", help="measured once, at the end; where --val-split is")
+    add("--evaluate", action="store_true", help="measure on --val-split; no training")
+    add("--pretrained", action="store_true", help="begin with the model's weights")
+    add("--initial-checkpoint", default="", help="begin with the weights of a file")
     add("--resume", action="store_true", help="go on where the run in the output folder stopped")
-    add(
-        "--evaluate",
-        metavar="FILE",
-        help="evaluate a checkpoint, or 'pretrained', on test; no training",
-    )
-    add("--epochs", type=int, default=120)
-    add("--batch-size", type=int, default=128)
-    add("--lr", type=float, default=1.5e-3, help="peak learning rate (default: %(default)s)")
-    add("--warmup-epochs", type=float, default=10)
+    add("--img-size", type=int, help="default: the model's")
+    add("--epochs", type=int, default=30)
+    add("--batch-size", type=int, default=128, help="of a process and a forward pass")
+    add("--grad-accum-steps", type=int, default=1, help="batches of a step")
+    add("--grad-checkpointing", action="store_true", help="less memory, more time")
+    add("--opt", default="adamw", help="timm's name of an optimizer")
+    add("--lr", type=float, default=1e-3, help="for 1024 images a step; it grows with their number")
+    add("--layer-decay", type=float, help="factor on the rate of each block in front of another")
     add("--weight-decay", type=float, default=0.05)
+    add("--sched", default="cosine", help="timm's name of a schedule")
+    add("--warmup-epochs", type=int, default=5)
     add("--clip-grad", type=float, default=5.0, help="largest norm of the gradient")
-    add("--drop-path", type=float, default=0.1)
-    add("--label-smoothing", type=float, default=0.1)
-    add("--mixup", type=float, default=0.2, help="alpha of mixup, 0 for none")
-    add("--rotate", type=float, default=12.0, help="degrees of random rotation, either way")
-    add("--scale", type=float, default=0.12, help="random zoom of each axis, either way")
-    add("--shear", type=float, default=0.12)
-    add("--shift", type=float, default=0.1, help="random crop: shift as a part of the image")
-    add(
-        "--hflip",
-        type=float,
-        default=0.0,
-        help="probability of a horizontal flip; 0 for digits, which a flip makes other signs",
-    )
-    add("--ema-decay", type=float, default=0.995)
-    add(
-        "--amp",
-        action=argparse.BooleanOptionalAction,
-        help="bfloat16 instead of float32 (default: on a GPU; few CPUs are faster with it)",
-    )
+    add("--drop-path", type=float, help="default: the model's")
+    add("--smoothing", type=float, default=0.1)
+    add("--mixup", type=float, default=0.8, help="alpha, 0 for none")
+    add("--cutmix", type=float, default=1.0, help="alpha, 0 for none")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, '' for none")
+    add("--scale", type=float, nargs=2, default=(0.08, 1.0), help="parts of an image in a crop")
+    add("--reprob", type=float, default=0.25, help="of erasing a part of an image")
+    add("--hflip", type=float, default=0.5)
+    add("--ema-decay", type=float, default=0.9998, help="of the averaged weights, 0 for none")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on GPUs)")
     add("--compile", action="store_true", help="torch.compile the model")
+    add("--workers", type=int, default=4, help="processes that read images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
-    add("--tensorboard", action="store_true", help="log for TensorBoard too, if it is installed")
-    add("--stop-after", type=int, metavar="EPOCHS", help="interrupt after this many epochs")
+    add("--tensorboard", action="store_true", help="needs pip install tensorboard")
     options = parser.parse_args(arguments)
-    for name in ("epochs", "batch_size", "stop_after"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("epochs", "batch_size", "grad_accum_steps"):
+        if getattr(options, name) < 1:
+            parser.error(
+                f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}"
+            )
+    if (options.mixup or options.cutmix) and options.batch_size % 2:
+        parser.error(f"--batch-size must be even to mix pairs of images, got {options.batch_size}")
     if options.amp is None:
         options.amp = options.device.startswith("cuda")
+    options.scale = list(options.scale)
+    options.settings = {k: v for k, v in vars(options).items() if k not in PLACES}
     return options
 
 
-def augment(images: Tensor, options: argparse.Namespace, generator: torch.Generator) -> Tensor:
-    """Random affine crops and flips, an own one for every image: `[B, C, H, W]` to the same."""
+def open_split(
+    options: argparse.Namespace, split: str, training: bool, class_map: Any = None
+) -> Any:
+    """A split of the data, as timm reads it, with the numbers that folders of classes have in
+    `class_map`.
 
-    def uniform(extent: float) -> Tensor:
-        u = torch.rand(len(images), generator=generator, device=generator.device)
-        return ((2 * u - 1) * extent).to(images.device)
-
-    angle = uniform(math.radians(options.rotate))
-    zoom_x, zoom_y = 1 + uniform(options.scale), 1 + uniform(options.scale)
-    shear = uniform(options.shear)
-    # A shift by the whole image is 2 in the coordinates of affine_grid.
-    shift_x, shift_y = uniform(2 * options.shift), uniform(2 * options.shift)
-    mirror = 1 - 2 * (uniform(1.0).abs() < options.hflip).float()
-    cos, sin = angle.cos(), angle.sin()
-    theta = torch.stack(
-        [
-            torch.stack([mirror * cos * zoom_x, (shear * cos - sin) * zoom_y, shift_x], -1),
-            torch.stack([mirror * sin * zoom_x, (shear * sin + cos) * zoom_y, shift_y], -1),
-        ],
-        1,
-    )
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
-
-
-def batches(
-    images: Tensor, labels: Tensor, options: argparse.Namespace, num_classes: int, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented images and soft targets of an epoch; the order and all chances follow from seed and
-    epoch.
+    Raises:
+        ValueError: no data set of this kind, or a folder without this split.
+        RuntimeError: the package that reads it is not installed.
     """
-    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
-    order = torch.randperm(len(images), generator=generator).to(images.device)
-    smooth = options.label_smoothing
-    for chosen in order.split(options.batch_size):
-        x = augment(images[chosen], options, generator)
-        target = F.one_hot(labels[chosen], num_classes).float()
-        target = target * (1 - smooth) + smooth / num_classes
-        if options.mixup > 0:
-            # Beta(a, a) as a ratio of two Gamma(a): torch.distributions takes no generator.
-            gamma = torch._standard_gamma(torch.full((2,), options.mixup), generator=generator)
-            weight = (gamma[0] / gamma.sum().clamp_min(1e-20)).item()
-            x = weight * x + (1 - weight) * x.flip(0)
-            target = weight * target + (1 - weight) * target.flip(0)
-        yield x, target
+    data = options.data if training else options.val_data or options.data
+    kind, _, place = data.partition("/")
+    name, root = "", data
+    if Path(data).is_dir():
+        names = (split, "val") if split == "validation" else (split,)
+        if not any((Path(data) / name).is_dir() for name in names):
+            raise ValueError(f"{data} must hold a folder {split} of folders with images of a class")
+    elif kind in ("wds", "hfds"):
+        name, root, class_map = ("wds/", place, None) if kind == "wds" else (data, None, None)
+    else:
+        raise ValueError(f"data must be a folder, wds/FOLDER or hfds/NAME, got {data}")
+    package = {"wds": "webdataset", "hfds": "datasets"}.get(kind if name else "")
+    if package and find_spec(package) is None:
+        raise RuntimeError(f"{kind}/ needs pip install {package}")
+    found = create_dataset(
+        name,
+        root=root,
+        split=split,
+        class_map=class_map,
+        is_training=training,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        input_img_mode="RGB",
+    )
+    shards, readers = shards_of(found), options.world_size * max(options.workers, 1)
+    if options.world_size > 1 and shards is not None and shards % readers:
+        # A process that reads more than another waits for it forever, or measures images twice.
+        raise ValueError(
+            f"{data}: {shards} shards of {split} cannot be shared evenly by {options.world_size} "
+            f"processes of {options.workers} --workers"
+        )
+    return found
 
 
-def learning_rate(options: argparse.Namespace, progress: float) -> float:
-    """Linear warm-up, then half a cosine to zero; `progress` in epochs."""
-    if progress < options.warmup_epochs:
-        return options.lr * (progress + 1e-3) / options.warmup_epochs
-    rest = max(options.epochs - options.warmup_epochs, 1e-9)
-    return options.lr * 0.5 * (1 + math.cos(math.pi * (progress - options.warmup_epochs) / rest))
+def shards_of(data: Any) -> int | None:
+    """Files that processes share out among themselves; None where they share out images."""
+    if not isinstance(data, IterableImageDataset):
+        return None
+    return len(data.reader.split_info.filenames)
 
 
-def create(options: argparse.Namespace, num_classes: int, drop_path: float) -> nn.Module:
-    model = timm.create_model(options.model, num_classes=num_classes, drop_path_rate=drop_path)
-    if not isinstance(model, NAT):
-        raise ValueError(f"--model must be a NAT or DiNAT, got {options.model}")
+def classes_of(options: argparse.Namespace, data: Any) -> int:
+    """Classes of the data.
+
+    Raises:
+        ValueError: nobody says how many there are.
+    """
+    count = options.num_classes or len(getattr(data.reader, "class_to_idx", None) or ())
+    if not count:
+        raise ValueError(f"--num-classes must be given for {options.data}")
+    return count
+
+
+def loader(options: argparse.Namespace, model: nn.Module, data: Any, training: bool) -> Any:
+    """Batches of images as the model wants them, augmented in training.
+
+    Raises:
+        ValueError: there are fewer images than a batch has.
+    """
+    config = resolve_data_config({"img_size": options.img_size}, model=model)
+    augmentation: dict[str, Any] = {"crop_pct": config["crop_pct"]}
+    if training:
+        augmentation = {
+            "auto_augment": options.aa or None,
+            "scale": options.scale,
+            "re_prob": options.reprob,
+            "re_mode": "pixel",
+            "hflip": options.hflip,
+        }
+    batches = create_loader(
+        data,
+        is_training=training,
+        input_size=config["input_size"],
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        batch_size=options.batch_size,
+        num_workers=options.workers,
+        # Workers that outlive an epoch would remember what they drew in it.
+        persistent_workers=False,
+        distributed=options.distributed,
+        device=options.place,
+        use_prefetcher=False,
+        **augmentation,
+    )
+    if len(batches) == 0:
+        raise ValueError(
+            f"--batch-size must be at most the {len(data) // options.world_size} images of a "
+            f"process, got {options.batch_size}"
+        )
+    return batches
+
+
+def build(options: argparse.Namespace, num_classes: int) -> nn.Module:
+    arguments: dict[str, Any] = {"num_classes": num_classes}
+    if options.drop_path is not None:
+        arguments["drop_path_rate"] = options.drop_path
+    if options.initial_checkpoint:
+        state = read_checkpoint(options.initial_checkpoint)
+        # Its own number of classes: another one leaves the classifier out.
+        heads = [v for k, v in state.items() if k.endswith(("head.weight", "head.fc.weight"))]
+        overlay = {"state_dict": state, "num_classes": heads[0].shape[0] if heads else 0}
+        arguments.update(pretrained=True, pretrained_cfg_overlay=overlay)
+    else:
+        arguments["pretrained"] = options.pretrained
+    model = timm.create_model(options.model, **arguments)
+    if options.img_size is not None and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=options.img_size)
     replace_attention(model, options.attention, model.pretrained_cfg["input_size"][1:])
-    for module in model.modules():
-        # The published standard deviation of 0.02 is for wide models: in narrow ones branches would
-        # begin too faint to learn.
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-    return model
+    if options.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if options.compile:
+        model.compile()
+    return model.to(options.place)
 
 
-def precision(options: argparse.Namespace) -> AbstractContextManager[Any]:
+def precision(options: argparse.Namespace) -> Any:
     if not options.amp:
         return nullcontext()
-    return torch.autocast(torch.device(options.device).type, torch.bfloat16)
-
-
-def synchronize(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+    return torch.autocast(options.place.type, torch.bfloat16)
 
 
 @torch.no_grad()
-def accuracy(
-    model: nn.Module, images: Tensor, labels: Tensor, options: argparse.Namespace
-) -> float:
-    """Percentage of right answers, in float32 so that it does not depend on the machine."""
+def accuracy(options: argparse.Namespace, model: nn.Module, batches: Any) -> float:
+    """Percentage of right answers, of all processes together, in float32."""
     model.eval()
-    right = 0
-    for x, y in zip(images.split(options.batch_size), labels.split(options.batch_size)):
-        right += int((model(x).argmax(1) == y).sum())
-    return 100 * right / len(labels)
+    counts = torch.zeros(2, dtype=torch.float64, device=options.place)
+    own = math.inf
+    if options.distributed and shards_of(batches.dataset) is None:
+        # timm's sampler repeats the first images, so that all processes have as many.
+        own = len(range(options.rank, len(batches.dataset), options.world_size))
+    for images, labels in batches:
+        labels = labels.to(options.place)
+        right = model(images.to(options.place)).argmax(1) == labels
+        right = right[: int(min(own, len(right)))]
+        own -= len(right)
+        counts += torch.stack([right.sum(), right.new_tensor(len(right), dtype=torch.float64)])
+    if options.distributed:
+        dist.all_reduce(counts)
+    return 100 * (counts[0] / counts[1]).item()
 
 
-@torch.no_grad()
-def inference_speed(model: nn.Module, images: Tensor, options: argparse.Namespace) -> float:
-    """Images a second, in the precision of training: the median of 7 rounds over at least one
-    batch.
-    """
-    model.eval()
-    x = images[: options.batch_size]
-    rounds = []
-    repeats = 10 if torch.device(options.device).type == "cuda" else 1
-    for _ in range(9):
-        synchronize(options.device)
-        start = time.perf_counter()
-        with precision(options):
-            for _ in range(repeats):
-                model(x)
-        synchronize(options.device)
-        rounds.append(len(x) * repeats / (time.perf_counter() - start))
-    return sorted(rounds[2:])[3]
+def steps_of(
+    options: argparse.Namespace, batches: Any, mix: Mixup | None
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The batches of each step, the last one of fewer."""
+    step = []
+    for images, labels in batches:
+        images, labels = images.to(options.place), labels.to(options.place)
+        step.append((images, labels) if mix is None else mix(images, labels))
+        if len(step) == options.grad_accum_steps:
+            yield step
+            step = []
+    if step:
+        yield step
 
 
-def device_name(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-class Log:
-    """log.csv in the output folder, and TensorBoard where it is wanted and installed."""
-
-    FIELDS = ("epoch", "lr", "train_loss", "val_accuracy", "images_per_second", "seconds")
-
-    def __init__(self, folder: Path, resume: bool, tensorboard: bool) -> None:
-        self.path = folder / "log.csv"
-        if not resume or not self.path.is_file():
-            with self.path.open("w", newline="") as file:
-                csv.writer(file).writerow(self.FIELDS)
-        self.writer = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                sys.stderr.write("TensorBoard is not installed: log.csv alone is written\n")
-            else:
-                self.writer = SummaryWriter(str(folder))
-
-    def drop_from(self, epoch: int) -> None:
-        """Forgets epochs that are about to be run again, and a line that was not finished."""
-        with self.path.open(newline="") as file:
-            rows = list(csv.reader(file))[1:]
-        kept = [row for row in rows if len(row) == len(self.FIELDS) and int(row[0]) < epoch]
-
-        def save(path: Path) -> None:
-            with path.open("w", newline="") as file:
-                csv.writer(file).writerows([self.FIELDS, *kept])
-
-        save_atomically(self.path, save)
-
-    def write(self, **values: float) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow([f"{values[name]:.6g}" for name in self.FIELDS])
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, int(values["epoch"]))
-
-    def rows(self) -> list[dict[str, float]]:
-        with self.path.open(newline="") as file:
-            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def save_atomically(path: Path, save: Any) -> None:
-    """A run that is killed while saving leaves the old file whole."""
-    unfinished = path.with_name(path.name + ".partial")
-    save(unfinished)
-    unfinished.replace(path)
-
-
-def progress_bar(total: int, done: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, mininterval=1.0)
-
-
-def identity(options: argparse.Namespace, data: str) -> dict[str, Any]:
-    """What must not change when a run is resumed."""
-    settings = {name: getattr(options, name) for name in SETTINGS}
-    return {"model": options.model, "attention": options.attention, "data": data, **settings}
-
-
-def read_state(path: Path, options: argparse.Namespace, data: str) -> dict[str, Any]:
-    """What a run saved for `--resume`.
+def resume(
+    options: argparse.Namespace,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: ModelEmaV3 | None,
+    saver: CheckpointSaver,
+) -> int:
+    """Gives everything the state after the last whole epoch; returns the next one.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or of a run of another model, data or other settings.
+        ValueError: it is damaged, or of a run with other settings.
     """
+    path = options.output / "last.pth.tar"
     if not path.is_file():
         raise FileNotFoundError(f"nothing to resume: {path} does not exist")
+    state = read_file(path)
     try:
-        state = torch.load(path, map_location=options.device, weights_only=True)
-        before = dict(state["run"])
-        state = {name: state[name] for name in ("epoch", "model", "averaged", "optimizer")}
-    except Exception as error:
-        # Of damaged files torch's unpickler raises whatever it stumbles over.
-        raise ValueError(f"{path} is damaged, or not of this version: {error!r:.120}") from error
-    now = identity(options, data)
-    changed = [f"{k} {before.get(k)!r}, not {v!r}" for k, v in now.items() if before.get(k) != v]
-    if changed:
-        raise ValueError(f"--resume goes on with the run in {path.parent}: {'; '.join(changed)}")
-    return state
+        before = vars(state["args"])
+        changed = [
+            f"{name} {before.get(name)!r}, not {value!r}"
+            for name, value in options.settings.items()
+            if before.get(name) != value
+        ]
+        if not changed:
+            model.load_state_dict(state["state_dict"])
+            optimizer.load_state_dict(state["optimizer"])
+            if average is not None:
+                average.module.load_state_dict(state["state_dict_ema"])
+            if "saver" in state:  # which older versions of timm do not store
+                saver.load_state_dict(state["saver"])
+            return state["epoch"] + 1
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no checkpoint of this trainer: {error!r}") from error
+    raise ValueError(
+        f"--resume goes on with the run in {options.output}: {'; '.join(changed)}; another one may "
+        "begin with its weights, --initial-checkpoint"
+    )
+
+
+def forget(path: Path, epoch: int) -> None:
+    """Drops lines of epochs that are about to be run, and one that was not finished."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) < epoch]
+    path.write_text("".join(lines[:1] + kept if kept else []))
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """Trains; returns what result.json holds."""
-    folder = options.output
-    folder.mkdir(parents=True, exist_ok=True)
-    device = options.device
-    dataset = image_data.load(options.data)
-    num_classes = dataset.num_classes
+    if options.tensorboard and find_spec("tensorboard") is None:
+        raise RuntimeError("--tensorboard needs pip install tensorboard")
+    folder, is_first = options.output, options.rank == 0
     torch.manual_seed(options.seed)
-    model = create(options, num_classes, options.drop_path)
-    cfg = model.pretrained_cfg
-    mean, std = (torch.tensor(cfg[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
-
-    def split(name: str) -> tuple[Tensor, Tensor]:
-        images, labels = image_data.tensors(dataset, name, cfg["input_size"][1:])
-        return images.to(device), labels.to(device)
-
-    model.to(device)
-    averaged = copy.deepcopy(model).eval().requires_grad_(False)
-    skip = {n for n, p in model.named_parameters() if p.dim() < 2} | model.no_weight_decay()
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for n, p in model.named_parameters() if n not in skip]},
-            {"params": [p for n, p in model.named_parameters() if n in skip], "weight_decay": 0.0},
-        ],
-        lr=options.lr,
+    data = {"train": open_split(options, options.train_split, True)}
+    # A class that has no images in another split keeps its number.
+    class_map = data["train"].reader.class_to_idx
+    for name in ("val", "test"):
+        split = getattr(options, f"{name}_split")
+        if split is not None:
+            data[name] = open_split(options, split, False, class_map)
+    num_classes = classes_of(options, data["train"])
+    model = build(options, num_classes)
+    loaders = {name: loader(options, model, data[name], name == "train") for name in data}
+    training = loaders["train"]
+    images_a_step = options.batch_size * options.grad_accum_steps * options.world_size
+    optimizer = create_optimizer_v2(
+        model,
+        opt=options.opt,
+        lr=options.lr * images_a_step / 1024,
         weight_decay=options.weight_decay,
-        fused=torch.device(device).type == "cuda",
+        layer_decay=options.layer_decay,
     )
-    first = 0
-    if options.resume:
-        state = read_state(folder / "last.pt", options, dataset.name)
-        model.load_state_dict(state["model"])
-        averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["epoch"] + 1
-    log = Log(folder, options.resume, options.tensorboard)
-    log.drop_from(first)
-    run = torch.compile(model) if options.compile else model
+    average = ModelEmaV3(model, options.ema_decay, use_warmup=True) if options.ema_decay else None
+    saver = CheckpointSaver(
+        model,
+        optimizer,
+        argparse.Namespace(**options.settings),
+        model_ema=average,
+        checkpoint_dir=str(folder),
+        recovery_dir=str(folder),
+        max_history=3,
+    )
+    first = resume(options, model, optimizer, average, saver) if options.resume else 0
+    steps = math.ceil(len(training) / options.grad_accum_steps)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=options.sched,
+        num_epochs=options.epochs,
+        warmup_epochs=min(options.warmup_epochs, options.epochs - 1),
+        warmup_lr=1e-6,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    scheduler.step_update(first * steps)
+    wrapped = model
+    if options.distributed:
+        devices = [options.place] if options.place.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=devices)
+    summary = folder / "summary.csv"
+    writer = None
+    if is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        forget(summary, first)
+        if options.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-    images, labels = split("train")
-    val = split("val")
-    mean, std = mean.to(device), std.to(device)
-    steps = math.ceil(len(images) / options.batch_size)
-    bar = progress_bar(options.epochs * steps, first * steps)
-    last = min(options.epochs, first + (options.stop_after or options.epochs))
-    saved, cost = -math.inf, 0.0
-    for epoch in range(first, last):
-        model.train()
-        torch.manual_seed(options.seed * 1_000_003 + epoch)  # stochastic depth
-        synchronize(device)
-        start = time.perf_counter()
-        total = torch.zeros((), device=device)
-        for step, (x, target) in enumerate(batches(images, labels, options, num_classes, epoch)):
-            lr = learning_rate(options, epoch + step / steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            with precision(options):
-                logits = run((x - mean) / std)
-            loss = F.cross_entropy(logits.float(), target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
+            writer = SummaryWriter(str(folder))
+    mix = None
+    criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=options.smoothing)
+    if options.mixup or options.cutmix:
+        mix = Mixup(
+            options.mixup,
+            options.cutmix,
+            label_smoothing=options.smoothing,
+            num_classes=num_classes,
+        )
+        criterion = SoftTargetCrossEntropy()
+    averaged = average.module if average is not None else model
+    for epoch in range(first, options.epochs):
+        # Whatever is drawn in an epoch does not depend on those before.
+        random_seed(options.seed + 1009 * epoch, options.rank)
+        for part in (training.sampler, training.dataset):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        start, total = time.perf_counter(), torch.zeros((), device=options.place)
+        wrapped.train()
+        done = 0
+        for done, step in enumerate(steps_of(options, training, mix), 1):
+            for i, (images, targets) in enumerate(step):
+                # Gradients are summed over processes once a step.
+                waits = options.distributed and i + 1 < len(step)
+                with wrapped.no_sync() if waits else nullcontext():
+                    with precision(options):
+                        logits = wrapped(images)
+                    loss = criterion(logits.float(), targets) / len(step)
+                    loss.backward()
+                total += loss.detach()
+            if options.clip_grad:
+                nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
             optimizer.step()
-            # A short memory at first, when the weights still move fast.
-            done = epoch * steps + step + 1
-            decay = min(options.ema_decay, done / (done + 10))
-            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
-            total += loss.detach()
-            if bar is not None:
-                bar.update()
-        synchronize(device)
-        seconds = time.perf_counter() - start
-        val_accuracy = accuracy(averaged, (val[0] - mean) / std, val[1], options)
-        mean_loss = total.item() / steps
-        log.write(
-            epoch=epoch,
-            lr=lr,
-            train_loss=mean_loss,
-            val_accuracy=val_accuracy,
-            images_per_second=len(images) / seconds,
-            seconds=seconds,
-        )
-        if bar is not None:
-            bar.set_postfix(epoch=epoch, loss=f"{mean_loss:.3f}", val=f"{val_accuracy:.1f}%")
-        # Short epochs would spend more time on the disk than on the device.
-        if epoch + 1 == last or time.perf_counter() - saved > 20 * cost:
-            start = time.perf_counter()
-            save_atomically(folder / "last.safetensors", partial(save_file, _state(model)))
-            save_atomically(folder / "last-ema.safetensors", partial(save_file, _state(averaged)))
-            # One file, so that a run that is killed in between resumes from one epoch.
-            state = {
-                "run": identity(options, dataset.name),
-                "epoch": epoch,
-                "model": model.state_dict(),
-                "averaged": averaged.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
-            save_atomically(folder / "last.pt", partial(torch.save, state))
-            saved = time.perf_counter()
-            cost = saved - start
-    if bar is not None:
-        bar.close()
-    if last < options.epochs:
-        sys.stdout.write(f"stopped after epoch {last - 1}; go on with --resume\n")
-        return {}
-
+            optimizer.zero_grad(set_to_none=True)
+            if average is not None:
+                average.update(model, step=epoch * steps + done)
+            scheduler.step_update(epoch * steps + done)
+        loss_of_epoch, seconds = total.item() / max(done, 1), time.perf_counter() - start
+        right = accuracy(options, averaged, loaders["val"])
+        if is_first:
+            row = {"loss": loss_of_epoch, "seconds": seconds}
+            header = not summary.stat().st_size
+            update_summary(epoch, row, {"top1": right}, str(summary), write_header=header)
+            if writer is not None:
+                for name, value in {**row, "top1": right}.items():
+                    writer.add_scalar(name, value, epoch)
+            saver.save_checkpoint(epoch, metric=right)
+            sys.stderr.write(
+                f"epoch {epoch + 1}/{options.epochs}: loss {loss_of_epoch:.3f}, validation "
+                f"{right:.2f}%, {seconds:.0f} s\n"
+            )
     # Half the size to ship, and what is measured is what is shipped.
-    rounded = {name: tensor.half() for name, tensor in _state(averaged).items()}
+    rounded = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous()
+               for k, v in averaged.state_dict().items()}  # fmt: skip
     averaged.load_state_dict(rounded)
-    save_atomically(
-        folder / "final.safetensors",
-        lambda p: save_file(rounded, p, metadata={"model": options.model}),
-    )
-    test = split("test")
-    rows = log.rows()
-    if len(rows) != options.epochs:
-        raise ValueError(
-            f"{folder / 'log.csv'} must have a row for each of the {options.epochs} epochs, "
-            f"got {len(rows)}: the result is made from it"
-        )
-    # The first epochs compile and allocate.
-    speeds = sorted(row["images_per_second"] for row in rows[min(2, len(rows) - 1) :])
+    measured = {
+        f"{name}_accuracy": accuracy(options, averaged, loaders[name])
+        for name in data
+        if name != "train"
+    }
     result = {
         "model": options.model,
         "attention": options.attention,
-        "data": dataset.name,
+        "data": Path(options.data).name,
+        "classes": num_classes,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "val_accuracy": rows[-1]["val_accuracy"],
-        "test_accuracy": accuracy(averaged, (test[0] - mean) / std, test[1], options),
-        "images": {name: len(image_data.split(dataset.labels, name)) for name in image_data.SPLITS},
-        "images_per_second_training": speeds[len(speeds) // 2],
-        "images_per_second_inference": inference_speed(averaged, (images - mean) / std, options),
-        "seconds_training": sum(row["seconds"] for row in rows),
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "settings": {name: getattr(options, name) for name in SETTINGS},
+        "images": {name: len(part) for name, part in data.items()},
+        **measured,
     }
-    return _report(result, folder / "result.json")
+    if is_first:
+        save_file(rounded, folder / "final.safetensors", metadata={"model": options.model})
+        with summary.open(newline="") as file:
+            result["seconds"] = sum(float(row["train_seconds"]) for row in csv.DictReader(file))
+        result["device"] = device_name(options)
+        result["torch"], result["timm"] = torch.__version__, timm.__version__
+        result["settings"] = options.settings
+        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+def device_name(options: argparse.Namespace) -> str:
+    one = f"CPU, {torch.get_num_threads()} threads"
+    if options.place.type == "cuda":
+        one = torch.cuda.get_device_name(options.place)
+    return one if options.world_size == 1 else f"{options.world_size} x {one}"
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy of a checkpoint on the test split, and its speed."""
-    dataset = image_data.load(options.data)
-    if options.evaluate == "pretrained":
-        model = timm.create_model(options.model, pretrained=True)
-    else:
-        model = create(options, dataset.num_classes, 0.0)
-        state = checkpoint_filter_fn(read_checkpoint(options.evaluate), model)
-        model.load_state_dict(state, strict=True)
-    model.to(options.device)
-    cfg = model.pretrained_cfg
-    mean, std = (torch.tensor(cfg[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
-    images, labels = image_data.tensors(dataset, "test", cfg["input_size"][1:])
-    images = ((images - mean) / std).to(options.device)
-    result = {
-        "model": options.model,
-        "attention": options.attention,
-        "data": dataset.name,
-        "test_accuracy": accuracy(model, images, labels.to(options.device), options),
-        "images_per_second_inference": inference_speed(model, images, options),
-        "device": device_name(options.device),
-        "torch": torch.__version__,
-    }
-    return _report(result, None)
-
-
-def _report(result: dict[str, Any], path: Path | None) -> dict[str, Any]:
-    text = json.dumps(result, indent=2)
-    if path is not None:
-        path.write_text(text + "\n")
-    sys.stdout.write(text + "\n")
-    return result
+    """Accuracy of `--pretrained` or `--initial-checkpoint` on `--val-split`."""
+    if not (options.pretrained or options.initial_checkpoint):
+        raise ValueError("--evaluate needs weights: --pretrained, or --initial-checkpoint FILE")
+    data = open_split(options, options.val_split, False)
+    model = build(options, classes_of(options, data))
+    right = accuracy(options, model, loader(options, model, data, False))
+    return {"model": options.model, "images": len(data), "accuracy": right}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"{PROG} is for one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}: "
-            "natten.models.finetune trains with several"
-        )
-    return evaluate(options) if options.evaluate else train(options)
+    options.place = init_distributed_device(options)
+    options.settings["world_size"] = options.world_size
+    try:
+        result = evaluate(options) if options.evaluate else train(options)
+    finally:
+        if options.distributed:
+            dist.destroy_process_group()
+    if options.rank == 0:
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    return result
 
 
 def command() -> int:

@@ -191,7 +191,7 @@ plt.show()
 # ## Exercises
 #
 # 1. Set all dilations to 1. Does the accuracy change by more than its standard error, about 0.6 points?
-# 2. `python -m natten.models.train --help` trains the whole `dinat_pico`, with `--attention dense` for
-#    comparison. Compare the two on your machine.
+# 2. `python -m natten.models.train` trains the whole `dinat_pico` (the page on models has the command), with
+#    `--attention dense` for comparison. Compare the two on your machine.
 # 3. Draw the attention of the query at a border of the image. Where is its window?
 # 4. Train with `data.load("digits")`, the 8 × 8 digits of scikit-learn, resized to 28 × 28.

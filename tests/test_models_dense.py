@@ -268,3 +268,39 @@ def test_unmodified_original_files(name: str, folder: str, monkeypatch: pytest.M
     with torch.no_grad():
         for got, want in zip(model(x), original(x), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_decay_of_the_backbone() -> None:
+    """timm's optimizers give each block its own rate, the norms of the outputs the largest."""
+    from timm.optim import param_groups_layer_decay
+
+    backbone = NeighborhoodBackbone(
+        embed_dim=8, depths=(2, 1), num_heads=(1, 2), kernel_size=3, rel_pos_bias=True,
+        num_registers=2,
+    )  # fmt: skip
+    groups = param_groups_layer_decay(backbone, 0.1, backbone.no_weight_decay(), layer_decay=0.5)
+    names = {id(p): name for name, p in backbone.named_parameters()}
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    decays = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert scales.keys() == set(names.values())
+    order = [
+        "patch_embed.proj.0.weight",
+        "levels.0.blocks.0.attn.qkv.weight",
+        "levels.0.blocks.1.mlp.fc1.weight",
+        "widen.0.weight",
+        "levels.1.downsample.reduction.weight",
+        "norms.0.weight",
+    ]
+    found = [scales[name] for name in order]
+    assert found == sorted(found)
+    assert len(set(found)) == len(found) - 1  # timm counts norms to the last block
+    assert scales["registers"] == found[0]
+    assert scales["levels.1.downsample.reduction.weight"] == scales["levels.1.blocks.0.attn.rpb"]
+    assert scales["norms.1.weight"] == 1.0
+    unwanted = ("registers", "levels.0.blocks.0.attn.rpb", "norms.0.weight")
+    assert all(decays[name] == 0 for name in unwanted)
+    assert decays["levels.0.blocks.0.attn.qkv.weight"] == 0.1
+    coarse = param_groups_layer_decay(
+        timm.create_model("nat_pico", features_only=True, feature_cls="dense"), layer_decay=0.5
+    )
+    assert sum(len(group["params"]) for group in coarse) > 0

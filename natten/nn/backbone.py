@@ -50,6 +50,27 @@ def share_out(name: str, value: Any, count: int, unit: str, rank: int) -> tuple[
     )
 
 
+def depth_groups(coarse: bool = False) -> dict[str, Any]:
+    """Patterns that order parameters by depth, as timm asks them of a `group_matcher`: by blocks,
+    or by levels with `coarse`.
+    """
+    levels: Any = r"^levels\.(\d+)"
+    if not coarse:
+        levels = [
+            (r"^levels\.(\d+)\.downsample", (0,)),
+            (r"^levels\.(\d+)\.blocks\.(\d+)", None),
+            (r"^widen\.(\d+)", (99998,)),  # behind its level
+            (r"^norm", (99999,)),
+        ]
+    return {"stem": r"^(?:patch_embed|registers)", "blocks": levels}
+
+
+def without_decay(module: nn.Module) -> set[str]:
+    """Names of parameters that weight decay is not for, though they have several axes."""
+    last = ("rpb", "logit_scale", "registers")
+    return {name for name, _ in module.named_parameters() if name.rpartition(".")[2] in last}
+
+
 class NeighborhoodStage(nn.Module):
     """A downsampler, if any, and blocks of one resolution.
 
@@ -397,6 +418,16 @@ class NeighborhoodBackbone(nn.Module):
         optional = {"registers": "num_registers"}
         warn_of_dropped(self, optional, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameters by depth, for timm's layer decay; the outputs' norms as the last block."""
+        return depth_groups(coarse)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay is not for, beside those of one axis."""
+        return without_decay(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of storing what is inside them."""
