@@ -38,9 +38,9 @@ class ImageDenoiser(nn.Module):
     def __init__(
         self,
         in_chans: int = 3,
-        embed_dim: int = 40,
+        embed_dim: int = 32,
         depths: Sequence[int] = (2, 2, 2),
-        num_heads: Sequence[int] = (2, 4, 8),
+        num_heads: Sequence[int] = (1, 2, 4),
         decoder_depth: int = 2,
         kernel_size: int = 7,
         mlp_ratio: float = 2.0,
