@@ -535,7 +535,7 @@ def dense_of(problem: Problem) -> Problem:
         query_shape=(problem.num_queries,),
         key_shape=(problem.num_keys,),
         kernel_size=length, stride=(1,), dilation=(1,), is_causal=(False,), is_circular=(),
-        grid=length, query_origin=(0,), key_origin=(0,), has_rpb=False,
+        upsampling=(), grid=length, query_origin=(0,), key_origin=(0,), has_rpb=False,
     )  # fmt: skip
 
 

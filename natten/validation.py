@@ -180,6 +180,34 @@ def check_circular(
     return rings if any(rings) else ()
 
 
+def check_upsampling(
+    upsampling: Any,
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    rpb: Tensor | None,
+) -> tuple[int, ...]:
+    """upsampling as a tuple that fits the tokens and the window; () if it is 1 on every axis."""
+    factors = int_tuple("upsampling", upsampling, len(key_shape))
+    if all(factor == 1 for factor in factors):
+        return ()
+    if query_shape != tuple([factor * n for factor, n in zip(factors, key_shape)]):
+        raise ValueError(
+            "query must have upsampling times as many tokens as key along every axis, got "
+            f"upsampling={factors} with query's token shape {query_shape} and key's {key_shape}"
+        )
+    if any(factor > 1 and d > 1 for factor, d in zip(factors, dilation)):
+        raise ValueError(
+            f"dilation must be 1 along an axis with upsampling, got dilation={dilation} and "
+            f"upsampling={factors}"
+        )
+    if rpb is not None:
+        raise NotImplementedError(
+            f"rpb and upsampling do not go together, got upsampling={factors}"
+        )
+    return factors
+
+
 def check_rings(
     is_circular: tuple[bool, ...],
     grid: tuple[int, ...],

@@ -54,6 +54,9 @@ class Axis(NamedTuple):
         dilation: Distance of neighbors.
         is_causal: Whether a query attends to no later token.
         is_circular: Whether the last token is a neighbor of the first.
+        upsampling: Queries of each token of the grid: query i has the window of token
+            ``i // upsampling``. Positions of queries are then counted in queries. More than one
+            go with dilation 1 only.
     """
 
     length: int
@@ -62,6 +65,7 @@ class Axis(NamedTuple):
     dilation: int = 1
     is_causal: bool = False
     is_circular: bool = False
+    upsampling: int = 1
 
 
 def _tensor(index: Index) -> Tensor:
@@ -86,7 +90,7 @@ def position_bounds(position: Index, group: Index, axis: Axis) -> tuple[Tensor, 
         group: The dilation group.
         axis: The axis.
     """
-    position = _tensor(position)
+    position = _tensor(position) // axis.upsampling
     last: Any = group_length(group, axis) - 1
     k, s = axis.kernel_size, axis.stride
     leader = position // s * s + (s - 1 if axis.is_causal else s // 2)
@@ -107,12 +111,13 @@ def bounds(
     dilation: int = 1,
     is_causal: bool = False,
     is_circular: bool = False,
+    upsampling: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """First key position and one past the last that the query token ``index`` attends to.
 
     Both are positions in the group ``index % dilation``.
     """
-    axis = Axis(length, kernel_size, stride, dilation, is_causal, is_circular)
+    axis = Axis(length, kernel_size, stride, dilation, is_causal, is_circular, upsampling)
     index = _tensor(index)
     return position_bounds(index // dilation, index % dilation, axis)
 
@@ -122,6 +127,12 @@ def inverse_position_bounds(position: Index, group: Index, axis: Axis) -> tuple[
 
     The range may be empty for a causal axis with stride, where no query sees some keys.
     """
+    start, stop = _inverse_bounds(position, group, axis)
+    return start * axis.upsampling, stop * axis.upsampling
+
+
+def _inverse_bounds(position: Index, group: Index, axis: Axis) -> tuple[Tensor, Tensor]:
+    """The same in tokens of the grid."""
     position = _tensor(position)
     length = group_length(group, axis)
     last = length - 1
@@ -159,12 +170,13 @@ def inverse_bounds(
     dilation: int = 1,
     is_causal: bool = False,
     is_circular: bool = False,
+    upsampling: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """First query position and one past the last that attend to the key token ``index``.
 
     Both are positions in the group ``index % dilation``; first == last + 1 means none.
     """
-    axis = Axis(length, kernel_size, stride, dilation, is_causal, is_circular)
+    axis = Axis(length, kernel_size, stride, dilation, is_causal, is_circular, upsampling)
     index = _tensor(index)
     return inverse_position_bounds(index // dilation, index % dilation, axis)
 
@@ -204,14 +216,14 @@ def axis_mask(query_index: Index, key_index: Index, axis: Axis) -> Tensor:
 
 
 def distance(query_index: Index, key_index: Index, axis: Axis) -> Tensor:
-    """Key position - query position along one axis; on a circular one that inside the query's
-    window, if the key is in there."""
+    """Key position - that of the query's token along one axis; on a circular one that inside the
+    query's window, if the key is in there."""
     query_index, key_index = _tensor(query_index), _tensor(key_index)
     d = axis.dilation
-    query, key = query_index // d, key_index // d
+    query, key = query_index // d // axis.upsampling, key_index // d
     if not axis.is_circular:
         return key - query
-    start, _ = position_bounds(query, query_index % d, axis)
+    start, _ = position_bounds(query_index // d, query_index % d, axis)
     return (key - start) % (axis.length // d) + start - query
 
 
@@ -227,6 +239,11 @@ def mask(query_index: Sequence[Index], key_index: Sequence[Index], axes: Sequenc
     for q, k, axis in zip(query_index[1:], key_index[1:], axes[1:], strict=True):
         visible = visible & axis_mask(q, k, axis)
     return visible
+
+
+def queries_of(axes: Sequence[Axis]) -> tuple[int, ...]:
+    """The extents of a whole grid of queries."""
+    return tuple([axis.length * axis.upsampling for axis in axes])
 
 
 def grid_mask(
@@ -245,13 +262,13 @@ def grid_mask(
     lengths = [axis.length for axis in axes]
     zeros = [0] * rank
 
-    def coordinates(shape: Sequence[int] | None, origin: Sequence[int] | None) -> list[Tensor]:
-        extents = zip(origin or zeros, shape or lengths, strict=True)
+    def coordinates(shape: Sequence[int], origin: Sequence[int] | None) -> list[Tensor]:
+        extents = zip(origin or zeros, shape, strict=True)
         ranges = [torch.arange(o, o + n, device=device) for o, n in extents]
         return [c.flatten() for c in torch.meshgrid(*ranges, indexing="ij")]
 
-    queries = [c[:, None] for c in coordinates(query_shape, query_origin)]
-    keys = [c[None, :] for c in coordinates(key_shape, key_origin)]
+    queries = [c[:, None] for c in coordinates(query_shape or queries_of(axes), query_origin)]
+    keys = [c[None, :] for c in coordinates(key_shape or lengths, key_origin)]
     return mask(queries, keys, axes)
 
 
@@ -270,7 +287,8 @@ def bounds_table(
         ``group + dilation * position``). Tokens outside
         ``[key_origin, key_origin + key_extent)`` are left out; start == end means none.
     """
-    query_extent = axis.length - query_origin if query_extent is None else query_extent
+    if query_extent is None:
+        query_extent = axis.length * axis.upsampling - query_origin
     key_extent = axis.length - key_origin if key_extent is None else key_extent
     index = torch.arange(query_origin, query_origin + query_extent, device=device)
     start, end = bounds(index, *axis)
@@ -333,5 +351,6 @@ __all__ = [
     "inverse_position_bounds",
     "mask",
     "position_bounds",
+    "queries_of",
     "union_bounds",
 ]

@@ -33,6 +33,7 @@ class Case:
     additional_lengths: tuple[int, ...] | None = None
     rpb: bool = False
     is_circular: tuple[bool, ...] = ()
+    upsampling: tuple[int, ...] = ()
     softcap: float = 0.0
     sink: bool = False
     key_mask: bool = False
@@ -54,6 +55,7 @@ class Case:
             "dilation": (1,) * rank,
             "is_causal": (False,) * rank,
             "is_circular": (False,) * rank,
+            "upsampling": (1,) * rank,
             "heads_kv": self.heads,
             "head_dim_v": self.head_dim,
             "key_tokens": self.tokens,
@@ -448,6 +450,45 @@ def _circular() -> list[Case]:
     ]
 
 
+def _upsampled() -> list[Case]:
+    """Tokens of queries and keys are those of two grids."""
+
+    def case(name: str, keys: tuple[int, ...], factors: tuple[int, ...], *window: Any, **more: Any):
+        tokens = tuple(n * r for n, r in zip(keys, factors))
+        return Case(name, tokens, *window, key_tokens=keys, upsampling=factors, **more)
+
+    return [
+        case("1d_up3", (11,), (3,), (5,)),
+        case("1d_up2_strided", (13,), (2,), (6,), (4,)),
+        case("1d_up4_causal_strided", (12,), (4,), (5,), (3,), is_causal=(True,)),
+        case("1d_up2_ring_strided", (12,), (2,), (5,), (3,), is_circular=(True,)),
+        case("1d_up2_whole", (9,), (2,), (9,)),
+        case("1d_up2_whole_causal", (9,), (2,), (9,), is_causal=(True,)),
+        case("1d_up16", (9,), (16,), (3,), head_dim=32),
+        case("2d_up", (5, 6), (2, 3), (3, 4)),
+        case("2d_up_gqa_additional", (5, 4), (2, 2), (3, 3), additional=5, heads=4, heads_kv=2),
+        case("2d_up_one_axis", (7, 8), (1, 3), (3, 4), (2, 1), (2, 1)),
+        case(
+            "2d_up_rings",
+            (6, 4),
+            (2, 3),
+            (5, 3),
+            (2, 1),
+            is_circular=(True, True),
+            contiguous=False,
+        ),
+        case(
+            "2d_up_causal_ring",
+            (6, 4),
+            (2, 4),
+            (4, 3),
+            is_causal=(True, False),
+            is_circular=(False, True),
+        ),
+        case("3d_up", (3, 4, 5), (1, 2, 3), (3, 2, 4), (1, 1, 3), heads=1),
+    ]
+
+
 def _varlen(
     name: str, lengths_q: tuple[int, ...], lengths_kv: tuple[int, ...], **arguments: Any
 ) -> Case:
@@ -490,6 +531,7 @@ GROUPS: dict[str, list[Case]] = {
     "scores": _scores(),
     "subgrids": _subgrids(),
     "circular": _circular(),
+    "upsampled": _upsampled(),
     "attention": _attention(),
 }
 CASES: list[Case] = [case for group in GROUPS.values() for case in group]

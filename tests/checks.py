@@ -171,6 +171,7 @@ def run(
         rpb=inputs.rpb,
         backend=backend,
         is_circular=case.is_circular,
+        upsampling=case.upsampling,
         grid=case.grid,
         query_origin=case.query_origin,
         key_origin=case.key_origin,
@@ -185,12 +186,13 @@ def full_mask(case: Case, device: str | torch.device = "cpu") -> Tensor:
         axes = [
             Axis(*axis)
             for axis in zip(
-                case.grid or case.tokens,
+                case.grid or (case.key_tokens if max(case.upsampling) > 1 else case.tokens),
                 case.kernel_size,
                 case.stride,
                 case.dilation,
                 case.is_causal,
                 case.is_circular,
+                case.upsampling,
             )
         ]
         boxes = (case.tokens, case.key_tokens, case.query_origin, case.key_origin)

@@ -53,7 +53,7 @@ def window_kernel(
 def axis_kernel(
     parameters, row_results, tile_results,
     COUNT: tl.constexpr, TILE: tl.constexpr, COLUMN_TILE: tl.constexpr,
-    CAUSAL: tl.constexpr, CIRCULAR: tl.constexpr, INVERSE: tl.constexpr,
+    CAUSAL: tl.constexpr, UPSAMPLING: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """All that `axis_rows` says about COUNT tiles. One column of parameters each."""
     i = tl.arange(0, COUNT)[:, None]
@@ -65,7 +65,7 @@ def axis_kernel(
          tl.load(at + 5 * COUNT)),
         (tl.load(at + 6 * COUNT), tl.load(at + 7 * COUNT)),
         (tl.load(at + 8 * COUNT), tl.load(at + 9 * COUNT)),
-        TILE, COLUMN_TILE, CAUSAL, CIRCULAR, INVERSE, True,
+        TILE, COLUMN_TILE, (CAUSAL, False, UPSAMPLING), INVERSE, True,
     )  # fmt: skip
     for n in tl.static_range(5):
         tl.store(row_results + n * COUNT * TILE + i * TILE + offset, rows[n].to(tl.int32))
@@ -188,18 +188,21 @@ class _AxisProblem(NamedTuple):
         return axis_mask(queries[:, None], keys[None, :], self.axis)
 
 
-def _axis_problem(random: Random, causal: bool) -> _AxisProblem:
+def _axis_problem(random: Random, causal: bool, upsampling: int = 1) -> _AxisProblem:
     length = random.randint(1, 60)
     dilation = random.choice((1, 1, 2, 3, random.randint(1, length)))
+    if upsampling > 1:
+        dilation = 1
     dilation = min(dilation, length)
     kernel = random.randint(1, length // dilation)
     stride = random.choice((1, kernel, random.randint(1, kernel)))
-    boxes = [(0, length), (0, length)]
+    boxes = [(0, length * upsampling), (0, length)]
     for n in range(2):
-        if random.random() < 0.4:
+        if upsampling == 1 and random.random() < 0.4:
             origin = random.randint(0, length - 1)
             boxes[n] = origin, random.randint(1, length - origin)
-    return _AxisProblem(Axis(length, kernel, stride, dilation, causal), *boxes)
+    axis = Axis(length, kernel, stride, dilation, causal, upsampling=upsampling)
+    return _AxisProblem(axis, *boxes)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -214,11 +217,16 @@ def test_axis_rows(tile_size: int, column_size: int, causal: bool) -> None:
         _check_tiles(problems, tile_size, column_size, causal, inverse) for inverse in (False, True)
     )
     assert tiles > 2 * len(problems)
+    for upsampling in (2, 3):
+        problems = [_axis_problem(random, causal, upsampling) for _ in range(40)]
+        for inverse in (False, True):
+            _check_tiles(problems, tile_size, column_size, causal, inverse, upsampling)
 
 
 def _check_tiles(
-    problems: list[_AxisProblem], tile_size: int, column_size: int, causal: bool, inverse: bool
-) -> int:
+    problems: list[_AxisProblem], tile_size: int, column_size: int, causal: bool, inverse: bool,
+    upsampling: int = 1,
+) -> int:  # fmt: skip
     parameters: list[tuple[int, ...]] = []
     for axis, query, key in problems:
         row, column = (key, query) if inverse else (query, key)
@@ -234,7 +242,7 @@ def _check_tiles(
     row_results = torch.empty(5, count, tile_size, dtype=torch.int32)
     tile_results = torch.empty(7, count, dtype=torch.int32)
     axis_kernel[(1,)](
-        table, row_results, tile_results, count, tile_size, column_size, causal, False, inverse
+        table, row_results, tile_results, count, tile_size, column_size, causal, upsampling, inverse
     )
     done = 0
     for problem in problems:

@@ -91,9 +91,17 @@ RINGS = [
 ]
 
 
+FINER = [
+    axis._replace(upsampling=factor)
+    for axis in [*AXES[::7], *RINGS[::3]]
+    if axis.dilation == 1
+    for factor in (2, 3)
+]
+
+
 def by_definition(axis: Axis, index: int) -> list[int]:
     """The tokens a query attends to, spelled out."""
-    length, k, s, d, is_causal, is_circular = axis
+    length, k, s, d, is_causal, is_circular, _ = axis
     group = [t for t in range(length) if t % d == index % d]
     p = group.index(index)
     stride_group = [q for q in range(len(group)) if q // s == p // s]
@@ -149,6 +157,22 @@ def test_inverse_of_rings():
             assert far[seen].tolist() == list(range(low, high)), (axis, key)
             assert -ring <= low < ring
             assert high - low <= ring
+
+
+def test_queries_of_a_token_have_its_window():
+    assert len(FINER) > 100
+    for axis in FINER:
+        own = axis._replace(upsampling=1)
+        index = torch.arange(axis.length * axis.upsampling)
+        for fine, coarse in zip(bounds(index, *axis), bounds(index // axis.upsampling, *own)):
+            assert torch.equal(fine, coarse), axis
+        for fine, coarse in zip(
+            inverse_bounds(torch.arange(axis.length), *axis),
+            inverse_bounds(torch.arange(axis.length), *own),
+        ):
+            assert torch.equal(fine, coarse * axis.upsampling), axis
+        repeated = grid_mask([own]).repeat_interleave(axis.upsampling, 0)
+        assert torch.equal(grid_mask([axis]), repeated), axis
 
 
 def test_inverse():

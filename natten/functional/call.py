@@ -57,9 +57,9 @@ class Parameters(NamedTuple):
     Attributes:
         heads_kv: Heads of key and of value in a packed query; 0 where they are tensors.
         window: kernel_size, stride, dilation and the kind of window (PLAIN, CAUSAL or CIRCULAR),
-            one value per axis each, one after the other; and, where the tensors hold boxes of a
-            grid, its extents and the origins of query and key. A kernel_size of EVERYTHING is the
-            whole axis.
+            one value per axis each, one after the other. Where the tensors hold boxes of a grid,
+            also its extents and the origins of query and key; and after these upsampling, where
+            there are more queries than keys. A kernel_size of EVERYTHING is the whole axis.
         scale: Factor on the dot products.
         softcap: Bound of the scaled products; 0 for none.
         max_seqlen_q: Longest packed query sequence; 0 without packed sequences.
@@ -91,12 +91,14 @@ class Window(NamedTuple):
     query_origin: tuple[int, ...]
     key_origin: tuple[int, ...]
     is_circular: tuple[bool, ...] = ()
+    upsampling: tuple[int, ...] = ()
 
     @property
     def axes(self) -> tuple[Axis, ...]:
         """The same along each axis."""
         is_circular = self.is_circular or (False,) * len(self.grid)
-        return tuple(map(Axis, self.grid, *self[:4], is_circular))
+        upsampling = self.upsampling or (1,) * len(self.grid)
+        return tuple(map(Axis, self.grid, *self[:4], is_circular, upsampling))
 
 
 def encode_window(
@@ -107,8 +109,8 @@ def encode_window(
     *boxes: Sequence[int],
     is_circular: Sequence[bool] = (),
 ) -> tuple[int, ...]:
-    """The operator's window; ``boxes`` are the grid and the origins in it of query and key, if they
-    are needed, ``is_circular`` is empty if no axis is."""
+    """The operator's window; ``boxes`` are the grid and the origins in it of query and key, and
+    upsampling, as far as they are needed, ``is_circular`` is empty if no axis is."""
     kinds = [CAUSAL if causal else PLAIN for causal in is_causal]
     for axis, wraps in enumerate(is_circular):
         kinds[axis] = CIRCULAR if wraps else kinds[axis]
@@ -124,12 +126,13 @@ def decode_window(
     """The operator's window for boxes of these extents.
 
     Raises:
-        ValueError: Not four or seven values per axis, or boxes of different extents without a grid.
+        ValueError: Not four, seven or eight values per axis, or boxes of different extents without
+            a grid.
     """
     rank = len(query_shape)
-    if len(window) not in (4 * rank, 7 * rank):
+    if len(window) not in (4 * rank, 7 * rank, 8 * rank):
         raise ValueError(
-            f"window must hold 4 or 7 values for each of {rank} axes, got {list(window)}"
+            f"window must hold 4, 7 or 8 values for each of {rank} axes, got {list(window)}"
         )
     parts = [tuple(window[i : i + rank]) for i in range(0, len(window), rank)]
     kernel_size, stride, dilation, kinds = parts[:4]
@@ -145,7 +148,7 @@ def decode_window(
     if len(parts) > 4:
         grid, query_origin, key_origin = (
             validation.int_tuple(name, part, rank, minimum=0)
-            for name, part in zip(Window._fields[4:7], parts[4:], strict=True)
+            for name, part in zip(Window._fields[4:7], parts[4:7], strict=True)
         )
     else:
         if tuple(query_shape) != tuple(key_shape) and any(k != EVERYTHING for k in kernel_size):
@@ -160,9 +163,11 @@ def decode_window(
     kernel_size = tuple(
         [g if k == EVERYTHING else k for k, g in zip(kernel_size, grid, strict=True)]
     )
+    upsampling = validation.int_tuple("upsampling", parts[7], rank) if len(parts) > 7 else ()
     return Window(
-        kernel_size, stride, dilation, is_causal, grid, query_origin, key_origin, is_circular
-    )
+        kernel_size, stride, dilation, is_causal, grid, query_origin, key_origin, is_circular,
+        upsampling,
+    )  # fmt: skip
 
 
 def unpacked(qkv: Tensor, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,15 +357,23 @@ def make_problem(tensors: Tensors, parameters: Parameters) -> Problem:
     validation.check_qkv(query, key, value)
     query_shape, key_shape = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
     window = decode_window(parameters.window, query_shape, key_shape)
-    validation.check_boxes(
-        window.grid, query_shape, window.query_origin, key_shape, window.key_origin
-    )
+    if window.upsampling:
+        if window.query_origin != window.key_origin or any(window.key_origin):
+            raise ValueError("upsampling is of a whole grid, which begins at 0 along every axis")
+        validation.check_upsampling(
+            window.upsampling, query_shape, key_shape, window.dilation, tensors.rpb
+        )
+    else:
+        validation.check_boxes(
+            window.grid, query_shape, window.query_origin, key_shape, window.key_origin
+        )
     checked = validation.check_window(window.grid, *window[:4])
     kernel_size, stride, dilation, is_causal = checked
     is_circular = validation.check_circular(window.is_circular, window.grid, *checked)
     if is_circular:
         shapes, origins = (query_shape, key_shape), (window.query_origin, window.key_origin)
-        validation.check_rings(is_circular, window.grid, *shapes, *origins)
+        if not window.upsampling:
+            validation.check_rings(is_circular, window.grid, *shapes, *origins)
         if tensors.rpb is None:
             is_circular = _wrapped(is_circular, window.grid, kernel_size, dilation)
     additional_keys = tensors.additional_keys
@@ -394,6 +407,7 @@ def make_problem(tensors: Tensors, parameters: Parameters) -> Problem:
         has_key_mask=tensors.key_mask is not None,
         has_query_mask=tensors.query_mask is not None,
         is_circular=is_circular,
+        upsampling=window.upsampling,
         varlen=_check_varlen(tensors, query, parameters, window),
         max_seqlen_q=parameters.max_seqlen_q,
         max_seqlen_kv=parameters.max_seqlen_kv,

@@ -304,7 +304,9 @@ class Explanation:
         lines = [
             f"{'x'.join(map(str, p.query_shape))} queries, {'x'.join(map(str, p.key_shape))} keys, "
             f"kernel_size={p.kernel_size}, stride={p.stride}, dilation={p.dilation}, "
-            f"is_causal={p.is_causal}" + (f", is_circular={p.is_circular}" * bool(p.is_circular)),
+            f"is_causal={p.is_causal}"
+            + f", is_circular={p.is_circular}" * bool(p.is_circular)
+            + f", upsampling={p.upsampling}" * bool(p.upsampling),
             f"batch {p.batch}, heads {p.heads}/{p.heads_kv}, head_dim {p.head_dim}/{p.head_dim_v}, "
             f"{p.dtype} on {p.device}, {'with' if p.requires_grad else 'without'} gradients",
         ]

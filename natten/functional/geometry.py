@@ -134,7 +134,8 @@ def _runs(axis: Axis, group: _Group, size: int, every: bool) -> Iterator[tuple[i
         # All windows are the same.
         period, low, high = 1, group.row_begin, group.row_end
     low, high = -(-low // size), high // size
-    repeats = 1 if every else (high - low) // period
+    # Nor with upsampling, where rows and columns are counted in different units.
+    repeats = 1 if every or axis.upsampling > 1 else (high - low) // period
     if repeats < 2:
         yield begin, end - begin, 1
         return
@@ -179,7 +180,7 @@ def row_tiles(
     first = np.maximum(first, row_begin)
     column_end = np.maximum(column_begin, column_end)
     lower, upper = _bounds(np.stack((first, end - 1)), example, axes, window_, inverse)
-    *_, is_circular = window_
+    is_circular = window_[5]
     low, high = (
         np.where(is_circular, far, c) for far, c in ((-_FAR, column_begin), (_FAR, column_end))
     )
@@ -199,7 +200,7 @@ def _bounds(
     are those of Axis."""
     find = window.inverse_position_bounds if inverse else window.position_bounds
     # The formulas of windows hold for tensors of parameters, too, but for flags.
-    position, *tensors = (torch.from_numpy(array) for array in (positions, groups, *facts[:-2]))
+    position, *tensors = (torch.from_numpy(array) for array in (positions, groups, *facts[:4]))
     group, length, kernel_size, stride, dilation = cast("list[Any]", tensors)
     if all(axis.dilation == 1 for axis in axes):
         group, dilation = 0, 1
@@ -207,7 +208,7 @@ def _bounds(
     for kind in {axis[4:] for axis in axes}:
         bounds = find(position, group, Axis(length, kernel_size, stride, dilation, *kind))
         found = np.stack([bound.numpy() for bound in bounds])
-        is_kind = np.all([own == flag for own, flag in zip(facts[-2:], kind)], axis=0)
+        is_kind = np.all([own == flag for own, flag in zip(facts[4:], kind)], axis=0)
         result = found if result is None else np.where(is_kind, found, result)
     return cast("Array", result)
 
@@ -313,11 +314,12 @@ def count_pairs(
     """Pairs of a query and a key that it attends to, in a grid or between two boxes of it."""
     rank = len(axes)
     lengths = tuple(axis.length for axis in axes)
+    queries = window.queries_of(axes)
     total = 1
     boxes = map(
         Box,
         query_origin or (0,) * rank,
-        query_shape or lengths,
+        query_shape or queries,
         key_origin or (0,) * rank,
         key_shape or lengths,
     )

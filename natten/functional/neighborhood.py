@@ -62,7 +62,7 @@ def _boxes(
     return extents, *origins
 
 
-# What a public function is asked for beside its tensors: the five parameters of the window, scale
+# What a public function is asked for beside its tensors: the six parameters of the window, scale
 # and softcap, backend, the values of Config's fields, and grid, query_origin and key_origin.
 _Asked = tuple[tuple[Any, ...], tuple[Any, Any], Any, tuple[Any, ...], tuple[Any, Any, Any]]
 
@@ -73,14 +73,22 @@ def _parameters(tensors: Tensors, rank: int | None, heads_kv: int, asked: _Asked
     window, (scale, softcap), backend, knobs, boxes = asked
     query, key, value = separated(tensors, heads_kv)
     rank = validation.check_qkv(query, key, value, rank)
-    placed = _boxes(query, key, *boxes)
-    grid = placed[0] if placed else tuple(query.shape[1:-2])
-    *sizes, is_circular = window
+    *sizes, is_circular, upsampling = window
+    query_shape, key_shape = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
+    is_upsampled = upsampling is not None and upsampling != 1
+    if is_upsampled and any(box is not None for box in boxes):
+        raise ValueError("upsampling is of a whole grid, and does not go with grid=")
+    placed = () if is_upsampled else _boxes(query, key, *boxes)
+    grid = placed[0] if placed else key_shape
     kernel_size, stride, dilation, is_causal = validation.check_window(grid, *sizes)
     rings = validation.check_circular(is_circular, grid, kernel_size, stride, dilation, is_causal)
-    if rings and placed:
-        shapes = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
-        validation.check_rings(rings, grid, *shapes, *placed[1:])
+    if is_upsampled:
+        factors = validation.check_upsampling(
+            upsampling, query_shape, key_shape, dilation, tensors.rpb
+        )
+        placed = (grid, (0,) * rank, (0,) * rank, factors) if factors else ()
+    elif rings and placed:
+        validation.check_rings(rings, grid, query_shape, key_shape, *placed[1:])
     validation.check_additional(query, key, value, *tensors[4:6])
     validation.check_lengths(tensors.additional_lengths, query, tensors.additional_keys)
     validation.check_rpb(tensors.rpb, query, kernel_size, is_causal)
@@ -179,7 +187,7 @@ def _attend_sharded(
     rank: int | None, tensors: Tensors, asked: _Asked, attention_kwargs: AttentionKwargs | None
 ) -> tuple[Tensor, Tensor]:
     """Where the grid is sharded over ranks."""
-    (*window, is_circular), (scale, softcap), backend, knobs, placed = asked
+    (*window, is_circular, upsampling), (scale, softcap), backend, knobs, placed = asked
     grid, query_origin, key_origin = placed
     named = zip(fields(DEFAULT_CONFIG), knobs, NO_KNOBS, strict=True)
     given = {f.name: None if knob == default else knob for f, knob, default in named}
@@ -187,7 +195,7 @@ def _attend_sharded(
         attention_kwargs=attention_kwargs, grid=grid, query_origin=query_origin,
         key_origin=key_origin, softcap=validation.check_softcap(softcap) or None,
         sink=tensors.sink, key_mask=tensors.key_mask, query_mask=tensors.query_mask,
-        is_circular=is_circular or None,
+        is_circular=is_circular or None, upsampling=None if upsampling == 1 else upsampling,
     )  # fmt: skip
     parts = (*tensors[:6], tensors.additional_lengths)
     return sharded.attend(rank, parts, tuple(window), scale, backend, given)
@@ -226,6 +234,7 @@ def _neighborhood_attention(
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
     is_circular: BoolOrSequence | None = False,
+    upsampling: IntOrSequence | None = 1,
     grid: Sequence[int] | None = None,
     query_origin: Sequence[int] | None = None,
     key_origin: Sequence[int] | None = None,
@@ -240,7 +249,7 @@ def _neighborhood_attention(
         query, key, value, rpb, additional_keys, additional_values, sink,
         additional_lengths=additional_lengths, key_mask=key_mask, query_mask=query_mask,
     )  # fmt: skip
-    window = (kernel_size, stride, dilation, is_causal, is_circular)
+    window = (kernel_size, stride, dilation, is_causal, is_circular, upsampling)
     knobs = (
         q_tile_shape,
         kv_tile_shape,
@@ -320,7 +329,7 @@ def packed_attention(
         qkv, None, None, rpb, sink=sink, key_mask=key_mask, query_mask=query_mask
     )  # fmt: skip
     validation.check_positive_int("heads_kv", heads_kv)
-    window = (kernel_size, stride, dilation, is_causal, is_circular)
+    window = (kernel_size, stride, dilation, is_causal, is_circular, 1)
     boxes = (grid, origin, origin)
     asked = (window, (scale, softcap), backend, NO_KNOBS, boxes)
     if sharded.current is not None or sharded.is_dtensor(qkv):
@@ -355,6 +364,7 @@ class Options(TypedDict, total=False):
     key_mask: Tensor | None
     query_mask: Tensor | None
     is_circular: BoolOrSequence | None
+    upsampling: IntOrSequence | None
     grid: Sequence[int] | None
     query_origin: Sequence[int] | None
     key_origin: Sequence[int] | None
@@ -455,6 +465,9 @@ def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
         is_circular: Whether windows wrap around, for each axis: the last token is a neighbor of
             the first. There, dilation divides the number of tokens, and stride that of each
             dilation group; query and key hold all tokens.
+        upsampling: Queries of each key, for each axis: query has upsampling times as many tokens
+            as key, and query i the window of key ``i // upsampling``, whose kernel_size, stride
+            and kind are those of the grid of keys. Dilation is 1 there; not with rpb or grid.
         grid: Extents of the whole grid, where query and key hold boxes of it. Windows are
             placed in the grid, and keys outside of the key box are left out.
         query_origin: Where query's box starts in the grid; default 0.
@@ -556,6 +569,7 @@ def explain(
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
     is_circular: BoolOrSequence | None = False,
+    upsampling: IntOrSequence | None = 1,
     torch_compile: bool = False,
     grid: Sequence[int] | None = None,
     query_origin: Sequence[int] | None = None,
@@ -574,7 +588,7 @@ def explain(
         query, key, value, rpb, additional_keys, additional_values, sink,
         additional_lengths=additional_lengths, key_mask=key_mask, query_mask=query_mask,
     )  # fmt: skip
-    window = (kernel_size, stride, dilation, is_causal, is_circular)
+    window = (kernel_size, stride, dilation, is_causal, is_circular, upsampling)
     asked = (window, (scale, softcap), None, knobs, (grid, query_origin, key_origin))
     parameters = _parameters(tensors, None, 0, asked)
     problem = make_problem(tensors, parameters._replace(requires_grad=needs_grad(tensors)))

@@ -40,7 +40,7 @@ class Problem:
         stride: Queries that share a window.
         dilation: Distances of neighbors.
         is_causal: Whether queries attend to no later token.
-        grid: Extents of the global grid; windows are clamped to it.
+        grid: Extents of the global grid, of keys; windows are clamped to it.
         query_origin: Where the query box starts in the grid.
         key_origin: Where the key box starts in the grid. Keys outside the box do not exist.
         scale: Factor on the dot products.
@@ -52,6 +52,8 @@ class Problem:
         has_key_mask: Whether a tensor says which keys are valid.
         has_query_mask: Whether a tensor says which queries are.
         is_circular: Whether windows wrap around; () where they do along no axis.
+        upsampling: Queries of each key along the axes, each in the window of its key; () where
+            there are as many of both.
         varlen: Whether batch 1 holds packed sequences, each a problem of its own.
         max_seqlen_q: Longest packed query sequence; 0 if not varlen.
         max_seqlen_kv: Longest packed key sequence; 0 if not varlen.
@@ -83,6 +85,7 @@ class Problem:
     has_key_mask: bool = False
     has_query_mask: bool = False
     is_circular: tuple[bool, ...] = ()
+    upsampling: tuple[int, ...] = ()
     varlen: bool = False
     max_seqlen_q: int = 0
     max_seqlen_kv: int = 0
@@ -107,8 +110,9 @@ class Problem:
     def axes(self) -> tuple[Axis, ...]:
         """The window's parameters along each axis, as :mod:`natten.window` takes them."""
         is_circular = self.is_circular or (False,) * self.rank
-        window = self.kernel_size, self.stride, self.dilation, self.is_causal, is_circular
-        return tuple(map(Axis, self.grid, *window))
+        upsampling = self.upsampling or (1,) * self.rank
+        window = self.kernel_size, self.stride, self.dilation, self.is_causal
+        return tuple(map(Axis, self.grid, *window, is_circular, upsampling))
 
     @cached_property
     def num_queries(self) -> int:

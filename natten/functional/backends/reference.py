@@ -59,6 +59,7 @@ def _segments(
     d = axis.dilation
     start, end = bounds_table(axis, query_origin, query_extent, key_origin, key_extent)
     position = torch.arange(query_origin, query_origin + query_extent, device="cpu") // d
+    position = position // axis.upsampling
     segments = []
     for offset in range(min(d, query_extent)):
         token = query_origin + offset
@@ -98,7 +99,7 @@ def _tile_shape(problem: Problem, shared_window_only: bool) -> list[int]:
     ]
     if shared_window_only:
         return [
-            n if axis.kernel_size == axis.length and not any(axis[4:]) else 1
+            n if axis.kernel_size == axis.length and not (axis.is_causal or axis.is_circular) else 1
             for n, axis in zip(tile, axes, strict=True)
         ]
 

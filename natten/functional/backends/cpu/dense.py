@@ -29,6 +29,7 @@ def covers(problem: Problem) -> bool:
         return False
     causal = (
         problem.rank == 1
+        and not problem.upsampling
         and problem.kernel_size == problem.grid
         and problem.query_origin == problem.key_origin == (0,)
     )

@@ -86,7 +86,8 @@ def query_side(
         Residue(first, ceil((query_extent - first) / dilation), int(other[first]))
         for first in range(min(dilation, query_extent))
     )
-    return Side(np.stack([low, high, bias], axis=1), residues, dilation, _ring(axis))
+    ring = axis.length // dilation if axis.is_circular else UNBOUNDED
+    return Side(np.stack([low, high, bias], axis=1), residues, dilation, ring)
 
 
 def key_side(
@@ -112,11 +113,8 @@ def key_side(
         bias = difference + keys + axis.kernel_size - 1
         items[first::dilation] = np.stack([low, high, bias], axis=1)
         residues.append(Residue(first, count, other))
-    return Side(items, tuple(residues), dilation, _ring(axis))
-
-
-def _ring(axis: Axis) -> int:
-    return axis.length // axis.dilation if axis.is_circular else UNBOUNDED
+    ring = len(queries.items) // dilation if axis.is_circular else UNBOUNDED
+    return Side(items, tuple(residues), dilation, ring)
 
 
 @dataclass(frozen=True)

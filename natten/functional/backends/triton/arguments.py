@@ -81,6 +81,7 @@ class Variant:
         RANK: Axes of the grid.
         CAUSAL: Whether queries attend to no later token, of each axis.
         CIRCULAR: Whether windows wrap around, of each axis.
+        UPSAMPLING: Queries of each key, along each axis.
         TMA: Whether column tiles are loaded through descriptors.
         UNIT: Divides all strides, which kernels take in multiples of it.
         WIDE: Whether offsets inside a column tile take 64 bits.
@@ -105,6 +106,7 @@ class Variant:
     RANK: int
     CAUSAL: tuple[bool, ...]
     CIRCULAR: tuple[bool, ...]
+    UPSAMPLING: tuple[int, ...]
     TMA: bool
     UNIT: int
     WIDE: bool
@@ -117,6 +119,11 @@ class Variant:
     PRECISION: str
     PERSISTENT: bool
     WARP_SPECIALIZE: bool
+
+    @property
+    def KINDS(self) -> tuple[tuple[bool, bool, int], ...]:
+        """Whether an axis is causal and circular, and its upsampling."""
+        return tuple(zip(self.CAUSAL, self.CIRCULAR, self.UPSAMPLING, strict=True))
 
     @property
     def QUERIES(self) -> int:
@@ -213,10 +220,11 @@ def _check_steps(problem: Problem, row_tile: tuple[int, ...], column_tile: tuple
     # An inverse window reaches as far as a window and two strides, which are no longer. Around a
     # ring it may pass the same token twice, and the seam cuts tiles.
     around, cuts = (2, 3) if problem.is_circular else (1, 1)
+    finer = pad(problem.upsampling, 1)
     counts = [
-        -(-min(around * length, 3 * size + rows) // columns) + cuts
-        for length, size, rows, columns in zip(
-            grid, kernel_size, row_tile, column_tile, strict=True
+        -(-min(around * length, 3 * size + rows) * factor // columns) + cuts
+        for length, size, rows, columns, factor in zip(
+            grid, kernel_size, row_tile, column_tile, finer, strict=True
         )
     ]
     if prod(counts) * max(counts) >= 2**32:
@@ -314,6 +322,7 @@ def common(
             RANK=problem.rank,
             CAUSAL=pad(problem.is_causal, False),
             CIRCULAR=pad(problem.is_circular or (False,) * problem.rank, False),
+            UPSAMPLING=pad(problem.upsampling or (1,) * problem.rank, 1),
             TMA=tiling.tma,
             UNIT=gcd(16, *(s for group in (*groups, *map(_strides, others)) for s in group)),
             WIDE=any(

@@ -201,7 +201,7 @@ def _suits_ping_pong(problem: Problem) -> bool:
         and not problem.has_lengths
         and problem.num_keys > 0
         and not any(d > 1 for d in problem.dilation)
-        and not problem.is_circular
+        and not (problem.is_circular or problem.upsampling)
     )
 
 
@@ -291,6 +291,7 @@ def dense_problem(problem: Problem, num_queries: int, num_keys: int) -> Problem:
         dilation=(1,),
         is_causal=(False,),
         is_circular=(),
+        upsampling=(),
         grid=length,
         query_origin=(0,),
         key_origin=(0,),
@@ -478,8 +479,8 @@ def reuse(problem: Problem, kernel: Kernel, tiling: Tiling) -> Tiling:
     """
     alike = (
         kernel, replace(tiling, query=(), key=()), prod(tiling.query), prod(tiling.key),
-        problem.rank, problem.is_causal, problem.is_circular, problem.head_dim,
-        problem.head_dim_v, problem.dtype, problem.heads // problem.heads_kv,
+        problem.rank, problem.is_causal, problem.is_circular, problem.upsampling,
+        problem.head_dim, problem.head_dim_v, problem.dtype, problem.heads // problem.heads_kv,
         problem.num_additional > 0, problem.has_rpb, problem.varlen, problem.device,
     )  # fmt: skip
     used = _used.setdefault(alike, [])
