@@ -566,15 +566,25 @@ def around_rings(case: Case, rings: tuple[bool, ...]) -> Case:
     )
 
 
+def upsampled(case: Case, factors: tuple[int, ...]) -> Case:
+    """The case with so many queries of each key."""
+    tokens = tuple(n * factor for n, factor in zip(case.key_tokens, factors))
+    return replace(case, tokens=tokens, upsampling=factors)
+
+
 def random_case(seed: int, rank: int | None = None, max_tokens: int = 600) -> Case:
     """A valid neighborhood attention problem drawn from all features."""
     case = _random_case(seed, rank, max_tokens)
     random = Random(f"rings of {seed}")
     rings = tuple(random.random() < 0.3 for _ in case.tokens)
-    if not any(rings) or case.grid is not None:
+    if any(rings) and case.grid is None:
+        circular = around_rings(case, rings)
+        case = circular if prod(circular.tokens) <= max_tokens else case
+    factors = tuple(random.choice((1, 2, 3)) if d == 1 else 1 for d in case.dilation)
+    if random.random() < 0.7 or case.grid is not None or case.rpb:
         return case
-    circular = around_rings(case, rings)
-    return circular if prod(circular.tokens) <= max_tokens else case
+    finer = upsampled(case, factors)
+    return finer if prod(finer.tokens) <= max_tokens else case
 
 
 def _random_case(seed: int, rank: int | None, max_tokens: int) -> Case:

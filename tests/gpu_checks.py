@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cases import CASES, Case, around_rings, random_case, random_lengths
+from cases import CASES, Case, around_rings, random_case, random_lengths, upsampled
 from checks import check_packed, check_problem, make_inputs, run
 from invariance import check_batch_entries, check_packed_sequences, tiles_1d
 from invariance import tiles as shapes_2d
@@ -116,6 +116,17 @@ def larger_cases() -> list[Case]:
             "3d_ring_10x12x14_d64", (10, 12, 14), (7, 9, 8), (1, 3, 1), head_dim=64,
             is_causal=(True, False, False), is_circular=(False, True, True), **one,
         ),
+        upsampled(
+            Case("2d_up14_d64", (16, 12), (9, 7), head_dim=64, **one), (14, 14)
+        ),
+        upsampled(
+            Case("2d_up4_ring_d128", (16, 12), (5, 4), (1, 2), is_circular=(False, True),
+                 head_dim=128, **one),
+            (4, 4),
+        ),
+        upsampled(
+            Case("1d_up3_causal_d32", (300,), (65,), is_causal=(True,), head_dim=32, **one), (3,)
+        ),
         Case("3d_10x12x14_d64", (10, 12, 14), (7, 9, 11), head_dim=64, **one),
         Case("3d_10x12x14_d128", (10, 12, 14), (7, 9, 11), head_dim=128, **one),
         Case("3d_10x12x14_strided_d128", (10, 12, 14), (8, 8, 8), (4, 4, 8), head_dim=128, **one),
@@ -172,6 +183,7 @@ class Family:
     negative: bool
     deterministic: bool
     is_circular: tuple[bool, ...]
+    upsampling: tuple[int, ...]
     knobs: tuple[tuple[str, Any], ...]
 
 
@@ -206,13 +218,18 @@ def family(number: int) -> Family:
         deterministic=random.random() < 0.2,
         lengths=random.random() < 0.5,
         is_circular=(False,) * rank,
+        upsampling=(1,) * rank,
         knobs=(),
     )  # fmt: skip
     made = replace(made, knobs=tuple(_tiles(made, random).items()))
     random = Random(f"rings of {number}")
-    if random.random() < 0.7:
-        return made
-    return replace(made, is_circular=tuple(not c and random.random() < 0.6 for c in causal))
+    if random.random() < 0.3:
+        rings = tuple(not c and random.random() < 0.6 for c in causal)
+        made = replace(made, is_circular=rings)
+    if random.random() < 0.3 and not made.rpb:
+        factors = tuple(1 if d else random.choice((1, 2, 3, 4)) for d in made.dilated)
+        made = replace(made, upsampling=factors)
+    return made
 
 
 def _tiles(family: Family, random: Random) -> dict[str, Any]:
@@ -291,6 +308,7 @@ def family_case(family: Family, seed: int) -> Case:
         stride=stride,
         is_causal=family.is_causal,
         is_circular=(False,) * family.rank,
+        upsampling=(1,) * family.rank,
         dilation=dilation,
         contiguous=family.contiguous,
         heads=heads_kv * family.group,
@@ -302,7 +320,12 @@ def family_case(family: Family, seed: int) -> Case:
         additional_lengths=lengths,
         scale=random.choice((-0.2, -0.05)) if family.negative else random.choice((None, None, 0.3)),
     )
-    return around_rings(case, family.is_circular) if any(family.is_circular) else case
+    if any(family.is_circular):
+        case = around_rings(case, family.is_circular)
+    if max(family.upsampling) == 1:
+        return case
+    whole = around_rings(case, family.is_circular)
+    return upsampled(whole, family.upsampling)
 
 
 def check_family_problem(number: int, seed: int) -> None:
@@ -343,6 +366,7 @@ def gluon_family(number: int) -> Family:
         deterministic=False,
         lengths=False,
         is_circular=(False,) * rank,
+        upsampling=(1,) * rank,
         knobs=tuple(knobs.items()),
     )  # fmt: skip
 

@@ -90,7 +90,10 @@ def brute_force(
         own = mask[group :: axis.dilation, group :: axis.dilation].tolist()
         rows, columns = (
             [n for n in range(count) if origin <= group + axis.dilation * n < origin + extent]
-            for count, origin, extent in ((len(own), *box[:2]), (len(own[0]), *box[2:]))
+            for count, origin, extent in (
+                (len(own), *box[:2]),
+                (len(own[0]) if own else 0, *box[2:]),
+            )
         )
         for tile in sorted({row // row_tile for row in rows}):
             members = [row for row in rows if row // row_tile == tile]

@@ -54,6 +54,7 @@ class Setting:
     batch: int = 1
     is_causal: tuple[bool, ...] = ()
     is_circular: tuple[bool, ...] = ()
+    upsampling: tuple[int, ...] = ()
     additional: int = 0
     lengths: bool = False  # of the additional keys
     rpb: bool = False
@@ -67,12 +68,13 @@ class Setting:
     def problem(self) -> Problem:
         rank = len(self.tokens)
         ones, zeros = (1,) * rank, (0,) * rank
+        queries = tuple(n * r for n, r in zip(self.tokens, self.upsampling or ones))
         return Problem(
-            self.batch, self.tokens, self.tokens, self.heads, self.heads, self.head_dim,
+            self.batch, queries, self.tokens, self.heads, self.heads, self.head_dim,
             self.head_dim, self.kernel_size, ones, ones, self.is_causal or (False,) * rank,
             self.tokens, zeros, zeros, self.head_dim**-0.5, self.additional, self.lengths,
-            self.rpb, is_circular=self.is_circular, dtype=torch.bfloat16,
-            device=torch.device("cuda"), requires_grad=self.backward,
+            self.rpb, is_circular=self.is_circular, upsampling=self.upsampling,
+            dtype=torch.bfloat16, device=torch.device("cuda"), requires_grad=self.backward,
         )  # fmt: skip
 
 
@@ -111,6 +113,9 @@ MORE_SETTINGS = [
     Setting("2d_k7_d32_ring", 80, (56, 56), (7, 7), 32, batch=64, is_circular=(False, True)),
     Setting("2d_d64_ring", 90, (128, 128), (13, 13), 64, is_circular=(False, True)),
     Setting("3d_d128_rings", 90, (30, 48, 80), (18, 24, 24), 128, is_circular=(True,) * 3),
+    Setting("2d_k7_d32_up", 80, (28, 28), (7, 7), 32, batch=16, upsampling=(4, 4)),
+    Setting("2d_d64_up", 90, (32, 32), (9, 9), 64, upsampling=(14, 14)),
+    Setting("2d_d64_up", 100, (32, 32), (9, 9), 64, upsampling=(14, 14)),
     Setting("1d_d64_ring", 100, (32768,), (2048,), 64, is_circular=(True,)),
 ]  # fmt: skip
 
