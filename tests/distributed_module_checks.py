@@ -70,6 +70,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
         16, 2, 5, is_causal=(True, False), qk_norm=True, rotary=True
     ),
     "padded": lambda: NeighborhoodAttention2D(16, 2, (15, 3), pad=True, rotary=True),
+    "a whole axis": lambda: NeighborhoodAttention2D(16, 2, (-1, 3), learned_scale=True),
+    "the other, padded": lambda: NeighborhoodAttention2D(16, 2, (15, -1), pad=True),
 }
 
 
@@ -206,6 +208,9 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "many": lambda: NeighborhoodAttention2D(16, 4, 3, rel_pos_bias=True),
     "grouped": lambda: NeighborhoodAttention2D(32, 8, 3, num_kv_heads=2, qkv_bias=False),
     "normed": lambda: NeighborhoodAttention2D(16, 4, 3, qk_norm=True, rotary=True),
+    "with scales": lambda: NeighborhoodAttention2D(
+        16, 4, 3, qk_norm=True, learned_scale=True, rel_pos_bias=True
+    ),
 }
 
 

@@ -111,11 +111,12 @@ class Plan:
         additional_values: Tensor | None = None,
         additional_lengths: Tensor | None = None,
     ) -> Tensor:
+        whole = [n if k == -1 else k for k, n in zip(module.kernel_size, padded.grid)]
         out = neighborhood_attention(
             query,
             key,
             value,
-            module.kernel_size,
+            whole,
             module.stride,
             module.dilation,
             module.is_causal,

@@ -178,9 +178,11 @@ def _shard_heads(module: NeighborhoodModule, mesh: DeviceMesh) -> None:
     for norm in (module.q_norm, module.k_norm):
         if norm is not None:
             _shard_norm(norm, mesh)
-    if module.rpb is not None:
-        sharded_rpb = distribute_tensor(module.rpb.data, mesh, [Shard(0)])
-        module.rpb = nn.Parameter(sharded_rpb, requires_grad=module.rpb.requires_grad)
+    for name in ("rpb", "logit_scale"):
+        whole = getattr(module, name)
+        if whole is not None:
+            sharded = distribute_tensor(whole.data, mesh, [Shard(0)])
+            setattr(module, name, nn.Parameter(sharded, requires_grad=whole.requires_grad))
     module.num_heads, module.num_kv_heads = heads // ranks, heads_kv // ranks
     module.heads_mesh = mesh
     module.register_state_dict_post_hook(_Reordered(orders, inverse=True))

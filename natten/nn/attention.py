@@ -23,8 +23,8 @@ from natten.nn.core import (
     left_out,
     place,
     plan_of,
+    refuse_circular,
     refuse_sharded,
-    refuse_windows,
     whole_axes,
 )
 from natten.nn.explicit import AttentionMap, attention_map
@@ -209,7 +209,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         if not torch.jit.is_scripting():
             plan = plan_of(self.plan)
             if plan is not None:
-                refuse_windows(self.kernel_size, self.is_circular)
+                refuse_circular(self.is_circular)
                 return plan.self_attention(self, x, registers, origin, grid)
         if registers is not None:
             if torch.jit.is_scripting():

@@ -447,17 +447,12 @@ def refuse_sharded(plan: Any, name: str) -> None:
         )
 
 
-def refuse_windows(kernel_size: Sequence[int], is_circular: Sequence[bool]) -> None:
+def refuse_circular(is_circular: Sequence[bool]) -> None:
     """For a grid whose tokens are sharded over ranks."""
     if any(is_circular):
         raise NotImplementedError(
             f"is_circular={tuple(is_circular)} of a grid that is sharded over ranks is not "
             "implemented"
-        )
-    if -1 in kernel_size:
-        raise NotImplementedError(
-            f"kernel_size={tuple(kernel_size)} of a grid that is sharded over ranks is not "
-            "implemented: give the window that is the whole axis"
         )
 
 
@@ -668,11 +663,15 @@ class NeighborhoodModule(nn.Module):
 
     def _bias(self) -> Tensor | None:
         """The bias table of the heads of this rank."""
+        return None if self.rpb is None else self._own_heads(self.rpb)
+
+    def _own_heads(self, parameter: Tensor) -> Tensor:
+        """What this rank has of a parameter with a row for each head."""
         if torch.jit.is_scripting():
-            return self.rpb
+            return parameter
         else:
-            rpb: Any = self.rpb
-            return rpb if rpb is None or self.heads_mesh is None else rpb.to_local()
+            local: Any = parameter
+            return local if self.heads_mesh is None else local.to_local()
 
     def _rotate(
         self, query: Tensor, key: Tensor, origin: list[int] | None
@@ -693,12 +692,8 @@ class NeighborhoodModule(nn.Module):
     def _scaled(self, query: Tensor) -> Tensor:
         """The query of heads that learn their scales, for an attention with `scale`."""
         if self.logit_scale is not None:
-            if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile the rest
-                if self.heads_mesh is not None:
-                    raise NotImplementedError(
-                        "learned_scale=True of heads that are sharded over ranks is not implemented"
-                    )
-            return query * (self.logit_scale / self.scale).to(query.dtype).unsqueeze(-1)
+            scale = self._own_heads(self.logit_scale)
+            return query * (scale / self.scale).to(query.dtype).unsqueeze(-1)
         return query
 
     def _attend(

@@ -19,7 +19,7 @@ from natten.nn.core import (
     left_out,
     place,
     plan_of,
-    refuse_windows,
+    refuse_circular,
     whole_axes,
 )
 from natten.nn.explicit import AttentionMap
@@ -208,7 +208,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if not torch.jit.is_scripting():
             plan = plan_of(self.plan)
             if plan is not None:
-                refuse_windows(self.kernel_size, self.is_circular)
+                refuse_circular(self.is_circular)
                 return plan.cross_attention(self, x, context, context_lengths, source, origin, grid)
         extent = x.shape[1:-1]
         query, key, value = self._project(x, source, origin, grid)
