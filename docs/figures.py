@@ -293,6 +293,23 @@ def distributed() -> Figure:
     return figure
 
 
+def sizes() -> Figure:
+    """Kernels that calls on ever new sizes compile, and that they would with the best tiles."""
+    rows = json.loads(RESULTS.with_name("sizes.json").read_text(encoding="utf-8"))
+    shown = ("2-D, 7 x 7", "2-D, 40 x 40", "3-D, 3 x 7 x 7", "3-D, 16 x 12 x 24")
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True)
+    for axes, row in zip(panels, [row for row in rows if row["case"] in shown], strict=True):
+        axes.plot(row["alone_after"], color="0.6", label="with the best tiles of each")
+        axes.plot(row["kernels_after"], label="as calls run")
+        axes.set_title(row["case"], fontsize=10)
+        axes.set_xlabel("sizes")
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("kernels, both passes")
+    panels[0].legend(frameon=False, fontsize=8, loc="upper left")
+    return figure
+
+
 def video_curve() -> Figure:
     """How a causal denoiser learns to predict frames: what `natten.models.clip train` wrote."""
     with (FIGURES / "video-curve.csv").open() as file:
@@ -327,6 +344,7 @@ DRAWN: dict[str, tuple[Callable[[], Figure], bool]] = {
     "benchmark": (benchmark, True),
     "prediction": (prediction, True),
     "distributed": (distributed, True),
+    "sizes": (sizes, False),
     "video-curve": (video_curve, False),
 }
 
