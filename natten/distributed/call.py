@@ -170,7 +170,7 @@ class Call:
 
     def parameters(self, queries: Box, keys: Box) -> Parameters:
         """The operator's, for a box of queries and one of keys."""
-        _, kernel_size, stride, dilation, is_causal, _ = zip(*self.axes)
+        _, kernel_size, stride, dilation, is_causal, *_ = zip(*self.axes)
         boxes = (self.layout.grid, queries.origin, keys.origin)
         window = encode_window(kernel_size, stride, dilation, is_causal, *boxes)
         return Parameters(0, window, self.scale, 0.0, 0, 0, self.backend, "", True)

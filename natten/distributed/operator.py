@@ -76,7 +76,7 @@ def _call_of(parameters: Sequence[Any]) -> Call:
 def _statement(inputs: Inputs, call: Call, requires_grad: bool) -> Statement:
     """What all ranks must have in common."""
     query, key, value, rpb, additional_keys, _, lengths = inputs
-    _, kernel_size, stride, dilation, is_causal, _ = zip(*call.axes)
+    _, kernel_size, stride, dilation, is_causal, *_ = zip(*call.axes)
     return (
         ("grid", call.layout.grid),
         ("the boxes of the ranks", call.layout.boxes),
