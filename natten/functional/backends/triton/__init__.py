@@ -122,8 +122,6 @@ class _Backend(Backend):
         most = MAX_FLOAT32_HEAD_DIM if problem.dtype == torch.float32 else MAX_HEAD_DIM
         if problem.head_dim > most:
             return f"head_dim must be at most {most} in {problem.dtype}, got {problem.head_dim}"
-        if problem.softcap or problem.has_sink or problem.has_key_mask or problem.has_query_mask:
-            return "it knows no softcap, no sink and no masks of tokens"
         reason = self._problem_refusal(problem)
         if reason is not None:
             return reason
@@ -494,10 +492,10 @@ class _Blackwell(_Descriptors):
         if config.run_persistent_kernel:
             programs = 148 if interpreted() else _multiprocessors(problem.device.index)
         tiling = tiles.persistent(tiling, programs, warps)
-        # Warps specialize around descriptor loads and the products of Blackwell.
-        specialized = replace(
-            tiling, warp_specialize=tiling.tma and rows >= 64 and not interpreted()
-        )
+        # Warps specialize around descriptor loads and the products of Blackwell, but not where a
+        # mask may skip these.
+        is_uniform = tiling.tma and rows >= 64 and not problem.has_key_mask
+        specialized = replace(tiling, warp_specialize=is_uniform and not interpreted())
         return (
             specialized
             if tiles.fits(specialized, problem, tiles.FORWARD, _chip(problem))

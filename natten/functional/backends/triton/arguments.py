@@ -88,6 +88,7 @@ class Variant:
         VARLEN: Whether the batch holds packed sequences.
         HAS_RPB: Whether scores have a bias.
         HAS_ADDITIONAL: Whether there are additional keys.
+        HAS_QUERY_MASK: Whether queries may not be valid.
         NEGATE: Whether the scale is negative.
         MASK: Which tiles are masked, see `primitives.tile_scores`.
         STAGES: Column tiles in flight.
@@ -113,6 +114,7 @@ class Variant:
     VARLEN: bool
     HAS_RPB: bool
     HAS_ADDITIONAL: bool
+    HAS_QUERY_MASK: bool
     NEGATE: bool
     MASK: str
     STAGES: int
@@ -161,13 +163,32 @@ def statistic_strides(shape: Sequence[int], heads: int, heads_last: bool) -> tup
     return unspecialized((tokens * heads, *pad(steps, 0), 1 if heads_last else tokens))
 
 
-def scales(scale: float) -> tuple[float, bool]:
-    """Factor of the scores in base 2, positive, and whether they are negated first.
+def mask_strides(mask: torch.Tensor | None) -> tuple[int, ...] | None:
+    """Strides of a mask ``[batch, *tokens]``, as those of a tensor with heads; None for None."""
+    if mask is None:
+        return None
+    batch, *tokens = mask.stride()
+    return unspecialized((batch, *pad(tokens, 0), 0))
+
+
+def as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask as kernels read it."""
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def cap(problem: Problem) -> float | None:
+    """What kernels multiply products with to have the hyperbolic tangent of; None for no bound."""
+    return abs(problem.scale) / problem.softcap if problem.softcap else None
+
+
+def scales(problem: Problem) -> tuple[float, bool]:
+    """Factor of the scores in base 2, positive, and whether products are negated first. With a soft
+    cap, scores are shares of it.
 
     The running maximum is taken before scaling, so the factor must keep the order, and a product
     with -inf must stay -inf: zero becomes a factor too small to change any weight.
     """
-    return max(abs(scale) * LOG2_E, 1e-30), scale < 0
+    return max(problem.softcap or abs(problem.scale), 1e-30) * LOG2_E, problem.scale < 0
 
 
 def precision(problem: Problem) -> str:
@@ -292,7 +313,7 @@ def common(
         row_box = row_box[0], pad((problem.max_seqlen_kv if inverse else problem.max_seqlen_q,), 1)
     tiles = _tile_counts(*row_box, dilations, row_tile)
     _check_steps(problem, row_tile, column_tile)
-    scale, negate = scales(problem.scale)
+    scale, negate = scales(problem)
     options: dict[str, Any] = {"num_warps": tiling.warps}
     if scale > _LARGEST_FUSED_SCALE:
         options["enable_fp_fusion"] = False
@@ -333,6 +354,7 @@ def common(
             VARLEN=problem.varlen,
             HAS_RPB=problem.has_rpb,
             HAS_ADDITIONAL=has_additional,
+            HAS_QUERY_MASK=problem.has_query_mask,
             NEGATE=negate,
             MASK=_mask(problem, tiling),
             STAGES=tiling.stages,

@@ -126,6 +126,10 @@ class BackwardPass:
         self.counts = launcher.adjacent(inputs.additional_lengths)
         self.sequences = launcher.sequences(problem, cumulative[0])
         self.precision = arguments.precision(problem)
+        self.key_mask = inputs.key_mask
+        if problem.has_query_mask:
+            # Scores of queries that are not valid are masked by this alone.
+            lse = torch.where(lse == -torch.inf, torch.inf, lse)
         self.out, self.lse = out.contiguous(), lse.contiguous()
         self.grad_lse = None if grad_lse is None else grad_lse.contiguous()
         self.torch_reduction = torch_reduction
@@ -166,7 +170,8 @@ class BackwardPass:
         if needs[1] or needs[2]:
             key, value = self._key_value(
                 self.problem, self.tilings.key_value, 1, self.tilings.persistent_programs,
-                (self.query, self.key, self.value, self.grad_out), self.bias, self.cumulative, None,
+                (self.query, self.key, self.value, self.grad_out), self.bias, self.cumulative,
+                (None, self.key_mask),
                 None if self.destinations is None else self.destinations[1:],
             )  # fmt: skip
         if needs[4] or needs[5]:
@@ -176,7 +181,7 @@ class BackwardPass:
                 dense_problem(self.problem, tokens, context), self.tilings.additional,
                 self.tilings.splits, 0,
                 (self.query.flatten(1, -3), *self.additional, self.grad_out.flatten(1, -3)),
-                None, (None, None), self.counts,
+                None, (None, None), (self.counts, None),
             )  # fmt: skip
         return query if needs[0] else None, key, value, bias, additional_key, additional_value
 
@@ -204,7 +209,8 @@ class BackwardPass:
         launch = query_gradient_launch(
             self.problem, tiling, self.sequences, self.precision,
             (self.query.stride(), self.key.stride(), self.value.stride(), self.grad_out.stride()),
-            tuple([t.stride() for t in self.additional]), gradient.stride(), self.bias_paddings,
+            tuple([t.stride() for t in self.additional]), gradient.stride(),
+            arguments.mask_strides(self.key_mask), self.bias_paddings,
             0 if sums is None else self.bias_tables.copies,
         )  # fmt: skip
         key_tile = launch.variant.KEY_TILE
@@ -216,7 +222,7 @@ class BackwardPass:
             self.grad_out, self.statistics, gradient, self.bias,
             *(self.additional or (None, None)), *self.cumulative, self.counts,
             *((self.out, self.lse, self.grad_lse) if with_statistics else (None, None, None)),
-            sums, factor,
+            sums, factor, arguments.as_bytes(self.key_mask),
         )  # fmt: skip
         if sums is None or self.rpb is None:
             return gradient, None
@@ -233,10 +239,12 @@ class BackwardPass:
         tensors: tuple[Tensor, ...],
         bias: Tensor | None,
         cumulative: tuple[Tensor | None, Tensor | None],
-        counts: Tensor | None,
+        present: tuple[Tensor | None, Tensor | None],
         destinations: tuple[Tensor, ...] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """``present`` is how many of the keys there are, and which are valid."""
         query, key, value, grad_out = tensors
+        counts, key_mask = present
         if destinations is None:
             dtype = self.dtype if splits == 1 else torch.float32
             # The sums of each of the splits, in order.
@@ -252,7 +260,7 @@ class BackwardPass:
         launch = key_value_gradient_launch(
             problem, tiling, self.sequences, self.precision,
             (query.stride(), key.stride(), value.stride(), grad_out.stride()), gradients,
-            self.bias_paddings, splits, persistent_programs,
+            arguments.mask_strides(key_mask), self.bias_paddings, splits, persistent_programs,
         )  # fmt: skip
         query_tile = launch.variant.QUERY_TILE
         launch.run(
@@ -260,6 +268,7 @@ class BackwardPass:
             key, value,
             descriptor(grad_out, query_tile) if tiling.tma else grad_out,
             self.statistics, key_gradient, value_gradient, bias, *cumulative, counts,
+            arguments.as_bytes(key_mask),
         )  # fmt: skip
         if splits == 1:
             return key_gradient, value_gradient

@@ -138,8 +138,9 @@ def bias_tables(
 ) -> tuple[Tensor, Tensor | None, BiasTables]:
     """Such a table, and unless ``sums`` is None tables of zeros of that dtype, which the gradient
     is to be added to."""
-    scale, negate = scales(problem.scale)
-    factor = (-LOG2_E if negate else LOG2_E) / scale
+    scale, negate = scales(problem)
+    # Behind a soft cap they are added to products that are negated already.
+    factor = (-LOG2_E if negate and not problem.softcap else LOG2_E) / scale
     tables = _tables(rpb.shape[0], tuple(rpb.shape[1:]), paddings, factor, rpb.device)
     bias = torch.empty(tables.shape, dtype=torch.float32, device=rpb.device)
     zeros = None

@@ -21,21 +21,26 @@ from natten.functional.backends.triton.bias import bias_table
 from natten.functional.backends.triton.launcher import Launch, describable, descriptor, readable
 from natten.functional.backends.triton.primitives import (
     LN_2,
+    LOG2_E,
     additional_scores,
     additional_source,
     additional_tile,
+    any_of,
     ceil_div,
     column_source,
     column_steps,
     head_offset,
     load_columns,
     load_rows,
+    mask_source,
     placed_tile,
     row_offsets,
     row_tile,
     store_rows,
     tile_scores,
     unravel,
+    valid_columns,
+    valid_rows,
 )
 from natten.functional.backends.triton.tiles import FORWARD, Tiling, bias_paddings
 from natten.functional.problem import Problem
@@ -51,10 +56,13 @@ class Strides(NamedTuple):
     lse: Any
     additional_key: Any
     additional_value: Any
+    key_mask: Any
+    query_mask: Any
 
 
 class Data(NamedTuple):
-    """Tensors but query, key and value, strides of all, and windows. None for what there is not."""
+    """Tensors but query, key and value, `arguments.cap`, strides of all tensors, and windows. None
+    for what there is not."""
 
     out: Any
     lse: Any
@@ -64,6 +72,10 @@ class Data(NamedTuple):
     cumulative_query: Any
     cumulative_key: Any
     additional_counts: Any
+    sink: Any
+    key_mask: Any
+    query_mask: Any
+    cap: Any
     strides: Any
     window: Any
 
@@ -109,32 +121,62 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    if data.sink is not None:
+        # As if it had been seen already.
+        sink = tl.load(data.sink + head).to(tl.float32) * LOG2_E
+        maximum = tl.where(maximum == float("-inf"), sink, maximum)
+        total += tl.where(sink == float("-inf"), 0.0, 1.0)
     accumulator = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
-    for t in tl.range(
-        0, column_steps(box), num_stages=V.STAGES, warp_specialize=V.WARP_SPECIALIZE
-    ):  # fmt: skip
+    steps = column_steps(box)
+    if data.query_mask is not None:
+        valid = valid_rows(data.query_mask, at, rows, strides.query_mask, V)
+        steps = tl.where(any_of(valid), steps, 0)
+    if data.key_mask is not None:
+        key_valid = mask_source(data.key_mask, at, grid, strides.key_mask, dilations, V)
+    for t in tl.range(0, steps, num_stages=V.STAGES, warp_specialize=V.WARP_SPECIALIZE):
         tile = placed_tile(t, box, grid, KEY_TILE, V)
         columns = load_columns(
             key_source, tile[0], grid, place, V.FEATURES, V.BLOCK, COLUMNS, V
         )  # fmt: skip
-        scores = tile_scores(
-            query_rows, columns, tile, place, rows, grid, data.bias, data.window, head, False, V
-        )
-        columns = load_columns(
-            value_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_BLOCK, COLUMNS, V
-        )
-        accumulator, maximum, total = softmax_step(
-            scores, columns, scale, accumulator, maximum, total, PRECISION
-        )
+        if data.key_mask is None:
+            scores, _slopes = tile_scores(
+                query_rows, columns, tile, place, rows, grid, data.bias, data.window, head,
+                data.cap, False, V,
+            )  # fmt: skip
+            columns = load_columns(
+                value_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_BLOCK, COLUMNS, V
+            )
+            accumulator, maximum, total = softmax_step(
+                scores, columns, scale, accumulator, maximum, total, PRECISION
+            )
+        else:
+            # Loads come first, so that they stay in flight whatever the mask says.
+            value_columns = load_columns(
+                value_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_BLOCK, COLUMNS, V
+            )
+            seen = valid_columns(key_valid, tile[0], grid, place, V)
+            if any_of(seen):
+                scores, _slopes = tile_scores(
+                    query_rows, columns, tile, place, rows, grid, data.bias, data.window, head,
+                    data.cap, False, V,
+                )  # fmt: skip
+                scores = tl.where(seen[None, :], scores, float("-inf"))
+                accumulator, maximum, total = softmax_step(
+                    scores, value_columns, scale, accumulator, maximum, total, PRECISION
+                )
     if V.HAS_ADDITIONAL:
         additional = additional_source(at.batch, kv_head, data, num_additional, V)
         for t in tl.range(0, ceil_div(additional.number, COLUMNS), num_stages=V.STAGES):
             columns, value_columns, present = additional_tile(t, additional, strides, COLUMNS, V)
-            scores = additional_scores(query_rows, columns, present, V)
+            scores, _slopes = additional_scores(query_rows, columns, present, data.cap, V)
             accumulator, maximum, total = softmax_step(
                 scores, value_columns, scale, accumulator, maximum, total, PRECISION
             )
 
+    if data.query_mask is not None:
+        accumulator = tl.where(valid[:, None], accumulator, 0.0)
+        total = tl.where(valid, total, 0.0)
+        maximum = tl.where(valid, maximum, float("-inf"))
     # A query that sees nothing has output 0 and logsumexp -inf.
     accumulator = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides.out, V.UNIT, V.RANK)
@@ -166,9 +208,11 @@ def _launch(
     strides: tuple[tuple[int, ...], ...],
     additional: tuple[tuple[int, ...], ...],
     out: tuple[int, ...],
+    masks: tuple[tuple[int, ...] | None, ...],
     paddings: tuple[int, ...],
 ) -> Launch:
-    """``strides`` are those of query, key and value, ``additional`` those of additional ones."""
+    """``strides`` are those of query, key and value, ``additional`` those of additional ones,
+    ``masks`` those of the masks of keys and queries, `arguments.mask_strides`."""
     common = arguments.common(
         problem, tiling, sequences, precision, strides, *additional, out,
         has_additional=bool(additional), persistent=tiling.programs > 0, bias_paddings=paddings,
@@ -183,6 +227,8 @@ def _launch(
         lse=arguments.statistic_strides(problem.query_shape, problem.heads, True),
         additional_key=common.steps(additional_key),
         additional_value=common.steps(additional_value),
+        key_mask=masks[0],
+        query_mask=masks[1],
     )
     return Launch(
         forward_kernel,
@@ -193,7 +239,7 @@ def _launch(
         ),
         group=Data,
         alone=3,
-        grouped=(steps, common.window),
+        grouped=(arguments.cap(problem), steps, common.window),
         options=common.options,
         tiles=(tiling, FORWARD),
     )  # fmt: skip
@@ -219,10 +265,11 @@ def forward(problem: Problem, tiling: Tiling, inputs: Inputs) -> tuple[Tensor, T
     if rpb is not None:
         paddings = bias_paddings(tiling)
         bias = bias_table(rpb, problem, paddings)
+    masks = (inputs.key_mask, inputs.query_mask)
     launch = _launch(
         problem, tiling, launcher.sequences(problem, cumulative_query),
         arguments.precision(problem), (query.stride(), key.stride(), value.stride()), additional,
-        out.stride(), paddings,
+        out.stride(), tuple(map(arguments.mask_strides, masks)), paddings,
     )  # fmt: skip
     key_tile = launch.variant.KEY_TILE
     launch.run(
@@ -230,6 +277,7 @@ def forward(problem: Problem, tiling: Tiling, inputs: Inputs) -> tuple[Tensor, T
         descriptor(key, key_tile) if tiling.tma else key,
         descriptor(value, key_tile) if tiling.tma else value,
         out, lse, bias, additional_keys, additional_values, cumulative_query, cumulative_key,
-        launcher.adjacent(inputs.additional_lengths),
+        launcher.adjacent(inputs.additional_lengths), launcher.adjacent(inputs.sink),
+        *map(arguments.as_bytes, masks),
     )  # fmt: skip
     return out, lse

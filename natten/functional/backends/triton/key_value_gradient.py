@@ -18,6 +18,7 @@ from natten.functional.backends.triton import arguments
 from natten.functional.backends.triton.launcher import Launch
 from natten.functional.backends.triton.primitives import (
     additional_count,
+    any_of,
     column_source,
     column_steps,
     decode,
@@ -30,6 +31,7 @@ from natten.functional.backends.triton.primitives import (
     store_rows,
     tile_scores,
     unravel,
+    valid_rows,
 )
 from natten.functional.backends.triton.tiles import KEY_VALUE_GRADIENT, Tiling
 from natten.functional.problem import Problem
@@ -45,11 +47,12 @@ class Strides(NamedTuple):
     statistics: Any
     key_gradient: Any
     value_gradient: Any
+    key_mask: Any
 
 
 class Data(NamedTuple):
-    """Tensors but query, key, value and the output's gradient, strides of all, and windows. None
-    for what there is not.
+    """Tensors but query, key, value and the output's gradient, `arguments.cap`, strides of all
+    tensors, and windows. None for what there is not.
 
     `statistics` are logsumexp and delta of each query. Rows, which are additional keys then, exist
     as far as `row_counts` says.
@@ -62,6 +65,8 @@ class Data(NamedTuple):
     cumulative_query: Any
     cumulative_key: Any
     row_counts: Any
+    key_mask: Any
+    cap: Any
     strides: Any
     window: Any
 
@@ -116,6 +121,11 @@ def key_value_gradient_tile(
         exists = rows.exists
         present = (exists[0], exists[1], exists[2] & (rows.position[2] < count))
         steps = tl.where(rows.corner[2] < count, steps, 0)
+    if data.key_mask is not None:
+        valid = valid_rows(data.key_mask, at, rows, strides.key_mask, V)
+        exists = rows.exists
+        present = (exists[0], exists[1], exists[2] & valid)
+        steps = tl.where(any_of(valid), steps, 0)
 
     offset, all_exist = row_offsets(rows.memory, present, strides.key, V.UNIT, V.RANK)
     key_rows = load_rows(
@@ -158,9 +168,10 @@ def key_value_gradient_tile(
                 data.statistics + 2 * statistics.data, tile[0], place, grid.extent,
                 statistics.steps, window.dilations[2], V,
             )  # fmt: skip
-            scores = tile_scores(
-                key_rows, query_columns, tile, place, rows, grid, data.bias, window, head, True, V
-            )
+            scores, slopes = tile_scores(
+                key_rows, query_columns, tile, place, rows, grid, data.bias, window, head, data.cap,
+                True, V,
+            )  # fmt: skip
             weights = tl.math.exp2(scores * scales.scores - column_lse[None, :])
             value_accumulator = tl.dot(
                 weights.to(gradient_columns.dtype), gradient_columns, value_accumulator,
@@ -168,12 +179,14 @@ def key_value_gradient_tile(
             )  # fmt: skip
             weight_gradient = tl.dot(value_rows, gradient_columns.T, input_precision=V.PRECISION)
             score_gradient = weights * (weight_gradient - column_delta[None, :])
+            if data.cap is not None:
+                score_gradient *= slopes
             score_gradient = score_gradient.to(query_columns.dtype)
             key_accumulator = tl.dot(
                 score_gradient, query_columns, key_accumulator, input_precision=V.PRECISION
             )
 
-    if data.row_counts is not None:
+    if data.row_counts is not None or data.key_mask is not None:
         # Their scores were not masked.
         key_accumulator = tl.where(present[2][:, None], key_accumulator, 0.0)
         value_accumulator = tl.where(present[2][:, None], value_accumulator, 0.0)
@@ -227,6 +240,7 @@ def key_value_gradient_launch(
     precision: str,
     strides: tuple[tuple[int, ...], ...],
     gradients: tuple[tuple[int, ...], ...],
+    key_mask: tuple[int, ...] | None,
     paddings: tuple[int, ...],
     splits: int,
     persistent_programs: int,
@@ -234,8 +248,9 @@ def key_value_gradient_launch(
     """The launch on query, key, value, the output's gradient and the members of `Data`.
 
     ``strides`` are those of query, key, value and the output's gradient, ``gradients`` those of
-    what is computed, without the axis of ``splits``. ``persistent_programs`` for each head take
-    turns on its key tiles, unless 0.
+    what is computed, without the axis of ``splits``, ``key_mask`` those of the mask of keys,
+    `arguments.mask_strides`. ``persistent_programs`` for each head take turns on its key tiles,
+    unless 0.
     """
     limit = persistent_programs * problem.heads_kv * sequences
     common = arguments.common(
@@ -254,6 +269,7 @@ def key_value_gradient_launch(
         statistics=arguments.statistic_strides(problem.query_shape, problem.heads, False),
         key_gradient=common.steps(key_gradient),
         value_gradient=common.steps(value_gradient),
+        key_mask=key_mask,
     )
     variant = replace(common.variant, PERSISTENT=launched < programs)
     rows = problem.batch * prod(problem.key_shape) * problem.heads_kv
@@ -266,7 +282,7 @@ def key_value_gradient_launch(
         (programs, common.heads, splits, *split_sizes, common.scales, variant),
         group=Data,
         alone=4,
-        grouped=(steps, common.window),
+        grouped=(arguments.cap(problem), steps, common.window),
         options=common.options,
         tiles=(tiling, KEY_VALUE_GRADIENT),
     )

@@ -515,19 +515,82 @@ def load_columns(
         )  # fmt: skip
         return box.reshape(COLUMNS, BLOCK)
     else:
-        extent, steps = columns.extent, source.steps
-        exists = place[2] < extent[2] - corner[2]
-        start = corner[2] * steps[2]
-        offset = place[2] * (steps[2] if V.WIDE else steps[2].to(tl.int32))
-        if V.RANK >= 2:
-            exists = exists & (place[1] < extent[1] - corner[1])
-            start += corner[1] * steps[1]
-            offset += place[1] * (steps[1] if V.WIDE else steps[1].to(tl.int32))
-        if V.RANK == 3:
-            exists = exists & (place[0] < extent[0] - corner[0])
-            start += corner[0] * steps[0]
-            offset += place[0] * (steps[0] if V.WIDE else steps[0].to(tl.int32))
+        start, offset, exists = column_offsets(source, corner, columns, place, V)
         return load_rows(source.data + start, offset, exists, FEATURES, BLOCK)
+
+
+@triton.jit
+def column_offsets(source, corner, columns, place, V: tl.constexpr):
+    """Element offset of the column tile at `corner`, those of its columns, and which exist."""
+    extent, steps = columns.extent, source.steps
+    exists = place[2] < extent[2] - corner[2]
+    start = corner[2] * steps[2]
+    offset = place[2] * (steps[2] if V.WIDE else steps[2].to(tl.int32))
+    if V.RANK >= 2:
+        exists = exists & (place[1] < extent[1] - corner[1])
+        start += corner[1] * steps[1]
+        offset += place[1] * (steps[1] if V.WIDE else steps[1].to(tl.int32))
+    if V.RANK == 3:
+        exists = exists & (place[0] < extent[0] - corner[0])
+        start += corner[0] * steps[0]
+        offset += place[0] * (steps[0] if V.WIDE else steps[0].to(tl.int32))
+    return start, offset, exists
+
+
+@triton.jit
+def mask_source(mask, at, grid, strides, dilations, V: tl.constexpr):
+    """Where the mask of the columns of one batch entry and dilation group comes from."""
+    return column_source(
+        mask, at.memory_batch, at.head, grid.memory, strides, dilations, 1, V.RANK, False
+    )
+
+
+@triton.jit
+def valid_columns(source, corner, columns, place, V: tl.constexpr):
+    """Which columns of the tile at `corner` are valid."""
+    start, offset, exists = column_offsets(source, corner, columns, place, V)
+    return tl.load(source.data + start + offset, mask=exists, other=0) != 0
+
+
+@triton.jit
+def valid_rows(mask, at, rows, strides, V: tl.constexpr):
+    """Which rows of a tile are valid."""
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides, 1, V.RANK)
+    offset += head_offset(at.memory_batch, at.head, strides, 1)
+    return tl.load(mask + offset, mask=all_exist, other=0) != 0
+
+
+@triton.jit
+def any_of(flags):
+    return tl.max(flags.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def tanh(x):
+    """Within a few ulps."""
+    size = tl.abs(x)
+    power = tl.math.exp2(size * (-2.0 * LOG2_E))
+    far = (1.0 - power) / (1.0 + power)
+    # Near zero the difference would lose digits: x + x**3 p(x**2), fitted up to 0.6.
+    square = size * size
+    series = -6.276389118283987e-3 * square + 2.1116215735673904e-2
+    series = series * square - 5.3875137120485306e-2
+    series = series * square + 1.3332924246788025e-1
+    series = series * square - 3.333333134651184e-1
+    near = size + size * square * series
+    result = tl.where(size < 0.6, near, far)
+    return tl.where(x < 0, -result, result)
+
+
+@triton.jit
+def capped(scores, cap):
+    """Shares of their bound that soft caps leave of scores, and the derivative of that; `cap` is
+    the factor of the scores, None without such a bound."""
+    if cap is None:
+        return scores, scores
+    else:
+        shares = tanh(scores * cap)
+        return shares, 1.0 - shares * shares
 
 
 @triton.jit
@@ -547,10 +610,11 @@ def in_sight(corner, place, begin, width, RANK: tl.constexpr):
 
 @triton.jit
 def tile_scores(
-    row_features, column_features, tile, place, rows, columns, bias, window, head,
+    row_features, column_features, tile, place, rows, columns, bias, window, head, cap,
     INVERSE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile before scaling, -inf where a row does not see a column: [rows, columns].
+    """Scores of a tile before scaling, -inf where a row does not see a column: [rows, columns]; and
+    their derivatives where `cap`, see `capped`, is not None.
 
     `tile` is what `placed_tile` says. `V.MASK` says which tiles are masked:
     "always" all of them, "edges" those that not all rows see all of, "never" none, for there are no
@@ -563,11 +627,15 @@ def tile_scores(
             position, place, rows.position, columns.first, window, INVERSE, V.RANK
         )
         biases = load_biases(bias + head.to(tl.int64) * size, row, column)
+    if V.HAS_RPB and cap is None:
         scores = tl.dot(row_features, column_features.T, biases, input_precision=V.PRECISION)
     else:
         scores = tl.dot(row_features, column_features.T, input_precision=V.PRECISION)
     if V.NEGATE:
         scores = -scores
+    scores, slopes = capped(scores, cap)
+    if V.HAS_RPB and cap is not None:
+        scores += biases
     if V.MASK != "never":
         extent = columns.extent
         place = (
@@ -582,7 +650,7 @@ def tile_scores(
     elif V.MASK == "always":
         seen = in_sight(position, place, rows.begin, rows.width, V.RANK)
         scores = tl.where(seen, scores, float("-inf"))
-    return scores
+    return scores, slopes
 
 
 @triton.jit
@@ -792,9 +860,11 @@ def additional_tile(t, additional, strides, COLUMNS: tl.constexpr, V: tl.constex
 
 
 @triton.jit
-def additional_scores(row_features, column_features, present, V: tl.constexpr):
-    """Scores of such a tile before scaling, -inf where no token is."""
+def additional_scores(row_features, column_features, present, cap, V: tl.constexpr):
+    """Scores of such a tile before scaling, -inf where no token is, and their derivatives as those
+    of `tile_scores`."""
     scores = tl.dot(row_features, column_features.T, input_precision=V.PRECISION)
     if V.NEGATE:
         scores = -scores
-    return tl.where(present[None, :], scores, float("-inf"))
+    scores, slopes = capped(scores, cap)
+    return tl.where(present[None, :], scores, float("-inf")), slopes

@@ -20,6 +20,7 @@ from natten.functional.backends.triton.primitives import (
     additional_scores,
     additional_source,
     additional_tile,
+    any_of,
     base2_lse,
     bias_slot,
     ceil_div,
@@ -28,6 +29,7 @@ from natten.functional.backends.triton.primitives import (
     head_offset,
     load_columns,
     load_rows,
+    mask_source,
     placed_tile,
     row_offsets,
     row_tile,
@@ -35,6 +37,7 @@ from natten.functional.backends.triton.primitives import (
     table_size,
     tile_scores,
     unravel,
+    valid_columns,
 )
 from natten.functional.backends.triton.tiles import QUERY_GRADIENT, Tiling
 from natten.functional.problem import Problem
@@ -56,10 +59,12 @@ class Strides(NamedTuple):
     query_gradient: Any
     additional_key: Any
     additional_value: Any
+    key_mask: Any
 
 
 class Data(NamedTuple):
-    """Tensors but query, key and value, strides of all, and windows. None for what there is not.
+    """Tensors but query, key and value, `arguments.cap`, strides of all tensors, and windows. None
+    for what there is not.
 
     With `out`, logsumexp and delta are computed and written to `statistics`, else read from there.
     The gradient of the bias is added to `bias_gradient`, with `factor` in integers, multiples of
@@ -80,6 +85,8 @@ class Data(NamedTuple):
     lse_gradient: Any
     bias_gradient: Any
     factor: Any
+    key_mask: Any
+    cap: Any
     strides: Any
     window: Any
 
@@ -87,15 +94,22 @@ class Data(NamedTuple):
 @triton.jit
 def query_gradient_step(
     scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator, scale,
-    PRECISION: tl.constexpr,
+    IS_CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The scores' gradient of one tile, and its product with the keys added to a sum."""
+    """The scores' gradient of one tile, and its product with the keys added to a sum. `scores` come
+    with their derivatives, which count if `IS_CAPPED`."""
+    scores, slopes = scores
     weights = tl.math.exp2(scores * scale - row_lse[:, None])
     weight_gradient = tl.dot(gradient_rows, value_columns.T, input_precision=PRECISION)
     score_gradient = weights * (weight_gradient - row_delta[:, None])
-    score_gradient = score_gradient.to(key_columns.dtype)
-    accumulator = tl.dot(score_gradient, key_columns, accumulator, input_precision=PRECISION)
-    return accumulator, score_gradient
+    if IS_CAPPED:
+        product_gradient = (score_gradient * slopes).to(key_columns.dtype)
+        accumulator = tl.dot(product_gradient, key_columns, accumulator, input_precision=PRECISION)
+        return accumulator, score_gradient.to(key_columns.dtype)
+    else:
+        score_gradient = score_gradient.to(key_columns.dtype)
+        accumulator = tl.dot(score_gradient, key_columns, accumulator, input_precision=PRECISION)
+        return accumulator, score_gradient
 
 
 @triton.jit
@@ -210,7 +224,13 @@ def query_gradient_kernel(
         copy = tl.program_id(0) % bias_copies
         bias_target = data.bias_gradient + (copy * heads + head).to(tl.int64) * table_size(window)
     accumulator = tl.zeros([ROWS, BLOCK], tl.float32)
-    for t in tl.range(0, column_steps(box), num_stages=V.STAGES):
+    steps = column_steps(box)
+    if V.HAS_QUERY_MASK:
+        # Rows that see nothing, see `backward.BackwardPass`.
+        steps = tl.where(any_of(row_lse < float("inf")), steps, 0)
+    if data.key_mask is not None:
+        key_valid = mask_source(data.key_mask, at, grid, strides.key_mask, window.dilations, V)
+    for t in tl.range(0, steps, num_stages=V.STAGES):
         tile = placed_tile(t, box, grid, KEY_TILE, V)
         key_columns = load_columns(
             key_source, tile[0], grid, place, V.FEATURES, V.BLOCK, COLUMNS, V
@@ -218,28 +238,47 @@ def query_gradient_kernel(
         value_columns = load_columns(
             value_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_BLOCK, COLUMNS, V
         )
-        scores = tile_scores(
-            query_rows, key_columns, tile, place, rows, grid, data.bias, window, head, False, V
-        )
-        accumulator, score_gradient = query_gradient_step(
-            scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator,
-            scales.scores, PRECISION,
-        )  # fmt: skip
-        if data.bias_gradient is not None:
-            add_bias_gradient(
-                score_gradient, bias_target, data.factor, tile[2], rows.corner, grid.first, window,
-                V,
+        if data.key_mask is None:
+            scores = tile_scores(
+                query_rows, key_columns, tile, place, rows, grid, data.bias, window, head, data.cap,
+                False, V,
             )  # fmt: skip
+            accumulator, score_gradient = query_gradient_step(
+                scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator,
+                scales.scores, data.cap is not None, PRECISION,
+            )  # fmt: skip
+            if data.bias_gradient is not None:
+                add_bias_gradient(
+                    score_gradient, bias_target, data.factor, tile[2], rows.corner, grid.first,
+                    window, V,
+                )  # fmt: skip
+        else:
+            seen = valid_columns(key_valid, tile[0], grid, place, V)
+            if any_of(seen):
+                scores, slopes = tile_scores(
+                    query_rows, key_columns, tile, place, rows, grid, data.bias, window, head,
+                    data.cap, False, V,
+                )  # fmt: skip
+                scores = tl.where(seen[None, :], scores, float("-inf"))
+                accumulator, score_gradient = query_gradient_step(
+                    (scores, slopes), row_lse, row_delta, gradient_rows, key_columns, value_columns,
+                    accumulator, scales.scores, data.cap is not None, PRECISION,
+                )  # fmt: skip
+                if data.bias_gradient is not None:
+                    add_bias_gradient(
+                        score_gradient, bias_target, data.factor, tile[2], rows.corner, grid.first,
+                        window, V,
+                    )  # fmt: skip
     if V.HAS_ADDITIONAL:
         additional = additional_source(at.batch, kv_head, data, num_additional, V)
         for t in tl.range(0, ceil_div(additional.number, COLUMNS), num_stages=V.STAGES):
             key_columns, value_columns, present = additional_tile(
                 t, additional, strides, COLUMNS, V
             )  # fmt: skip
-            scores = additional_scores(query_rows, key_columns, present, V)
+            scores = additional_scores(query_rows, key_columns, present, data.cap, V)
             accumulator, _score_gradient = query_gradient_step(
                 scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator,
-                scales.scores, PRECISION,
+                scales.scores, data.cap is not None, PRECISION,
             )  # fmt: skip
     offset, all_exist = row_offsets(
         rows.memory, rows.exists, strides.query_gradient, V.UNIT, V.RANK
@@ -259,14 +298,16 @@ def query_gradient_launch(
     strides: tuple[tuple[int, ...], ...],
     additional: tuple[tuple[int, ...], ...],
     gradient: tuple[int, ...],
+    key_mask: tuple[int, ...] | None,
     paddings: tuple[int, ...],
     bias_copies: int,
 ) -> Launch:
     """The launch on query, key, value and the members of `Data`.
 
     ``strides`` are those of query, key, value and the output's gradient, ``additional`` those of
-    additional keys and values, ``gradient`` those of the query's gradient. ``bias_copies`` says how
-    many tables the bias's gradient is summed in, 0 if it is not.
+    additional keys and values, ``gradient`` those of the query's gradient, ``key_mask`` those of
+    the mask of keys, `arguments.mask_strides`. ``bias_copies`` says how many tables the bias's
+    gradient is summed in, 0 if it is not.
     """
     common = arguments.common(
         problem, tiling, sequences, precision, strides, *additional, gradient,
@@ -284,6 +325,7 @@ def query_gradient_launch(
         query_gradient=common.steps(gradient),
         additional_key=common.steps(additional_key),
         additional_value=common.steps(additional_value),
+        key_mask=key_mask,
     )
     options = common.options
     # AMD's compiler does not know the limit.
@@ -298,7 +340,7 @@ def query_gradient_launch(
         ),
         group=Data,
         alone=3,
-        grouped=(steps, common.window),
+        grouped=(arguments.cap(problem), steps, common.window),
         options=options,
         tiles=(tiling, QUERY_GRADIENT),
     )  # fmt: skip

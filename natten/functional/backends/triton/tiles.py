@@ -193,10 +193,12 @@ def has_ping_pong_heads(problem: Problem) -> bool:
     return all(known) and problem.dtype != torch.float32
 
 
-def _suits_ping_pong(problem: Problem) -> bool:
+def _suits_gluon(problem: Problem) -> bool:
     return (
         has_ping_pong_heads(problem)
         and not problem.has_rpb
+        and not problem.softcap
+        and not problem.has_key_mask
         # It loads whole tiles of additional keys, whatever they hold behind a length.
         and not problem.has_lengths
         and problem.num_keys > 0
@@ -205,9 +207,14 @@ def _suits_ping_pong(problem: Problem) -> bool:
     )
 
 
+def _suits_ping_pong(problem: Problem) -> bool:
+    return _suits_gluon(problem) and not problem.has_sink and not problem.has_query_mask
+
+
 def _suits_fused(problem: Problem) -> bool:
+    # Sinks and masks of queries are in the logsumexp.
     return (
-        _suits_ping_pong(problem)
+        _suits_gluon(problem)
         and problem.head_dim == problem.head_dim_v
         and problem.num_queries > 0
         and not problem.num_additional
@@ -298,6 +305,7 @@ def dense_problem(problem: Problem, num_queries: int, num_keys: int) -> Problem:
         num_additional=0,
         has_lengths=False,
         has_rpb=False,
+        has_key_mask=False,
     )
 
 
@@ -481,7 +489,8 @@ def reuse(problem: Problem, kernel: Kernel, tiling: Tiling) -> Tiling:
         kernel, replace(tiling, query=(), key=()), prod(tiling.query), prod(tiling.key),
         problem.rank, problem.is_causal, problem.is_circular, problem.upsampling,
         problem.head_dim, problem.head_dim_v, problem.dtype, problem.heads // problem.heads_kv,
-        problem.num_additional > 0, problem.has_rpb, problem.varlen, problem.device,
+        problem.num_additional > 0, problem.has_rpb, problem.softcap > 0, problem.has_sink,
+        problem.has_key_mask, problem.has_query_mask, problem.varlen, problem.device,
     )  # fmt: skip
     used = _used.setdefault(alike, [])
     best = kernel.cost(problem, tiling.query, tiling.key)

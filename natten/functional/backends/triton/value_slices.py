@@ -84,7 +84,7 @@ class Slices:
 
     def inputs(self, inputs: Inputs) -> Inputs:
         """The tensors of the problem as those of its slices."""
-        query, key, value, rpb, context_key, context_value, *rest = inputs
+        query, key, value, rpb, context_key, context_value, sink, *rest = inputs
         return Inputs(
             self.repeat(query),
             self.repeat(key),
@@ -93,6 +93,7 @@ class Slices:
             None if rpb is None else self.repeat(rpb.float(), -rpb.dim()),
             self._if_any(self.repeat, context_key),
             self._if_any(self.split, context_value),
+            None if sink is None else self.repeat(sink, -1),
             *rest,
         )
 
