@@ -181,16 +181,13 @@ def check_circular(
 
 
 def check_upsampling(
-    upsampling: Any,
+    factors: tuple[int, ...],
     query_shape: tuple[int, ...],
     key_shape: tuple[int, ...],
     dilation: tuple[int, ...],
     rpb: Tensor | None,
-) -> tuple[int, ...]:
-    """upsampling as a tuple that fits the tokens and the window; () if it is 1 on every axis."""
-    factors = int_tuple("upsampling", upsampling, len(key_shape))
-    if all(factor == 1 for factor in factors):
-        return ()
+) -> None:
+    """Check upsampling against the tokens and the window."""
     if query_shape != tuple([factor * n for factor, n in zip(factors, key_shape)]):
         raise ValueError(
             "query must have upsampling times as many tokens as key along every axis, got "
@@ -205,7 +202,6 @@ def check_upsampling(
         raise NotImplementedError(
             f"rpb and upsampling do not go together, got upsampling={factors}"
         )
-    return factors
 
 
 def check_rings(

@@ -53,6 +53,7 @@ def test_one_is_the_default() -> None:
     expected = na2d(*tensors, 3)
     for one in (1, (1, 1), None):
         assert na2d(*tensors, 3, upsampling=one).equal(expected)
+        assert na2d(*tensors, 3, upsampling=one, grid=(6, 5)).equal(expected)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ def _parameters(tensors: Tensors, rank: int | None, heads_kv: int, asked: _Asked
     rank = validation.check_qkv(query, key, value, rank)
     *sizes, is_circular, upsampling = window
     query_shape, key_shape = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
-    is_upsampled = upsampling is not None and upsampling != 1
+    factors = validation.int_tuple("upsampling", 1 if upsampling is None else upsampling, rank)
+    is_upsampled = any(factor != 1 for factor in factors)
     if is_upsampled and any(box is not None for box in boxes):
         raise ValueError("upsampling is of a whole grid, and does not go with grid=")
     placed = () if is_upsampled else _boxes(query, key, *boxes)
@@ -83,10 +84,8 @@ def _parameters(tensors: Tensors, rank: int | None, heads_kv: int, asked: _Asked
     kernel_size, stride, dilation, is_causal = validation.check_window(grid, *sizes)
     rings = validation.check_circular(is_circular, grid, kernel_size, stride, dilation, is_causal)
     if is_upsampled:
-        factors = validation.check_upsampling(
-            upsampling, query_shape, key_shape, dilation, tensors.rpb
-        )
-        placed = (grid, (0,) * rank, (0,) * rank, factors) if factors else ()
+        validation.check_upsampling(factors, query_shape, key_shape, dilation, tensors.rpb)
+        placed = (grid, (0,) * rank, (0,) * rank, factors)
     elif rings and placed:
         validation.check_rings(rings, grid, query_shape, key_shape, *placed[1:])
     validation.check_additional(query, key, value, *tensors[4:6])
@@ -183,6 +182,12 @@ def _attend_separately(
     return out.unflatten(1, tokens), lse.unflatten(1, tokens)
 
 
+def _unless(default: Any, value: Any) -> Any:
+    """A value, or one for each axis; None where that is the default throughout."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return None if all(v is None or v == default for v in values) else value
+
+
 def _attend_sharded(
     rank: int | None, tensors: Tensors, asked: _Asked, attention_kwargs: AttentionKwargs | None
 ) -> tuple[Tensor, Tensor]:
@@ -195,7 +200,7 @@ def _attend_sharded(
         attention_kwargs=attention_kwargs, grid=grid, query_origin=query_origin,
         key_origin=key_origin, softcap=validation.check_softcap(softcap) or None,
         sink=tensors.sink, key_mask=tensors.key_mask, query_mask=tensors.query_mask,
-        is_circular=is_circular or None, upsampling=None if upsampling == 1 else upsampling,
+        is_circular=_unless(False, is_circular), upsampling=_unless(1, upsampling),
     )  # fmt: skip
     parts = (*tensors[:6], tensors.additional_lengths)
     return sharded.attend(rank, parts, tuple(window), scale, backend, given)
