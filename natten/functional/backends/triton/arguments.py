@@ -123,11 +123,6 @@ class Variant:
     WARP_SPECIALIZE: bool
 
     @property
-    def KINDS(self) -> tuple[tuple[bool, bool, int], ...]:
-        """Whether an axis is causal and circular, and its upsampling."""
-        return tuple(zip(self.CAUSAL, self.CIRCULAR, self.UPSAMPLING, strict=True))
-
-    @property
     def QUERIES(self) -> int:
         """Tokens of a tile of queries."""
         return prod(self.QUERY_TILE)
