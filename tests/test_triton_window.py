@@ -65,7 +65,7 @@ def axis_kernel(
          tl.load(at + 5 * COUNT)),
         (tl.load(at + 6 * COUNT), tl.load(at + 7 * COUNT)),
         (tl.load(at + 8 * COUNT), tl.load(at + 9 * COUNT)),
-        TILE, COLUMN_TILE, (CAUSAL, False, UPSAMPLING), INVERSE, True,
+        TILE, COLUMN_TILE, CAUSAL, False, UPSAMPLING, INVERSE, True,
     )  # fmt: skip
     for n in tl.static_range(5):
         tl.store(row_results + n * COUNT * TILE + i * TILE + offset, rows[n].to(tl.int32))
