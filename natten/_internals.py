@@ -201,6 +201,22 @@ def called_directly(operator: Any, name: str, function: Callable[..., Any]) -> C
     return tell
 
 
+def decompose(
+    operator: Any, function: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Tell exporters to other runtimes, such as torch.onnx's, what an operator is made of.
+
+    Args:
+        operator: An overload of ``torch.ops``.
+        function: Computes it in operators of torch's own.
+        fake: Its results without data. Otherwise they would be those of ``function``.
+    """
+    from torch._decomp import decomposition_table, meta_table
+
+    decomposition_table[operator] = function
+    meta_table[operator] = fake
+
+
 def below_autocast() -> AbstractContextManager[Any]:
     """Keeps autocast from seeing what it has cast already."""
     return excluding(AUTOCAST)
@@ -230,6 +246,7 @@ __all__ = [
     "below_autocast",
     "below_autograd",
     "called_directly",
+    "decompose",
     "empty_cuda",
     "hooks_of_saved_tensors",
     "in_forward_mode",

@@ -23,7 +23,7 @@ from natten import _internals
 from natten._internals import is_plain, plain_apply, transformed, transforming
 from natten.context import preferences
 from natten.functional import sink as sinks
-from natten.functional.backend import Results
+from natten.functional.backend import Inputs, Results
 from natten.functional.call import (
     NUM_DIFFERENTIABLE,
     NUM_TENSORS,
@@ -32,8 +32,12 @@ from natten.functional.call import (
     Tensors,
     flat,
     make_call,
+    make_problem,
+    separated,
     unpacked,
 )
+from natten.functional.decomposition import attention
+from natten.functional.derivatives import gradient_tangents, output_tangents
 from natten.functional.dispatch import resolve
 from natten.functional.problem import accumulation_dtype
 from natten.tuned import with_profile
@@ -321,7 +325,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:NUM_TENSORS], *output)
+        saved = (*inputs[:NUM_TENSORS], *output)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
         ctx.parameters, ctx.call = inputs[NUM_TENSORS:], None
         # A gradient that nobody asks for stays None: filling it with zeros would cost a kernel.
         ctx.set_materialize_grads(False)
@@ -333,11 +339,11 @@ class _Attention(torch.autograd.Function):
         return (*gradients, *[None] * (len(ctx.needs_input_grad) - NUM_DIFFERENTIABLE))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            "neighborhood attention does not support forward-mode differentiation (jvp); use "
-            "backward mode"
-        )
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        tensors = Tensors(*ctx.saved_tensors[:NUM_TENSORS])
+        with _internals.below_autocast():
+            call = _traceable(tensors, Parameters(*ctx.parameters))
+            return output_tangents(call, tensors, tangents)
 
 
 def _gradients(
@@ -386,23 +392,58 @@ class _PlainAttention(torch.autograd.Function):
 _apply_plainly = plain_apply(_PlainAttention)
 
 
+def _traceable(tensors: Tensors, parameters: Parameters) -> Call:
+    """As `_planned`, for symbolic sizes too."""
+    try:
+        return _planned(tensors, parameters)
+    except TypeError:
+        return make_call(tensors, parameters)
+
+
 class _AttentionBackward(torch.autograd.Function):
-    """Refuses the second derivative, which would otherwise silently be zero."""
+    """The derivative of the backward operator, as a function of the gradients that it is given and
+    the call's tensors: out and logsumexp are what the forward operator makes of those."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+        saved = inputs[: 2 + NUM_TENSORS]
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        *ctx.parameters, ctx.needs = inputs[4 + NUM_TENSORS :]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        raise NotImplementedError(
-            "neighborhood attention cannot be differentiated twice: its backward pass has no "
-            "derivative"
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Any, ...]:
+        grad_out, grad_lse, *saved = ctx.saved_tensors
+        tensors = Tensors(*saved)
+        directions = tuple([d if n else None for d, n in zip(directions, ctx.needs, strict=True)])
+        with _internals.below_autocast():
+            call = _traceable(tensors, Parameters(*ctx.parameters))
+            out, lse, gradients = gradient_tangents(
+                call, tensors, directions, (grad_out, grad_lse)
+            )
+        return (
+            None if grad_out is None else out,
+            None if grad_lse is None else lse,
+            *gradients,
+            *[None] * (len(ctx.needs_input_grad) - 2 - NUM_DIFFERENTIABLE),
         )
 
-    jvp = staticmethod(_Attention.jvp)
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        grad_out, grad_lse, *saved = ctx.saved_tensors
+        tensors = Tensors(*saved)
+        with _internals.below_autocast():
+            call = _traceable(tensors, Parameters(*ctx.parameters))
+            _, _, gradients = gradient_tangents(
+                call, tensors, tangents[2:], (grad_out, grad_lse), tangents[:2]
+            )
+        return tuple(
+            tensors.query.new_zeros(0) if g is None or not need else g
+            for g, need in zip(gradients, ctx.needs, strict=True)
+        )
 
 
 def autocast_dtype(tensor: Any) -> torch.dtype | None:
@@ -523,6 +564,17 @@ neighborhood_attention = define(
     _Attention,
     _autocast,
 )
+
+
+def _decomposed(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The forward operator in operators of torch's own, for exported programs."""
+    tensors, parameters = Tensors(*arguments[:NUM_TENSORS]), Parameters(*arguments[NUM_TENSORS:])
+    problem = make_problem(tensors, parameters)
+    query, key, value = separated(tensors, parameters.heads_kv)
+    return attention(problem, Inputs(query, key, value, *tensors[3:]))
+
+
+_internals.decompose(torch.ops.natten.neighborhood_attention.default, _decomposed, _forward_fake)
 
 # The same for torch.jit.trace, which takes lists of plain integers only.
 library.define(

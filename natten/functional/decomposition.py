@@ -1,0 +1,421 @@
+"""Attention over windows in operators of torch's own: tables of indices, gathers, products of
+matrices and a softmax.
+
+It serves where a fused kernel cannot: derivatives of every order are made of its parts
+(:mod:`natten.functional.derivatives`), and programs for runtimes without this library's operators
+consist of it (:func:`attention`, which exported programs are decomposed into).
+
+Queries are worked on in tiles of one dilation group, against a box of all keys that some query of
+the tile sees, as many tiles at a time as fit a budget: memory is linear in the number of tokens.
+Nothing here looks at what a tensor holds, so that all of it can be traced, batched and
+differentiated. Numbers that are not finite may reach other queries of their tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from natten._internals import is_known
+from natten.functional.backend import Inputs
+from natten.functional.problem import Problem
+from natten.window import Axis, absent, bounds_table, cleared
+
+# Numbers at a time: a core's cache, or enough to fill a GPU.
+_CHUNK = {"cpu": 1 << 20}
+_DEFAULT_CHUNK = 1 << 26
+# Queries of a tile: more of them share more keys, and see fewer of those in their box.
+_TILE = 64
+_SHORTEST = 8
+
+
+class AxisTiles(NamedTuple):
+    """Tiles along one axis; tokens are counted in the boxes of queries and of keys."""
+
+    queries: Tensor  # int64 [tiles, size]; what fills a tile up repeats its first query
+    real: Tensor  # bool [tiles, size]: what does not fill up
+    keys: Tensor  # int64 [tiles, width]
+    visible: Tensor  # bool [tiles, size, width]
+    distance: Tensor  # int64 [tiles, size, width]: key position - query position
+    tile: Tensor  # int64 [extent]: which tile a query is in
+    slot: Tensor  # int64 [extent]: its place there
+
+
+def _axis_tiles(
+    axis: Axis,
+    query_box: tuple[int, int],
+    key_box: tuple[int, int],
+    size: int | None,
+    device: torch.device,
+) -> AxisTiles:
+    """Cut an axis into tiles of ``size`` queries.
+
+    Args:
+        axis: The axis.
+        query_box: Origin and extent.
+        key_box: Likewise.
+        size: None for one tile of all queries and all keys; else of symbolic extents only 1.
+        device: Of the tables.
+    """
+    (query_origin, extent), (key_origin, key_extent) = query_box, key_box
+    d = axis.dilation
+    token = torch.arange(extent, device=device)
+    is_whole = size is None
+    if size is None:
+        size, width = extent, key_extent
+        tile, slot = torch.zeros_like(token), token
+        offset = first = tile[:1]
+    elif size == 1:
+        width = axis.kernel_size
+        tile, slot = token, torch.zeros_like(token)
+        offset, first = token % d, token // d
+    else:
+        lengths = [-(-(extent - group) // d) for group in range(min(d, extent))]
+        starts = [(g, p) for g, length in enumerate(lengths) for p in range(0, length, size)]
+        offset, first = torch.tensor(starts, device=device).unbind(1)
+        before = [0]
+        for length in lengths:
+            before.append(before[-1] + -(-length // size))
+        tile = torch.tensor(before, device=device)[token % d] + token // d // size
+        slot = token // d % size
+        # Windows of queries side by side start at most so far from each other.
+        width = min(axis.kernel_size + axis.stride + size - 2, -(-key_extent // d))
+    if isinstance(key_extent, int) and key_extent == 0:
+        width = 0
+    queries = offset[:, None] + d * (first[:, None] + torch.arange(size, device=device))
+    real = queries < extent
+    queries = torch.where(real, queries, (offset + d * first)[:, None])
+    start, end = bounds_table(axis, query_origin, extent, key_origin, key_extent, device)
+    low, high = start[queries], end[queries]
+    begin = torch.where(high > low, low, axis.length).amin(1, keepdim=True)
+    if is_whole:
+        begin = torch.full_like(begin, key_origin)
+    position = begin + torch.arange(width, device=device)
+    group = (query_origin + offset[:, None]) % d
+    keys = (group + d * position - key_origin).clamp(0, max=key_extent - 1)
+    inside = position[:, None]
+    visible = (inside >= low[..., None]) & (inside < high[..., None]) & real[..., None]
+    distance = inside - ((query_origin + queries) // d)[..., None]
+    return AxisTiles(queries, real, keys, visible, distance, tile, slot)
+
+
+class _Sequences(NamedTuple):
+    """Which of the packed sequences each token belongs to, and its place there."""
+
+    number: Tensor
+    place: Tensor
+    exists: Tensor
+
+    @staticmethod
+    def of(ends: Tensor, tokens: int) -> _Sequences:
+        token = torch.arange(tokens, device=ends.device)
+        number = torch.searchsorted(ends.long(), token, right=True) - 1
+        exists = number < ends.shape[0] - 1
+        return _Sequences(number, token - ends.long()[number], exists)
+
+
+class Columns(NamedTuple):
+    """Numbers of the keys that a chunk's tiles see."""
+
+    own: Tensor  # [batch, tiles, heads_kv, width, features]
+    extra: Tensor | None  # of additional keys, [batch, 1, heads_kv, number, features]
+
+
+class Operands(NamedTuple):
+    """What the scores and the output of some tiles are made of."""
+
+    query: Tensor  # rows
+    key: Columns
+    value: Columns
+    bias: Tensor | None  # [tiles, heads_kv, group, size, width + additional keys]
+
+
+class Chunk(NamedTuple):
+    """Some tiles.
+
+    Rows are what there is for each query, ``[batch, tiles, heads_kv, group, size, features]`` with
+    the heads of a group that share a key head; pairs are rows with one feature for each key, the
+    additional ones last.
+    """
+
+    problem: Problem
+    queries: Tensor  # int64 [tiles, size]: flat tokens
+    real: Tensor  # bool [tiles, size]
+    keys: Tensor  # int64 [tiles, width]
+    visible: Tensor  # bool [tiles, size, width]
+    bias_index: Tensor | None  # int64 [tiles, size, width]: flat entries of a head's rpb
+    hidden: Tensor | None  # bool [batch, additional keys]
+
+    # Only reshape and permute, which all of torch's batched tensors know.
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Rows of ``[batch, *query_shape, heads, features]``."""
+        problem, (*_, heads, features) = self.problem, tensor.shape
+        tokens = tensor.reshape(problem.batch, problem.num_queries, heads, features)
+        part = tokens.index_select(1, self.queries.reshape(-1)).reshape(
+            problem.batch, *self.queries.shape, problem.heads_kv, heads // problem.heads_kv,
+            features,
+        )  # fmt: skip
+        return part.permute(0, 1, 3, 4, 2, 5).to(problem.accumulation_dtype)
+
+    def columns(self, tensor: Tensor, extra: Tensor | None) -> Columns:
+        """Columns of ``[batch, *key_shape, heads_kv, features]`` and ``[batch, additional keys,
+        heads_kv, features]``."""
+        problem, features = self.problem, tensor.shape[-1]
+        tokens = tensor.reshape(problem.batch, problem.num_keys, problem.heads_kv, features)
+        part = tokens.index_select(1, self.keys.reshape(-1)).reshape(
+            problem.batch, *self.keys.shape, problem.heads_kv, features
+        )
+        own = part.permute(0, 1, 3, 2, 4).to(problem.accumulation_dtype)
+        if extra is None:
+            return Columns(own, None)
+        if self.hidden is not None:
+            extra = cleared(extra, self.hidden)
+        return Columns(own, extra.transpose(1, 2).unsqueeze(1).to(problem.accumulation_dtype))
+
+    def operands(self, inputs: Inputs) -> Operands:
+        """The inputs, or tangents of them."""
+        problem, bias = self.problem, None
+        if inputs.rpb is not None and self.bias_index is not None:
+            table = inputs.rpb.reshape(problem.heads, -1).to(problem.accumulation_dtype)
+            bias = table.index_select(1, self.bias_index.reshape(-1)).reshape(
+                problem.heads_kv, problem.heads // problem.heads_kv, *self.bias_index.shape
+            )
+            bias = bias.permute(2, 0, 1, 3, 4)
+            if problem.num_additional:
+                none = bias.new_zeros(*bias.shape[:-1], problem.num_additional)
+                bias = torch.cat([bias, none], -1)
+        return Operands(
+            self.rows(inputs.query),
+            self.columns(inputs.key, inputs.additional_keys),
+            self.columns(inputs.value, inputs.additional_values),
+            bias,
+        )
+
+    def softmax(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights, 0 where a query does not see a key, and logsumexp, rows of one feature."""
+        seen = self.visible[:, None, None]
+        if self.problem.num_additional:
+            more = self.real[:, None, None, :, None]
+            if self.hidden is not None:
+                more = more & ~self.hidden[:, None, None, None, None]
+                seen = seen.expand(*more.shape[:-1], seen.shape[-1])
+            more = more.expand(*more.shape[:-1], self.problem.num_additional)
+            seen = torch.cat([seen, more], -1)
+        nothing = ~seen.any(-1, keepdim=True)
+        # A query without a key has no maximum to subtract, and its weights have no derivative.
+        pairs = pairs.masked_fill(~seen, -torch.inf).masked_fill(nothing, 0.0)
+        weights = pairs.softmax(-1).masked_fill(nothing, 0.0)
+        return weights, pairs.logsumexp(-1, keepdim=True).masked_fill(nothing, -torch.inf)
+
+
+def _merged(rows: Tensor) -> Tensor:
+    """Rows with the heads of a group behind one another: what goes into products of matrices."""
+    *_, group, size, features = rows.shape
+    return rows.reshape(*rows.shape[:3], group * size, features)
+
+
+def dot(rows: Tensor, columns: Columns) -> Tensor:
+    """Products of every query with every key: pairs."""
+    matrices = _merged(rows)
+    products = matrices @ columns.own.transpose(-1, -2)
+    if columns.extra is not None:
+        products = torch.cat([products, matrices @ columns.extra.transpose(-1, -2)], -1)
+    return products.reshape(*rows.shape[:-1], products.shape[-1])
+
+
+def weighted_sum(pairs: Tensor, columns: Columns) -> Tensor:
+    """Sums over the keys: rows."""
+    matrices, width = _merged(pairs), columns.own.shape[-2]
+    if columns.extra is None:
+        sums = matrices @ columns.own
+    else:
+        own, extra = matrices.split_with_sizes([width, matrices.shape[-1] - width], -1)
+        sums = own @ columns.own + extra @ columns.extra
+    return sums.reshape(*pairs.shape[:-1], sums.shape[-1])
+
+
+def column_sum(pairs: Tensor, rows: Tensor, width: int) -> Columns:
+    """Sums over the queries, and of additional keys over the tiles: columns."""
+    sums = _merged(pairs).transpose(-1, -2) @ _merged(rows)
+    if pairs.shape[-1] == width:
+        return Columns(sums, None)
+    own, extra = sums.split_with_sizes([width, pairs.shape[-1] - width], -2)
+    return Columns(own, extra.sum(1, keepdim=True))
+
+
+def scores(problem: Problem, x: Operands) -> Tensor:
+    """The scaled products, and the bias."""
+    pairs = problem.scale * dot(x.query, x.key)
+    return pairs if x.bias is None else pairs + x.bias
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """``[tiles, n]`` and ``[tiles, m]`` to their sums ``[tiles, n * m]``."""
+    return (a[:, :, None] + b[:, None]).flatten(1)
+
+
+def _outer_pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """``[tiles, q, k]`` and ``[tiles, p, j]`` spread to broadcast to ``[tiles, q, p, k, j]``."""
+    return a[:, :, None, :, None], b[:, None, :, None]
+
+
+def _sizes(problem: Problem) -> list[int]:
+    """Tiles that are not much smaller than the window."""
+    sizes = [
+        min(-(-extent // axis.dilation), max(axis.kernel_size, _SHORTEST))
+        for extent, axis in zip(problem.query_shape, problem.axes, strict=True)
+    ]
+    while prod(sizes) > _TILE:
+        ratios = [
+            size / axis.kernel_size if size > 1 else 0.0
+            for size, axis in zip(sizes, problem.axes, strict=True)
+        ]
+        widest = ratios.index(max(ratios))
+        sizes[widest] = -(-sizes[widest] // 2)
+    return sizes
+
+
+class Tiles:
+    """All tiles of a problem.
+
+    Args:
+        problem: What is asked for.
+        inputs: Its tensors, of which those of integers are looked at.
+        sizes: Of a tile along each axis, as `_axis_tiles` takes it; default by the window.
+    """
+
+    def __init__(
+        self, problem: Problem, inputs: Inputs, sizes: Sequence[int | None] | None = None
+    ) -> None:
+        self.problem = problem
+        self.inputs = inputs
+        axes = problem.axes
+        self._sequences: tuple[_Sequences, _Sequences] | None = None
+        if inputs.cumulative_seqlen_q is not None and inputs.cumulative_seqlen_kv is not None:
+            # Causality is within a sequence.
+            axes = tuple([axis._replace(is_causal=False) for axis in axes])
+            self._sequences = (
+                _Sequences.of(inputs.cumulative_seqlen_q, problem.query_shape[0]),
+                _Sequences.of(inputs.cumulative_seqlen_kv, problem.key_shape[0]),
+            )
+        self._axes = [
+            _axis_tiles(axis, query_box, key_box, size, inputs.query.device)
+            for axis, query_box, key_box, size in zip(
+                axes,
+                zip(problem.query_origin, problem.query_shape, strict=True),
+                zip(problem.key_origin, problem.key_shape, strict=True),
+                _sizes(problem) if sizes is None else sizes,
+                strict=True,
+            )
+        ]
+
+    def _count(self) -> int:
+        return prod([axis.queries.shape[0] for axis in self._axes])
+
+    def whole(self) -> Chunk:
+        """All tiles at once."""
+        return self._chunk(torch.arange(self._count(), device=self.inputs.query.device))
+
+    def chunks(self) -> Iterator[Chunk]:
+        """As many tiles at a time as fit the budget."""
+        problem, count = self.problem, self._count()
+        device = self.inputs.query.device
+        queries = prod([axis.queries.shape[1] for axis in self._axes])
+        keys = prod([axis.keys.shape[1] for axis in self._axes])
+        pairs = problem.heads * queries * (keys + problem.num_additional)
+        gathered = problem.heads_kv * (keys + problem.num_additional) * (problem.head_dim + problem.head_dim_v)
+        budget = _CHUNK.get(device.type, _DEFAULT_CHUNK)
+        step = max(1, budget // max(1, problem.batch * max(pairs, gathered)))
+        for begin in range(0, count, step):
+            yield self._chunk(torch.arange(begin, min(begin + step, count), device=device))
+
+    def _chunk(self, tiles: Tensor) -> Chunk:
+        problem, lengths = self.problem, self.inputs.additional_lengths
+        number = tiles
+        numbers = []
+        for axis in reversed(self._axes):
+            numbers.append(number % axis.queries.shape[0])
+            number = number // axis.queries.shape[0]
+        queries = keys = torch.zeros_like(tiles)[:, None]
+        real = visible = index = None
+        for i, (axis, own) in enumerate(zip(self._axes, reversed(numbers), strict=True)):
+            queries = _outer(queries * problem.query_shape[i], axis.queries[own])
+            keys = _outer(keys * problem.key_shape[i], axis.keys[own])
+            size = 2 * problem.kernel_size[i] - 1
+            more_real, more_visible = axis.real[own], axis.visible[own]
+            more_index = (axis.distance[own] + problem.kernel_size[i] - 1).clamp(0, size - 1)
+            if real is None or visible is None or index is None:
+                real, visible, index = more_real, more_visible, more_index
+                continue
+            real = (real[:, :, None] & more_real[:, None]).flatten(1)
+            a, b = _outer_pairs(visible, more_visible)
+            visible = (a & b).flatten(3, 4).flatten(1, 2)
+            if problem.has_rpb:
+                a, b = _outer_pairs(index * size, more_index)
+                index = (a + b).flatten(3, 4).flatten(1, 2)
+        if self._sequences is not None:
+            q, k = self._sequences
+            q, k = (_Sequences(*[t[i] for t in s]) for s, i in ((q, queries), (k, keys)))
+            visible = visible & (q.number[..., None] == k.number[:, None]) & q.exists[..., None]
+            if problem.is_causal[0]:
+                visible = visible & (q.place[..., None] >= k.place[:, None])
+        hidden = None if lengths is None else absent(lengths, problem.num_additional)
+        return Chunk(
+            problem, queries, real, keys, visible, index if problem.has_rpb else None, hidden
+        )
+
+    def in_order(self, rows: Sequence[Tensor]) -> Tensor:
+        """Rows of all chunks as ``[batch, *query_shape, heads, features]``."""
+        tile = slot = None
+        for axis in self._axes:
+            tiles, size = axis.queries.shape
+            if tile is None or slot is None:
+                tile, slot = axis.tile, axis.slot
+            else:
+                tile = (tile[:, None] * tiles + axis.tile).flatten()
+                slot = (slot[:, None] * size + axis.slot).flatten()
+        size = prod([axis.queries.shape[1] for axis in self._axes])
+        problem = self.problem
+        parts = [
+            r.permute(0, 1, 4, 2, 3, 5).reshape(
+                r.shape[0], r.shape[1] * r.shape[4], problem.heads, r.shape[-1]
+            )
+            for r in rows
+        ]
+        found = torch.cat(parts, 1).index_select(1, tile * size + slot)
+        return found.reshape(problem.batch, *problem.query_shape, *found.shape[2:])
+
+
+def attention(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """out ``[batch, *query_shape, heads, head_dim_v]`` in the problem's dtype, and logsumexp
+    ``[batch, *query_shape, heads]``, in one program for all sizes: a query is a tile, and each
+    gathers the keys of its window. Along axes that a window covers, all queries share all keys.
+    """
+    sizes = [
+        None if axis.dilation == 1 and is_known(axis.kernel_size == axis.length) else 1
+        for axis in problem.axes
+    ]
+    tiles = Tiles(problem, inputs, sizes)
+    chunk = tiles.whole()
+    x = chunk.operands(inputs)
+    weights, lse = chunk.softmax(scores(problem, x))
+    out = weighted_sum(weights, x.value).to(problem.dtype)
+    return tiles.in_order([out]), tiles.in_order([lse]).squeeze(-1)
+
+
+__all__ = [
+    "Chunk",
+    "Columns",
+    "Operands",
+    "Tiles",
+    "attention",
+    "column_sum",
+    "dot",
+    "scores",
+    "weighted_sum",
+]
