@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -101,6 +101,39 @@ def plain_apply(function: type[torch.autograd.Function]) -> Any:
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation is going on, with or without tangents."""
     return forward_ad._current_level >= 0
+
+
+def _primal(tensor: Tensor) -> Tensor:
+    """A tensor without its tangent of this level. torch's vmap has no rule for that."""
+    functorch = torch._C._functorch
+    if not functorch.is_batchedtensor(tensor):
+        return forward_ad.unpack_dual(tensor).primal
+    inner = _primal(functorch.get_unwrapped(tensor))
+    level = functorch.maybe_get_level(tensor)
+    return functorch._add_batch_dim(inner, functorch.maybe_get_bdim(tensor), level)
+
+
+class _Primals:
+    """A Function's context, whose saved tensors have lost their tangents of this level."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors = tuple([None if t is None else _primal(t) for t in ctx.saved_tensors])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+@contextmanager
+def in_outer_levels(ctx: Any) -> Iterator[Any]:
+    """Inside a Function's ``jvp``, tangents have tangents of their own: those of levels around this
+    one, as in ``jvp`` of ``jvp``. torch has forward mode off there, and they would silently be 0.
+
+    Yields:
+        What to use for the Function's context.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield _Primals(ctx)
 
 
 def transforming() -> bool:
@@ -201,9 +234,7 @@ def called_directly(operator: Any, name: str, function: Callable[..., Any]) -> C
     return tell
 
 
-def decompose(
-    operator: Any, function: Callable[..., Any], fake: Callable[..., Any]
-) -> None:
+def decompose(operator: Any, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Tell exporters to other runtimes, such as torch.onnx's, what an operator is made of.
 
     Args:
@@ -250,6 +281,7 @@ __all__ = [
     "empty_cuda",
     "hooks_of_saved_tensors",
     "in_forward_mode",
+    "in_outer_levels",
     "is_exporting",
     "is_known",
     "is_plain",

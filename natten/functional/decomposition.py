@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from natten.window import Axis, absent, bounds_table, cleared
 
 # Numbers at a time: a core's cache, or enough to fill a GPU.
 _CHUNK = {"cpu": 1 << 20}
-_DEFAULT_CHUNK = 1 << 26
+_DEFAULT_CHUNK = 1 << 24
 # Queries of a tile: more of them share more keys, and see fewer of those in their box.
 _TILE = 64
 _SHORTEST = 8
@@ -259,9 +259,9 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, :, None] + b[:, None]).flatten(1)
 
 
-def _outer_pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``[tiles, q, k]`` and ``[tiles, p, j]`` spread to broadcast to ``[tiles, q, p, k, j]``."""
-    return a[:, :, None, :, None], b[:, None, :, None]
+def _spread(pairs: Tensor, is_inner: bool = False) -> Tensor:
+    """``[tiles, q, k]`` of outer axes or of an inner one, for ``[tiles, q, q', k, k']``."""
+    return pairs[:, None, :, None] if is_inner else pairs[:, :, None, :, None]
 
 
 def _sizes(problem: Problem) -> list[int]:
@@ -314,50 +314,53 @@ class Tiles:
             )
         ]
 
-    def _count(self) -> int:
-        return prod([axis.queries.shape[0] for axis in self._axes])
-
     def whole(self) -> Chunk:
         """All tiles at once."""
-        return self._chunk(torch.arange(self._count(), device=self.inputs.query.device))
+        counts = [axis.queries.shape[0] for axis in self._axes]
+        ranges = [torch.arange(count, device=self.inputs.query.device) for count in counts]
+        return self._chunk([t.flatten() for t in torch.meshgrid(*ranges, indexing="ij")])
 
     def chunks(self) -> Iterator[Chunk]:
         """As many tiles at a time as fit the budget."""
-        problem, count = self.problem, self._count()
-        device = self.inputs.query.device
+        problem, device = self.problem, self.inputs.query.device
+        counts = [axis.queries.shape[0] for axis in self._axes]
         queries = prod([axis.queries.shape[1] for axis in self._axes])
         keys = prod([axis.keys.shape[1] for axis in self._axes])
         pairs = problem.heads * queries * (keys + problem.num_additional)
-        gathered = problem.heads_kv * (keys + problem.num_additional) * (problem.head_dim + problem.head_dim_v)
+        gathered = (
+            problem.heads_kv
+            * (keys + problem.num_additional)
+            * (problem.head_dim + problem.head_dim_v)
+        )
         budget = _CHUNK.get(device.type, _DEFAULT_CHUNK)
         step = max(1, budget // max(1, problem.batch * max(pairs, gathered)))
-        for begin in range(0, count, step):
-            yield self._chunk(torch.arange(begin, min(begin + step, count), device=device))
+        total = prod(counts)
+        for begin in range(0, total, step):
+            number = torch.arange(begin, min(begin + step, total), device=device)
+            numbers = []
+            for count in reversed(counts):
+                numbers.append(number % count)
+                number = number // count
+            yield self._chunk(numbers[::-1])
 
-    def _chunk(self, tiles: Tensor) -> Chunk:
+    def _chunk(self, numbers: Sequence[Tensor]) -> Chunk:
+        """Tiles by their numbers along each axis."""
         problem, lengths = self.problem, self.inputs.additional_lengths
-        number = tiles
-        numbers = []
-        for axis in reversed(self._axes):
-            numbers.append(number % axis.queries.shape[0])
-            number = number // axis.queries.shape[0]
-        queries = keys = torch.zeros_like(tiles)[:, None]
-        real = visible = index = None
-        for i, (axis, own) in enumerate(zip(self._axes, reversed(numbers), strict=True)):
+        queries = keys = torch.zeros_like(numbers[0])[:, None]
+        real = queries == 0
+        visible, index = real[..., None], keys[..., None]
+        for i, (axis, own) in enumerate(zip(self._axes, numbers, strict=True)):
             queries = _outer(queries * problem.query_shape[i], axis.queries[own])
             keys = _outer(keys * problem.key_shape[i], axis.keys[own])
-            size = 2 * problem.kernel_size[i] - 1
-            more_real, more_visible = axis.real[own], axis.visible[own]
-            more_index = (axis.distance[own] + problem.kernel_size[i] - 1).clamp(0, size - 1)
-            if real is None or visible is None or index is None:
-                real, visible, index = more_real, more_visible, more_index
-                continue
-            real = (real[:, :, None] & more_real[:, None]).flatten(1)
-            a, b = _outer_pairs(visible, more_visible)
-            visible = (a & b).flatten(3, 4).flatten(1, 2)
+            real = (real[:, :, None] & axis.real[own][:, None]).flatten(1)
+            visible = _spread(visible) & _spread(axis.visible[own], True)
+            visible = visible.flatten(3, 4).flatten(1, 2)
             if problem.has_rpb:
-                a, b = _outer_pairs(index * size, more_index)
-                index = (a + b).flatten(3, 4).flatten(1, 2)
+                size = 2 * problem.kernel_size[i] - 1
+                # Pairs that are not visible must not leave the table.
+                entry = (axis.distance[own] + problem.kernel_size[i] - 1).clamp(0, size - 1)
+                index = _spread(index * size) + _spread(entry, True)
+                index = index.flatten(3, 4).flatten(1, 2)
         if self._sequences is not None:
             q, k = self._sequences
             q, k = (_Sequences(*[t[i] for t in s]) for s, i in ((q, queries), (k, keys)))
@@ -371,14 +374,12 @@ class Tiles:
 
     def in_order(self, rows: Sequence[Tensor]) -> Tensor:
         """Rows of all chunks as ``[batch, *query_shape, heads, features]``."""
-        tile = slot = None
-        for axis in self._axes:
+        first, *others = self._axes
+        tile, slot = first.tile, first.slot
+        for axis in others:
             tiles, size = axis.queries.shape
-            if tile is None or slot is None:
-                tile, slot = axis.tile, axis.slot
-            else:
-                tile = (tile[:, None] * tiles + axis.tile).flatten()
-                slot = (slot[:, None] * size + axis.slot).flatten()
+            tile = (tile[:, None] * tiles + axis.tile).flatten()
+            slot = (slot[:, None] * size + axis.slot).flatten()
         size = prod([axis.queries.shape[1] for axis in self._axes])
         problem = self.problem
         parts = [

@@ -21,7 +21,7 @@ derivatives of these derivatives.
 from __future__ import annotations
 
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,16 +103,13 @@ class _Sums:
         return name in self._totals
 
 
-def _filled(tangents: MaybeTensors, tensors: Tensors) -> Tensors:
-    """Tangents of all tensors; zeros where there are none."""
-    return Tensors(*[
-        t if i >= 6 or t is None else torch.zeros_like(t) if tangent is None else tangent
-        for i, (tangent, t) in enumerate(zip((*tangents[:6], None, None, None), tensors))
-    ])  # fmt: skip
-
-
 def _prepared(call: Call, tangents: MaybeTensors, tensors: Tensors) -> tuple[Inputs, Inputs]:
-    return call.prepared(tensors), call.prepared(_filled(tangents, tensors))
+    """What backends take, and tangents of it; zeros where there are none."""
+    filled: list[Any] = [
+        torch.zeros_like(t) if t is not None and tangent is None else tangent
+        for t, tangent in zip(tensors, tangents[:6])
+    ]
+    return call.prepared(tensors), call.prepared(Tensors(*filled))
 
 
 def _tangent_rows(x: Operands, dx: Operands, w: _Weights) -> Tensor:
@@ -226,7 +223,9 @@ def gradient_tangents(
         if like is None:
             found.append(None)
         else:
-            found.append(sums[name].reshape(like.shape).to(like.dtype) if name in sums else _zeros(like))
+            found.append(
+                sums[name].reshape(like.shape).to(like.dtype) if name in sums else _zeros(like)
+            )
     if call.is_packed:
         found[:3] = [torch.cat([f for f in found[:3] if f is not None], -2), None, None]
     gradients = [

@@ -421,9 +421,7 @@ class _AttentionBackward(torch.autograd.Function):
         directions = tuple([d if n else None for d, n in zip(directions, ctx.needs, strict=True)])
         with _internals.below_autocast():
             call = _traceable(tensors, Parameters(*ctx.parameters))
-            out, lse, gradients = gradient_tangents(
-                call, tensors, directions, (grad_out, grad_lse)
-            )
+            out, lse, gradients = gradient_tangents(call, tensors, directions, (grad_out, grad_lse))
         return (
             None if grad_out is None else out,
             None if grad_lse is None else lse,
@@ -478,6 +476,17 @@ def _autocast(*arguments: Any) -> tuple[Any, ...]:
     return (query, key, value, rpb, more_keys, more_values, *rest)
 
 
+class _Hidden:
+    """Keeps a list from torch's vmap, whose rule for forward mode takes it for many arguments."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+
+def _revealed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple([a.values if isinstance(a, _Hidden) else a for a in arguments])
+
+
 def define(
     name: str,
     schema: str,
@@ -505,9 +514,20 @@ def define(
 
     def forward(*arguments: Any) -> Any:
         with _internals.below_autograd():
-            return operator(*arguments)
+            return operator(*_revealed(arguments))
+
+    set_up, jvp = function.setup_context, function.jvp
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        set_up(ctx, _revealed(inputs), output)
+
+    def nested_jvp(ctx: Any, *tangents: Any) -> Any:
+        with _internals.in_outer_levels(ctx) as outer:
+            return jvp(outer, *tangents)
 
     function.forward = staticmethod(forward)  # type: ignore[method-assign]
+    function.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
+    function.jvp = staticmethod(nested_jvp)  # type: ignore[method-assign]
     apply = plain_apply(function)
 
     def differentiated(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
@@ -543,7 +563,11 @@ def define(
             library.impl(name, under_autocast, key)
 
     def call(*arguments: Any) -> Any:
-        return transformed(function, arguments) if transforming() else operator(*arguments)
+        if not transforming():
+            return operator(*arguments)
+        if function.generate_vmap_rule:
+            arguments = tuple([_Hidden(a) if isinstance(a, list | tuple) else a for a in arguments])
+        return transformed(function, arguments)
 
     return call
 
