@@ -103,6 +103,13 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def has_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether forward mode differentiates some of these tensors now."""
+    if not in_forward_mode():
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 def _primal(tensor: Tensor) -> Tensor:
     """A tensor without its tangent of this level. torch's vmap has no rule for that."""
     functorch = torch._C._functorch
@@ -279,6 +286,7 @@ __all__ = [
     "called_directly",
     "decompose",
     "empty_cuda",
+    "has_tangents",
     "hooks_of_saved_tensors",
     "in_forward_mode",
     "in_outer_levels",

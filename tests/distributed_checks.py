@@ -518,6 +518,9 @@ def gradients_are_asked_for_one_by_one() -> None:
     (first,) = torch.autograd.grad(out.square().sum(), full[0], create_graph=True)
     with raises(NotImplementedError, "cannot be differentiated twice"):
         first.sum().backward()
+    plain = [t.detach() for t in full]
+    with raises(NotImplementedError, "forward mode"):
+        torch.func.jvp(lambda q: nd.na1d(q, *plain[1:], 9, sharding=sharding), *[(plain[0],)] * 2)
 
 
 def autocasts() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from natten import validation
+from natten._internals import has_tangents
 from natten.distributed import dtensors
 from natten.distributed.call import Inputs
 from natten.distributed.exchange import agree, heads_to_tokens, tokens_to_heads
@@ -52,6 +53,10 @@ def _checked(
 ) -> tuple[Any, ...]:
     """The operator's parameters."""
     query, key, value, rpb, additional_keys, additional_values, lengths = inputs
+    if has_tangents(inputs):
+        raise NotImplementedError(
+            "forward mode is not implemented where the grid is sharded over ranks"
+        )
     rank = validation.check_qkv(query, key, value, rank)
     if len(sharding.grid) != rank:
         raise ValueError(f"query has {rank} axes of tokens, the sharded grid is {sharding.grid}")

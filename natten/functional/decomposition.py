@@ -83,7 +83,9 @@ def _axis_tiles(
         tile = torch.tensor(before, device=device)[token % d] + token // d // size
         slot = token // d % size
         # Windows of queries side by side start at most so far from each other.
-        width = min(axis.kernel_size + axis.stride + size - 2, -(-key_extent // d))
+        width = axis.kernel_size + axis.stride + size - 2
+        if not axis.is_circular:
+            width = min(width, -(-key_extent // d))
     if isinstance(key_extent, int) and key_extent == 0:
         width = 0
     queries = offset[:, None] + d * (first[:, None] + torch.arange(size, device=device))
@@ -91,12 +93,16 @@ def _axis_tiles(
     queries = torch.where(real, queries, (offset + d * first)[:, None])
     start, end = bounds_table(axis, query_origin, extent, key_origin, key_extent, device)
     low, high = start[queries], end[queries]
-    begin = torch.where(high > low, low, axis.length).amin(1, keepdim=True)
+    begin = torch.where(high > low, low, 2 * axis.length).amin(1, keepdim=True)
     if is_whole:
         begin = torch.full_like(begin, key_origin)
     position = begin + torch.arange(width, device=device)
     group = (query_origin + offset[:, None]) % d
-    keys = (group + d * position - key_origin).clamp(0, max=key_extent - 1)
+    if axis.is_circular:
+        # A box that is longer than the ring has a key at more than one position.
+        keys = group + d * (position % (axis.length // d))
+    else:
+        keys = (group + d * position - key_origin).clamp(0, max=key_extent - 1)
     inside = position[:, None]
     visible = (inside >= low[..., None]) & (inside < high[..., None]) & real[..., None]
     distance = inside - ((query_origin + queries) // d)[..., None]
@@ -122,7 +128,7 @@ class Columns(NamedTuple):
     """Numbers of the keys that a chunk's tiles see."""
 
     own: Tensor  # [batch, tiles, heads_kv, width, features]
-    extra: Tensor | None  # of additional keys, [batch, 1, heads_kv, number, features]
+    extra: Tensor | None  # of keys that all see, [batch, 1, heads_kv, number, features]
 
 
 class Operands(NamedTuple):
@@ -131,81 +137,111 @@ class Operands(NamedTuple):
     query: Tensor  # rows
     key: Columns
     value: Columns
-    bias: Tensor | None  # [tiles, heads_kv, group, size, width + additional keys]
+    bias: Tensor | None  # [tiles, heads_kv, group, size, keys]
 
 
 class Chunk(NamedTuple):
     """Some tiles.
 
     Rows are what there is for each query, ``[batch, tiles, heads_kv, group, size, features]`` with
-    the heads of a group that share a key head; pairs are rows with one feature for each key, the
-    additional ones last.
+    the heads of a group that share a key head; pairs are rows with one feature for each key: those
+    of the tile, the additional ones, and the sink, which is a key of zeros with a bias.
     """
 
     problem: Problem
     queries: Tensor  # int64 [tiles, size]: flat tokens
-    real: Tensor  # bool [tiles, size]
+    real: Tensor  # bool [1 or batch, tiles, size]: queries that may see something
     keys: Tensor  # int64 [tiles, width]
-    visible: Tensor  # bool [tiles, size, width]
+    visible: Tensor  # bool [1 or batch, tiles, size, width]
     bias_index: Tensor | None  # int64 [tiles, size, width]: flat entries of a head's rpb
-    hidden: Tensor | None  # bool [batch, additional keys]
+    hidden: Tensor | None  # bool [batch, tiles, width]: keys that are not valid
+    absent: Tensor | None  # bool [batch, additional keys]: likewise
+    query_mask: Tensor | None  # bool [batch, tiles, size]
 
     # Only reshape and permute, which all of torch's batched tensors know.
 
+    @property
+    def num_extra(self) -> int:
+        """Keys that all see: the additional ones, and the sink."""
+        return self.problem.num_additional + self.problem.has_sink
+
     def rows(self, tensor: Tensor) -> Tensor:
-        """Rows of ``[batch, *query_shape, heads, features]``."""
+        """Rows of ``[batch, *query_shape, heads, features]``; 0 where a query is not valid."""
         problem, (*_, heads, features) = self.problem, tensor.shape
         tokens = tensor.reshape(problem.batch, problem.num_queries, heads, features)
         part = tokens.index_select(1, self.queries.reshape(-1)).reshape(
             problem.batch, *self.queries.shape, problem.heads_kv, heads // problem.heads_kv,
             features,
         )  # fmt: skip
-        return part.permute(0, 1, 3, 4, 2, 5).to(problem.accumulation_dtype)
+        part = part.permute(0, 1, 3, 4, 2, 5).to(problem.accumulation_dtype)
+        if self.query_mask is not None:
+            part = part.masked_fill(~self.query_mask[:, :, None, None, :, None], 0.0)
+        return part
 
     def columns(self, tensor: Tensor, extra: Tensor | None) -> Columns:
         """Columns of ``[batch, *key_shape, heads_kv, features]`` and ``[batch, additional keys,
-        heads_kv, features]``."""
+        heads_kv, features]``; 0 where a key is not valid."""
         problem, features = self.problem, tensor.shape[-1]
         tokens = tensor.reshape(problem.batch, problem.num_keys, problem.heads_kv, features)
         part = tokens.index_select(1, self.keys.reshape(-1)).reshape(
             problem.batch, *self.keys.shape, problem.heads_kv, features
         )
+        if self.hidden is not None:
+            part = cleared(part, self.hidden)
         own = part.permute(0, 1, 3, 2, 4).to(problem.accumulation_dtype)
+        if extra is not None and self.absent is not None:
+            extra = cleared(extra, self.absent)
+        if problem.has_sink:
+            zeros = tensor.new_zeros(problem.batch, 1, problem.heads_kv, features)
+            extra = zeros if extra is None else torch.cat([extra, zeros], 1)
         if extra is None:
             return Columns(own, None)
-        if self.hidden is not None:
-            extra = cleared(extra, self.hidden)
         return Columns(own, extra.transpose(1, 2).unsqueeze(1).to(problem.accumulation_dtype))
 
     def operands(self, inputs: Inputs) -> Operands:
         """The inputs, or tangents of them."""
-        problem, bias = self.problem, None
-        if inputs.rpb is not None and self.bias_index is not None:
-            table = inputs.rpb.reshape(problem.heads, -1).to(problem.accumulation_dtype)
-            bias = table.index_select(1, self.bias_index.reshape(-1)).reshape(
-                problem.heads_kv, problem.heads // problem.heads_kv, *self.bias_index.shape
-            )
-            bias = bias.permute(2, 0, 1, 3, 4)
-            if problem.num_additional:
-                none = bias.new_zeros(*bias.shape[:-1], problem.num_additional)
-                bias = torch.cat([bias, none], -1)
         return Operands(
             self.rows(inputs.query),
             self.columns(inputs.key, inputs.additional_keys),
             self.columns(inputs.value, inputs.additional_values),
-            bias,
+            self._bias(inputs.rpb, inputs.sink),
         )
+
+    def _bias(self, rpb: Tensor | None, sink: Tensor | None) -> Tensor | None:
+        """What is added to the scores."""
+        if rpb is None and sink is None:
+            return None
+        problem, (tiles, size) = self.problem, self.queries.shape
+        heads = (problem.heads_kv, problem.heads // problem.heads_kv)
+        dtype = problem.accumulation_dtype
+
+        def zeros(number: int) -> Tensor:
+            return self.real.new_zeros(tiles, *heads, size, number, dtype=dtype)
+
+        parts = [zeros(self.keys.shape[1])]
+        if rpb is not None and self.bias_index is not None:
+            table = rpb.reshape(problem.heads, -1).to(dtype)
+            bias = table.index_select(1, self.bias_index.reshape(-1))
+            parts = [bias.reshape(*heads, *self.bias_index.shape).permute(2, 0, 1, 3, 4)]
+        parts.append(zeros(problem.num_additional))
+        if sink is not None:
+            logits = sink.reshape(*heads, 1, 1).to(dtype)
+            parts.append(logits.expand(tiles, *heads, size, 1))
+        return torch.cat(parts, -1)
 
     def softmax(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Weights, 0 where a query does not see a key, and logsumexp, rows of one feature."""
-        seen = self.visible[:, None, None]
-        if self.problem.num_additional:
-            more = self.real[:, None, None, :, None]
-            if self.hidden is not None:
-                more = more & ~self.hidden[:, None, None, None, None]
-                seen = seen.expand(*more.shape[:-1], seen.shape[-1])
-            more = more.expand(*more.shape[:-1], self.problem.num_additional)
-            seen = torch.cat([seen, more], -1)
+        seen = self.visible[:, :, None, None]
+        if self.num_extra:
+            more = self.real[:, :, None, None, :, None]
+            if self.absent is not None:
+                own = more & ~self.absent[:, None, None, None, None]
+                sinks = more.expand(*own.shape[:-1], self.problem.has_sink)
+                more = torch.cat([own, sinks], -1)
+            more = more.expand(*more.shape[:-1], self.num_extra)
+            batch = max(seen.shape[0], more.shape[0])
+            parts = [t.expand(batch, -1, -1, -1, -1, -1) for t in (seen, more)]
+            seen = torch.cat(parts, -1)
         nothing = ~seen.any(-1, keepdim=True)
         # A query without a key has no maximum to subtract, and its weights have no derivative.
         pairs = pairs.masked_fill(~seen, -torch.inf).masked_fill(nothing, 0.0)
@@ -248,10 +284,23 @@ def column_sum(pairs: Tensor, rows: Tensor, width: int) -> Columns:
     return Columns(own, extra.sum(1, keepdim=True))
 
 
-def scores(problem: Problem, x: Operands) -> Tensor:
-    """The scaled products, and the bias."""
+class Scores(NamedTuple):
+    """What the softmax is of, and how a soft cap bends the products: None without."""
+
+    scores: Tensor
+    slope: Tensor | None  # first derivative of scores by products
+    curvature: Tensor | None  # the second
+
+
+def scores(problem: Problem, x: Operands) -> Scores:
+    """The scaled products, capped, and the bias."""
     pairs = problem.scale * dot(x.query, x.key)
-    return pairs if x.bias is None else pairs + x.bias
+    slope = curvature = None
+    if problem.softcap:
+        bent = (pairs / problem.softcap).tanh()
+        pairs, slope = problem.softcap * bent, 1 - bent.square()
+        curvature = (-2 / problem.softcap) * bent * slope
+    return Scores(pairs if x.bias is None else pairs + x.bias, slope, curvature)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
@@ -262,6 +311,12 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 def _spread(pairs: Tensor, is_inner: bool = False) -> Tensor:
     """``[tiles, q, k]`` of outer axes or of an inner one, for ``[tiles, q, q', k, k']``."""
     return pairs[:, None, :, None] if is_inner else pairs[:, :, None, :, None]
+
+
+def _at(mask: Tensor, tokens: Tensor) -> Tensor:
+    """``[batch, *tokens]`` at flat tokens ``[tiles, n]``: ``[batch, tiles, n]``."""
+    found = mask.flatten(1).index_select(1, tokens.reshape(-1))
+    return found.reshape(mask.shape[0], *tokens.shape)
 
 
 def _sizes(problem: Problem) -> list[int]:
@@ -326,7 +381,7 @@ class Tiles:
         counts = [axis.queries.shape[0] for axis in self._axes]
         queries = prod([axis.queries.shape[1] for axis in self._axes])
         keys = prod([axis.keys.shape[1] for axis in self._axes])
-        pairs = problem.heads * queries * (keys + problem.num_additional)
+        pairs = problem.heads * queries * (keys + problem.num_additional + 1)
         gathered = (
             problem.heads_kv
             * (keys + problem.num_additional)
@@ -367,10 +422,20 @@ class Tiles:
             visible = visible & (q.number[..., None] == k.number[:, None]) & q.exists[..., None]
             if problem.is_causal[0]:
                 visible = visible & (q.place[..., None] >= k.place[:, None])
-        hidden = None if lengths is None else absent(lengths, problem.num_additional)
+            real = real & q.exists
+        real, visible = real[None], visible[None]
+        hidden = query_mask = None
+        if self.inputs.key_mask is not None:
+            valid = _at(self.inputs.key_mask, keys)
+            visible, hidden = visible & valid[:, :, None], ~valid
+        if self.inputs.query_mask is not None:
+            query_mask = _at(self.inputs.query_mask, queries)
+            real, visible = real & query_mask, visible & query_mask[..., None]
+        missing = None if lengths is None else absent(lengths, problem.num_additional)
         return Chunk(
-            problem, queries, real, keys, visible, index if problem.has_rpb else None, hidden
-        )
+            problem, queries, real, keys, visible, index if problem.has_rpb else None, hidden,
+            missing, query_mask,
+        )  # fmt: skip
 
     def in_order(self, rows: Sequence[Tensor]) -> Tensor:
         """Rows of all chunks as ``[batch, *query_shape, heads, features]``."""
@@ -398,13 +463,15 @@ def attention(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     gathers the keys of its window. Along axes that a window covers, all queries share all keys.
     """
     sizes = [
-        None if axis.dilation == 1 and is_known(axis.kernel_size == axis.length) else 1
+        None
+        if axis.dilation == 1 and not axis.is_circular and is_known(axis.kernel_size == axis.length)
+        else 1
         for axis in problem.axes
     ]
     tiles = Tiles(problem, inputs, sizes)
     chunk = tiles.whole()
     x = chunk.operands(inputs)
-    weights, lse = chunk.softmax(scores(problem, x))
+    weights, lse = chunk.softmax(scores(problem, x).scores)
     out = weighted_sum(weights, x.value).to(problem.dtype)
     return tiles.in_order([out]), tiles.in_order([lse]).squeeze(-1)
 
@@ -413,6 +480,7 @@ __all__ = [
     "Chunk",
     "Columns",
     "Operands",
+    "Scores",
     "Tiles",
     "attention",
     "column_sum",

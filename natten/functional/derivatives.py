@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from natten.functional.backend import Inputs
-from natten.functional.call import Call, Tensors
+from natten.functional.call import NUM_DIFFERENTIABLE, Call, Tensors
 from natten.functional.decomposition import (
     Chunk,
     Columns,
@@ -43,21 +43,33 @@ MaybeTensors = tuple[Tensor | None, ...]
 
 
 class _Weights(NamedTuple):
-    """Softmax in a point and what changes of it; pairs, but for the last."""
+    """Softmax in a point and what changes of it: pairs, but for ``lse_tangent``."""
 
     weights: Tensor
     tangent: Tensor
     lse_tangent: Tensor
+    slope: Tensor | None  # of the scores by the products; None where no soft cap bends them
+    slope_tangent: Tensor | None
+
+    def of_products(self, gradient: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the scores, and its tangent, as those of the products."""
+        if self.slope is None or self.slope_tangent is None:
+            return gradient, change
+        return gradient * self.slope, change * self.slope + gradient * self.slope_tangent
 
 
 def _weights(chunk: Chunk, x: Operands, dx: Operands) -> _Weights:
     problem = chunk.problem
-    weights, _ = chunk.softmax(scores(problem, x))
+    point, slope, curvature = scores(problem, x)
+    weights, _ = chunk.softmax(point)
     change = problem.scale * (dot(dx.query, x.key) + dot(x.query, dx.key))
+    slope_tangent = None
+    if slope is not None and curvature is not None:
+        change, slope_tangent = slope * change, curvature * change
     if dx.bias is not None:
         change = change + dx.bias
     mean = (weights * change).sum(-1, keepdim=True)
-    return _Weights(weights, weights * (change - mean), mean)
+    return _Weights(weights, weights * (change - mean), mean, slope, slope_tangent)
 
 
 class _Sums:
@@ -85,16 +97,20 @@ class _Sums:
         own = columns.own.permute(0, 1, 3, 2, 4)
         own = own.reshape(own.shape[0], own.shape[1] * own.shape[2], *own.shape[3:])
         self.add_at(name, chunk.problem.num_keys, chunk.keys.reshape(-1), own)
-        if columns.extra is not None:
-            self.add(f"additional {name}", columns.extra.squeeze(1).transpose(1, 2))
+        if columns.extra is not None and chunk.problem.num_additional:
+            extra = columns.extra.squeeze(1).transpose(1, 2)
+            self.add(f"additional {name}", extra.narrow(1, 0, chunk.problem.num_additional))
 
     def add_bias(self, chunk: Chunk, pairs: Tensor) -> None:
-        """Pairs, of which each adds to the entry of the table that it took."""
+        """Pairs, of which each adds to the entry of the table that it took, or to the sink."""
         if chunk.bias_index is not None:
             own = pairs.narrow(-1, 0, chunk.keys.shape[1]).sum(0).permute(1, 2, 0, 3, 4)
             size = prod([2 * k - 1 for k in chunk.problem.kernel_size])
             part = own.reshape(chunk.problem.heads, -1)
             self.add_at("bias", size, chunk.bias_index.reshape(-1), part)
+        if chunk.problem.has_sink:
+            last = pairs.narrow(-1, pairs.shape[-1] - 1, 1)
+            self.add("sink", last.sum((0, 1, 4, 5)).reshape(chunk.problem.heads))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._totals[name]
@@ -107,7 +123,7 @@ def _prepared(call: Call, tangents: MaybeTensors, tensors: Tensors) -> tuple[Inp
     """What backends take, and tangents of it; zeros where there are none."""
     filled: list[Any] = [
         torch.zeros_like(t) if t is not None and tangent is None else tangent
-        for t, tangent in zip(tensors, tangents[:6])
+        for t, tangent in zip(tensors, tangents[:NUM_DIFFERENTIABLE])
     ]
     return call.prepared(tensors), call.prepared(Tensors(*filled))
 
@@ -126,7 +142,7 @@ def output_tangents(call: Call, tensors: Tensors, tangents: MaybeTensors) -> tup
     Args:
         call: The call.
         tensors: Its tensors.
-        tangents: Tangents of the first six; None for zero.
+        tangents: Tangents of the first seven; None for zero.
 
     Returns:
         Of out, ``[batch, *query_shape, heads, head_dim_v]`` in its dtype, and of logsumexp,
@@ -165,21 +181,21 @@ def gradient_tangents(
     grads: MaybeTensors,
     grad_tangents: MaybeTensors = (None, None),
 ) -> SecondOrder:
-    """Tangents of out and logsumexp, and of the six gradients that a backward pass gives.
+    """Tangents of out and logsumexp, and of the seven gradients that a backward pass gives.
 
     Args:
         call: The call.
         tensors: Its tensors.
-        tangents: Tangents of the first six; None for zero.
+        tangents: Tangents of the first seven; None for zero.
         grads: Gradients of out and logsumexp; None for zero.
         grad_tangents: Tangents of those.
 
     Returns:
-        As `output_tangents`, and a tensor like each of the first six tensors; None for None.
+        As `output_tangents`, and a tensor like each of the first seven tensors; None for None.
     """
     problem = call.problem
     if call.is_empty:
-        zeros = tuple([None if t is None else _zeros(t) for t in tensors[:6]])
+        zeros = tuple([None if t is None else _zeros(t) for t in tensors[:NUM_DIFFERENTIABLE]])
         return SecondOrder(*output_tangents(call, tensors, tangents), zeros)
     inputs, changes = _prepared(call, tangents, tensors)
     (grad_out, grad_lse), (out_change, lse_change) = grads, grad_tangents
@@ -207,6 +223,8 @@ def gradient_tangents(
             centered_change = centered_change + chunk.rows(lse_change.unsqueeze(-1))
         e = w.weights * centered
         e_change = w.tangent * centered + w.weights * centered_change
+        sums.add_bias(chunk, e_change)
+        e, e_change = w.of_products(e, e_change)
         dq = problem.scale * (weighted_sum(e_change, x.key) + weighted_sum(e, dx.key))
         queries.append(dq.to(problem.dtype))
         width = chunk.keys.shape[1]
@@ -216,10 +234,9 @@ def gradient_tangents(
             sums.add_columns(chunk, "value", column_sum(w.tangent, g, width))
         if out_change is not None:
             sums.add_columns(chunk, "value", column_sum(w.weights, dg, width))
-        sums.add_bias(chunk, e_change)
     found: list[Tensor | None] = [tiles.in_order(queries)]
-    names = ("key", "value", "bias", "additional key", "additional value")
-    for name, like in zip(names, inputs[1:6], strict=True):
+    names = ("key", "value", "bias", "additional key", "additional value", "sink")
+    for name, like in zip(names, inputs[1:NUM_DIFFERENTIABLE], strict=True):
         if like is None:
             found.append(None)
         else:
@@ -230,7 +247,7 @@ def gradient_tangents(
         found[:3] = [torch.cat([f for f in found[:3] if f is not None], -2), None, None]
     gradients = [
         None if t is None else _zeros(t) if f is None else f.reshape(t.shape)
-        for f, t in zip(found, tensors[:6], strict=True)
+        for f, t in zip(found, tensors[:NUM_DIFFERENTIABLE], strict=True)
     ]
     return SecondOrder(
         call.result(tiles.in_order(outs), call.out_shape),
