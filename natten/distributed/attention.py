@@ -53,10 +53,6 @@ def _checked(
 ) -> tuple[Any, ...]:
     """The operator's parameters."""
     query, key, value, rpb, additional_keys, additional_values, lengths = inputs
-    if has_tangents(inputs):
-        raise NotImplementedError(
-            "forward mode is not implemented where the grid is sharded over ranks"
-        )
     rank = validation.check_qkv(query, key, value, rank)
     if len(sharding.grid) != rank:
         raise ValueError(f"query has {rank} axes of tokens, the sharded grid is {sharding.grid}")
@@ -95,6 +91,11 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp of plain tensors, this rank's boxes."""
+    if has_tangents(inputs):
+        # Under torch.func ranks cannot talk to each other, not even of this.
+        raise NotImplementedError(
+            "forward mode is not implemented where the grid is sharded over ranks"
+        )
     try:
         parameters = _checked(rank, inputs, window, scale, sharding, **options)
         index = None if heads_dim is None else _heads_index(heads_dim, sharding, inputs)

@@ -83,7 +83,7 @@ def _axis_tiles(
         tile = torch.tensor(before, device=device)[token % d] + token // d // size
         slot = token // d % size
         # Windows of queries side by side start at most so far from each other.
-        width = axis.kernel_size + axis.stride + size - 2
+        width = axis.kernel_size + axis.stride - 1 - (1 - size) // axis.upsampling
         if not axis.is_circular:
             width = min(width, -(-key_extent // d))
     if isinstance(key_extent, int) and key_extent == 0:
@@ -105,7 +105,7 @@ def _axis_tiles(
         keys = (group + d * position - key_origin).clamp(0, max=key_extent - 1)
     inside = position[:, None]
     visible = (inside >= low[..., None]) & (inside < high[..., None]) & real[..., None]
-    distance = inside - ((query_origin + queries) // d)[..., None]
+    distance = inside - ((query_origin + queries) // d // axis.upsampling)[..., None]
     return AxisTiles(queries, real, keys, visible, distance, tile, slot)
 
 
@@ -322,7 +322,7 @@ def _at(mask: Tensor, tokens: Tensor) -> Tensor:
 def _sizes(problem: Problem) -> list[int]:
     """Tiles that are not much smaller than the window."""
     sizes = [
-        min(-(-extent // axis.dilation), max(axis.kernel_size, _SHORTEST))
+        min(-(-extent // axis.dilation), max(axis.kernel_size * axis.upsampling, _SHORTEST))
         for extent, axis in zip(problem.query_shape, problem.axes, strict=True)
     ]
     while prod(sizes) > _TILE:
