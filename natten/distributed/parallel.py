@@ -178,7 +178,7 @@ def _shard_heads(module: NeighborhoodModule, mesh: DeviceMesh) -> None:
     for norm in (module.q_norm, module.k_norm):
         if norm is not None:
             _shard_norm(norm, mesh)
-    for name in ("rpb", "logit_scale"):
+    for name in ("rpb", "logit_scale", "sink"):
         whole = getattr(module, name)
         if whole is not None:
             sharded = distribute_tensor(whole.data, mesh, [Shard(0)])

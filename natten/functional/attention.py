@@ -243,11 +243,16 @@ def attention_with_context(
     additional_keys: Tensor,
     additional_values: Tensor,
     scale: float,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """:func:`attention` to ``key`` and to additional keys, in one softmax; nothing is copied or
     merged."""
-    tensors = Tensors(query, key, value, None, additional_keys, additional_values)
-    asked = (scale, None, None, NO_KNOBS, False, None, None)
+    tensors = Tensors(
+        query, key, value, None, additional_keys, additional_values, sink, key_mask=key_mask
+    )
+    asked = (scale, softcap, None, NO_KNOBS, False, None, None)
     return attend(tensors, asked, _parameters)[0]
 
 

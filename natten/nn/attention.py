@@ -20,6 +20,7 @@ from natten.nn.core import (
     check_probability,
     check_sequence,
     crop,
+    fit_mask,
     left_out,
     place,
     plan_of,
@@ -38,6 +39,7 @@ torch.fx.wrap("check_grid")
 torch.fx.wrap("check_sequence")
 torch.fx.wrap("place")
 torch.fx.wrap("crop")
+torch.fx.wrap("fit_mask")
 torch.fx.wrap("whole_axes")
 
 
@@ -83,16 +85,21 @@ class NeighborhoodAttention(NeighborhoodModule):
             to 0.15 expect it for small inputs.
         head_dim: channels of a head; None for `embed_dim / num_heads`.
         learned_scale: learn a scale for each head, `logit_scale`, `[num_heads]`, from qk_scale on.
+        softcap: bound c of the scaled products s, which become `c * tanh(s / c)`; None or 0 for
+            none.
+        sink: learn a logit for each head, `sink`, `[num_heads]`, that joins every softmax with a
+            value of zero, so that tokens may attend to nothing.
         device, dtype: of the parameters.
 
     Arguments of NATTEN 0.14 to 0.17 (`dim`, `bias` for rel_pos_bias with padding, positional
     orders that can be told apart) are taken as well; `natten.older.modules` has the rules.
 
     Parameters: `qkv.*`, rows in the order query, key, value, each heads by head_dim; `proj.*`;
-    and `rpb`, `q_norm.weight`, `k_norm.weight`, `logit_scale` where asked for.
+    and `rpb`, `q_norm.weight`, `k_norm.weight`, `logit_scale`, `sink` where asked for.
 
-    `kernel_size`, `stride`, `dilation`, `is_causal`, `is_circular`, `scale`, `pad`, `attn_drop` and
-    `rotary` may be set to what the constructor takes, and are then as if it had been given there.
+    `kernel_size`, `stride`, `dilation`, `is_causal`, `is_circular`, `scale`, `softcap`, `pad`,
+    `attn_drop` and `rotary` may be set to what the constructor takes, and are then as if it had
+    been given there.
 
     A state dict that holds one of the parameters asked for, for a module without it, is warned of,
     since `load_state_dict(strict=False)` drops it.
@@ -125,6 +132,8 @@ class NeighborhoodAttention(NeighborhoodModule):
         pad: bool = False,
         head_dim: int | None = None,
         learned_scale: bool = False,
+        softcap: float | None = None,
+        sink: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -145,6 +154,8 @@ class NeighborhoodAttention(NeighborhoodModule):
             pad,
             head_dim,
             learned_scale,
+            softcap,
+            sink,
             device,
             dtype,
         )
@@ -163,6 +174,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         registers: None = None,
         origin: list[int] | None = None,
         grid: list[int] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -172,6 +184,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         registers: Tensor,
         origin: list[int] | None = None,
         grid: list[int] | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     # TorchScript infers the type of the result from the branch without registers.
@@ -181,6 +194,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         registers: Tensor | None = None,
         origin: list[int] | None = None,
         grid: list[int] | None = None,
+        mask: Tensor | None = None,
     ):
         """Attends.
 
@@ -195,6 +209,9 @@ class NeighborhoodAttention(NeighborhoodModule):
                 inside of x get what they would get in the whole grid, others attend to the part
                 of their window that is there. Default x's own extents, and origin then matters to
                 the rotary embedding alone. There is no padding with it.
+            mask: bool `[B, *X]`, True for valid tokens (of images padded to one size, of
+                observations that are there). No token attends to the others, nor do registers, and
+                what they get is the bias of `proj`. With it, padding (`pad=True`) is not valid.
 
         Returns:
             `[B, *X, embed_dim]`, and with registers a pair of it and `[B, R, embed_dim]`.
@@ -205,20 +222,24 @@ class NeighborhoodAttention(NeighborhoodModule):
         """
         if not torch.jit.is_scripting():
             x, registers = left_out(x, "registers", registers)
+            x, mask = left_out(x, "mask", mask)
         check_grid(x, len(self.kernel_size), self.embed_dim, "x")
         if not torch.jit.is_scripting():
             plan = plan_of(self.plan)
             if plan is not None:
                 refuse_circular(self.is_circular)
+                self._refuse_sharded_scores(mask)
                 return plan.self_attention(self, x, registers, origin, grid)
         if registers is not None:
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no attention with registers")
             else:
-                return self._forward_with_registers(x, registers, origin, grid)
+                return self._forward_with_registers(x, registers, origin, grid, mask)
         extent = x.shape[1:-1]
         kernel_size = whole_axes(x, self.kernel_size, grid)
         x = place(x, kernel_size, self.dilation, self.pad, origin, grid, self.is_circular)
+        if mask is not None:
+            mask = fit_mask(mask, x, extent)
         if self._is_packed():
             out = attend_packed(
                 self._heads(x),
@@ -232,10 +253,13 @@ class NeighborhoodAttention(NeighborhoodModule):
                 self._bias(),
                 origin,
                 grid,
+                self.softcap,
+                self._sink(),
+                mask,
             )
         else:
             query, key, value = self._project(x, origin, True)
-            out = self._attend(query, key, value, None, None, origin, grid, kernel_size=kernel_size)
+            out = self._attend(query, key, value, None, None, origin, grid, None, kernel_size, mask)
         if self.pad:
             out = crop(out, extent)
         return self._output(out)
@@ -246,6 +270,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         registers: Tensor,
         origin: list[int] | None,
         grid: list[int] | None,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         check_sequence(registers, x.shape[0], self.embed_dim, "registers")
         extent = x.shape[1:-1]
@@ -253,11 +278,15 @@ class NeighborhoodAttention(NeighborhoodModule):
         x = place(x, kernel_size, self.dilation, self.pad, origin, grid, self.is_circular)
         query, key, value = self._project(x, origin, True)
         query_r, key_r, value_r = self._project(registers, None, False)
-        out = self._attend(query, key, value, key_r, value_r, origin, grid, kernel_size=kernel_size)
+        key_mask = None
+        if mask is not None:
+            key_mask, mask = mask.flatten(1), fit_mask(mask, x, extent)
+        out = self._attend(query, key, value, key_r, value_r, origin, grid, None, kernel_size, mask)
 
         key, value = (crop(t, extent).flatten(1, -3) for t in (key, value))
         if any(self.is_causal):
             key, value = key[:, :0], value[:, :0]
+            key_mask = None if key_mask is None else key_mask[:, :0]
         if self.attn_drop is not None and self.training:
             out_r = F.scaled_dot_product_attention(
                 query_r.transpose(1, 2),
@@ -268,7 +297,10 @@ class NeighborhoodAttention(NeighborhoodModule):
                 enable_gqa=self.num_kv_heads != self.num_heads,
             ).transpose(1, 2)
         else:
-            out_r = attend_to_all(query_r, key, value, key_r, value_r, self.scale)
+            out_r = attend_to_all(
+                query_r, key, value, key_r, value_r, self.scale, self.softcap, self._sink(),
+                key_mask,
+            )  # fmt: skip
         return self._output(crop(out, extent)), self._output(out_r)
 
     def _check_registers(self, x: Tensor, registers: Tensor) -> None:
@@ -339,7 +371,9 @@ class NeighborhoodAttention(NeighborhoodModule):
         query_r, key_r, value_r = self._project(registers, None, False)
         out, new = attend_to_stream(self, query, key, value, extent, state, key_r, value_r)
         empty = key_r[:, :0], value_r[:, :0]
-        out_r = attend_to_all(query_r, *empty, key_r, value_r, self.scale)
+        out_r = attend_to_all(
+            query_r, *empty, key_r, value_r, self.scale, self.softcap, self._sink()
+        )
         return (self._output(out), self._output(out_r)), new
 
     @torch.no_grad()
@@ -362,7 +396,8 @@ class NeighborhoodAttention(NeighborhoodModule):
 
         Returns:
             `AttentionMap(grid [B, P, num_heads, *X], additional [B, P, num_heads, R] or None)`.
-            Both sum to 1 together, less what falls on padding (`pad=True`), which is not shown.
+            Both sum to 1 together, less what falls on padding (`pad=True`) and on the sink, which
+            are not shown.
         """
         check_grid(x, self.rank, self.embed_dim, "x")
         extent = x.shape[1:-1]
@@ -394,7 +429,9 @@ class NeighborhoodAttention(NeighborhoodModule):
         self._check_registers(x, registers)
         _, key, _ = self._project(x, origin, True)
         query_r, key_r, _ = self._project(registers, None, False)
-        return attention_map(query_r, key, None, None, self.scale, key_r)
+        return attention_map(
+            query_r, key, None, None, self.scale, key_r, None, self.softcap, self._sink()
+        )
 
 
 class NeighborhoodAttention1D(NeighborhoodAttention):

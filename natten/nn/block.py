@@ -199,7 +199,7 @@ class NeighborhoodTransformerBlock(nn.Module):
         cond_dim: channels of the conditioning vector; None for none.
         context_dim: channels of a context, as of a text; None for none.
         is_circular, qkv_bias, qk_scale, rel_pos_bias, num_kv_heads, qk_norm, rotary, pad,
-            head_dim, learned_scale: as for `NeighborhoodAttention2D`.
+            head_dim, learned_scale, softcap, sink: as for `NeighborhoodAttention2D`.
         device, dtype: of the parameters.
 
     A state dict that holds `gamma1` or `modulation`, for a block without, is warned of, since
@@ -236,6 +236,8 @@ class NeighborhoodTransformerBlock(nn.Module):
         pad: bool = False,
         head_dim: int | None = None,
         learned_scale: bool = False,
+        softcap: float | None = None,
+        sink: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -280,6 +282,8 @@ class NeighborhoodTransformerBlock(nn.Module):
             pad=pad,
             head_dim=head_dim,
             learned_scale=learned_scale,
+            softcap=softcap,
+            sink=sink,
             device=device,
             dtype=dtype,
         )
@@ -325,6 +329,7 @@ class NeighborhoodTransformerBlock(nn.Module):
         registers: Tensor | None = None,
         context: Tensor | None = None,
         context_lengths: Tensor | None = None,
+        mask: Tensor | None = None,
     ):
         """Transforms `x`, `[B, *X, embed_dim]`.
 
@@ -337,6 +342,8 @@ class NeighborhoodTransformerBlock(nn.Module):
                 not beside a context.
             context, context_lengths: as for `NeighborhoodCrossAttention2D.forward`, of a block
                 with a `context_dim`.
+            mask: bool `[B, *X]`, which tokens are valid, see `NeighborhoodAttention2D.forward`;
+                not of a block with a `context_dim`.
 
         Returns:
             The shape of x, and with registers a pair of it and of the shape of registers.
@@ -347,6 +354,7 @@ class NeighborhoodTransformerBlock(nn.Module):
             x, registers = left_out(x, "registers", registers)
             x, context = left_out(x, "context", context)
             x, context_lengths = left_out(x, "context_lengths", context_lengths)
+            x, mask = left_out(x, "mask", mask)
         check_grid(x, self.rank, self.embed_dim, "x")
         modulation = self._modulation(cond, x, registers is not None)
         if registers is not None:
@@ -354,13 +362,16 @@ class NeighborhoodTransformerBlock(nn.Module):
                 raise RuntimeError("TorchScript has no attention with registers")
             else:
                 self._refuse_context(context, context_lengths, registers)
-                return self._forward_with_registers(x, modulation, registers, self.attn)
+                attend = partial(self.attn, mask=mask)
+                return self._forward_with_registers(x, modulation, registers, attend)
         branch = self._modulate(self.norm1(x), modulation, 0, self.rank)
         if self.context_dim is not None:
+            if mask is not None:
+                raise NotImplementedError("a mask of a block with context_dim is not implemented")
             branch = self.attn(branch, context, context_lengths)
         else:
             self._refuse_context(context, context_lengths, None)
-            branch = self.attn(branch)
+            branch = self.attn(branch, None, None, None, mask)
         return self._rest(x, branch, modulation)
 
     def _rest(self, x: Tensor, branch: Tensor, modulation: list[Tensor]) -> Tensor:

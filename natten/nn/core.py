@@ -24,6 +24,7 @@ from natten.validation import (
     check_positive_int,
     check_rpb,
     check_scale,
+    check_softcap,
     check_window,
     int_tuple,
     optional_bool,
@@ -47,6 +48,9 @@ def attend(
     origin: list[int] | None = None,
     grid: list[int] | None = None,
     additional_lengths: Tensor | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Neighborhood attention and its logsumexp, in eager mode, under torch.compile and in
     TorchScript.
@@ -66,16 +70,16 @@ def attend(
             rpb,
             additional_keys,
             additional_values,
-            None,
+            sink,
             None,
             None,
             additional_lengths,
-            None,
-            None,
+            mask,
+            mask,
             0,
             window,
             scale,
-            0.0,
+            softcap,
             0,
             0,
             "",
@@ -96,6 +100,10 @@ def attend(
         additional_values=additional_values,
         additional_lengths=additional_lengths,
         rpb=rpb,
+        softcap=softcap,
+        sink=sink,
+        key_mask=mask,
+        query_mask=mask,
         grid=grid,
         query_origin=None if grid is None else origin,
         key_origin=None if grid is None else origin,
@@ -111,6 +119,9 @@ def attend_to_all(
     additional_keys: Tensor,
     additional_values: Tensor,
     scale: float,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of tokens to others and to additional ones, `[B, tokens, heads, head_dim]`."""
     if torch.jit.is_scripting():
@@ -121,23 +132,25 @@ def attend_to_all(
             None,
             additional_keys,
             additional_values,
+            sink,
             None,
             None,
             None,
-            None,
-            None,
+            key_mask,
             None,
             0,
             [0, 1, 1, 0],
             scale,
-            0.0,
+            softcap,
             0,
             0,
             "",
             "",
             torch.is_grad_enabled(),
         )[0]
-    return attention_with_context(query, key, value, additional_keys, additional_values, scale)
+    return attention_with_context(
+        query, key, value, additional_keys, additional_values, scale, softcap, sink, key_mask
+    )
 
 
 def attend_packed(
@@ -152,6 +165,9 @@ def attend_packed(
     rpb: Tensor | None = None,
     origin: list[int] | None = None,
     grid: list[int] | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Neighborhood attention of heads that one projection made: first those of query, then those of
     key and of value. Their gradient is one tensor too.
@@ -174,10 +190,14 @@ def attend_packed(
             None,
             origin,
             grid,
+            None,
+            softcap,
+            sink,
+            mask,
         )[0]
     out, _ = packed_attention(
         qkv, heads_kv, kernel_size, stride, dilation, is_causal, scale, rpb, origin, grid,
-        is_circular=is_circular,
+        is_circular=is_circular, softcap=softcap, sink=sink, key_mask=mask, query_mask=mask,
     )  # fmt: skip
     return out
 
@@ -401,6 +421,23 @@ def place(
     return x
 
 
+def fit_mask(mask: Tensor, x: Tensor, extent: list[int]) -> Tensor:
+    """Which tokens of a grid of these extents, which x pads, are valid; padding is not."""
+    shape = [x.shape[0]] + list(extent)
+    if mask.dtype != torch.bool or mask.shape != torch.Size(shape):
+        raise ValueError(
+            f"mask must be bools of the shape {shape}, True where a token is valid, got "
+            f"{mask.dtype} of the shape {list(mask.shape)}"
+        )
+    amounts: list[int] = []
+    missing = 0
+    for axis in range(len(extent)):
+        more = x.shape[axis + 1] - extent[axis]
+        missing += more
+        amounts = [0, more] + amounts
+    return F.pad(mask, amounts, value=False) if missing else mask
+
+
 def crop(x: Tensor, extent: list[int]) -> Tensor:
     """The first `extent` tokens of every axis of `[B, *X, ...]`, a view but in exported programs.
 
@@ -492,7 +529,7 @@ class HeadNorm(nn.RMSNorm):
 # Attributes that are stored as the constructor stores them, however they are set.
 _SETTABLE = frozenset(
     (
-        "kernel_size", "stride", "dilation", "is_causal", "is_circular", "scale", "pad",
+        "kernel_size", "stride", "dilation", "is_causal", "is_circular", "scale", "softcap", "pad",
         "attn_drop", "rotary",
     )
 )  # fmt: skip
@@ -504,8 +541,9 @@ class NeighborhoodModule(nn.Module):
 
     Subclasses add projections; their rank classes set `rank` and nothing else.
 
-    `kernel_size`, `stride`, `dilation`, `is_causal`, `is_circular`, `scale`, `pad`, `attn_drop` and
-    `rotary` may be set to what the constructor takes, and are then as if it had been given there.
+    `kernel_size`, `stride`, `dilation`, `is_causal`, `is_circular`, `scale`, `softcap`, `pad`,
+    `attn_drop` and `rotary` may be set to what the constructor takes, and are then as if it had
+    been given there.
     What they hold must fit each other when the module is called.
     """
 
@@ -516,6 +554,7 @@ class NeighborhoodModule(nn.Module):
         "q_norm.weight": "qk_norm=True",
         "k_norm.weight": "qk_norm=True",
         "logit_scale": "learned_scale=True",
+        "sink": "sink=True",
     }
 
     def __init__(
@@ -536,11 +575,15 @@ class NeighborhoodModule(nn.Module):
         pad: bool,
         head_dim: int | None,
         learned_scale: bool,
+        softcap: float | None,
+        sink: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        check_flags(rel_pos_bias=rel_pos_bias, qk_norm=qk_norm, learned_scale=learned_scale)
+        check_flags(
+            rel_pos_bias=rel_pos_bias, qk_norm=qk_norm, learned_scale=learned_scale, sink=sink
+        )
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, number in (
             ("embed_dim", embed_dim),
@@ -574,6 +617,7 @@ class NeighborhoodModule(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         self.scale = check_scale(qk_scale, self.head_dim, "qk_scale")
+        self.softcap = softcap
         self.pad = pad
         # Modules that are absent are None, so that TorchScript compiles no code for them.
         self.attn_drop: nn.Dropout | None = self._normalized("attn_drop", attn_drop)
@@ -597,6 +641,9 @@ class NeighborhoodModule(nn.Module):
             self.logit_scale = nn.Parameter(
                 torch.full((num_heads,), self.scale, device=device, dtype=dtype)
             )
+        self.register_parameter("sink", None)
+        if sink:
+            self.sink = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
         if rel_pos_bias:
             shape = [2 * k - 1 for k in self.kernel_size]
             self.rpb = nn.Parameter(torch.empty(num_heads, *shape, device=device, dtype=dtype))
@@ -635,6 +682,8 @@ class NeighborhoodModule(nn.Module):
             return bool_tuple(name, False if value is None else value, self.rank)
         if name == "scale":
             return check_scale(value, self.head_dim)
+        if name == "softcap":
+            return check_softcap(value)
         if name == "pad":
             return optional_bool(name, value)
         if name == "attn_drop":
@@ -673,6 +722,21 @@ class NeighborhoodModule(nn.Module):
             local: Any = parameter
             return local if self.heads_mesh is None else local.to_local()
 
+    def _sink(self) -> Tensor | None:
+        """The logits of the sink of the heads of this rank."""
+        if self.sink is not None:
+            return self._own_heads(self.sink)
+        return None
+
+    def _refuse_sharded_scores(self, mask: Tensor | None) -> None:
+        """For a grid whose tokens are sharded over ranks."""
+        given = {"softcap": self.softcap, "sink": self.sink is not None, "mask": mask is not None}
+        for name, value in given.items():
+            if value:
+                raise NotImplementedError(
+                    f"{name} of a grid that is sharded over ranks is not implemented"
+                )
+
     def _rotate(
         self, query: Tensor, key: Tensor, origin: list[int] | None
     ) -> tuple[Tensor, Tensor]:
@@ -707,6 +771,7 @@ class NeighborhoodModule(nn.Module):
         grid: list[int] | None = None,
         additional_lengths: Tensor | None = None,
         kernel_size: list[int] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         if kernel_size is None:
             kernel_size = list(self.kernel_size)
@@ -714,6 +779,10 @@ class NeighborhoodModule(nn.Module):
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no dropout of attention weights")
             else:
+                if self.softcap or self.sink is not None or mask is not None:
+                    raise NotImplementedError(
+                        "dropout of attention weights is not implemented with softcap, sink or mask"
+                    )
                 return attend_with_dropout(
                     query,
                     key,
@@ -748,6 +817,9 @@ class NeighborhoodModule(nn.Module):
             origin,
             grid,
             additional_lengths,
+            self.softcap,
+            self._sink(),
+            mask,
         )
         return out
 
@@ -792,7 +864,15 @@ class NeighborhoodModule(nn.Module):
             self._bias(),
         )
         weights, additional = attention_map(
-            chosen, key, mask, bias, self.scale, additional_keys, additional_lengths
+            chosen,
+            key,
+            mask,
+            bias,
+            self.scale,
+            additional_keys,
+            additional_lengths,
+            self.softcap,
+            self._sink(),
         )
         for axis, length in enumerate(extent):
             weights = weights.narrow(axis + 3, 0, length)
@@ -816,6 +896,10 @@ class NeighborhoodModule(nn.Module):
             parts.append("rel_pos_bias=True")
         if self.logit_scale is not None:
             parts.append("learned_scale=True")
+        if self.softcap:
+            parts.append(f"softcap={self.softcap:g}")
+        if self.sink is not None:
+            parts.append("sink=True")
         if self.pad:
             parts.append("pad=True")
         return ", ".join(parts)

@@ -86,12 +86,12 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         context_dim: channels of the context; None for a module without one.
         source_dim: channels of the grid of keys and values; None for embed_dim.
         is_circular, rel_pos_bias, num_kv_heads, qk_norm, rotary, attn_drop, pad, head_dim,
-            learned_scale: as for `NeighborhoodAttention2D`. Biases and rotation act between grids,
-            not on the context; `k_norm` on both.
+            learned_scale, softcap, sink: as for `NeighborhoodAttention2D`. Biases and rotation act
+            between grids, not on the context; `k_norm` on both.
         device, dtype: of the parameters.
 
     Parameters: `q`, `kv` (rows in the order key, value), `context_kv` (likewise), `proj`; and
-    `rpb`, `q_norm.weight`, `k_norm.weight`, `logit_scale` where asked for.
+    `rpb`, `q_norm.weight`, `k_norm.weight`, `logit_scale`, `sink` where asked for.
 
     Attributes may be set, and parameters without a place are told of, as there.
 
@@ -130,6 +130,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         pad: bool = False,
         head_dim: int | None = None,
         learned_scale: bool = False,
+        softcap: float | None = None,
+        sink: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -150,6 +152,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             pad,
             head_dim,
             learned_scale,
+            softcap,
+            sink,
             device,
             dtype,
         )
@@ -209,6 +213,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             plan = plan_of(self.plan)
             if plan is not None:
                 refuse_circular(self.is_circular)
+                self._refuse_sharded_scores(None)
                 return plan.cross_attention(self, x, context, context_lengths, source, origin, grid)
         extent = x.shape[1:-1]
         query, key, value = self._project(x, source, origin, grid)

@@ -117,17 +117,25 @@ def attention_map(
     scale: float,
     additional_keys: Tensor | None = None,
     additional_lengths: Tensor | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
 ) -> AttentionMap:
     """Weights of some queries `[B, P, H, D]` over a whole grid of keys `[B, *X, Hkv, D]` and
     additional keys.
 
     mask: `[P, *X]`, True where the query sees the key; None for everywhere. bias: `[H, P, *X]`.
+    softcap, sink: as of `natten.na2d`.
     """
+
+    def capped(products: Tensor) -> Tensor:
+        return softcap * (products / softcap).tanh() if softcap else products
+
     extent = key.shape[1:-2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     heads_kv = key.shape[-2]
     q = query.to(dtype).unflatten(-2, (heads_kv, -1)) * scale
     scores = torch.einsum("bphgd,bnhd->bphgn", q, key.flatten(1, -3).to(dtype)).flatten(2, 3)
+    scores = capped(scores)
     if bias is not None:
         scores = scores + bias.to(dtype).flatten(2).transpose(0, 1)
     if mask is not None:
@@ -135,11 +143,16 @@ def attention_map(
     tokens = scores.shape[-1]
     if additional_keys is not None:
         more = torch.einsum("bphgd,bshd->bphgs", q, additional_keys.to(dtype)).flatten(2, 3)
+        more = capped(more)
         if additional_lengths is not None:
             hidden = absent(additional_lengths, additional_keys.shape[1])
             more = more.masked_fill(hidden[:, None, None, :], -torch.inf)
         scores = torch.cat([scores, more], dim=-1)
-    weights = softmax(scores)
+    if sink is not None:
+        logits = sink.to(dtype)[:, None].expand(*scores.shape[:-1], 1)
+        weights = softmax(torch.cat([scores, logits], dim=-1))[..., :-1]
+    else:
+        weights = softmax(scores)
     additional = weights[..., tokens:] if additional_keys is not None else None
     return AttentionMap(weights[..., :tokens].unflatten(-1, extent), additional)
 

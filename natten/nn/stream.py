@@ -116,6 +116,8 @@ def attend_to_stream(
         is_causal=module.is_causal,
         is_circular=module.is_circular,
         scale=module.scale,
+        softcap=module.softcap,
+        sink=module._sink(),
         additional_keys=additional_keys,
         additional_values=additional_values,
         additional_lengths=additional_lengths,
