@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 IntOrSequence = int | Sequence[int]
 BoolOrSequence = bool | Sequence[bool]
+# One for all axes or one for each; or that for each of some groups of heads.
+IntOrWindows = IntOrSequence | Sequence[Sequence[int]]
+KernelSizes = int | Sequence[int | None] | Sequence[Sequence[int | None]]
 AttentionKwargs = dict[str, Any]
 MemoryPreference = Literal["default", "strict", "unrestricted"]
 

@@ -118,6 +118,75 @@ def _warn_of_flags(dilation: Any) -> None:
         )
 
 
+def _kernel_tuple(kernel_size: Any, rank: int) -> tuple[int, ...]:
+    """Window sizes, with -1 for everything along an axis."""
+    if isinstance(kernel_size, (tuple, list)):
+        kernel_size = [-1 if k is None else k for k in kernel_size]
+    sizes = kernel_size if isinstance(kernel_size, list) else [kernel_size]
+    if any(_is_int(k) and k == -1 for k in sizes):
+        sizes = int_tuple("kernel_size", kernel_size, rank, minimum=-1)
+        if 0 in sizes:
+            raise ValueError(
+                "kernel_size must hold integers of at least 1, or -1 for everything along an axis, "
+                f"got {shown(kernel_size)}"
+            )
+        return sizes
+    return int_tuple("kernel_size", kernel_size, rank)
+
+
+def _everything(length: int, dilation: int) -> int:
+    """The window of all tokens along an axis, or of all that have its dilation."""
+    if length % dilation:
+        raise ValueError(
+            "kernel_size=-1, everything along an axis, goes with a dilation that divides its "
+            f"tokens, got dilation={dilation} for {length} tokens"
+        )
+    # An axis without tokens has no windows to fit.
+    return max(length // dilation, 1)
+
+
+def clipped_window(
+    grid: tuple[int, ...], kernel_size: Any, stride: Any, dilation: Any
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """kernel_size, stride and dilation no larger than ``grid`` has room for.
+
+    Along each axis dilation is at most the number of tokens, then kernel_size at most the tokens of
+    the smallest dilation group, then stride at most kernel_size.
+    """
+    rank = len(grid)
+    lengths = [max(n, 1) for n in grid]
+    dilations = int_tuple("dilation", 1 if dilation is None else dilation, rank)
+    dilations = tuple(map(min, dilations, lengths))
+    room = [n // d for n, d in zip(lengths, dilations, strict=True)]
+    # -1 stays what it is.
+    kernel = tuple(map(min, _kernel_tuple(kernel_size, rank), room))
+    strides = int_tuple("stride", 1 if stride is None else stride, rank)
+    most = [n if k == -1 else k for k, n in zip(kernel, room, strict=True)]
+    return kernel, tuple(map(min, strides, most)), dilations
+
+
+def head_windows(*sizes: Any) -> list[tuple[Any, ...]] | None:
+    """kernel_size, stride and dilation of each group of heads, where one of them is a list of
+    windows; else None."""
+    lists = [
+        isinstance(size, (tuple, list)) and len(size) > 0 and isinstance(size[0], (tuple, list))
+        for size in sizes
+    ]
+    if not any(lists):
+        return None
+    counts = {len(size) for size, is_list in zip(sizes, lists, strict=True) if is_list}
+    if len(counts) > 1:
+        raise ValueError(
+            "kernel_size, stride and dilation must be lists of as many windows, or one window for "
+            f"all heads, got {', '.join(map(shown, sizes))}"
+        )
+    (groups,) = counts
+    each = [
+        size if is_list else [size] * groups for size, is_list in zip(sizes, lists, strict=True)
+    ]
+    return list(zip(*each, strict=True))
+
+
 def check_window(
     grid: tuple[int, ...],
     kernel_size: Any,
@@ -125,13 +194,19 @@ def check_window(
     dilation: Any,
     is_causal: Any,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
-    """kernel_size, stride, dilation and is_causal as tuples that fit ``grid``."""
+    """kernel_size, stride, dilation and is_causal as tuples that fit ``grid``; a kernel_size of -1
+    or None on an axis becomes everything along it."""
     rank = len(grid)
-    kernel = int_tuple("kernel_size", kernel_size, rank)
+    kernel = _kernel_tuple(kernel_size, rank)
     strides = int_tuple("stride", 1 if stride is None else stride, rank)
     _warn_of_flags(dilation)
     dilations = int_tuple("dilation", 1 if dilation is None else dilation, rank)
     causal = bool_tuple("is_causal", False if is_causal is None else is_causal, rank)
+    if -1 in kernel:
+        kernel = tuple([
+            _everything(n, d) if k == -1 else k
+            for k, n, d in zip(kernel, grid, dilations, strict=True)
+        ])  # fmt: skip
     for axis in range(rank):
         if strides[axis] > kernel[axis]:
             raise ValueError(

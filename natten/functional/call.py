@@ -136,6 +136,7 @@ def decode_window(
         )
     parts = [tuple(window[i : i + rank]) for i in range(0, len(window), rank)]
     kernel_size, stride, dilation, kinds = parts[:4]
+    kernel_size = validation.int_tuple("kernel_size", kernel_size, rank, minimum=EVERYTHING)
     for kind in kinds:
         if kind not in (PLAIN, CAUSAL, CIRCULAR):
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, overload
 
+import torch
 from torch import Tensor
 
 from natten import validation
@@ -32,7 +33,14 @@ from natten.functional.operators import (
 )
 from natten.functional.problem import DEFAULT_CONFIG, NO_KNOBS, decode_config, encode_config
 from natten.functional.ranks import without_rank
-from natten.types import AttentionKwargs, BoolOrSequence, IntOrSequence, KernelSchedule
+from natten.types import (
+    AttentionKwargs,
+    BoolOrSequence,
+    IntOrSequence,
+    IntOrWindows,
+    KernelSchedule,
+    KernelSizes,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -62,7 +70,7 @@ def _boxes(
     return extents, *origins
 
 
-# What a public function is asked for beside its tensors: the six parameters of the window, scale
+# What a public function is asked for beside its tensors: the seven parameters of the window, scale
 # and softcap, backend, the values of Config's fields, and grid, query_origin and key_origin.
 _Asked = tuple[tuple[Any, ...], tuple[Any, Any], Any, tuple[Any, ...], tuple[Any, Any, Any]]
 
@@ -73,7 +81,7 @@ def _parameters(tensors: Tensors, rank: int | None, heads_kv: int, asked: _Asked
     window, (scale, softcap), backend, knobs, boxes = asked
     query, key, value = separated(tensors, heads_kv)
     rank = validation.check_qkv(query, key, value, rank)
-    *sizes, is_circular, upsampling = window
+    *sizes, is_circular, upsampling, clip_window = window
     query_shape, key_shape = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
     factors = validation.int_tuple("upsampling", 1 if upsampling is None else upsampling, rank)
     is_upsampled = any(factor != 1 for factor in factors)
@@ -81,6 +89,8 @@ def _parameters(tensors: Tensors, rank: int | None, heads_kv: int, asked: _Asked
         raise ValueError("upsampling is of a whole grid, and does not go with grid=")
     placed = () if is_upsampled else _boxes(query, key, *boxes)
     grid = placed[0] if placed else key_shape
+    if validation.optional_bool("clip_window", clip_window):
+        sizes[:3] = validation.clipped_window(grid, *sizes[:3])
     kernel_size, stride, dilation, is_causal = validation.check_window(grid, *sizes)
     rings = validation.check_circular(is_circular, grid, kernel_size, stride, dilation, is_causal)
     if is_upsampled:
@@ -117,7 +127,10 @@ def _is_full(tensors: Tensors, window: tuple[Any, ...], knobs: tuple[Any, ...], 
     shapes = [tuple(tensor.shape[1:-2]) for tensor in (query, key) if tensor is not None]
     rank = len(shapes[0])
     shapes.append(shapes[0] if grid is None else validation.int_tuple("grid", grid, rank, 0))
-    kernel_size, _, _, is_causal = validation.check_window(shapes[-1], *window[:4])
+    sizes: Any = window[:3]
+    if window[-1]:
+        sizes = validation.clipped_window(shapes[-1], *sizes)
+    kernel_size, _, _, is_causal = validation.check_window(shapes[-1], *sizes, window[3])
     if any(is_causal) and (rank > 1 or tensors.additional_keys is not None):
         return False
     if tensors.rpb is not None or any(knob is not None for knob in knobs[:5]):
@@ -192,7 +205,9 @@ def _attend_sharded(
     rank: int | None, tensors: Tensors, asked: _Asked, attention_kwargs: AttentionKwargs | None
 ) -> tuple[Tensor, Tensor]:
     """Where the grid is sharded over ranks."""
-    (*window, is_circular, upsampling), (scale, softcap), backend, knobs, placed = asked
+    (*window, is_circular, upsampling, clip_window), (scale, softcap), backend, knobs, placed = (
+        asked
+    )
     grid, query_origin, key_origin = placed
     named = zip(fields(DEFAULT_CONFIG), knobs, NO_KNOBS, strict=True)
     given = {f.name: None if knob == default else knob for f, knob, default in named}
@@ -201,6 +216,7 @@ def _attend_sharded(
         key_origin=key_origin, softcap=validation.check_softcap(softcap) or None,
         sink=tensors.sink, key_mask=tensors.key_mask, query_mask=tensors.query_mask,
         is_circular=_unless(False, is_circular), upsampling=_unless(1, upsampling),
+        clip_window=clip_window or None,
     )  # fmt: skip
     parts = (*tensors[:6], tensors.additional_lengths)
     return sharded.attend(rank, parts, tuple(window), scale, backend, given)
@@ -211,9 +227,9 @@ def _neighborhood_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    kernel_size: IntOrSequence,
-    stride: IntOrSequence | None = 1,
-    dilation: IntOrSequence | None = 1,
+    kernel_size: KernelSizes,
+    stride: IntOrWindows | None = 1,
+    dilation: IntOrWindows | None = 1,
     is_causal: BoolOrSequence | None = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
@@ -240,11 +256,31 @@ def _neighborhood_attention(
     query_mask: Tensor | None = None,
     is_circular: BoolOrSequence | None = False,
     upsampling: IntOrSequence | None = 1,
+    clip_window: bool = False,
     grid: Sequence[int] | None = None,
     query_origin: Sequence[int] | None = None,
     key_origin: Sequence[int] | None = None,
 ) -> Any:
     """The functions below; ``rank`` is how many axes of tokens there must be, None for any."""
+    windows = validation.head_windows(kernel_size, stride, dilation)
+    if windows is not None:
+        tensors = Tensors(
+            query, key, value, rpb, additional_keys, additional_values, sink,
+            additional_lengths=additional_lengths, key_mask=key_mask, query_mask=query_mask,
+        )  # fmt: skip
+        return _over_heads(
+            rank, tensors, windows, return_lse, is_causal=is_causal, scale=scale,
+            attention_kwargs=attention_kwargs, backend=backend, q_tile_shape=q_tile_shape,
+            kv_tile_shape=kv_tile_shape, backward_q_tile_shape=backward_q_tile_shape,
+            backward_kv_tile_shape=backward_kv_tile_shape, backward_kv_splits=backward_kv_splits,
+            backward_use_pt_reduction=backward_use_pt_reduction,
+            run_persistent_kernel=run_persistent_kernel, kernel_schedule=kernel_schedule,
+            torch_compile=torch_compile, try_fuse_additional_kv=try_fuse_additional_kv,
+            softcap=softcap, is_circular=is_circular, upsampling=upsampling,
+            clip_window=clip_window, grid=grid, query_origin=query_origin, key_origin=key_origin,
+        )  # fmt: skip
+    if clip_window and rpb is not None:
+        rpb = _middle(rpb, query, key, (kernel_size, stride, dilation, is_causal), grid)
     dtype = autocast_dtype(query)
     if dtype is not None:
         query, key, value, additional_keys, additional_values = autocast(
@@ -254,7 +290,7 @@ def _neighborhood_attention(
         query, key, value, rpb, additional_keys, additional_values, sink,
         additional_lengths=additional_lengths, key_mask=key_mask, query_mask=query_mask,
     )  # fmt: skip
-    window = (kernel_size, stride, dilation, is_causal, is_circular, upsampling)
+    window = (kernel_size, stride, dilation, is_causal, is_circular, upsampling, clip_window)
     knobs = (
         q_tile_shape,
         kv_tile_shape,
@@ -293,6 +329,67 @@ def _neighborhood_attention(
         validation.check_length_values("additional_lengths", additional_lengths, most)
     out, lse = attend(tensors, (rank, 0, asked), _parameters)
     return (out, lse) if return_lse else out
+
+
+def _middle(rpb: Tensor, query: Tensor, key: Tensor, window: tuple[Any, ...], grid: Any) -> Tensor:
+    """The biases of a window that is clipped, of those of the whole one."""
+    extents = tuple(key.shape[1:-2])
+    if grid is not None:
+        extents = validation.int_tuple("grid", grid, len(extents), minimum=0)
+    sizes = validation.int_tuple("kernel_size", window[0], len(extents))
+    is_causal = validation.bool_tuple("is_causal", window[3] or False, len(extents))
+    validation.check_rpb(rpb, query, sizes, is_causal)
+    for axis, k in enumerate(validation.clipped_window(extents, *window[:3])[0]):
+        rpb = rpb.narrow(axis + 1, sizes[axis] - k, 2 * k - 1)
+    return rpb
+
+
+def _over_heads(
+    rank: int | None,
+    tensors: Tensors,
+    windows: list[tuple[Any, ...]],
+    return_lse: bool,
+    **options: Any,
+) -> Any:
+    """Where each of some equal groups of heads has a window of its own: a call each, on views."""
+    query, key, value = separated(tensors, 0)
+    validation.check_qkv(query, key, value, rank)
+    validation.check_additional(query, key, value, *tensors[4:6])
+    heads, heads_kv, groups = query.shape[-2], key.shape[-2], len(windows)
+    if heads % groups or (heads_kv % groups and groups % heads_kv):
+        raise ValueError(
+            "windows of groups of heads must divide query's heads, and divide key's or be a "
+            f"multiple of them, got {groups} windows for {heads} and {heads_kv} heads"
+        )
+    sizes = [kernel_size for kernel_size, *_ in windows]
+    if tensors.rpb is not None and any(size != sizes[0] for size in sizes):
+        raise ValueError(f"rpb goes with windows of one kernel_size, got kernel_size={sizes}")
+
+    def part(group: int, tensor: Tensor, heads: int, dim: int = -2) -> Tensor:
+        return tensor.narrow(dim, group * heads // groups, max(heads // groups, 1))
+
+    results = []
+    for group, (kernel_size, stride, dilation) in enumerate(windows):
+        own: dict[str, Any] = {
+            name: None if tensor is None else part(group, tensor, *place)
+            for name, tensor, place in (
+                ("rpb", tensors.rpb, (heads, 0)),
+                ("sink", tensors.sink, (heads, 0)),
+                ("additional_keys", tensors.additional_keys, (heads_kv,)),
+                ("additional_values", tensors.additional_values, (heads_kv,)),
+            )
+        }
+        results.append(
+            _neighborhood_attention(
+                rank, part(group, query, heads), part(group, key, heads_kv),
+                part(group, value, heads_kv),
+                kernel_size, stride, dilation, return_lse=True,
+                additional_lengths=tensors.additional_lengths, key_mask=tensors.key_mask,
+                query_mask=tensors.query_mask, **own, **options,
+            )
+        )  # fmt: skip
+    out = torch.cat([out for out, _ in results], -2)
+    return (out, torch.cat([lse for _, lse in results], -1)) if return_lse else out
 
 
 def packed_attention(
@@ -334,7 +431,7 @@ def packed_attention(
         qkv, None, None, rpb, sink=sink, key_mask=key_mask, query_mask=query_mask
     )  # fmt: skip
     validation.check_positive_int("heads_kv", heads_kv)
-    window = (kernel_size, stride, dilation, is_causal, is_circular, 1)
+    window = (kernel_size, stride, dilation, is_causal, is_circular, 1, False)
     boxes = (grid, origin, origin)
     asked = (window, (scale, softcap), backend, NO_KNOBS, boxes)
     if sharded.current is not None or sharded.is_dtensor(qkv):
@@ -370,6 +467,7 @@ class Options(TypedDict, total=False):
     query_mask: Tensor | None
     is_circular: BoolOrSequence | None
     upsampling: IntOrSequence | None
+    clip_window: bool
     grid: Sequence[int] | None
     query_origin: Sequence[int] | None
     key_origin: Sequence[int] | None
@@ -380,8 +478,8 @@ class NeighborhoodAttention(Protocol):
 
     @overload
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, kernel_size: IntOrSequence,
-        stride: IntOrSequence | None = 1, dilation: IntOrSequence | None = 1,
+        self, query: Tensor, key: Tensor, value: Tensor, kernel_size: KernelSizes,
+        stride: IntOrWindows | None = 1, dilation: IntOrWindows | None = 1,
         is_causal: BoolOrSequence | None = False, scale: float | None = None,
         additional_keys: Tensor | None = None, additional_values: Tensor | None = None,
         *, return_lse: Literal[False] = False, **options: Unpack[Options],
@@ -389,8 +487,8 @@ class NeighborhoodAttention(Protocol):
 
     @overload
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, kernel_size: IntOrSequence,
-        stride: IntOrSequence | None = 1, dilation: IntOrSequence | None = 1,
+        self, query: Tensor, key: Tensor, value: Tensor, kernel_size: KernelSizes,
+        stride: IntOrWindows | None = 1, dilation: IntOrWindows | None = 1,
         is_causal: BoolOrSequence | None = False, scale: float | None = None,
         additional_keys: Tensor | None = None, additional_values: Tensor | None = None,
         *, return_lse: Literal[True], **options: Unpack[Options],
@@ -398,8 +496,8 @@ class NeighborhoodAttention(Protocol):
 
     @overload
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, kernel_size: IntOrSequence,
-        stride: IntOrSequence | None = 1, dilation: IntOrSequence | None = 1,
+        self, query: Tensor, key: Tensor, value: Tensor, kernel_size: KernelSizes,
+        stride: IntOrWindows | None = 1, dilation: IntOrWindows | None = 1,
         is_causal: BoolOrSequence | None = False, scale: float | None = None,
         additional_keys: Tensor | None = None, additional_values: Tensor | None = None,
         *, return_lse: bool, **options: Unpack[Options],
@@ -423,7 +521,10 @@ def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
         query: ``[batch, *tokens, heads, head_dim]``, any floating dtype.
         key: ``[batch, *tokens, heads_kv, head_dim]``; heads is a multiple of heads_kv.
         value: ``[batch, *tokens, heads_kv, head_dim_v]``.
-        kernel_size: Window size; at most the number of tokens along the axis.
+        kernel_size: Window size; at most the number of tokens along the axis. -1 (or None, of one
+            axis) is everything along it, where dilation divides the tokens. A list of windows, as
+            ``[(3, 3), (7, 7)]``, gives each of so many equal groups of heads its own, one call
+            of the operator each; so do lists for stride and dilation.
         stride: Queries that share one window; at most kernel_size. stride == kernel_size is
             blocked attention.
         dilation: Distance of neighbors; kernel_size * dilation is at most the number of tokens.
@@ -473,6 +574,10 @@ def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
         upsampling: Queries of each key, for each axis: query has upsampling times as many tokens
             as key, and query i the window of key ``i // upsampling``, whose kernel_size, stride
             and kind are those of the grid of keys. Dilation is 1 there; not with rpb or grid.
+        clip_window: Make do with a grid that is too small instead of raising: along each axis
+            dilation is at most the number of tokens, kernel_size at most the tokens of the
+            smallest dilation group, and stride at most kernel_size. Of rpb, which is that of the
+            whole window, the middle is used.
         grid: Extents of the whole grid, where query and key hold boxes of it. Windows are
             placed in the grid, and keys outside of the key box are left out.
         query_origin: Where query's box starts in the grid; default 0.
@@ -575,6 +680,7 @@ def explain(
     query_mask: Tensor | None = None,
     is_circular: BoolOrSequence | None = False,
     upsampling: IntOrSequence | None = 1,
+    clip_window: bool = False,
     torch_compile: bool = False,
     grid: Sequence[int] | None = None,
     query_origin: Sequence[int] | None = None,
@@ -593,7 +699,7 @@ def explain(
         query, key, value, rpb, additional_keys, additional_values, sink,
         additional_lengths=additional_lengths, key_mask=key_mask, query_mask=query_mask,
     )  # fmt: skip
-    window = (kernel_size, stride, dilation, is_causal, is_circular, upsampling)
+    window = (kernel_size, stride, dilation, is_causal, is_circular, upsampling, clip_window)
     asked = (window, (scale, softcap), None, knobs, (grid, query_origin, key_origin))
     parameters = _parameters(tensors, None, 0, asked)
     problem = make_problem(tensors, parameters._replace(requires_grad=needs_grad(tensors)))

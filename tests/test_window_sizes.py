@@ -1,0 +1,157 @@
+"""Windows of everything along an axis, windows that are clipped to small grids, and windows of
+groups of heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import natten
+from natten import na1d, na2d, na3d
+
+
+def parts(*tokens: int, heads: int = 4, heads_kv: int | None = None) -> list[Tensor]:
+    torch.manual_seed(0)
+    to: dict[str, Any] = dict(dtype=torch.float64, requires_grad=True)
+    kv = heads if heads_kv is None else heads_kv
+    return [torch.randn(2, *tokens, n, 8, **to) for n in (heads, kv, kv)]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [((-1, 3), (7, 3)), ((None, 3), (7, 3)), ([3, None], (3, 6)), (-1, (7, 6)), ((-1, -1), (7, 6))],
+)
+@pytest.mark.parametrize("is_causal", [False, (True, False)])
+def test_everything_along_an_axis(given: Any, meant: Any, is_causal: Any) -> None:
+    tensors = parts(7, 6)
+    expected = na2d(*tensors, meant, is_causal=is_causal)
+    assert na2d(*tensors, given, is_causal=is_causal).equal(expected)
+    problem = natten.explain(*tensors, given, is_causal=(True, False)).problem
+    assert problem.kernel_size == meant
+
+
+def test_everything_of_a_dilation_group_or_a_ring() -> None:
+    tensors = parts(12)
+    assert na1d(*tensors, -1, dilation=3).equal(na1d(*tensors, 4, dilation=3))
+    assert na1d(*tensors, -1, is_circular=True).equal(na1d(*tensors, 12))
+    with pytest.raises(ValueError, match="kernel_size=-1, everything along an axis, goes with"):
+        na1d(*tensors, -1, dilation=5)
+    for wrong in ((0, -1), (-2, 3)):
+        with pytest.raises(ValueError, match="kernel_size must hold integers of at least"):
+            na2d(*parts(5, 5), wrong)
+
+
+def test_everything_in_a_compiled_program() -> None:
+    compiled = torch.compile(
+        lambda *t: na2d(*t, (-1, 3)), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for tokens in ((7, 6), (9, 8)):
+        tensors = parts(*tokens)
+        torch.testing.assert_close(compiled(*tensors), na2d(*tensors, (tokens[0], 3)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "window", "meant"),
+    [
+        ((5, 9), ((7, 7), 1, 1), ((5, 7), 1, 1)),
+        ((5, 9), ((7, 7), (6, 2), 1), ((5, 7), (5, 2), 1)),
+        # The smallest of three dilation groups of 8 tokens has 2.
+        ((8, 9), ((3, 3), 3, 3), ((2, 3), (2, 3), 3)),
+        ((4, 1), ((3, 3), 1, 6), ((1, 1), 1, (4, 1))),
+        ((20, 20), ((7, 7), 2, 1), ((7, 7), 2, 1)),
+        ((5, 9), ((-1, 12), 7, 1), ((5, 9), (5, 7), 1)),
+    ],
+)
+def test_clipped_windows(tokens: Any, window: Any, meant: Any) -> None:
+    tensors = parts(*tokens)
+    expected = na2d(*tensors, *meant)
+    assert na2d(*tensors, *window, clip_window=True).equal(expected)
+
+
+def test_without_clipping_it_raises() -> None:
+    with pytest.raises(ValueError, match="at most the number of tokens"):
+        na2d(*parts(5, 9), 7)
+    with pytest.raises(ValueError, match="clip_window must be a bool"):
+        na2d(*parts(5, 9), 3, clip_window=1)
+
+
+def test_the_middle_of_a_clipped_windows_biases() -> None:
+    tensors = parts(5, 9)
+    rpb = torch.randn(4, 13, 13, dtype=torch.float64, requires_grad=True)
+    out = na2d(*tensors, 7, rpb=rpb, clip_window=True)
+    middle = rpb.detach()[:, 2:11].clone().requires_grad_()
+    expected = na2d(*tensors, (5, 7), rpb=middle)
+    assert out.equal(expected)
+    (got,) = torch.autograd.grad(out.sin().sum(), rpb)
+    (wanted,) = torch.autograd.grad(expected.sin().sum(), middle)
+    torch.testing.assert_close(got[:, 2:11], wanted)
+    assert not got[:, :2].any()
+    assert not got[:, 11:].any()
+    with pytest.raises(ValueError, match="rpb must have shape"):
+        na2d(*tensors, 7, rpb=middle, clip_window=True)
+
+
+@pytest.mark.parametrize(("heads", "heads_kv"), [(4, 4), (4, 2), (4, 1), (8, 4), (8, 1)], ids=str)
+def test_windows_of_groups_of_heads(heads: int, heads_kv: int) -> None:
+    tensors = parts(9, 8, heads=heads, heads_kv=heads_kv)
+    context = [torch.randn(2, 3, heads_kv, 8, dtype=torch.float64) for _ in range(2)]
+    windows = [(3, 3), (7, 5)]
+    dilations = [(2, 2), (1, 1)]
+    out, lse = na2d(
+        *tensors, windows, dilation=dilations, additional_keys=context[0],
+        additional_values=context[1], return_lse=True,
+    )  # fmt: skip
+    query, key, value = tensors
+    repeat = heads // heads_kv
+    key, value = (t.repeat_interleave(repeat, -2) for t in (key, value))
+    more = [t.repeat_interleave(repeat, -2) for t in context]
+    for head in range(heads):
+        group = head * 2 // heads
+        one = slice(head, head + 1)
+        expected, expected_lse = na2d(
+            query[..., one, :], key[..., one, :], value[..., one, :], windows[group],
+            dilation=dilations[group], additional_keys=more[0][..., one, :],
+            additional_values=more[1][..., one, :], return_lse=True,
+        )  # fmt: skip
+        torch.testing.assert_close(out[..., one, :], expected)
+        torch.testing.assert_close(lse[..., one], expected_lse)
+    gradients = torch.autograd.grad(out.sin().sum(), tensors)
+    for tensor, gradient in zip(tensors, gradients):
+        assert gradient.shape == tensor.shape
+        assert bool(gradient.any())
+
+
+def test_biases_of_groups_of_heads() -> None:
+    tensors = parts(12)
+    rpb = torch.randn(4, 5, dtype=torch.float64)
+    out = na1d(*tensors, 3, dilation=[(1,), (2,)], rpb=rpb)
+    halves = [
+        na1d(*(t[..., h, :] for t in tensors), 3, dilation=d, rpb=rpb[h])
+        for h, d in ((slice(2), 1), (slice(2, 4), 2))
+    ]
+    assert out.equal(torch.cat(halves, -2))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"kernel_size": [(3,), (3,), (5,)]}, "got 3 windows for 4 and 4 heads"),
+        ({"kernel_size": [(3,), (5,)], "stride": [(1,)]}, "lists of as many windows"),
+        ({"kernel_size": [(3,), (5,)], "rpb": torch.zeros(4, 5)}, "windows of one kernel_size"),
+        ({"kernel_size": [(3,), (13,)]}, "at most the number of tokens"),
+    ],
+)
+def test_wrong_groups_of_heads(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        na1d(*parts(12), **options)
+
+
+def test_space() -> None:
+    tensors = parts(4, 5, 6, heads=2)
+    out = na3d(*tensors, [(-1, 3, 3), (3, 9, 3)], clip_window=True)
+    for head, size in enumerate(((4, 3, 3), (3, 5, 3))):
+        one = slice(head, head + 1)
+        torch.testing.assert_close(out[..., one, :], na3d(*(t[..., one, :] for t in tensors), size))
