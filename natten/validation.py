@@ -120,18 +120,18 @@ def _warn_of_flags(dilation: Any) -> None:
 
 def _kernel_tuple(kernel_size: Any, rank: int) -> tuple[int, ...]:
     """Window sizes, with -1 for everything along an axis."""
-    if isinstance(kernel_size, (tuple, list)):
-        kernel_size = [-1 if k is None else k for k in kernel_size]
-    sizes = kernel_size if isinstance(kernel_size, list) else [kernel_size]
-    if any(_is_int(k) and k == -1 for k in sizes):
-        sizes = int_tuple("kernel_size", kernel_size, rank, minimum=-1)
-        if 0 in sizes:
-            raise ValueError(
-                "kernel_size must hold integers of at least 1, or -1 for everything along an axis, "
-                f"got {shown(kernel_size)}"
-            )
-        return sizes
-    return int_tuple("kernel_size", kernel_size, rank)
+    given = kernel_size
+    if isinstance(given, (tuple, list)):
+        given = [-1 if k is None else k for k in given]
+    if not any(_is_int(k) and k == -1 for k in (given if isinstance(given, list) else [given])):
+        return int_tuple("kernel_size", given, rank)
+    sizes = int_tuple("kernel_size", given, rank, minimum=-1)
+    if 0 in sizes:
+        raise ValueError(
+            "kernel_size must hold integers of at least 1, or -1 for everything along an axis, "
+            f"got {shown(kernel_size)}"
+        )
+    return sizes
 
 
 def _everything(length: int, dilation: int) -> int:

@@ -127,10 +127,12 @@ def _is_full(tensors: Tensors, window: tuple[Any, ...], knobs: tuple[Any, ...], 
     shapes = [tuple(tensor.shape[1:-2]) for tensor in (query, key) if tensor is not None]
     rank = len(shapes[0])
     shapes.append(shapes[0] if grid is None else validation.int_tuple("grid", grid, rank, 0))
-    sizes: Any = window[:3]
-    if window[-1]:
-        sizes = validation.clipped_window(shapes[-1], *sizes)
-    kernel_size, _, _, is_causal = validation.check_window(shapes[-1], *sizes, window[3])
+    kernel_size, stride, dilation, is_causal, *_, clip_window = window
+    if clip_window:
+        sizes = (kernel_size, stride, dilation)
+        kernel_size, stride, dilation = validation.clipped_window(shapes[-1], *sizes)
+    checked = validation.check_window(shapes[-1], kernel_size, stride, dilation, is_causal)
+    kernel_size, _, _, is_causal = checked
     if any(is_causal) and (rank > 1 or tensors.additional_keys is not None):
         return False
     if tensors.rpb is not None or any(knob is not None for knob in knobs[:5]):
