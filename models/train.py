@@ -24,6 +24,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -107,7 +108,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--ema-decay", type=float, default=0.9998, help="of the averaged weights, 0 for none")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on GPUs)")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--workers", type=int, default=4, help="processes that read images")
+    add(
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that read images",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--tensorboard", action="store_true", help="needs pip install tensorboard")
@@ -175,6 +181,11 @@ def shards_of(data: Any) -> int | None:
     if not isinstance(data, IterableImageDataset):
         return None
     return len(data.reader.split_info.filenames)
+
+
+def count(data: Any) -> int:
+    """Images of a split; of shards, `len` is what readers make of it."""
+    return len(data) if shards_of(data) is None else data.reader.num_samples
 
 
 def classes_of(options: argparse.Namespace, data: Any) -> int:
@@ -466,7 +477,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "data": Path(options.data).name,
         "classes": num_classes,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "images": {name: len(part) for name, part in data.items()},
+        "images": {name: count(part) for name, part in data.items()},
         **measured,
     }
     if is_first:
@@ -494,7 +505,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     data = open_split(options, options.val_split, False)
     model = build(options, classes_of(options, data))
     right = accuracy(options, model, loader(options, model, data, False))
-    return {"model": options.model, "images": len(data), "accuracy": right}
+    return {"model": options.model, "images": count(data), "accuracy": right}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -221,7 +221,8 @@ def test_webdataset(folder: Path, tmp_path: Path) -> None:
     source = f"wds/{tmp_path}"
     with pytest.raises(ValueError, match="--num-classes must be given"):
         run(source, tmp_path / "none")
-    result = run(source, tmp_path / "run", "--num-classes", "2", "--test-split", "test")
+    words = ["--num-classes", "2", "--test-split", "test", "--workers", "2"]
+    result = run(source, tmp_path / "run", *words)
     assert result["images"] == {"train": 40, "val": 15, "test": 8}
     assert result["val_accuracy"] > 85
     # Two processes of three readers cannot share two files.
