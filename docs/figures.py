@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from matplotlib.animation import FuncAnimation
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -90,6 +91,53 @@ def masks() -> Figure:
     for axes, arguments in zip(figure.subplots(1, len(panels)), panels):
         viz.draw_mask(axes, (8, 8), **arguments)
         axes.set_title(", ".join(f"{n}={v}" for n, v in arguments.items()), fontsize=9)
+    return figure
+
+
+def scores() -> Figure:
+    """A soft cap, weights beside a sink, and what a query sees of tokens that are not all valid."""
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    capped, sunk, masked = figure.subplots(1, 3)
+    s = torch.linspace(-12, 12, 200)
+    for softcap in (2.0, 5.0):
+        capped.plot(s, softcap * (s / softcap).tanh(), label=f"softcap={softcap:g}")
+    capped.plot(s, s, linestyle=":", label="none")
+    capped.set(xlabel="scaled product", ylabel="score", ylim=(-8, 8))
+    capped.legend(frameon=False, fontsize=8)
+
+    query, key = torch.tensor([[1.0]]), torch.tensor([2.0, 0.5, -1.0, 1.5, 0.0])
+    value = torch.eye(5)
+    for number, sink in enumerate((-4.0, 1.0, 3.0)):
+        weights = natten.na1d(
+            query.expand(5, 1)[None, :, None], key[None, :, None, None], value[None, :, None], 5,
+            scale=1.0, sink=torch.tensor([sink]),
+        )[0, 0, 0]  # fmt: skip
+        shown = torch.cat([weights, 1 - weights.sum(0, keepdim=True)])
+        places = torch.arange(6) + 0.27 * (number - 1)
+        sunk.bar(places.tolist(), shown.tolist(), 0.25, label=f"sink={sink:g}")
+    sunk.set_xticks(range(6), [*(f"key {n}" for n in range(5)), "sink"], fontsize=8)
+    sunk.set_ylabel("weight")
+    sunk.legend(frameon=False, fontsize=8)
+
+    valid = torch.zeros(12, 12, dtype=torch.bool)
+    valid[:9, :8] = True
+    valid[3:6, 2] = False
+    places = torch.arange(144, dtype=torch.float32).view(1, 12, 12, 1, 1)
+    seen = torch.zeros(12, 12)
+    for position in ((2, 2), (7, 6)):
+        leaf = torch.zeros_like(places).requires_grad_()
+        out = natten.na2d(
+            places * 0, places * 0, leaf, 5, key_mask=valid[None], query_mask=valid[None]
+        )
+        (gradient,) = torch.autograd.grad(out[0][position].sum(), leaf)
+        seen += gradient[0, ..., 0, 0] > 0
+        seen[position] = 3
+    shades = torch.where(valid, 1.0 + (seen > 0) + (seen == 3), 0.0)
+    colors = ["#8884", viz.TOKEN_COLORS[0], viz.TOKEN_COLORS[1], viz.TOKEN_COLORS[2]]
+    masked.imshow(shades.numpy(), cmap=ListedColormap(colors), vmin=0, vmax=3)
+    masked.set_title("masks: two queries of a padded image", fontsize=9)
+    masked.set_xlabel("token, axis 1", fontsize=8)
+    masked.set_ylabel("token, axis 0", fontsize=8)
     return figure
 
 
@@ -335,6 +383,7 @@ def video_curve() -> Figure:
 DRAWN: dict[str, tuple[Callable[[], Figure], bool]] = {
     "neighborhoods": (neighborhoods, False),
     "masks": (masks, False),
+    "scores": (scores, False),
     "neighborhood-1d": (neighborhood_1d, False),
     "neighborhood-3d": (neighborhood_3d, False),
     "tiles": (tiles, False),

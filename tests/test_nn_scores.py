@@ -122,6 +122,6 @@ def test_refusals() -> None:
     context = torch.randn(2, 5, 8, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="a mask of a block with context_dim"):
         block(x, context=context, mask=mask)
+    plain = NeighborhoodAttention2D(16, 4, (3, 5), num_kv_heads=2)
     with pytest.warns(UserWarning, match="sink=True"):
-        plain = NeighborhoodAttention2D(16, 4, (3, 5), num_kv_heads=2)
         plain.load_state_dict(module(attn_drop=0.0).state_dict(), strict=False)
