@@ -1,0 +1,232 @@
+"""Time windows of other kinds beside what users do instead, after checking that both are the same.
+
+    python benchmarks/semantics.py                    on the CPU, in float32
+    python benchmarks/semantics.py --device cuda      in bfloat16
+    python benchmarks/semantics.py --cases ring       those whose names hold a word
+
+A case is one call of natten and its alternatives, forward and backward. Each alternative is
+compared with the call first, output and gradients; then they take turns, and medians are shown.
+FlexAttention is compiled, on a GPU only; dense attention gets the window as a mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from cpu import in_turns
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from natten import na2d
+from natten.functional import neighborhood_attention_generic
+from natten.window import Axis, axis_mask, grid_mask
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Largest difference, relative to the largest value.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+HEADS, HEAD_DIM = 4, 64
+
+
+@dataclass
+class Case:
+    """A call and what users do instead.
+
+    Attributes:
+        name: What is measured.
+        queries: Tokens of the query.
+        keys: Tokens of key and value.
+        call: By natten.
+        instead: By name.
+    """
+
+    name: str
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    call: Attention
+    instead: dict[str, Attention]
+
+    def tensors(self, device: str) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        return [
+            torch.randn(1, *tokens, HEADS, HEAD_DIM, generator=generator)
+            .to(device, dtype)
+            .requires_grad_()
+            for tokens in (self.queries, self.keys, self.keys)
+        ]
+
+
+def dense(mask: Callable[[], Tensor]) -> Attention:
+    """Dense attention with a mask ``[queries, keys]``, or one for each head, made once."""
+    made: list[Tensor] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not made:
+            made.append(mask().to(query.device))
+        q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=made[0])
+        return out.transpose(1, 2).unflatten(1, query.shape[1:-2])
+
+    return attend
+
+
+def flex(axes: Sequence[Sequence[Axis]]) -> Attention:
+    """Compiled FlexAttention with the windows, of each group of heads, as its mask."""
+    compiled = torch.compile(flex_attention, dynamic=False)
+    made: list[Any] = []
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        seen: Any = None
+        for number, group in enumerate(axes):
+            inside, query, key = None, q, kv
+            for axis in reversed(group):
+                queries = axis.length * axis.upsampling
+                part = axis_mask(query % queries, key % axis.length, axis)
+                inside = part if inside is None else inside & part
+                query, key = query // queries, key // axis.length
+            own = inside if len(axes) == 1 else inside & (h * len(axes) // HEADS == number)
+            seen = own if seen is None else seen | own
+        return seen
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (t.flatten(1, -3).transpose(1, 2).contiguous() for t in (query, key, value))
+        if not made:
+            heads = None if len(axes) == 1 else HEADS
+            sizes = q.shape[2], k.shape[2]
+            made.append(create_block_mask(visible, None, heads, *sizes, device=str(q.device)))
+        out = compiled(q, k, v, block_mask=made[0])
+        return out.transpose(1, 2).unflatten(1, query.shape[1:-2])
+
+    return attend
+
+
+def others(axes: Sequence[Sequence[Axis]], device: str) -> dict[str, Attention]:
+    """What goes without natten, for windows of each group of heads."""
+
+    def mask() -> Tensor:
+        masks = [grid_mask(group) for group in axes]
+        if len(masks) == 1:
+            return masks[0]
+        return torch.stack(masks).repeat_interleave(HEADS // len(masks), 0)
+
+    found = {"dense with a mask": dense(mask)}
+    return found if device == "cpu" else {"FlexAttention": flex(axes), **found}
+
+
+def ring(device: str) -> Case:
+    """Longitude: a halo of keys from the other side, and where it lies in a wider grid."""
+    rows, columns = (48, 96) if device == "cpu" else (90, 180)
+    size = 7
+
+    def halo(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        side = size // 2
+        key, value = (torch.cat([t[:, :, -side:], t, t[:, :, :side]], 2) for t in (key, value))
+        out: Tensor = neighborhood_attention_generic(
+            query, key, value, size, grid=(rows, columns + 2 * side), query_origin=(0, side),
+            key_origin=(0, 0),
+        )  # fmt: skip
+        return out
+
+    tokens = (rows, columns)
+    axes = (Axis(rows, size), Axis(columns, size, is_circular=True))
+    return Case(
+        f"ring: {rows}x{columns}, window {size}, is_circular=(False, True)", tokens, tokens,
+        lambda *t: na2d(*t, size, is_circular=(False, True)),
+        {"halo of keys": halo, **others([axes], device)},
+    )  # fmt: skip
+
+
+def finer_queries(device: str) -> Case:
+    """An upsampler: keys repeated, of which dilation leaves one each."""
+    side, factor, size = (16, 4, 7) if device == "cpu" else (32, 8, 9)
+
+    def repeated(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        for axis in (1, 2):
+            key, value = (t.repeat_interleave(factor, axis) for t in (key, value))
+        return na2d(query, key, value, size, dilation=factor)
+
+    fine = (side * factor,) * 2
+    return Case(
+        f"upsampling: {side}x{side} keys, upsampling {factor}, window {size}", fine, (side, side),
+        lambda *t: na2d(*t, size, upsampling=factor),
+        {
+            "repeated keys, dilation": repeated,
+            **others([(Axis(side, size, upsampling=factor),) * 2], device),
+        },
+    )  # fmt: skip
+
+
+def head_groups(device: str) -> Case:
+    """Half of the heads look farther than the others."""
+    side = 56 if device == "cpu" else 112
+    sizes = (7, 7), (13, 13)
+    axes = [tuple(Axis(side, k) for k in window) for window in sizes]
+    return Case(
+        f"groups of heads: {side}x{side}, windows 7 and 13", (side, side), (side, side),
+        lambda *t: na2d(*t, list(sizes)), others(axes, device),
+    )  # fmt: skip
+
+
+CASES: tuple[Callable[[str], Case], ...] = (ring, finer_queries, head_groups)
+
+
+def results(attend: Attention, tensors: list[Tensor]) -> list[Tensor]:
+    """Output and gradients."""
+    out = attend(*tensors)
+    gradients = torch.autograd.grad(out, tensors, out.detach())
+    if out.is_cuda:
+        torch.cuda.synchronize()
+    return [out.detach(), *gradients]
+
+
+def check(case: Case, tensors: list[Tensor]) -> None:
+    expected = results(case.call, tensors)
+    for name, attend in case.instead.items():
+        for got, wanted in zip(results(attend, tensors), expected, strict=True):
+            error = float((got - wanted).abs().max() / wanted.abs().max())
+            if not error <= TOLERANCE[got.dtype]:
+                raise SystemExit(f"{case.name}: {name} differs by {error:.2g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--cases", nargs="*", help="words in names of cases; default: all")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each contender")
+    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    options = parser.parse_args()
+    console, found = Console(), []
+    for make in CASES:
+        case = make(options.device)
+        if options.cases and not any(word in case.name for word in options.cases):
+            continue
+        tensors = case.tensors(options.device)
+        check(case, tensors)
+        contenders = {
+            name: partial(results, attend, tensors)
+            for name, attend in {"natten": case.call, **case.instead}.items()
+        }
+        times = in_turns(contenders, options.seconds, 5)
+        table = Table(title=case.name, title_justify="left")
+        for title in ("", "ms", "times natten's"):
+            table.add_column(title, justify="left" if not title else "right")
+        for name, ms in times.items():
+            table.add_row(name, f"{ms:.3f}", f"{ms / times['natten']:.2f}")
+        console.print(table)
+        found.append({"case": case.name, "device": options.device, "ms": times})
+    if options.output:
+        options.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
