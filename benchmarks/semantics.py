@@ -1,4 +1,4 @@
-"""Time windows of other kinds beside what users do instead, after checking that both are the same.
+"""Time windows and scores of other kinds beside what users do instead, once both are shown the same.
 
     python benchmarks/semantics.py                    on the CPU, in float32
     python benchmarks/semantics.py --device cuda      in bfloat16
@@ -80,8 +80,11 @@ def dense(mask: Callable[[], Tensor]) -> Attention:
     return attend
 
 
-def flex(axes: Sequence[Sequence[Axis]]) -> Attention:
-    """Compiled FlexAttention with the windows, of each group of heads, as its mask."""
+def flex(
+    axes: Sequence[Sequence[Axis]], valid: Tensor | None = None, softcap: float = 0.0
+) -> Attention:
+    """Compiled FlexAttention with the windows, of each group of heads, as its mask, valid tokens in
+    it, and a soft cap as its score_mod."""
     compiled = torch.compile(flex_attention, dynamic=False)
     made: list[Any] = []
 
@@ -96,7 +99,10 @@ def flex(axes: Sequence[Sequence[Axis]]) -> Attention:
                 query, key = query // queries, key // axis.length
             own = inside if len(axes) == 1 else inside & (h * len(axes) // HEADS == number)
             seen = own if seen is None else seen | own
-        return seen
+        return seen if valid is None else seen & valid[q] & valid[kv]
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (t.flatten(1, -3).transpose(1, 2).contiguous() for t in (query, key, value))
@@ -104,7 +110,7 @@ def flex(axes: Sequence[Sequence[Axis]]) -> Attention:
             heads = None if len(axes) == 1 else HEADS
             sizes = q.shape[2], k.shape[2]
             made.append(create_block_mask(visible, None, heads, *sizes, device=str(q.device)))
-        out = compiled(q, k, v, block_mask=made[0])
+        out = compiled(q, k, v, score_mod=capped if softcap else None, block_mask=made[0])
         return out.transpose(1, 2).unflatten(1, query.shape[1:-2])
 
     return attend
@@ -177,7 +183,87 @@ def head_groups(device: str) -> Case:
     )  # fmt: skip
 
 
-CASES: tuple[Callable[[str], Case], ...] = (ring, finer_queries, head_groups)
+def _masked(name: str, valid: Tensor, device: str) -> Case:
+    """Tokens of a square grid of which some are not valid."""
+    side, size, valid = len(valid), 9, valid.to(device)
+    axes = (Axis(side, size),) * 2
+
+    def seen() -> Tensor:
+        mask = grid_mask(axes).to(device) & valid.flatten()
+        # Rows without any key are NaN in some of torch's kernels.
+        return mask | ~mask.any(1, keepdim=True)
+
+    by_mask = dense(seen)
+
+    def masked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return by_mask(query, key, value).masked_fill(~valid[..., None, None], 0.0)
+
+    instead: dict[str, Attention] = {"dense with a mask": masked}
+    if device != "cpu":
+        instead = {"FlexAttention": flex([axes], valid.flatten()), **instead}
+    return Case(
+        f"{name}: {side}x{side}, {int(valid.sum())} valid, window {size}", (side, side),
+        (side, side), lambda *t: na2d(*t, size, key_mask=valid[None], query_mask=valid[None]),
+        instead,
+    )  # fmt: skip
+
+
+def padded_image(device: str) -> Case:
+    """An image in a batch that is padded to the size of the largest."""
+    side = 48 if device == "cpu" else 112
+    valid = torch.zeros(side, side, dtype=torch.bool)
+    valid[: side * 5 // 8, : side * 3 // 4] = True
+    return _masked("padded image", valid, device)
+
+
+def sea(device: str) -> Case:
+    """The sea and no land, which has coasts."""
+    side = 48 if device == "cpu" else 112
+    waves = torch.linspace(0, 9, side)
+    height = torch.sin(waves)[:, None] + torch.cos(1.7 * waves + waves[:, None])
+    return _masked("sea", height < 0.3, device)
+
+
+def soft_cap(device: str) -> Case:
+    """Bounded scores, which torch's dense attention does not have."""
+    side, size, softcap = (48 if device == "cpu" else 112), 9, 5.0
+    axes, made = (Axis(side, size),) * 2, []
+
+    def by_hand(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not made:
+            made.append(~grid_mask(axes).to(device))
+        q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in (query, key, value))
+        scores = softcap * (q @ k.transpose(-1, -2) * (HEAD_DIM**-0.5 / softcap)).tanh()
+        weights = scores.masked_fill(made[0], -torch.inf).softmax(-1)
+        return (weights @ v).transpose(1, 2).unflatten(1, query.shape[1:-2])
+
+    instead: dict[str, Attention] = {"dense by hand": by_hand}
+    if device != "cpu":
+        instead = {"FlexAttention": flex([axes], softcap=softcap), **instead}
+    return Case(
+        f"soft cap: {side}x{side}, window {size}", (side, side), (side, side),
+        lambda *t: na2d(*t, size, softcap=softcap), instead,
+    )  # fmt: skip
+
+
+def sink(device: str) -> Case:
+    """A logit of each head that attends to nothing, afterwards by the logsumexp."""
+    side, size = (56 if device == "cpu" else 112), 9
+    logits = torch.linspace(-1, 2, HEADS, device=device)
+
+    def afterwards(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, lse = na2d(query, key, value, size, return_lse=True)
+        return out * torch.sigmoid(lse - logits).unsqueeze(-1).to(out.dtype)
+
+    return Case(
+        f"sink: {side}x{side}, window {size}", (side, side), (side, side),
+        lambda *t: na2d(*t, size, sink=logits), {"by the logsumexp": afterwards},
+    )  # fmt: skip
+
+
+CASES: tuple[Callable[[str], Case], ...] = (
+    ring, finer_queries, head_groups, padded_image, sea, soft_cap, sink
+)  # fmt: skip
 
 
 def results(attend: Attention, tensors: list[Tensor]) -> list[Tensor]:
