@@ -574,7 +574,7 @@ def upsampled(case: Case, factors: tuple[int, ...]) -> Case:
 
 def random_case(seed: int, rank: int | None = None, max_tokens: int = 600) -> Case:
     """A valid neighborhood attention problem drawn from all features."""
-    case = _random_case(seed, rank, max_tokens)
+    case = random_plain_case(seed, rank, max_tokens)
     random = Random(f"rings of {seed}")
     rings = tuple(random.random() < 0.3 for _ in case.tokens)
     if any(rings) and case.grid is None:
@@ -587,7 +587,8 @@ def random_case(seed: int, rank: int | None = None, max_tokens: int = 600) -> Ca
     return finer if prod(finer.tokens) <= max_tokens else case
 
 
-def _random_case(seed: int, rank: int | None, max_tokens: int) -> Case:
+def random_plain_case(seed: int, rank: int | None, max_tokens: int) -> Case:
+    """The same with as many queries as keys, and a border around all axes."""
     random = Random(seed)
     rank = rank or random.choice((1, 2, 2, 3))
     while True:

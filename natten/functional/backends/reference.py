@@ -180,12 +180,16 @@ class _Tile:
             if not isinstance(keys, slice):
                 yield axis + 1, keys
 
-    def columns(self, tensor: Tensor, extra: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """``[B, *X, Hkv, D]`` to ``[B, Hkv, 1, keys + extra, D]``."""
+    def seen(self, tensor: Tensor) -> Tensor:
+        """``[B, *X, ...]`` cut to this tile's keys."""
         part = self._part(tensor)
         for dim, index in self._rings():
             part = part.index_select(dim, index)
-        part = part.flatten(1, -3)
+        return part
+
+    def columns(self, tensor: Tensor, extra: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``[B, *X, Hkv, D]`` to ``[B, Hkv, 1, keys + extra, D]``."""
+        part = self.seen(tensor).flatten(1, -3)
         if extra is not None:
             part = torch.cat([part, extra], dim=1)
         return part.permute(0, 2, 1, 3).unsqueeze(2).to(dtype)
@@ -268,7 +272,7 @@ class _Hidden(NamedTuple):
             masks.append(rows[:, None, None, :, None])
         columns = k.new_zeros(k.shape[0], k.shape[-2], dtype=torch.bool)
         if self.keys is not None:
-            own = self.keys[(entry, *tile.keys)].flatten(1)
+            own = tile.seen(self.keys[entry]).flatten(1)
             columns[:, : own.shape[1]] = own
         if self.additional is not None:
             columns[:, k.shape[-2] - self.additional.shape[1] :] = self.additional[entry]

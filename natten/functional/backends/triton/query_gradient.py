@@ -238,37 +238,35 @@ def query_gradient_kernel(
         value_columns = load_columns(
             value_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_BLOCK, COLUMNS, V
         )
-        if data.key_mask is None:
-            scores = tile_scores(
+        if data.key_mask is not None:
+            seen = valid_columns(key_valid, tile[0], grid, place, V)
+        # Additions to memory that some tiles skip came out wrong on an H100 (Triton 3.6).
+        if data.key_mask is None or data.bias_gradient is not None:
+            scores, slopes = tile_scores(
                 query_rows, key_columns, tile, place, rows, grid, data.bias, window, head, data.cap,
                 False, V,
             )  # fmt: skip
+            if data.key_mask is not None:
+                scores = tl.where(seen[None, :], scores, float("-inf"))
             accumulator, score_gradient = query_gradient_step(
-                scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator,
-                scales.scores, data.cap is not None, PRECISION,
+                (scores, slopes), row_lse, row_delta, gradient_rows, key_columns, value_columns,
+                accumulator, scales.scores, data.cap is not None, PRECISION,
             )  # fmt: skip
             if data.bias_gradient is not None:
                 add_bias_gradient(
                     score_gradient, bias_target, data.factor, tile[2], rows.corner, grid.first,
                     window, V,
                 )  # fmt: skip
-        else:
-            seen = valid_columns(key_valid, tile[0], grid, place, V)
-            if any_of(seen):
-                scores, slopes = tile_scores(
-                    query_rows, key_columns, tile, place, rows, grid, data.bias, window, head,
-                    data.cap, False, V,
-                )  # fmt: skip
-                scores = tl.where(seen[None, :], scores, float("-inf"))
-                accumulator, score_gradient = query_gradient_step(
-                    (scores, slopes), row_lse, row_delta, gradient_rows, key_columns, value_columns,
-                    accumulator, scales.scores, data.cap is not None, PRECISION,
-                )  # fmt: skip
-                if data.bias_gradient is not None:
-                    add_bias_gradient(
-                        score_gradient, bias_target, data.factor, tile[2], rows.corner, grid.first,
-                        window, V,
-                    )  # fmt: skip
+        elif any_of(seen):
+            scores, slopes = tile_scores(
+                query_rows, key_columns, tile, place, rows, grid, data.bias, window, head, data.cap,
+                False, V,
+            )  # fmt: skip
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            accumulator, _score_gradient = query_gradient_step(
+                (scores, slopes), row_lse, row_delta, gradient_rows, key_columns, value_columns,
+                accumulator, scales.scores, data.cap is not None, PRECISION,
+            )  # fmt: skip
     if V.HAS_ADDITIONAL:
         additional = additional_source(at.batch, kv_head, data, num_additional, V)
         for t in tl.range(0, ceil_div(additional.number, COLUMNS), num_stages=V.STAGES):
