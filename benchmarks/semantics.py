@@ -1,4 +1,4 @@
-"""Time windows and scores of other kinds beside what users do instead, once both are shown the same.
+"""Time windows and scores of other kinds beside what users do instead, if both are the same.
 
     python benchmarks/semantics.py                    on the CPU, in float32
     python benchmarks/semantics.py --device cuda      in bfloat16

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import natten
 from natten.window import Axis, axis_mask
@@ -27,7 +28,7 @@ def tensors(requires_grad: bool = False) -> dict[str, Tensor]:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64).requires_grad_(requires_grad)
 
-    key_mask, query_mask = torch.rand(2, BATCH, *TOKENS) < 0.6
+    key_mask, query_mask = (torch.rand(BATCH, *TOKENS) < 0.6 for _ in range(2))
     # A query whose window holds no valid key.
     key_mask[1] = False
     key_mask[1, 6, 5] = query_mask[1] = True
@@ -160,3 +161,111 @@ def test_what_invalid_tokens_hold_does_not_matter(backend: str) -> None:
         assert not dv[~given["key_mask"]].any()
     for zeros, nans in zip(*results):
         assert torch.equal(zeros, nans)
+
+
+EVERYTHING = FEATURE_SETS["everything"]
+
+
+def test_explain_tells_problems_apart() -> None:
+    given = tensors()
+    told = natten.explain(
+        given["query"], given["key"], given["value"], KERNEL, dilation=DILATION,
+        **chosen(given, EVERYTHING),
+    )  # fmt: skip
+    problem = told.problem
+    assert (problem.softcap, problem.has_sink) == (SOFTCAP, True)
+    assert problem.has_key_mask
+    assert problem.has_query_mask
+    plain = natten.explain(given["query"], given["key"], given["value"], KERNEL, softcap=None)
+    problem = plain.problem
+    assert not any((problem.softcap, problem.has_sink, problem.has_key_mask))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_masks_are_not_constants(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    given = tensors(requires_grad=True)
+    leaves = [t for t in given.values() if t.requires_grad]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for mask in (given["key_mask"], ~given["key_mask"]):
+            results = [f(given | {"key_mask": mask}, EVERYTHING) for f in (compiled, attend)]
+            assert_close(*results)
+            assert_close(*[torch.autograd.grad(out.sin().sum(), leaves) for out, _ in results])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_export_trace_and_vmap() -> None:
+    names = ("softcap", "sink", "key_mask")
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor, sink: Tensor, key_mask: Tensor) -> Tensor:
+            given = {"query": x, "key": x, "value": x, "sink": sink, "key_mask": key_mask}
+            return attend(given, names)[0]
+
+    drawn = tensors()
+    given = (drawn["query"], drawn["sink"], drawn["key_mask"])
+    other = (given[0] + 1, given[1] - 1, ~given[2])
+    expected = Module()(*other)
+    assert_close(torch.export.export(Module(), given).module()(*other), expected)
+    assert_close(torch.jit.trace(Module(), given, check_trace=False)(*other), expected)
+    stacked = [torch.stack(pair) for pair in zip(given, other)]
+    with pytest.warns(UserWarning, match="performance drop"):
+        got = torch.vmap(Module())(*stacked)
+    assert_close(got, torch.stack([Module()(*given), expected]))
+
+
+def test_autocast_leaves_sinks_and_masks_alone() -> None:
+    given = tensors()
+    given = {n: t.float() if t.is_floating_point() else t for n, t in given.items()}
+    given["sink"].requires_grad_()
+    names = ("sink", "key_mask")
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = attend(given, names, backend="reference")
+    assert out.dtype == torch.bfloat16
+    (gradient,) = torch.autograd.grad(out.float().sum(), given["sink"])
+    assert gradient.dtype == torch.float32
+    assert_close(out.float(), attend(given, names)[0], atol=0.05, rtol=0.05)
+
+
+def test_counted_operations_are_those_of_the_window() -> None:
+    """Masks are data: what they spare depends on it, and is not counted."""
+    given, counts = tensors(), []
+    for names in ((), EVERYTHING[:4]):
+        with FlopCounterMode(display=False) as counter:
+            attend(given, names)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_rows_that_see_nothing_but_the_sink() -> None:
+    """Also where no backend is asked, as there is no key at all."""
+    query = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    none = query[:, :0]
+    sink = torch.tensor([0.5, -1.0, -torch.inf], dtype=torch.float64, requires_grad=True)
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    valid[1, 2:] = False
+    for mask in (None, valid):
+        out, lse = natten.attention(query, none, none, sink=sink, query_mask=mask, return_lse=True)
+        assert not out.any()
+        expected = sink.detach().expand(2, 5, 3)
+        if mask is not None:
+            expected = expected.masked_fill(~mask[..., None], -inf)
+        assert_close(lse, expected)
+    hidden, hidden_lse = natten.attention(
+        query, query, query, sink=sink, key_mask=torch.zeros_like(valid), query_mask=valid,
+        return_lse=True,
+    )  # fmt: skip
+    assert not hidden.any()
+    assert_close(hidden_lse, expected)
+    finite = hidden_lse.masked_fill(hidden_lse == -inf, 0.0)
+    (gradient,) = torch.autograd.grad(finite.sum(), sink)
+    assert_close(gradient, torch.tensor([7.0, 7.0, 0.0], dtype=torch.float64))
+
+
+def test_what_goes_separately_is_refused() -> None:
+    given = tensors()
+    for names in (("softcap",), ("sink",), ("key_mask",), ("query_mask",)):
+        with pytest.raises(NotImplementedError, match=f"{names[0]} and attention_kwargs"):
+            attend(given, names, attention_kwargs={"backend": "reference"})

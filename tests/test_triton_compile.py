@@ -58,6 +58,7 @@ class Setting:
     additional: int = 0
     lengths: bool = False  # of the additional keys
     rpb: bool = False
+    scores: bool = False  # a soft cap, a sink and masks of tokens
     backward: bool = True
     knobs: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -74,7 +75,9 @@ class Setting:
             self.head_dim, self.kernel_size, ones, ones, self.is_causal or (False,) * rank,
             self.tokens, zeros, zeros, self.head_dim**-0.5, self.additional, self.lengths,
             self.rpb, is_circular=self.is_circular, upsampling=self.upsampling,
-            dtype=torch.bfloat16, device=torch.device("cuda"), requires_grad=self.backward,
+            softcap=30.0 * self.scores, has_sink=self.scores, has_key_mask=self.scores,
+            has_query_mask=self.scores, dtype=torch.bfloat16, device=torch.device("cuda"),
+            requires_grad=self.backward,
         )  # fmt: skip
 
 
@@ -88,6 +91,9 @@ SETTINGS = [
     Setting("2d_d128", 100, (128, 128), (80, 80), 128),
 ]
 MORE_SETTINGS = [
+    Setting("2d_d64_scores", 90, (128, 128), (13, 13), 64, scores=True),
+    Setting("2d_k7_d32_scores", 80, (56, 56), (7, 7), 32, scores=True),
+    Setting("2d_d128_scores", 100, (128, 128), (80, 80), 128, scores=True),
     Setting("2d_d64", 90, (128, 128), (13, 13), 64, additional=77),
     Setting("2d_d64_lengths", 90, (128, 128), (13, 13), 64, additional=77, lengths=True),
     Setting("2d_d128", 90, (256, 256), (80, 80), 128, heads=24),

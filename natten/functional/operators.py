@@ -166,7 +166,9 @@ def _compute(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
         query, shape = tensors.query, call.out_shape
         lse = query.new_full(shape[:-1], -torch.inf, dtype=problem.accumulation_dtype)
         if tensors.sink is not None:
-            lse += tensors.sink
+            lse.copy_(tensors.sink)
+            if tensors.query_mask is not None:
+                lse.masked_fill_(~tensors.query_mask.unsqueeze(-1), -torch.inf)
         return query.new_zeros(shape), lse
     out, lse = backend.forward(problem, config, call.prepared(tensors))
     return call.result(out, call.out_shape), call.result(lse, call.out_shape[:-1])
