@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import natten
 from natten import na1d, na2d
+from natten.nn import NeighborhoodCrossAttention2D
 
 
 def parts(
@@ -118,3 +119,31 @@ def test_compiled_explained_and_counted() -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run(*tensors)
     assert counter.get_total_flops() == 2 * 2 * 2 * 12 * 12 * 9 * 16
+
+
+def test_modules() -> None:
+    """An upsampler: pixels attend to features of a coarser grid."""
+    torch.manual_seed(0)
+    module = NeighborhoodCrossAttention2D(
+        16, 2, 3, source_dim=24, context_dim=10, upsampling=(2, 3), qk_norm=True
+    ).double()
+    x, source = torch.randn(2, 8, 15, 16).double(), torch.randn(2, 4, 5, 24).double()
+    context = torch.randn(2, 7, 10).double()
+    out = module(x, context, source=source)
+    fine = NeighborhoodCrossAttention2D(
+        16, 2, 3, dilation=(2, 3), source_dim=24, context_dim=10, qk_norm=True
+    ).double()
+    fine.load_state_dict(module.state_dict())
+    repeated = source.repeat_interleave(2, 1).repeat_interleave(3, 2)
+    torch.testing.assert_close(out, fine(x, context, source=repeated))
+    assert "upsampling=(2, 3)" in repr(module)
+    with pytest.raises(ValueError, match="takes a source, and no origin and grid"):
+        module(x)
+    with pytest.raises(ValueError, match="upsampling times as many tokens as key"):
+        module(x, source=source[:, :3])
+    with pytest.raises(NotImplementedError, match="attention_map with upsampling"):
+        module.attention_map(x, [[0, 0]], source=source)
+    with pytest.raises(NotImplementedError, match="rel_pos_bias, rotary, pad and attn_drop"):
+        NeighborhoodCrossAttention2D(16, 2, 3, upsampling=2, rotary=True)
+    plain = NeighborhoodCrossAttention2D(16, 2, 3)
+    assert torch.jit.script(plain)(x.float()).shape == x.shape

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import natten
 from natten import na1d, na2d, na3d
+from natten.nn import NeighborhoodAttention2D
 
 
 def parts(*tokens: int, heads: int = 4, heads_kv: int | None = None) -> list[Tensor]:
@@ -31,6 +32,15 @@ def test_everything_along_an_axis(given: Any, meant: Any, is_causal: Any) -> Non
     assert na2d(*tensors, given, is_causal=is_causal).equal(expected)
     problem = natten.explain(*tensors, given, is_causal=(True, False)).problem
     assert problem.kernel_size == meant
+
+
+def test_everything_in_modules() -> None:
+    module = NeighborhoodAttention2D(8, 1, (None, 3))
+    assert module.kernel_size == (-1, 3)
+    x = torch.randn(1, 6, 7, 8)
+    other = NeighborhoodAttention2D(8, 1, (6, 3))
+    other.load_state_dict(module.state_dict())
+    torch.testing.assert_close(module(x), other(x))
 
 
 def test_everything_of_a_dilation_group_or_a_ring() -> None:

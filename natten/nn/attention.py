@@ -57,8 +57,8 @@ class NeighborhoodAttention(NeighborhoodModule):
     Args:
         embed_dim: channels of a token; a multiple of num_heads.
         num_heads: heads of the query.
-        kernel_size: window size, an int or one for each axis; -1 for a whole axis, however long
-            it is (without dilation).
+        kernel_size: window size, an int or one for each axis; -1, or None of one axis, for a whole
+            axis, however long it is (without dilation).
         stride: queries that share a window, at most kernel_size. Default 1.
         dilation: distance between the tokens of a window. Default 1.
         is_causal: whether queries attend to no later token along an axis. Default False.

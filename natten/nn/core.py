@@ -669,6 +669,8 @@ class NeighborhoodModule(nn.Module):
     def _normalized(self, name: str, value: Any) -> Any:
         """An attribute as the constructor stores it."""
         if name == "kernel_size":
+            if isinstance(value, (tuple, list)):
+                value = [-1 if k is None else k for k in value]
             sizes = int_tuple(name, value, self.rank, minimum=-1)
             if 0 in sizes:
                 raise ValueError(

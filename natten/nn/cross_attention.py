@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from natten.functional import neighborhood_attention_generic
 from natten.nn.core import (
     NeighborhoodModule,
     Rotary,
@@ -24,7 +25,7 @@ from natten.nn.core import (
 )
 from natten.nn.explicit import AttentionMap
 from natten.nn.stream import StreamState, attend_to_stream, check_stream, fit_frames
-from natten.validation import check_length_values, check_positive_int
+from natten.validation import check_length_values, check_positive_int, int_tuple
 
 
 def check_source(source: Tensor, x: Tensor) -> None:
@@ -85,6 +86,9 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             proj_drop: as for `NeighborhoodAttention2D`. The context is never masked by is_causal.
         context_dim: channels of the context; None for a module without one.
         source_dim: channels of the grid of keys and values; None for embed_dim.
+        upsampling: queries of each key, an int or one for each axis: x has that many times as many
+            tokens as source, and every token attends to the window of its cell, as `natten.na2d`
+            says. Default 1. Not with biases, rotation, padding or dropout of weights.
         is_circular, rel_pos_bias, num_kv_heads, qk_norm, rotary, attn_drop, pad, head_dim,
             learned_scale, softcap, sink: as for `NeighborhoodAttention2D`. Biases and rotation act
             between grids, not on the context; `k_norm` on both.
@@ -122,6 +126,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         is_circular: bool | Sequence[bool] = False,
         context_dim: int | None = None,
         source_dim: int | None = None,
+        upsampling: int | Sequence[int] = 1,
         rel_pos_bias: bool = False,
         num_kv_heads: int | None = None,
         qk_norm: bool = False,
@@ -162,6 +167,13 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         for name, number in (("context_dim", context_dim), ("source_dim", source_dim)):
             if number is not None:
                 check_positive_int(name, number)
+        self.upsampling: tuple[int, ...] = int_tuple("upsampling", upsampling, self.rank)
+        self.is_upsampled = any(factor > 1 for factor in self.upsampling)
+        if self.is_upsampled and (rel_pos_bias or rotary or pad or attn_drop):
+            raise NotImplementedError(
+                "upsampling is not implemented with rel_pos_bias, rotary, pad and attn_drop, got "
+                f"upsampling={self.upsampling}"
+            )
         self.source_dim = embed_dim if source_dim is None else source_dim
         self.context_dim = context_dim
         kv_channels = 2 * self.num_kv_heads * self.head_dim
@@ -193,8 +205,9 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             context_lengths: integers `[B]` from 0 to S, how many tokens of each context are there;
                 the others have no influence on the result, and no gradient. None for all.
             source: `[B, *X, source_dim]`, where the keys and values of windows come from; None
-                for x.
+                for x. With upsampling, `[B, *(X / upsampling), source_dim]`, and not None.
             origin, grid: as for `NeighborhoodAttention2D.forward`, where x and source are crops.
+                Not with upsampling.
 
         Returns:
             `[B, *X, embed_dim]`.
@@ -213,8 +226,14 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             plan = plan_of(self.plan)
             if plan is not None:
                 refuse_circular(self.is_circular)
+                self._refuse_upsampling("a grid that is sharded over ranks")
                 self._refuse_sharded_scores(None)
                 return plan.cross_attention(self, x, context, context_lengths, source, origin, grid)
+        if self.is_upsampled:
+            if torch.jit.is_scripting():
+                raise RuntimeError("TorchScript has no attention with upsampling")
+            else:
+                return self._forward_upsampled(x, context, context_lengths, source, origin, grid)
         extent = x.shape[1:-1]
         query, key, value = self._project(x, source, origin, grid)
         key_c, value_c, lengths = self._contexts(x, context, context_lengths)
@@ -224,8 +243,39 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             out = crop(out, extent)
         return self._output(out)
 
+    def _forward_upsampled(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        context_lengths: Tensor | None,
+        source: Tensor | None,
+        origin: list[int] | None,
+        grid: list[int] | None,
+    ) -> Tensor:
+        if source is None or origin is not None or grid is not None:
+            raise ValueError("a module with upsampling takes a source, and no origin and grid")
+        check_grid(source, self.rank, self.source_dim, "source")
+        query = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        key, value = self._split(self.kv(source))
+        key_c, value_c, lengths = self._contexts(x, context, context_lengths)
+        out = neighborhood_attention_generic(
+            self._scaled(query), key, value, self.kernel_size, self.stride, self.dilation,
+            self.is_causal, self.scale, key_c, value_c, additional_lengths=lengths,
+            softcap=self.softcap, sink=self._sink(), is_circular=self.is_circular,
+            upsampling=self.upsampling,
+        )  # fmt: skip
+        return self._output(out)
+
     def _output(self, out: Tensor) -> Tensor:
         return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def _refuse_upsampling(self, name: str) -> None:
+        if self.is_upsampled:
+            raise NotImplementedError(
+                f"{name} with upsampling is not implemented, got upsampling={self.upsampling}"
+            )
 
     def _contexts(
         self, x: Tensor, context: Tensor | None, context_lengths: Tensor | None
@@ -288,6 +338,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
     ) -> tuple[Tensor, StreamState]:
         """As `NeighborhoodAttention2D.stream`, with a context that is the same in every call."""
         check_stream(self)
+        self._refuse_upsampling("a stream")
         check_grid(x, self.rank, self.embed_dim, "x")
         extent = x.shape[1:-1]
         x = fit_frames(self, x)
@@ -325,6 +376,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             Both sum to 1 together, less what falls on padding (`pad=True`), which is not shown.
         """
         check_grid(x, len(self.kernel_size), self.embed_dim, "x")
+        self._refuse_upsampling("attention_map")
         query, key, _ = self._project(x, source, origin, grid)
         key_c = lengths = None
         if context is not None:
@@ -339,6 +391,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             text += f", context_dim={self.context_dim}"
         if self.source_dim != self.embed_dim:
             text += f", source_dim={self.source_dim}"
+        if self.is_upsampled:
+            text += f", upsampling={self.upsampling}"
         return text
 
 
