@@ -135,6 +135,18 @@ def larger_cases() -> list[Case]:
         upsampled(
             Case("1d_up3_causal_d32", (300,), (65,), is_causal=(True,), head_dim=32, **one), (3,)
         ),
+        Case("2d_48x40_softcap_d64", (48, 40), (17, 17), head_dim=64, softcap=2.0, **one),
+        Case("2d_48x40_softcap_rpb_d32", (48, 40), (9, 9), softcap=2.0, rpb=True, head_dim=32),
+        Case("1d_2000_sink_d64", (2000,), (701,), head_dim=64, sink=True, **one),
+        Case(
+            "2d_48x40_masks_d64", (48, 40), (17, 17), head_dim=64, batch=3, key_mask=True,
+            query_mask=True,
+        ),
+        Case(
+            "2d_48x40_masks_everything_d128", (48, 40), (31, 29), head_dim=128, batch=2, heads=4,
+            heads_kv=2, softcap=4.0, sink=True, key_mask=True, query_mask=True, additional=70,
+        ),
+        Case("1d_2000_query_mask_d128", (2000,), (900,), head_dim=128, query_mask=True),
         Case("3d_10x12x14_d64", (10, 12, 14), (7, 9, 11), head_dim=64, **one),
         Case("3d_10x12x14_d128", (10, 12, 14), (7, 9, 11), head_dim=128, **one),
         Case("3d_10x12x14_strided_d128", (10, 12, 14), (8, 8, 8), (4, 4, 8), head_dim=128, **one),
@@ -171,6 +183,9 @@ def larger_checks() -> Iterator[tuple[str, Check]]:
 # ---------------------------------------------------------------- random problems
 
 
+PLAIN_SCORES = {"softcap": 0.0, "sink": False, "key_mask": False, "query_mask": False}
+
+
 @dataclass(frozen=True)
 class Family:
     """What compiled kernels depend on."""
@@ -192,6 +207,7 @@ class Family:
     deterministic: bool
     is_circular: tuple[bool, ...]
     upsampling: tuple[int, ...]
+    scores: tuple[tuple[str, Any], ...]  # soft cap, sink and masks of its cases
     knobs: tuple[tuple[str, Any], ...]
 
 
@@ -227,6 +243,7 @@ def family(number: int) -> Family:
         lengths=random.random() < 0.5,
         is_circular=(False,) * rank,
         upsampling=(1,) * rank,
+        scores=tuple(PLAIN_SCORES.items()),
         knobs=(),
     )  # fmt: skip
     made = replace(made, knobs=tuple(_tiles(made, random).items()))
@@ -237,6 +254,15 @@ def family(number: int) -> Family:
     if random.random() < 0.3 and not made.rpb:
         factors = tuple(1 if d else random.choice((1, 2, 3, 4)) for d in made.dilated)
         made = replace(made, upsampling=factors)
+    random = Random(f"scores of {number}")
+    if random.random() < 0.4:
+        scores = {
+            "softcap": random.choice((0.0, 0.5, 4.0)),
+            "sink": random.random() < 0.4,
+            "key_mask": random.random() < 0.6,
+            "query_mask": random.random() < 0.4,
+        }
+        made = replace(made, scores=tuple(scores.items()))
     return made
 
 
@@ -318,6 +344,7 @@ def family_case(family: Family, seed: int) -> Case:
         is_causal=family.is_causal,
         is_circular=(False,) * family.rank,
         upsampling=(1,) * family.rank,
+        **dict(family.scores),
         dilation=dilation,
         contiguous=family.contiguous,
         heads=heads_kv * family.group,
@@ -362,6 +389,10 @@ def gluon_family(number: int) -> Family:
         "backward_q_tile_shape": tile(8192 // head_dim),
         "backward_kv_tile_shape": tile(128),
     }
+    # The gradients' kernel takes these, the forward one does not.
+    drawn = Random(f"scores of {number}")
+    scores = {name: drawn.random() < 0.15 for name in ("sink", "query_mask")}
+    scores = {**PLAIN_SCORES, **scores}
     return Family(
         rank, tuple(random.random() < 0.25 for _ in range(rank)), "hopper",
         random.choice((BF16, FP16)), head_dim, head_dim,
@@ -376,17 +407,18 @@ def gluon_family(number: int) -> Family:
         lengths=False,
         is_circular=(False,) * rank,
         upsampling=(1,) * rank,
+        scores=tuple(scores.items()),
         knobs=tuple(knobs.items()),
     )  # fmt: skip
 
 
 def check_gluon_problem(number: int, seed: int) -> None:
-    """Check problem ``seed`` of such a family, and that these kernels computed it."""
+    """Check problem ``seed`` of such a family, and that these kernels computed what they can."""
     chosen = gluon_family(number)
     case = family_case(chosen, seed)
     with _launched() as names:
         check(case, "hopper", chosen.dtype, **dict(chosen.knobs))
-    wanted = {"hopper_forward_kernel"}
+    wanted = set() if case.sink or case.query_mask else {"hopper_forward_kernel"}
     if not case.additional:
         wanted.add("hopper_gradients_kernel")
     assert wanted <= names, f"{wanted - names} did not run, but {names}"
