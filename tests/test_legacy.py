@@ -694,7 +694,8 @@ def test_flops_of_a_packed_projection(needs):
         qkv = module._heads(x).detach().requires_grad_(needs[0])
         with FlopCounterMode(display=False) as counter:
             if is_packed:
-                out = attend_packed(qkv, 2, [3, 3], [1, 2], [1, 1], [False, False], 1.0, module.rpb)
+                no = [False, False]
+                out = attend_packed(qkv, 2, [3, 3], [1, 2], [1, 1], no, no, 1.0, module.rpb)
             else:
                 query, key, value = qkv.split([6, 2, 2], -2)
                 out = natten.na2d(query, key, value, 3, (1, 2), rpb=module.rpb, scale=1.0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import random_case
+from cases import random_plain_case
 from checks import make_inputs, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,8 +26,8 @@ BACKENDS = ["reference", None]
 
 
 def draw(seed: int, **changes):
-    """A random problem in float64, without boxes."""
-    case = random_case(seed, max_tokens=120)
+    """A random problem in float64, without boxes, rings, upsampling, masks and sinks."""
+    case = random_plain_case(seed, None, 120)
     whole = {"grid": None, "query_origin": None, "key_origin": None}
     if case.grid is not None:
         whole |= {"tokens": case.grid, "key_tokens": case.grid}
@@ -35,6 +35,7 @@ def draw(seed: int, **changes):
     if lengths is not None:
         lengths = None if "additional" in changes else (lengths * 2)[:2]
     same = {"head_dim": 8, "head_dim_v": 8, "batch": 2, "additional_lengths": lengths}
+    same |= {"softcap": 0.0, "sink": False, "key_mask": False, "query_mask": False}
     case = replace(case, **{**same, **whole, **changes})
     return case, make_inputs(case, torch.float64)
 

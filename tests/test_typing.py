@@ -43,7 +43,7 @@ natten.na2d(q, q, q, 3, stride=2)
 natten.na2d(q, q, q, (3, 5), (1, 2), rpb=None, scale=1.0, backend="reference")
 natten.na2d(q, q, q, 3, strid=2)  # call-overload
 natten.na2d(q, q, q, 3.0)  # call-overload
-natten.na2d(q, q, q, 3, stride=[1, "2"])  # list-item
+natten.na2d(q, q, q, 3, stride=[1, "2"])  # arg-type
 natten.na2d(q, q, q, 3, return_lse=1)  # call-overload
 functional.na2d(q, q, q, 3, causal=True)  # call-overload
 
