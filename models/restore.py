@@ -203,8 +203,8 @@ and is no match for one that is trained on many.
 pixels with noise of 5 to 55, mean absolute error, AdamW with a peak learning rate of {lr}, seed
 {seed}; {minutes:.0f} minutes on {device}, which other programs used too, torch {torch}. The weights
 are stored in float16, and the numbers are of these.
-Between two forms of the network the training loss and the astronaut's face decided, so that of the two
-held-out photographs only chelsea is untouched by choices.
+Between two forms of the network the training loss and the astronaut's face decided, so that of the
+two held-out photographs only chelsea is untouched by choices.
 """
 
 
