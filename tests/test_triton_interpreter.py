@@ -139,7 +139,7 @@ GROUPS: dict[str, tuple[str, torch.dtype, list[Case]]] = {
             _thin("2d_softcap_rpb_additional"),
             _thin("2d_sink_gqa_dv"),
             replace(NAMED["2d_key_mask"], heads=1, heads_kv=1, tokens=(11, 9), key_tokens=(11, 9)),
-            _thin("3d_key_mask_causal"),
+            replace(NAMED["3d_key_mask_causal"], batch=1, heads=1, heads_kv=1),
             replace(NAMED["2d_masks_dilated_strided"], heads=1, heads_kv=1, batch=1),
             _thin("2d_masks_rpb"),
             replace(NAMED["2d_masks_additional_lengths"], heads=1, heads_kv=1),
@@ -598,3 +598,27 @@ def test_all_cases(case: Case, backend: str, dtype: torch.dtype) -> None:
         check_problem(case, backend, dtype, factor=FACTOR)
     except NotImplementedError as refusal:
         pytest.skip(str(refusal))
+
+
+def test_tiles_without_valid_keys_are_skipped() -> None:
+    """Not even NaN of keys and values in such tiles reaches a sum."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 160, 1, 16, dtype=HALF) for _ in range(3))
+    valid = torch.ones(1, 160, dtype=torch.bool)
+    valid[:, 32:96] = valid[:, 100:105] = False
+    tiles = {f"{p}q_tile_size": 64 for p in ("", "backward_")}
+    tiles |= {f"{p}kv_tile_size": 32 for p in ("", "backward_")}
+    results = []
+    for fill in (0.0, torch.nan):
+        leaves = [query.clone(), key.clone(), value.clone()]
+        for tensor in leaves[1:]:
+            tensor[:, 32:96] = fill
+        for tensor in leaves:
+            tensor.requires_grad_()
+        out = natten.attention(*leaves, key_mask=valid, backend="cutlass-fmha", **tiles)
+        results.append([out, *torch.autograd.grad(out.float().sin().sum(), leaves)])
+    for zeros, nans in zip(*results):
+        assert bool(zeros.isfinite().all())
+        assert torch.equal(zeros, nans)
+    for gradient in results[0][2:]:
+        assert not gradient[~valid].any()
