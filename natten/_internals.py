@@ -182,7 +182,7 @@ def is_exporting() -> bool:
 
 def is_known(condition: Any) -> bool:
     """A comparison of sizes; False where a compiler would have to guard on it."""
-    if not torch.compiler.is_compiling():
+    if not isinstance(condition, torch.SymBool):
         return bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 

@@ -37,9 +37,9 @@ class AxisTiles(NamedTuple):
     """Tiles along one axis; tokens are counted in the boxes of queries and of keys."""
 
     queries: Tensor  # int64 [tiles, size]; what fills a tile up repeats its first query
-    real: Tensor  # bool [tiles, size]: what does not fill up
+    real: Tensor | None  # bool [tiles, size]: what does not fill up; None if nothing does
     keys: Tensor  # int64 [tiles, width]
-    visible: Tensor  # bool [tiles, size, width]
+    visible: Tensor | None  # bool [tiles, size, width]; None if all are
     distance: Tensor  # int64 [tiles, size, width]: key position - query position
     tile: Tensor  # int64 [extent]: which tile a query is in
     slot: Tensor  # int64 [extent]: its place there
@@ -72,7 +72,7 @@ def _axis_tiles(
     elif size == 1:
         width = axis.kernel_size
         tile, slot = token, torch.zeros_like(token)
-        offset, first = token % d, token // d
+        offset, first = (token % d, token // d) if d > 1 else (slot, token)
     else:
         lengths = [-(-(extent - group) // d) for group in range(min(d, extent))]
         starts = [(g, p) for g, length in enumerate(lengths) for p in range(0, length, size)]
@@ -88,24 +88,37 @@ def _axis_tiles(
             width = min(width, -(-key_extent // d))
     if isinstance(key_extent, int) and key_extent == 0:
         width = 0
-    queries = offset[:, None] + d * (first[:, None] + torch.arange(size, device=device))
-    real = queries < extent
-    queries = torch.where(real, queries, (offset + d * first)[:, None])
     start, end = bounds_table(axis, query_origin, extent, key_origin, key_extent, device)
-    low, high = start[queries], end[queries]
-    begin = torch.where(high > low, low, 2 * axis.length).amin(1, keepdim=True)
+    real = None
     if is_whole:
-        begin = torch.full_like(begin, key_origin)
+        queries, low, high = token[None], start[None], end[None]
+        begin = torch.full_like(offset, key_origin)[:, None]
+    elif size == 1:
+        queries, low, high = token[:, None], start[:, None], end[:, None]
+        begin = low
+    else:
+        queries = offset[:, None] + d * (first[:, None] + torch.arange(size, device=device))
+        real = queries < extent
+        queries = torch.where(real, queries, (offset + d * first)[:, None])
+        low, high = start[queries], end[queries]
+        begin = torch.where(high > low, low, 2 * axis.length).amin(1, keepdim=True)
     position = begin + torch.arange(width, device=device)
-    group = (query_origin + offset[:, None]) % d
+    group = (query_origin + offset[:, None]) % d if d > 1 else 0
     if axis.is_circular:
         # A box that is longer than the ring has a key at more than one position.
         keys = group + d * (position % (axis.length // d))
     else:
-        keys = (group + d * position - key_origin).clamp(0, max=key_extent - 1)
+        keys = group + d * position - key_origin
     inside = position[:, None]
-    visible = (inside >= low[..., None]) & (inside < high[..., None]) & real[..., None]
     distance = inside - ((query_origin + queries) // d // axis.upsampling)[..., None]
+    fits = is_known(key_extent == axis.length) and not axis.is_causal
+    if fits and (is_whole or (isinstance(size, int) and size == 1)):
+        return AxisTiles(queries, real, keys, None, distance, tile, slot)
+    if not axis.is_circular:
+        keys = keys.clamp(0, max=key_extent - 1)
+    visible = (inside >= low[..., None]) & (inside < high[..., None])
+    if real is not None:
+        visible = visible & real[..., None]
     return AxisTiles(queries, real, keys, visible, distance, tile, slot)
 
 
@@ -150,9 +163,9 @@ class Chunk(NamedTuple):
 
     problem: Problem
     queries: Tensor  # int64 [tiles, size]: flat tokens
-    real: Tensor  # bool [1 or batch, tiles, size]: queries that may see something
+    real: Tensor | None  # bool [1 or batch, tiles, size]: queries that may see something
     keys: Tensor  # int64 [tiles, width]
-    visible: Tensor  # bool [1 or batch, tiles, size, width]
+    visible: Tensor | None  # bool [1 or batch, tiles, size, width]
     bias_index: Tensor | None  # int64 [tiles, size, width]: flat entries of a head's rpb
     hidden: Tensor | None  # bool [batch, tiles, width]: keys that are not valid
     absent: Tensor | None  # bool [batch, additional keys]: likewise
@@ -216,7 +229,8 @@ class Chunk(NamedTuple):
         dtype = problem.accumulation_dtype
 
         def zeros(number: int) -> Tensor:
-            return self.real.new_zeros(tiles, *heads, size, number, dtype=dtype)
+            shape = (tiles, *heads, size, number)
+            return torch.zeros(shape, dtype=dtype, device=self.queries.device)
 
         parts = [zeros(self.keys.shape[1])]
         if rpb is not None and self.bias_index is not None:
@@ -231,16 +245,24 @@ class Chunk(NamedTuple):
 
     def softmax(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Weights, 0 where a query does not see a key, and logsumexp, rows of one feature."""
-        seen = self.visible[:, :, None, None]
-        if self.num_extra:
+        if self.visible is None and self.real is None and self.absent is None:
+            return pairs.softmax(-1), pairs.logsumexp(-1, keepdim=True)
+        tiles, size, width = *self.queries.shape, self.keys.shape[1]
+        seen = more = pairs.new_ones((1, 1, 1, 1, 1, 1), dtype=torch.bool)
+        if self.visible is not None:
+            seen = self.visible[:, :, None, None]
+        if self.real is not None:
             more = self.real[:, :, None, None, :, None]
+        if self.num_extra:
             if self.absent is not None:
                 own = more & ~self.absent[:, None, None, None, None]
                 sinks = more.expand(*own.shape[:-1], self.problem.has_sink)
                 more = torch.cat([own, sinks], -1)
-            more = more.expand(*more.shape[:-1], self.num_extra)
             batch = max(seen.shape[0], more.shape[0])
-            parts = [t.expand(batch, -1, -1, -1, -1, -1) for t in (seen, more)]
+            parts = [
+                part.expand(batch, tiles, 1, 1, size, number)
+                for part, number in ((seen, width), (more, self.num_extra))
+            ]
             seen = torch.cat(parts, -1)
         nothing = ~seen.any(-1, keepdim=True)
         # A query without a key has no maximum to subtract, and its weights have no derivative.
@@ -313,6 +335,14 @@ def _spread(pairs: Tensor, is_inner: bool = False) -> Tensor:
     return pairs[:, None, :, None] if is_inner else pairs[:, :, None, :, None]
 
 
+def _ones(like: Tensor, *sizes: int) -> Tensor:
+    return torch.ones(like.shape[0], *sizes, dtype=torch.bool, device=like.device)
+
+
+def _both(mask: Tensor | None, other: Tensor) -> Tensor:
+    return other if mask is None else mask & other
+
+
 def _at(mask: Tensor, tokens: Tensor) -> Tensor:
     """``[batch, *tokens]`` at flat tokens ``[tiles, n]``: ``[batch, tiles, n]``."""
     found = mask.flatten(1).index_select(1, tokens.reshape(-1))
@@ -358,13 +388,15 @@ class Tiles:
                 _Sequences.of(inputs.cumulative_seqlen_q, problem.query_shape[0]),
                 _Sequences.of(inputs.cumulative_seqlen_kv, problem.key_shape[0]),
             )
+        sizes = _sizes(problem) if sizes is None else sizes
+        self._is_in_order = all(n == 1 for n in sizes) or all(n is None for n in sizes)
         self._axes = [
             _axis_tiles(axis, query_box, key_box, size, inputs.query.device)
             for axis, query_box, key_box, size in zip(
                 axes,
                 zip(problem.query_origin, problem.query_shape, strict=True),
                 zip(problem.key_origin, problem.key_shape, strict=True),
-                _sizes(problem) if sizes is None else sizes,
+                sizes,
                 strict=True,
             )
         ]
@@ -401,15 +433,28 @@ class Tiles:
     def _chunk(self, numbers: Sequence[Tensor]) -> Chunk:
         """Tiles by their numbers along each axis."""
         problem, lengths = self.problem, self.inputs.additional_lengths
-        queries = keys = torch.zeros_like(numbers[0])[:, None]
-        real = queries == 0
-        visible, index = real[..., None], keys[..., None]
+        queries = keys = index = torch.zeros_like(numbers[0])[:, None]
+        index = index[..., None]
+        shapes = [(axis.queries[own], axis.keys[own]) for axis, own in zip(self._axes, numbers)]
+        real = visible = None
         for i, (axis, own) in enumerate(zip(self._axes, numbers, strict=True)):
-            queries = _outer(queries * problem.query_shape[i], axis.queries[own])
-            keys = _outer(keys * problem.key_shape[i], axis.keys[own])
-            real = (real[:, :, None] & axis.real[own][:, None]).flatten(1)
-            visible = _spread(visible) & _spread(axis.visible[own], True)
-            visible = visible.flatten(3, 4).flatten(1, 2)
+            outer, inner = (queries.shape[1], keys.shape[1]), shapes[i]
+            queries = _outer(queries * problem.query_shape[i], inner[0])
+            keys = _outer(keys * problem.key_shape[i], inner[1])
+            if real is not None or axis.real is not None:
+                parts = [
+                    _ones(own, outer[0]) if real is None else real,
+                    _ones(own, inner[0].shape[1]) if axis.real is None else axis.real[own],
+                ]
+                real = (parts[0][:, :, None] & parts[1][:, None]).flatten(1)
+            if visible is not None or axis.visible is not None:
+                sizes = [t.shape[1] for t in inner]
+                parts = [
+                    _ones(own, *outer) if visible is None else visible,
+                    _ones(own, *sizes) if axis.visible is None else axis.visible[own],
+                ]
+                visible = _spread(parts[0]) & _spread(parts[1], True)
+                visible = visible.flatten(3, 4).flatten(1, 2)
             if problem.has_rpb:
                 size = 2 * problem.kernel_size[i] - 1
                 # Pairs that are not visible must not leave the table.
@@ -419,18 +464,19 @@ class Tiles:
         if self._sequences is not None:
             q, k = self._sequences
             q, k = (_Sequences(*[t[i] for t in s]) for s, i in ((q, queries), (k, keys)))
-            visible = visible & (q.number[..., None] == k.number[:, None]) & q.exists[..., None]
+            same = (q.number[..., None] == k.number[:, None]) & q.exists[..., None]
             if problem.is_causal[0]:
-                visible = visible & (q.place[..., None] >= k.place[:, None])
-            real = real & q.exists
-        real, visible = real[None], visible[None]
+                same = same & (q.place[..., None] >= k.place[:, None])
+            visible = _both(visible, same)
+            real = _both(real, q.exists)
+        real, visible = (None if t is None else t[None] for t in (real, visible))
         hidden = query_mask = None
         if self.inputs.key_mask is not None:
             valid = _at(self.inputs.key_mask, keys)
-            visible, hidden = visible & valid[:, :, None], ~valid
+            visible, hidden = _both(visible, valid[:, :, None]), ~valid
         if self.inputs.query_mask is not None:
             query_mask = _at(self.inputs.query_mask, queries)
-            real, visible = real & query_mask, visible & query_mask[..., None]
+            real, visible = _both(real, query_mask), _both(visible, query_mask[..., None])
         missing = None if lengths is None else absent(lengths, problem.num_additional)
         return Chunk(
             problem, queries, real, keys, visible, index if problem.has_rpb else None, hidden,
@@ -439,13 +485,6 @@ class Tiles:
 
     def in_order(self, rows: Sequence[Tensor]) -> Tensor:
         """Rows of all chunks as ``[batch, *query_shape, heads, features]``."""
-        first, *others = self._axes
-        tile, slot = first.tile, first.slot
-        for axis in others:
-            tiles, size = axis.queries.shape
-            tile = (tile[:, None] * tiles + axis.tile).flatten()
-            slot = (slot[:, None] * size + axis.slot).flatten()
-        size = prod([axis.queries.shape[1] for axis in self._axes])
         problem = self.problem
         parts = [
             r.permute(0, 1, 4, 2, 3, 5).reshape(
@@ -453,8 +492,21 @@ class Tiles:
             )
             for r in rows
         ]
-        found = torch.cat(parts, 1).index_select(1, tile * size + slot)
+        found = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        if not self._is_in_order:
+            found = found.index_select(1, self._places())
         return found.reshape(problem.batch, *problem.query_shape, *found.shape[2:])
+
+    def _places(self) -> Tensor:
+        """Which row of all tiles' each query is."""
+        first, *others = self._axes
+        tile, slot = first.tile, first.slot
+        for axis in others:
+            tiles, size = axis.queries.shape
+            tile = (tile[:, None] * tiles + axis.tile).flatten()
+            slot = (slot[:, None] * size + axis.slot).flatten()
+        size = prod([axis.queries.shape[1] for axis in self._axes])
+        return tile * size + slot
 
 
 def attention(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
