@@ -150,26 +150,39 @@ def transforming() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def transformed(function: type[torch.autograd.Function], arguments: tuple[Any, ...]) -> Any:
-    """``function.apply(*arguments)`` under the transforms of torch.func, functionalization too,
-    which torch itself has no rule for. The function changes nothing and returns no views, so that
-    there is nothing for it to do but to hand on what it wraps."""
-    top = torch._C._functorch.peek_interpreter_stack()
-    if top is None or top.key() != torch._C._functorch.TransformType.Functionalize:
-        return function.apply(*arguments)
-    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+# Functions that change nothing and return no views.
+_pure: set[type[torch.autograd.Function]] = set()
+
+
+@cache
+def _functionalize() -> None:
+    """Have torch.func.functionalize hand on what it wraps to pure Functions: torch has no rule for
+    any."""
+    from torch._functorch.autograd_function import custom_function_call
     from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 
-    level = FunctorchFunctionalizeAPI(
-        retrieve_current_functorch_interpreter()  # type: ignore[arg-type]
-    )
-    inner: Any = level.unwrap_tensors(arguments)
-    with level.redispatch_to_next():
-        if transforming():
-            results = transformed(function, inner)
-        else:
+    rules: Any = custom_function_call.functorch_table
+    kind = torch._C._functorch.TransformType.Functionalize
+    of_others = rules[kind]
+
+    def rule(interpreter: Any, function: Any, *arguments: Any) -> Any:
+        if function not in _pure:
+            return of_others(interpreter, function, *arguments)
+        level = FunctorchFunctionalizeAPI(interpreter)
+        inner: Any = level.unwrap_tensors(arguments)
+        with level.redispatch_to_next():
             results = function.apply(*inner)
-    return level.wrap_tensors(results)
+        return level.wrap_tensors(results)
+
+    rules[kind] = rule
+
+
+def transformed(function: type[torch.autograd.Function], arguments: tuple[Any, ...]) -> Any:
+    """``function.apply(*arguments)`` under the transforms of torch.func, functionalization too. The
+    function changes nothing and returns no views."""
+    _pure.add(function)
+    _functionalize()
+    return function.apply(*arguments)
 
 
 def is_exporting() -> bool:

@@ -11,6 +11,7 @@ from natten.functional.neighborhood import (
     na3d,
     neighborhood_attention_generic,
 )
+from natten.functional.operators import decompositions
 from natten.functional.window_products.functions import (
     na1d_av,
     na1d_qk,
@@ -22,6 +23,7 @@ from natten.functional.window_products.functions import (
 
 __all__ = [
     "attention",
+    "decompositions",
     "explain",
     "merge_attentions",
     "na1d",

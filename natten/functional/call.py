@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, sym_max
 
 from natten import validation
 from natten.functional.backend import Inputs
@@ -157,7 +157,9 @@ def decode_window(
                 "query and key must have the same token shape (or boxes of one grid=), got "
                 f"{tuple(query_shape)} and {tuple(key_shape)}"
             )
-        grid = tuple([max(q, k, 1) for q, k in zip(query_shape, key_shape, strict=True)])
+        grid = tuple(
+            [sym_max(sym_max(q, k), 1) for q, k in zip(query_shape, key_shape, strict=True)]
+        )
         query_origin = key_origin = zeros
         if EVERYTHING not in kernel_size:
             grid = tuple(query_shape)

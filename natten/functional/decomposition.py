@@ -58,7 +58,8 @@ def _axis_tiles(
         axis: The axis.
         query_box: Origin and extent.
         key_box: Likewise.
-        size: None for one tile of all queries and all keys; else of symbolic extents only 1.
+        size: None for one tile of all queries and all keys, where every window is the whole axis;
+            else of symbolic extents only 1.
         device: Of the tables.
     """
     (query_origin, extent), (key_origin, key_extent) = query_box, key_box
@@ -111,8 +112,7 @@ def _axis_tiles(
         keys = group + d * position - key_origin
     inside = position[:, None]
     distance = inside - ((query_origin + queries) // d // axis.upsampling)[..., None]
-    fits = is_known(key_extent == axis.length) and not axis.is_causal
-    if fits and (is_whole or (isinstance(size, int) and size == 1)):
+    if not axis.is_causal and (is_whole or (real is None and is_known(key_extent == axis.length))):
         return AxisTiles(queries, real, keys, None, distance, tile, slot)
     if not axis.is_circular:
         keys = keys.clamp(0, max=key_extent - 1)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from natten.context import preferences
 from natten.functional import sink as sinks
 from natten.functional.backend import Inputs, Results
 from natten.functional.call import (
+    EVERYTHING,
     NUM_DIFFERENTIABLE,
     NUM_TENSORS,
     Call,
@@ -596,11 +598,29 @@ def _decomposed(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The forward operator in operators of torch's own, for exported programs."""
     tensors, parameters = Tensors(*arguments[:NUM_TENSORS]), Parameters(*arguments[NUM_TENSORS:])
     problem = make_problem(tensors, parameters)
+    if len(parameters.window) == 4 * problem.rank and not problem.is_circular:
+        # Which of query and key is longer is no part of a program for all sizes.
+        shapes = zip(problem.query_shape, problem.key_shape, problem.grid, parameters.window)
+        grid = tuple([q + k if size == EVERYTHING else n for q, k, n, size in shapes])
+        sizes = zip(problem.kernel_size, grid, parameters.window)
+        kernel_size = tuple([n if size == EVERYTHING else k for k, n, size in sizes])
+        problem = replace(problem, grid=grid, kernel_size=kernel_size)
     query, key, value = separated(tensors, parameters.heads_kv)
     return attention(problem, Inputs(query, key, value, *tensors[3:]))
 
 
 _internals.decompose(torch.ops.natten.neighborhood_attention.default, _decomposed, _forward_fake)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """What ``natten::neighborhood_attention`` is made of in torch's own operators, for
+    ``ExportedProgram.run_decompositions``: gathers, products of matrices and a softmax, for all
+    sizes that the program is for, in memory linear in tokens times window times head_dim.
+
+    ``torch.onnx.export(dynamo=True)`` looks it up by itself.
+    """
+    return {torch.ops.natten.neighborhood_attention.default: _decomposed}
+
 
 # The same for torch.jit.trace, which takes lists of plain integers only.
 library.define(
@@ -681,6 +701,7 @@ __all__ = [
     "autocast",
     "autocast_dtype",
     "check_devices",
+    "decompositions",
     "define",
     "forget",
     "needs_grad",
