@@ -258,3 +258,52 @@ def test_memory_is_linear(monkeypatch):
     query = torch.randn(1, 4000, 1, 4)
     torch.func.jvp(lambda q: natten.attention(q, q, q), (query,), (query,))
     assert 0 < largest <= decomposition._CHUNK["cpu"] < query.shape[1] ** 2 / 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(dtype):
+    """The backend's forward and backward pass and their derivatives, against float64 on a CPU."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = natten.na2d(q, k, v, (5, 3), dilation=(1, 2), rpb=rpb, return_lse=True)
+        return out, lse
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 19, 17, 4, 64), *[(2, 19, 17, 2, 64)] * 2, (4, 9, 5)]
+    primals, tangents = (
+        [torch.randn(shape, generator=generator).to(dtype) for shape in shapes] for _ in range(2)
+    )
+    found = []
+    for device, precision in (("cuda", dtype), ("cpu", torch.float64)):
+        at = tuple(t.to(device, precision) for t in primals)
+        along = tuple(t.to(device, precision) for t in tangents)
+        results, changes = torch.func.jvp(function, at, along)
+        leaves = tuple(t.requires_grad_() for t in at)
+        out, lse = function(*leaves)
+        loss = out.float().square().sum() + lse.float().square().sum()
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+        slope = sum((g.double() * t).sum() for g, t in zip(gradients, along))
+        second = torch.autograd.grad(slope, leaves)
+        found.append([*results, *changes, *gradients, *second])
+    relative = 2e-2 if dtype == torch.bfloat16 else 2e-3
+    for mine, true in zip(*found, strict=True):
+        error = float((mine.detach().cpu().double() - true.detach().double()).abs().max())
+        assert error <= relative * float(true.detach().abs().max())
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu():
+    """Linear in the number of tokens: a million of them."""
+    query = torch.randn(1, 1024, 1024, 1, 32, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    torch.func.jvp(lambda q: natten.na2d(q, q, q, 7), (query,), (query,))
+    size = query.numel() * query.element_size()
+    assert torch.cuda.max_memory_allocated() - before <= 30 * size + (3 << 30)
+    leaf = query.requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        natten.na2d(leaf, leaf, leaf, 7).square().sum(), leaf, create_graph=True
+    )
+    torch.autograd.grad((gradient * query.detach()).sum(), leaf)
+    assert torch.cuda.max_memory_allocated() - before <= 60 * size + (4 << 30)
