@@ -235,6 +235,15 @@ def test_nothing_is_seen():
     _, tangent = torch.func.jvp(function, primals, tangents)
     assert bool((tangent[0, :2] == 0).all())
     assert bool(tangent.isfinite().all())
+    sink = torch.randn(1, dtype=torch.float64)
+    nothing = query.detach()[:, :0]
+
+    def alone(sink: Tensor) -> tuple[Tensor, Tensor]:
+        return natten.attention(query.detach(), nothing, nothing, sink=sink, return_lse=True)
+
+    out, lse = torch.func.jvp(alone, (sink,), (sink.cos(),))[1]
+    assert bool((out == 0).all())
+    torch.testing.assert_close(lse, sink.cos().expand(lse.shape))
     none = torch.randn(1, 0, 1, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(
         natten.attention(none, none, none).sum(), none, create_graph=True

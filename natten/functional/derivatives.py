@@ -132,6 +132,13 @@ def _tangent_rows(x: Operands, dx: Operands, w: _Weights) -> Tensor:
     return weighted_sum(w.tangent, x.value) + weighted_sum(w.weights, dx.value)
 
 
+def _is_constant(call: Call) -> bool:
+    """Whether nothing that the results depend on is there: neither a query, nor a key or sink."""
+    problem = call.problem
+    has_rows = problem.batch and problem.num_queries and problem.heads
+    return call.is_empty and not (has_rows and problem.has_sink)
+
+
 def _zeros(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
 
@@ -149,7 +156,7 @@ def output_tangents(call: Call, tensors: Tensors, tangents: MaybeTensors) -> tup
         ``[batch, *query_shape, heads]`` in its own.
     """
     problem = call.problem
-    if call.is_empty:
+    if _is_constant(call):
         return (
             tensors.query.new_zeros(call.out_shape),
             tensors.query.new_zeros(call.out_shape[:-1], dtype=problem.accumulation_dtype),
@@ -194,7 +201,7 @@ def gradient_tangents(
         As `output_tangents`, and a tensor like each of the first seven tensors; None for None.
     """
     problem = call.problem
-    if call.is_empty:
+    if _is_constant(call):
         zeros = tuple([None if t is None else _zeros(t) for t in tensors[:NUM_DIFFERENTIABLE]])
         return SecondOrder(*output_tangents(call, tensors, tangents), zeros)
     inputs, changes = _prepared(call, tangents, tensors)
