@@ -51,6 +51,22 @@ def neighborhoods() -> Figure:
     return figure
 
 
+def upsampling() -> Figure:
+    """Queries of a grid three times as fine as that of the keys, and the windows of their cells."""
+    cells, factor = ((1, 1), (3, 4)), 3
+    queries = torch.full((5 * factor, 6 * factor), -1)
+    for number, cell in enumerate(cells):
+        y, x = (factor * n for n in cell)
+        queries[y : y + factor, x : x + factor] = number
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
+    viz._draw_grid(left, queries, [])
+    left.set_title("query: 15 x 18 tokens", fontsize=9, family="monospace")
+    viz.draw_neighborhood(right, cells, (5, 6), 3)
+    right.set_title("key: 5 x 6 tokens, kernel_size=3", fontsize=9, family="monospace")
+    return figure
+
+
 def neighborhood_1d() -> Figure:
     """Two queries of a sequence, with context tokens that all queries see."""
     return viz.neighborhood_figure(
@@ -385,6 +401,7 @@ DRAWN: dict[str, tuple[Callable[[], Figure], bool]] = {
     "masks": (masks, False),
     "scores": (scores, False),
     "neighborhood-1d": (neighborhood_1d, False),
+    "upsampling": (upsampling, False),
     "neighborhood-3d": (neighborhood_3d, False),
     "tiles": (tiles, False),
     "advice": (advice, False),

@@ -226,6 +226,24 @@ GROUPS: dict[str, tuple[str, torch.dtype, list[Case]]] = {
             replace(NAMED["3d_rings"], batch=1, heads=1, heads_kv=1),
         ],
     ),
+    "cutlass_upsampled": (
+        "cutlass",
+        HALF,
+        [
+            *map(
+                _thin,
+                (
+                    "1d_up4_causal_strided",
+                    "1d_up2_whole",
+                    "1d_up16",
+                    "2d_up_gqa_additional",
+                    "2d_up_causal_ring",
+                    "3d_up",
+                ),
+            ),
+            replace(NAMED["2d_up_rings"], batch=1, heads=1, heads_kv=1),
+        ],
+    ),
     "cutlass_float32": (
         "cutlass",
         SINGLE,
@@ -259,6 +277,7 @@ GROUPS: dict[str, tuple[str, torch.dtype, list[Case]]] = {
             _wide("2d_rpb"),
             _wide("2d_sub_strided"),
             _wide("2d_ring"),
+            _wide("2d_up_one_axis"),
             _wide("1d_ring_almost_whole"),
             _wide("attention_cross"),
             _wide("attention_causal"),
