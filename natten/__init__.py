@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from natten import models as models  # type: ignore[attr-defined]
     from natten import modules as modules
     from natten import nn as nn
+    from natten import varlen as varlen
     from natten import viz as viz
     from natten.nn import (
         NeighborhoodAttention1D,
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from natten.precompiling import precompile
     from natten.profile_file import load_profile
     from natten.simulator import simulate
+    from natten.varlen import GridLayout
 
 # Clients ask this before they rely on fused kernels. Here those are Triton and numba programs
 # without a compiled library: they are always part of the installation, and whether one runs a
@@ -118,6 +120,7 @@ flops.register()
 
 # Imported at first use, so that importing natten stays fast.
 _LAZY = {
+    "GridLayout": "natten.varlen",
     "NeighborhoodAttention1D": "natten.nn",
     "NeighborhoodAttention2D": "natten.nn",
     "NeighborhoodAttention3D": "natten.nn",
@@ -135,6 +138,7 @@ _LAZY_MODULES = (
     "models",
     "modules",
     "nn",
+    "varlen",
     "viz",
 )
 
@@ -151,6 +155,7 @@ if not TYPE_CHECKING:
 
 __all__ = [
     "HAS_LIBNATTEN",
+    "GridLayout",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",

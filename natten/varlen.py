@@ -1,0 +1,352 @@
+"""Grids of different sizes in one batch: images at native resolution, clips of different lengths.
+
+Their tokens lie one grid after the other, ``[1, total, heads, head_dim]``, and a
+:class:`GridLayout` says where. Nothing is padded. Grids of one size that follow each other, with
+one window, are one call of :func:`~natten.functional.neighborhood_attention_generic`, on a view of
+the packed tensors: sorted by size, a batch takes as many calls as it has sizes.
+
+The names of the last two functions, and their arguments, are those of NATTEN's proposal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from natten import validation
+from natten.functional.neighborhood import neighborhood_attention_generic
+from natten.types import BoolOrSequence, IntOrSequence, KernelSchedule
+
+_Sizes = Sequence[IntOrSequence | None]
+
+
+class GridLayout:
+    """The sizes of packed grids.
+
+    Made once, from numbers alone: nothing waits for a GPU, then or later.
+
+    Attributes:
+        sizes: Extents of each grid, in their order.
+        tokens: How many tokens each grid has.
+    """
+
+    def __init__(self, sizes: Sequence[IntOrSequence]) -> None:
+        """Makes a layout.
+
+        Args:
+            sizes: Extents of each grid, in their order; all of one rank, which is 1, 2 or 3.
+
+        Raises:
+            ValueError: There is no grid, or they differ in rank, or an extent is no integer of at
+                least 0.
+        """
+        if not isinstance(sizes, Sequence) or not sizes:
+            raise ValueError(
+                "sizes must be the extents of at least one grid, such as [(14, 20), (9, 31)], got "
+                f"{validation.shown(sizes)}"
+            )
+        first = sizes[0]
+        rank = len(first) if isinstance(first, Sequence) else 1
+        if not 1 <= rank <= 3:
+            raise ValueError(f"sizes must have 1, 2 or 3 extents each, got {first}")
+        self.sizes = tuple([validation.int_tuple("sizes", size, rank, minimum=0) for size in sizes])
+        self.tokens = tuple(map(prod, self.sizes))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GridLayout) and self.sizes == other.sizes
+
+    def __hash__(self) -> int:
+        return hash(self.sizes)
+
+    def __repr__(self) -> str:
+        return f"GridLayout({list(self.sizes)})"
+
+    @property
+    def rank(self) -> int:
+        """Axes of each grid."""
+        return len(self.sizes[0])
+
+    @property
+    def total(self) -> int:
+        """Tokens of all grids."""
+        return sum(self.tokens)
+
+    def pack(self, grids: Sequence[Tensor]) -> Tensor:
+        """Tensors ``[*size, ...]``, one for each grid, as one ``[1, total, ...]``.
+
+        Raises:
+            ValueError: Their number or extents are others.
+        """
+        found = tuple([tuple(grid.shape[: self.rank]) for grid in grids])
+        if found != self.sizes:
+            raise ValueError(f"grids must have the sizes {self.sizes}, got {found}")
+        return torch.cat([grid.flatten(0, self.rank - 1) for grid in grids]).unsqueeze(0)
+
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """The inverse of :meth:`pack`: views ``[*size, ...]``.
+
+        Raises:
+            ValueError: ``packed`` is not ``[1, total, ...]``.
+        """
+        check_packed("packed", packed, self)
+        parts = packed.squeeze(0).split(self.tokens)
+        return [part.unflatten(0, size) for part, size in zip(parts, self.sizes, strict=True)]
+
+
+def check_packed(name: str, tensor: Any, layout: GridLayout) -> None:
+    """Check a tensor of packed tokens."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dim() < 2 or tensor.shape[:2] != (1, layout.total):
+        raise ValueError(
+            f"{name} must hold {layout.total} packed tokens, [1, {layout.total}, ...], got shape "
+            f"{tuple(tensor.shape)}"
+        )
+
+
+class _Window(NamedTuple):
+    """Of one grid."""
+
+    size: tuple[int, ...]
+    kernel_size: Any
+    stride: Any
+    dilation: Any
+
+
+class _Run(NamedTuple):
+    """Grids of one size and window that follow each other."""
+
+    first: int
+    grids: int
+    window: _Window
+
+
+@dataclass(frozen=True)
+class PackedWindows:
+    """What :func:`configure_varlen` returns: a layout, and a window for each of its grids."""
+
+    layout: GridLayout
+    windows: tuple[_Window, ...]
+    is_causal: BoolOrSequence | None
+    knobs: dict[str, Any]
+
+    @cached_property
+    def runs(self) -> tuple[_Run, ...]:
+        """The calls that it takes."""
+        found, first = [], 0
+        for window, group in groupby(self.windows):
+            count = len(list(group))
+            found.append(_Run(first, count, window))
+            first += count
+        return tuple(found)
+
+
+def _each(name: str, one: Any, many: _Sizes | None, layout: GridLayout) -> tuple[Any, ...]:
+    """A parameter of the window for each grid."""
+    if many is None:
+        return (tuple(one) if isinstance(one, Sequence) else one,) * len(layout.sizes)
+    if not isinstance(many, Sequence) or len(many) != len(layout.sizes):
+        raise ValueError(
+            f"{name}_list must have one value for each of {len(layout.sizes)} grids, got "
+            f"{validation.shown(many)}"
+        )
+    return tuple([tuple(value) if isinstance(value, Sequence) else value for value in many])
+
+
+def _layout(sizes: Any) -> GridLayout:
+    return sizes if isinstance(sizes, GridLayout) else GridLayout(sizes)
+
+
+def configure_varlen(
+    token_layout_list: GridLayout | Sequence[IntOrSequence],
+    head_dim: int | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    requires_grad: bool | None = None,
+    head_dim_v: int | None = None,
+    kernel_size: IntOrSequence | None = None,
+    stride: IntOrSequence | None = 1,
+    dilation: IntOrSequence | None = 1,
+    is_causal: BoolOrSequence | None = False,
+    kernel_size_list: _Sizes | None = None,
+    stride_list: _Sizes | None = None,
+    dilation_list: _Sizes | None = None,
+    backend: str | None = None,
+    **knobs: Any,
+) -> PackedWindows:
+    """The layout and the windows of packed grids, for :func:`neighborhood_attention_varlen`.
+
+    Args:
+        token_layout_list: A layout, or the sizes that it is made of.
+        head_dim, device, dtype, requires_grad, head_dim_v: Not needed, and not looked at: calls
+            choose by their tensors.
+        kernel_size: Window size of all grids.
+        stride: Queries that share one window, of all grids.
+        dilation: Distance of neighbors, of all grids.
+        is_causal: Whether queries attend to no later token, for each axis.
+        kernel_size_list, stride_list, dilation_list: Instead of these, one for each grid.
+        backend: As in :func:`natten.na2d`.
+        knobs: Tile shapes and schedules, as there.
+
+    Raises:
+        ValueError: No kernel_size, or lists of another length than the layout.
+    """
+    layout = _layout(token_layout_list)
+    if kernel_size is None and kernel_size_list is None:
+        raise ValueError("kernel_size or kernel_size_list must be given")
+    windows = map(
+        _Window,
+        layout.sizes,
+        _each("kernel_size", kernel_size, kernel_size_list, layout),
+        _each("stride", stride, stride_list, layout),
+        _each("dilation", dilation, dilation_list, layout),
+    )
+    return PackedWindows(layout, tuple(windows), is_causal, {"backend": backend, **knobs})
+
+
+def neighborhood_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    metadata: PackedWindows | GridLayout | None = None,
+    token_layout_list: Sequence[IntOrSequence] | None = None,
+    kernel_size: IntOrSequence | None = None,
+    stride: IntOrSequence | None = 1,
+    dilation: IntOrSequence | None = 1,
+    is_causal: BoolOrSequence | None = False,
+    kernel_size_list: _Sizes | None = None,
+    stride_list: _Sizes | None = None,
+    dilation_list: _Sizes | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+    q_tile_shape: Sequence[int] | None = None,
+    kv_tile_shape: Sequence[int] | None = None,
+    backward_q_tile_shape: Sequence[int] | None = None,
+    backward_kv_tile_shape: Sequence[int] | None = None,
+    run_persistent_kernel: bool = True,
+    kernel_schedule: str | KernelSchedule | None = None,
+    return_lse: bool = False,
+    *,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    additional_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention of packed grids, each to itself.
+
+    >>> layout = natten.GridLayout([(14, 20), (9, 31)])
+    >>> q, k, v = (torch.randn(1, layout.total, 4, 32) for _ in range(3))
+    >>> neighborhood_attention_varlen(q, k, v, layout, kernel_size=7).shape
+    torch.Size([1, 559, 4, 32])
+
+    Args:
+        query: ``[1, total, heads, head_dim]``.
+        key: ``[1, total, heads_kv, head_dim]``.
+        value: ``[1, total, heads_kv, head_dim_v]``.
+        metadata: The layout; or what :func:`configure_varlen` returned, with the windows and the
+            backend, which must not be given here then.
+        token_layout_list: The sizes of the grids, instead of a layout.
+        kernel_size, stride, dilation, is_causal: The window of all grids, as in
+            :func:`natten.na2d`. With ``clip_window=True`` it is cut to grids that are smaller.
+        kernel_size_list, stride_list, dilation_list: Instead of these, one for each grid.
+        scale, backend: As there, and so are the tile shapes and schedules.
+        return_lse: Also return the logsumexp.
+        additional_keys: ``[grids, context, heads_kv, head_dim]``, seen by the grid's queries.
+        additional_values: ``[grids, context, heads_kv, head_dim_v]``.
+        additional_lengths: ``[grids]``, how many of them each grid has.
+        key_mask: Bools ``[1, total]``, which keys are valid.
+        query_mask: Bools ``[1, total]``, which queries are.
+        options: ``rpb``, ``sink``, ``softcap``, ``is_circular`` and ``clip_window``, of all grids.
+
+    Returns:
+        ``[1, total, heads, head_dim_v]``, and with ``return_lse`` ``[1, total, heads]``.
+
+    Raises:
+        ValueError: Tensors that do not hold the layout's tokens; as :func:`natten.na2d`.
+    """
+    knobs: dict[str, Any] = {
+        "q_tile_shape": q_tile_shape, "kv_tile_shape": kv_tile_shape,
+        "backward_q_tile_shape": backward_q_tile_shape,
+        "backward_kv_tile_shape": backward_kv_tile_shape,
+        "run_persistent_kernel": run_persistent_kernel, "kernel_schedule": kernel_schedule,
+    }  # fmt: skip
+    if isinstance(metadata, PackedWindows):
+        if kernel_size is not None or kernel_size_list is not None or backend is not None:
+            raise ValueError(
+                "windows and backend are those that configure_varlen was given: kernel_size, "
+                "kernel_size_list and backend must be None here"
+            )
+        plan = metadata
+    else:
+        sizes = metadata if token_layout_list is None else token_layout_list
+        if sizes is None or (metadata is not None and token_layout_list is not None):
+            raise ValueError("either metadata or token_layout_list must be given")
+        plan = configure_varlen(
+            sizes, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal,
+            kernel_size_list=kernel_size_list, stride_list=stride_list,
+            dilation_list=dilation_list, backend=backend, **knobs,
+        )  # fmt: skip
+    layout = plan.layout
+    packed = {"query": query, "key": key, "value": value}
+    masks = {"key_mask": key_mask, "query_mask": query_mask}
+    packed |= {name: mask for name, mask in masks.items() if mask is not None}
+    for name, tokens in packed.items():
+        check_packed(name, tokens, layout)
+    entries = {
+        "additional_keys": additional_keys,
+        "additional_values": additional_values,
+        "additional_lengths": additional_lengths,
+    }
+    for name, tensor in entries.items():
+        if tensor is not None and tensor.shape[:1] != (len(layout.sizes),):
+            raise ValueError(
+                f"{name} must have one entry for each of {len(layout.sizes)} grids, got shape "
+                f"{tuple(tensor.shape)}"
+            )
+    counts = [run.grids for run in plan.runs]
+    lengths = [run.grids * prod(run.window.size) for run in plan.runs]
+    # One node of autograd each, whose gradient is one concatenation.
+    parts = {name: tokens.split_with_sizes(lengths, 1) for name, tokens in packed.items()}
+    parts |= {
+        name: tensor.split_with_sizes(counts)
+        for name, tensor in entries.items()
+        if tensor is not None
+    }
+    attend: Any = neighborhood_attention_generic
+    results = []
+    for number, run in enumerate(plan.runs):
+        given = {name: tensors[number] for name, tensors in parts.items()}
+        for name in packed:
+            given[name] = given[name].unflatten(1, (run.grids, *run.window.size)).squeeze(0)
+        results.append(
+            attend(
+                **given, kernel_size=run.window.kernel_size, stride=run.window.stride,
+                dilation=run.window.dilation, is_causal=plan.is_causal, scale=scale,
+                return_lse=True, **plan.knobs, **options,
+            )
+        )  # fmt: skip
+    out, lse = (_joined(found, layout) for found in zip(*results, strict=True))
+    return (out, lse) if return_lse else out
+
+
+def _joined(parts: tuple[Tensor, ...], layout: GridLayout) -> Tensor:
+    """The results of the runs as one tensor of packed tokens."""
+    flat = [part.flatten(0, layout.rank) for part in parts]
+    return (flat[0] if len(flat) == 1 else torch.cat(flat)).unsqueeze(0)
+
+
+__all__ = [
+    "GridLayout",
+    "PackedWindows",
+    "configure_varlen",
+    "neighborhood_attention_varlen",
+]
