@@ -10,12 +10,10 @@ The names of the last two functions, and their arguments, are those of NATTEN's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from natten import validation
 from natten.functional.neighborhood import neighborhood_attention_generic
 from natten.types import BoolOrSequence, IntOrSequence, KernelSchedule
 
+_Key = TypeVar("_Key")
 _Sizes = Sequence[IntOrSequence | None]
 
 
@@ -99,6 +98,53 @@ class GridLayout:
         parts = packed.squeeze(0).split(self.tokens)
         return [part.unflatten(0, size) for part, size in zip(parts, self.sizes, strict=True)]
 
+    def map(self, function: Callable[[Tensor], Tensor], packed: Tensor) -> Tensor:
+        """What a function of grids makes of packed ones: any module of this package, a block with
+        norms and rotary positions as well as attention alone.
+
+        Args:
+            function: From ``[grids, *size, ...]`` to as many tokens; called once for grids of one
+                size that follow each other.
+            packed: ``[1, total, ...]``.
+
+        Returns:
+            ``[1, total, ...]``.
+
+        Raises:
+            ValueError: ``packed`` is something else, or the function's result.
+        """
+        check_packed("packed", packed, self)
+        runs = _runs(self.sizes)
+        parts = packed.split_with_sizes([n * prod(size) for size, n in runs], 1)
+        found = []
+        for (size, grids), part in zip(runs, parts, strict=True):
+            result = function(part.unflatten(1, (grids, *size)).squeeze(0))
+            if result.shape[: 1 + self.rank] != (grids, *size):
+                raise ValueError(
+                    f"function must return as many tokens as it is given, [{grids}, *{size}, ...], "
+                    f"got shape {tuple(result.shape)}"
+                )
+            found.append(result)
+        return _joined(found, self.rank)
+
+
+def _runs(keys: Iterable[_Key]) -> list[tuple[_Key, int]]:
+    """Keys that differ from the one before, and how often they follow each other."""
+    found: list[tuple[_Key, int]] = []
+    # Not itertools.groupby, which torch.compile does not trace.
+    for key in keys:
+        if found and found[-1][0] == key:
+            found[-1] = key, found[-1][1] + 1
+        else:
+            found.append((key, 1))
+    return found
+
+
+def _joined(parts: Sequence[Tensor], rank: int) -> Tensor:
+    """What runs gave as one tensor of packed tokens."""
+    flat = [part.flatten(0, rank) for part in parts]
+    return (flat[0] if len(flat) == 1 else torch.cat(flat)).unsqueeze(0)
+
 
 def check_packed(name: str, tensor: Any, layout: GridLayout) -> None:
     """Check a tensor of packed tokens."""
@@ -120,14 +166,6 @@ class _Window(NamedTuple):
     dilation: Any
 
 
-class _Run(NamedTuple):
-    """Grids of one size and window that follow each other."""
-
-    first: int
-    grids: int
-    window: _Window
-
-
 @dataclass(frozen=True)
 class PackedWindows:
     """What :func:`configure_varlen` returns: a layout, and a window for each of its grids."""
@@ -136,16 +174,6 @@ class PackedWindows:
     windows: tuple[_Window, ...]
     is_causal: BoolOrSequence | None
     knobs: dict[str, Any]
-
-    @cached_property
-    def runs(self) -> tuple[_Run, ...]:
-        """The calls that it takes."""
-        found, first = [], 0
-        for window, group in groupby(self.windows):
-            count = len(list(group))
-            found.append(_Run(first, count, window))
-            first += count
-        return tuple(found)
 
 
 def _each(name: str, one: Any, many: _Sizes | None, layout: GridLayout) -> tuple[Any, ...]:
@@ -280,10 +308,12 @@ def neighborhood_attention_varlen(
         "run_persistent_kernel": run_persistent_kernel, "kernel_schedule": kernel_schedule,
     }  # fmt: skip
     if isinstance(metadata, PackedWindows):
-        if kernel_size is not None or kernel_size_list is not None or backend is not None:
+        lists = kernel_size_list, stride_list, dilation_list, token_layout_list
+        window = kernel_size, stride, dilation, is_causal, backend, *lists, *knobs.values()
+        if window != (None, 1, 1, False, *(None,) * 9, True, None):
             raise ValueError(
-                "windows and backend are those that configure_varlen was given: kernel_size, "
-                "kernel_size_list and backend must be None here"
+                "layout, windows, backend, tile shapes and schedule are those that "
+                "configure_varlen was given, and must not be given here"
             )
         plan = metadata
     else:
@@ -312,8 +342,9 @@ def neighborhood_attention_varlen(
                 f"{name} must have one entry for each of {len(layout.sizes)} grids, got shape "
                 f"{tuple(tensor.shape)}"
             )
-    counts = [run.grids for run in plan.runs]
-    lengths = [run.grids * prod(run.window.size) for run in plan.runs]
+    runs = _runs(plan.windows)
+    counts = [grids for _, grids in runs]
+    lengths = [grids * prod(window.size) for window, grids in runs]
     # One node of autograd each, whose gradient is one concatenation.
     parts = {name: tokens.split_with_sizes(lengths, 1) for name, tokens in packed.items()}
     parts |= {
@@ -323,25 +354,19 @@ def neighborhood_attention_varlen(
     }
     attend: Any = neighborhood_attention_generic
     results = []
-    for number, run in enumerate(plan.runs):
+    for number, (window, grids) in enumerate(runs):
         given = {name: tensors[number] for name, tensors in parts.items()}
         for name in packed:
-            given[name] = given[name].unflatten(1, (run.grids, *run.window.size)).squeeze(0)
+            given[name] = given[name].unflatten(1, (grids, *window.size)).squeeze(0)
         results.append(
             attend(
-                **given, kernel_size=run.window.kernel_size, stride=run.window.stride,
-                dilation=run.window.dilation, is_causal=plan.is_causal, scale=scale,
+                **given, kernel_size=window.kernel_size, stride=window.stride,
+                dilation=window.dilation, is_causal=plan.is_causal, scale=scale,
                 return_lse=True, **plan.knobs, **options,
             )
         )  # fmt: skip
-    out, lse = (_joined(found, layout) for found in zip(*results, strict=True))
+    out, lse = (_joined(found, layout.rank) for found in zip(*results, strict=True))
     return (out, lse) if return_lse else out
-
-
-def _joined(parts: tuple[Tensor, ...], layout: GridLayout) -> Tensor:
-    """The results of the runs as one tensor of packed tokens."""
-    flat = [part.flatten(0, layout.rank) for part in parts]
-    return (flat[0] if len(flat) == 1 else torch.cat(flat)).unsqueeze(0)
 
 
 __all__ = [

@@ -182,5 +182,36 @@ def test_errors(arguments: dict[str, Any], message: str) -> None:
 def test_what_was_configured_is_not_given_again() -> None:
     plan = configure_varlen([(3, 3)], kernel_size=2)
     tensors = [torch.zeros(1, 9, 4, 8) for _ in range(3)]
-    with pytest.raises(ValueError, match="must be None here"):
-        neighborhood_attention_varlen(*tensors, plan, kernel_size=3)
+    for more in (
+        {"kernel_size": 3},
+        {"stride": 2},
+        {"backend": "cpu-fna"},
+        {"q_tile_shape": (2, 2)},
+    ):
+        with pytest.raises(ValueError, match="must not be given here"):
+            neighborhood_attention_varlen(*tensors, plan, **more)
+
+
+def test_modules_of_packed_grids() -> None:
+    """Each grid as alone, with the gradients of everything; one call for each run."""
+    layout = GridLayout([(5, 8), (9, 4), (9, 4), (6, 6)])
+    torch.manual_seed(0)
+    block = natten.nn.NeighborhoodTransformerBlock(16, 2, kernel_size=(3, 3)).double()
+    x = torch.randn(1, layout.total, 16, dtype=torch.float64, requires_grad=True)
+    shapes: list[tuple[int, ...]] = []
+
+    def noted(grids: Tensor) -> Tensor:
+        shapes.append(tuple(grids.shape))
+        return block(grids)
+
+    inputs = (x, *block.parameters())
+    out = layout.map(noted, x)
+    assert shapes == [(1, 5, 8, 16), (2, 9, 4, 16), (1, 6, 6, 16)]
+    alone = layout.pack([block(grid[None])[0] for grid in layout.unpack(x)])
+    torch.testing.assert_close(out, alone, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(out)
+    found, expected = (torch.autograd.grad(y, inputs, weights) for y in (out, alone))
+    for mine, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="as many tokens as it is given"):
+        layout.map(lambda grids: grids[:, 1:], x)
