@@ -248,10 +248,12 @@ def axis_rows(
             count = tl.where(end_of_rows > first_row, count, 0)
             inner, inner_count = last_begin, first_end - last_begin
         else:
-            count = ceil_div(last_end - first_begin, COLUMN_TILE)
-            count = tl.where(end_of_rows > first_row, count, 0)
-            inner = ceil_div(last_begin - first_begin, COLUMN_TILE)
-            inner = tl.minimum(tl.maximum(inner, 0), count)
+            count = tl.where(
+                end_of_rows > first_row, ceil_div(last_end - first_begin, COLUMN_TILE), 0
+            )
+            inner = tl.minimum(
+                tl.maximum(ceil_div(last_begin - first_begin, COLUMN_TILE), 0), count
+            )
             inner_end = tl.maximum(first_end - first_begin, 0) // COLUMN_TILE
             inner_count = tl.maximum(tl.minimum(inner_end, count) - inner, 0)
 
