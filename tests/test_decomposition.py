@@ -164,6 +164,22 @@ def check_onnx(module: Any, dynamic: Any, traced: tuple[Tensor, ...], *others: A
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def _packed(query: Tensor, ends: Tensor) -> Tensor:
+    return natten.attention(
+        query, query, query, is_causal=True, cumulative_seqlen_Q=ends, cumulative_seqlen_KV=ends,
+        max_seqlen_Q=12, max_seqlen_KV=12,
+    )  # fmt: skip
+
+
+def test_packed_sequences_in_onnx():
+    """Any number of them; tokens behind the last one see nothing."""
+    packed = [
+        (grid(sum(lengths) + 2, batch=1), torch.tensor([0, *lengths]).cumsum(0).int())
+        for lengths in ([5, 0, 9], [3, 12, 1, 4])
+    ]
+    check_onnx(Calls(_packed), (({1: D}, {0: D}),), *packed)
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_onnx(name):
     module, dynamic, tensors = PROGRAMS[name]
