@@ -60,7 +60,7 @@ def axis_kernel(
     offset = tl.arange(0, TILE)[None, :]
     at = parameters + i
     rows, box, columns = axis_rows(
-        tl.load(at), tl.load(at + COUNT), offset,
+        (tl.load(at), tl.load(at + COUNT)), offset,
         (tl.load(at + 2 * COUNT), tl.load(at + 3 * COUNT), tl.load(at + 4 * COUNT),
          tl.load(at + 5 * COUNT)),
         (tl.load(at + 6 * COUNT), tl.load(at + 7 * COUNT)),

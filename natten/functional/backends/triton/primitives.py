@@ -205,20 +205,22 @@ def window(
 
 @triton.jit
 def axis_rows(
-    tile, tiles, offset, axis, row_box, column_box,
+    numbers, offset, axis, row_box, column_box,
     TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, CAUSAL: tl.constexpr, CIRCULAR: tl.constexpr,
     UPSAMPLING: tl.constexpr, INVERSE: tl.constexpr, ACTIVE: tl.constexpr,
 ):  # fmt: skip
     """Everything about one axis of a row tile.
 
-    `tile` counts over all tiles of all dilation groups of the axis, `tiles` is their number in one
-    group, `offset` the place of each row inside the tile. `axis` is the grid's length, the window's
-    size, stride and dilation; the boxes of rows and columns are where they begin and how many.
+    `numbers` are that of the tile, among all of all dilation groups of the axis, and how many one
+    group has; `offset` the place of each row inside the tile. `axis` is the grid's length, the
+    window's size, stride and dilation; the boxes of rows and columns are where they begin and how
+    many.
 
     Returns three groups: all of `Rows`, all of `Box` but inverses, and all of `Columns` but the
     sequence.
     """
     if ACTIVE:
+        tile, tiles = numbers
         length, kernel, stride, dilation = axis
         row_origin, row_extent = row_box
         column_origin, column_extent = column_box
@@ -767,19 +769,19 @@ def row_tile(program, row, data, heads, INVERSE: tl.constexpr, V: tl.constexpr):
 
     row = unravel(row, ROW_TILE)
     rows_x, box_x, columns_x = axis_rows(
-        tile[0], tiles[0], row[0], (lengths[0], kernels[0], strides[0], dilations[0]),
+        (tile[0], tiles[0]), row[0], (lengths[0], kernels[0], strides[0], dilations[0]),
         (row_origins[0], row_extents[0]), (column_origins[0], column_extents[0]),
         ROW_TILE[0], COLUMN_TILE[0], V.CAUSAL[0], V.CIRCULAR[0], V.UPSAMPLING[0],
         INVERSE, V.RANK == 3,
     )  # fmt: skip
     rows_y, box_y, columns_y = axis_rows(
-        tile[1], tiles[1], row[1], (lengths[1], kernels[1], strides[1], dilations[1]),
+        (tile[1], tiles[1]), row[1], (lengths[1], kernels[1], strides[1], dilations[1]),
         (row_origins[1], row_extents[1]), (column_origins[1], column_extents[1]),
         ROW_TILE[1], COLUMN_TILE[1], V.CAUSAL[1], V.CIRCULAR[1], V.UPSAMPLING[1],
         INVERSE, V.RANK >= 2,
     )  # fmt: skip
     rows_z, box_z, columns_z = axis_rows(
-        tile[2], tiles[2], row[2], (length, kernel, strides[2], dilations[2]),
+        (tile[2], tiles[2]), row[2], (length, kernel, strides[2], dilations[2]),
         (row_origins[2], row_extent), (column_origins[2], column_extent),
         ROW_TILE[2], COLUMN_TILE[2], V.CAUSAL[2], V.CIRCULAR[2], V.UPSAMPLING[2],
         INVERSE, True,
