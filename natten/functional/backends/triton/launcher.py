@@ -108,7 +108,9 @@ def compile_meanwhile(compilations: list[Compilation], device: torch.device) -> 
 
     pool = ThreadPoolExecutor(max(len(compilations), 1), "natten-compile")
     for compilation in compilations:
-        _pending.setdefault(compilation.kernel, []).append(pool.submit(compilation.run, device))
+        before = _pending.get(compilation.kernel, ())
+        future = pool.submit(compilation.run, device)
+        _pending[compilation.kernel] = [*(f for f in before if not f.done()), future]
     pool.shutdown(wait=False)
 
 
