@@ -371,7 +371,8 @@ class NeighborhoodTransformerBlock(nn.Module):
             branch = self.attn(branch, context, context_lengths)
         else:
             self._refuse_context(context, context_lengths, None)
-            branch = self.attn(branch, None, None, None, mask)
+            # Whoever put another attention there need not know of masks.
+            branch = self.attn(branch) if mask is None else self.attn(branch, mask=mask)
         return self._rest(x, branch, modulation)
 
     def _rest(self, x: Tensor, branch: Tensor, modulation: list[Tensor]) -> Tensor:
