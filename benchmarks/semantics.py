@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from natten import na2d
+from natten import GridLayout, na2d
 from natten.functional import neighborhood_attention_generic
+from natten.varlen import neighborhood_attention_varlen
 from natten.window import Axis, axis_mask, grid_mask
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -261,8 +262,31 @@ def sink(device: str) -> Case:
     )  # fmt: skip
 
 
+def packed_grids(device: str) -> Case:
+    """Images at native resolution: a call for those of one size, or for each, or all pairs."""
+    scale = 1 if device == "cpu" else 2
+    sizes = [(24, 32)] * 2 + [(28, 28)] * 2 + [(20, 40)] * 2
+    layout = GridLayout([(scale * rows, scale * columns) for rows, columns in sizes])
+    size = 7
+
+    def one_by_one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        grids = zip(*map(layout.unpack, (query, key, value)), strict=True)
+        return layout.pack([na2d(*(t[None] for t in grid), size)[0] for grid in grids])
+
+    def mask() -> Tensor:
+        masks = [grid_mask([Axis(n, size) for n in grid]) for grid in layout.sizes]
+        return torch.block_diag(*masks)
+
+    return Case(
+        f"grids of different sizes: {len(sizes)}, {layout.total} tokens, window {size}",
+        (layout.total,), (layout.total,),
+        lambda *t: neighborhood_attention_varlen(*t, layout, kernel_size=size),
+        {"one by one": one_by_one, "dense with a mask": dense(mask)},
+    )  # fmt: skip
+
+
 CASES: tuple[Callable[[str], Case], ...] = (
-    ring, finer_queries, head_groups, padded_image, sea, soft_cap, sink
+    ring, finer_queries, head_groups, packed_grids, padded_image, sea, soft_cap, sink
 )  # fmt: skip
 
 
