@@ -189,6 +189,21 @@ def test_config_survives_its_text(config):
     assert (config.encode() == "") == (config == DEFAULT_CONFIG)
 
 
+def test_explanation_of_a_call_with_extras():
+    """Whatever a call asks for beside its window is in the table."""
+    assert "\nwith" not in str(natten.explain(Q, Q, Q, 3))
+    mask = torch.ones(Q.shape[:-2], dtype=torch.bool)
+    extras = {
+        "additional_keys": Q[:, 0, :5], "additional_values": Q[:, 0, :5], "softcap": 2.5,
+        "additional_lengths": torch.tensor([3] * len(Q)), "sink": torch.zeros(Q.shape[-2]),
+        "key_mask": mask, "query_mask": mask, "rpb": torch.zeros(Q.shape[-2], 5, 5),
+    }  # fmt: skip
+    assert (
+        "\nwith 5 additional keys, lengths of these, a bias, softcap=2.5, a sink, a mask of keys, "
+        "a mask of queries\n"
+    ) in str(natten.explain(Q, Q, Q, 3, **extras))
+
+
 def test_explanation():
     explanation = natten.explain(Q, Q, Q, 3)
     names = [d.backend for d in explanation.decisions]

@@ -310,6 +310,18 @@ class Explanation:
             f"batch {p.batch}, heads {p.heads}/{p.heads_kv}, head_dim {p.head_dim}/{p.head_dim_v}, "
             f"{p.dtype} on {p.device}, {'with' if p.requires_grad else 'without'} gradients",
         ]
+        extras = (
+            (f"{p.num_additional} additional keys", p.num_additional),
+            ("lengths of these", p.has_lengths),
+            ("a bias", p.has_rpb),
+            (f"softcap={p.softcap:g}", p.softcap),
+            ("a sink", p.has_sink),
+            ("a mask of keys", p.has_key_mask),
+            ("a mask of queries", p.has_query_mask),
+            ("packed sequences", p.varlen),
+        )
+        if any(is_there for _, is_there in extras):
+            lines.append(f"with {', '.join([name for name, is_there in extras if is_there])}")
         for d in self.decisions:
             mark = ">" if d.backend == self.chosen else " "
             could = "runs it" if d.backend == self.chosen else "could run it"
