@@ -201,40 +201,60 @@ def reduce_max(typing, vector):
     return vector.dtype(vector), generate
 
 
+class _Reals:
+    """Constants of a vector of floats, and what e ** x begins and ends with."""
+
+    def __init__(self, builder: Any, vector: Any) -> None:
+        self.builder, width = builder, vector.dtype.bitwidth
+        self.single = width == 32
+        self.kind = ir.VectorType(ir.FloatType() if self.single else ir.DoubleType(), LANES)
+        self.bits = ir.VectorType(ir.IntType(width), LANES)
+        self.mantissa, self.bias = (23, 127) if self.single else (52, 1023)
+
+    def real(self, value: float) -> Any:
+        return ir.Constant(self.kind, [value] * LANES)
+
+    def whole(self, value: int) -> Any:
+        return ir.Constant(self.bits, [value] * LANES)
+
+    def reduced(self, x: Any) -> tuple[Any, Any]:
+        """``x - n * log 2`` and ``2 ** n``, for the integer n next to ``x / log 2``."""
+        builder, real = self.builder, self.real
+        # Adding 1.5 * 2 ** mantissa leaves n in the low bits of the sum.
+        magic = real(1.5 * 2.0**self.mantissa)
+        shifted = _multiply_add(builder, x, real(1 / math.log(2)), magic)
+        count = builder.fsub(shifted, magic)
+        # log 2 in two parts, so that count * high is exact.
+        high, low = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+        if self.single:
+            unit = 2.0 ** (12 - self.mantissa)
+            high = math.floor(math.log(2) / unit) * unit
+            low = math.log(2) - high
+        rest = _multiply_add(builder, count, real(-high), x)
+        rest = _multiply_add(builder, count, real(-low), rest)
+        exponent = builder.add(builder.bitcast(shifted, self.bits), self.whole(self.bias))
+        power = builder.shl(exponent, self.whole(self.mantissa))
+        return rest, builder.bitcast(power, self.kind)
+
+    def series(self, rest: Any, degree: int, first: int) -> Any:
+        """The sum of ``rest ** (n - first) / n!`` for n from ``first`` to ``degree``."""
+        result = self.real(1 / math.factorial(degree))
+        for power in range(degree - 1, first - 1, -1):
+            result = _multiply_add(self.builder, result, rest, self.real(1 / math.factorial(power)))
+        return result
+
+
 @intrinsic
 def exp(typing, vector):
     """e ** x within an ulp for x up to about 80; 0 below the normal range, NaN for NaN."""
 
     def generate(context, builder, signature, args):
-        x = args[0]
-        single = vector.dtype.bitwidth == 32
-        kind, bits = x.type, ir.VectorType(ir.IntType(vector.dtype.bitwidth), LANES)
-
-        def real(value: float) -> Any:
-            return ir.Constant(kind, [value] * LANES)
-
-        def whole(value: int) -> Any:
-            return ir.Constant(bits, [value] * LANES)
-
-        mantissa, bias, smallest, degree = (23, 127, -87.0, 7) if single else (52, 1023, -708.0, 13)
-        # Adding 1.5 * 2 ** mantissa leaves round(x / log 2) in the low bits of the sum.
-        magic = real(1.5 * 2.0**mantissa)
-        shifted = _multiply_add(builder, x, real(1 / math.log(2)), magic)
-        count = builder.fsub(shifted, magic)
-        # log 2 in two parts, so that count * high is exact.
-        high = math.floor(math.log(2) * 2.0 ** (mantissa - 12)) / 2.0 ** (mantissa - 12)
-        low = 1.90821492927058770002e-10 if not single else math.log(2) - high
-        if not single:
-            high = 6.93147180369123816490e-01
-        rest = _multiply_add(builder, count, real(-high), x)
-        rest = _multiply_add(builder, count, real(-low), rest)
-        result = real(1 / math.factorial(degree))
-        for power in range(degree - 1, -1, -1):
-            result = _multiply_add(builder, result, rest, real(1 / math.factorial(power)))
-        exponent = builder.add(builder.bitcast(shifted, bits), whole(bias))
-        power_of_two = builder.bitcast(builder.shl(exponent, whole(mantissa)), kind)
-        result = builder.fmul(result, power_of_two)
-        return builder.select(builder.fcmp_ordered("<", x, real(smallest)), real(0.0), result)
+        x, numbers = args[0], _Reals(builder, vector)
+        smallest, degree = (-87.0, 7) if numbers.single else (-708.0, 13)
+        rest, power_of_two = numbers.reduced(x)
+        result = builder.fmul(numbers.series(rest, degree, 0), power_of_two)
+        is_small = builder.fcmp_ordered("<", x, numbers.real(smallest))
+        return builder.select(is_small, numbers.real(0.0), result)
 
     return vector(vector), generate
 
@@ -244,35 +264,18 @@ def tanh(typing, vector):
     """tanh x within a few ulps, by e ** 2|x| - 1, which loses nothing where x is small."""
 
     def generate(context, builder, signature, args):
-        x = args[0]
-        single = vector.dtype.bitwidth == 32
-        kind, bits = x.type, ir.VectorType(ir.IntType(vector.dtype.bitwidth), LANES)
-
-        def real(value: float) -> Any:
-            return ir.Constant(kind, [value] * LANES)
-
-        mantissa, bias, largest, degree = (23, 127, 20.0, 8) if single else (52, 1023, 44.0, 14)
-        sign = ir.Constant(bits, [1 << (vector.dtype.bitwidth - 1)] * LANES)
+        x, numbers = args[0], _Reals(builder, vector)
+        kind, bits, real = numbers.kind, numbers.bits, numbers.real
+        largest, degree = (20.0, 8) if numbers.single else (44.0, 14)
+        sign = numbers.whole(1 << (vector.dtype.bitwidth - 1))
         whole = builder.bitcast(x, bits)
         size = builder.bitcast(builder.and_(whole, builder.not_(sign)), kind)
         # Beyond, the result is 1; NaN stays.
         y = builder.fmul(size, real(2.0))
         y = builder.select(builder.fcmp_ordered(">", y, real(largest)), real(largest), y)
-        # y = count * log 2 + rest, as in `exp`.
-        magic = real(1.5 * 2.0**mantissa)
-        shifted = _multiply_add(builder, y, real(1 / math.log(2)), magic)
-        count = builder.fsub(shifted, magic)
-        high = math.floor(math.log(2) * 2.0 ** (mantissa - 12)) / 2.0 ** (mantissa - 12)
-        rest = _multiply_add(builder, count, real(-high), y)
-        rest = _multiply_add(builder, count, real(high - math.log(2)), rest)
-        # (e ** rest - 1) / rest.
-        series = real(1 / math.factorial(degree))
-        for power in range(degree - 1, 0, -1):
-            series = _multiply_add(builder, series, rest, real(1 / math.factorial(power)))
-        exponent = builder.add(builder.bitcast(shifted, bits), ir.Constant(bits, [bias] * LANES))
-        shift = ir.Constant(bits, [mantissa] * LANES)
-        power_of_two = builder.bitcast(builder.shl(exponent, shift), kind)
-        less_one = builder.fmul(series, rest)
+        rest, power_of_two = numbers.reduced(y)
+        # (e ** rest - 1) / rest, times rest.
+        less_one = builder.fmul(numbers.series(rest, degree, 1), rest)
         less_one = _multiply_add(
             builder, power_of_two, less_one, builder.fsub(power_of_two, real(1.0))
         )
