@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,6 +18,8 @@ from natten.functional.problem import DEFAULT_CONFIG
 from natten.simulator import make_problem
 
 pytest.importorskip("triton")
+
+from triton.runtime import driver
 
 from natten.functional.backends.triton import CUTLASS, ahead, launcher, tiles
 from natten.functional.backends.triton.launcher import Compilation, Launch
@@ -87,6 +91,25 @@ def test_backward_kernels_are_compiled_meanwhile(compiled):
             Launch(compilation.kernel, 1, compilation.arguments)._compile(())
     assert finished == [c.kernel for c in wanted]
     assert not launcher._pending
+
+
+def test_what_launches_a_kernel_is_compiled_with_it():
+    """For the GPU that is here, and only there; nothing is loaded on it."""
+    kernel, launcher_of = mock.Mock(), mock.Mock()
+    compilation = Compilation(kernel, 5, ("x",), {"num_warps": 4})
+    with (
+        mock.patch("torch.cuda.device", return_value=nullcontext()) as on,
+        mock.patch.object(driver, "_active", SimpleNamespace(launcher_cls=launcher_of)),
+    ):
+        compilation.run()
+        assert not launcher_of.called
+        assert not on.called
+        compilation.run(torch.device("cuda", 1))
+    on.assert_called_once_with(torch.device("cuda", 1))
+    compiled = kernel.warmup.return_value
+    launcher_of.assert_called_once_with(compiled.src, compiled.metadata)
+    assert kernel.warmup.call_args_list == [mock.call("x", grid=(5,), num_warps=4)] * 2
+    assert not compiled.run.called
 
 
 def test_problems(compiled):
