@@ -188,10 +188,6 @@ def _each(name: str, one: Any, many: _Sizes | None, layout: GridLayout) -> tuple
     return tuple([tuple(value) if isinstance(value, Sequence) else value for value in many])
 
 
-def _layout(sizes: Any) -> GridLayout:
-    return sizes if isinstance(sizes, GridLayout) else GridLayout(sizes)
-
-
 def configure_varlen(
     token_layout_list: GridLayout | Sequence[IntOrSequence],
     head_dim: int | None = None,
@@ -226,7 +222,9 @@ def configure_varlen(
     Raises:
         ValueError: No kernel_size, or lists of another length than the layout.
     """
-    layout = _layout(token_layout_list)
+    layout = token_layout_list
+    if not isinstance(layout, GridLayout):
+        layout = GridLayout(layout)
     if kernel_size is None and kernel_size_list is None:
         raise ValueError("kernel_size or kernel_size_list must be given")
     windows = map(
