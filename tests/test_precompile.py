@@ -93,6 +93,19 @@ def test_backward_kernels_are_compiled_meanwhile(compiled):
     assert not launcher._pending
 
 
+def test_kernels_that_are_compiled_are_not_launched_while_others_are_collected():
+    """What collects kernels has tensors without memory."""
+    compiled, kernel = mock.Mock(), mock.Mock()
+    known, unknown = torch.empty(2, device="meta"), torch.empty(2, device="meta").half()
+    launch = Launch(kernel, 1, ("rest",), compiled={((known.dtype, True),): compiled})
+    with launcher.collecting(any_order=False) as found:
+        launch.run(known)
+        launch.run(unknown)
+    assert found == [Compilation(kernel, 1, (unknown, "rest"), {})]
+    assert not compiled.run.called
+    assert not kernel.mock_calls
+
+
 def test_what_launches_a_kernel_is_compiled_with_it():
     """For the GPU that is here, and only there; nothing is loaded on it."""
     kernel, launcher_of = mock.Mock(), mock.Mock()

@@ -167,6 +167,12 @@ class Launch:
             ]
         )
         compiled = self.compiled.get(kinds)
+        if (collected := _collected.get()) is not None:
+            # These tensors have no memory.
+            if compiled is None:
+                arguments = self._arguments(tensors)
+                collected.append(Compilation(self.kernel, self.programs, arguments, self.options))
+            return
         if compiled is None or observed():
             compiled = self._compile(tensors)
             if hasattr(compiled, "packed_metadata"):
@@ -194,10 +200,7 @@ class Launch:
 
     def _compile(self, tensors: tuple[Any, ...]) -> Any:
         """Launch by way of Triton, which compiles the kernel if need be and returns it."""
-        arguments, collected = self._arguments(tensors), _collected.get()
-        if collected is not None:
-            collected.append(Compilation(self.kernel, self.programs, arguments, self.options))
-            return None
+        arguments = self._arguments(tensors)
         for future in _pending.pop(self.kernel, ()):
             future.exception()  # which this launch will meet, too
         try:
