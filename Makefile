@@ -13,7 +13,7 @@ TESTS = $(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(WORKERS) --d
 	--durations 15
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-timm test-transformers test-hub lint format typecheck figures docs docs-check notebooks \
+.PHONY: help demo test fuzz test-timm test-transformers test-hub lint format typecheck figures docs docs-check notebooks \
 	clean
 
 help:  ## what there is
@@ -37,6 +37,9 @@ demo: $(INSTALLED)  ## attention over a photograph: a table here, the picture in
 test: lint typecheck  ## everything that CI checks: lint, types, tests (no accelerator needed)
 	@$(TESTS) -m 'not gpu and not exhaustive and not interpreted'
 	@TRITON_INTERPRET=1 $(TESTS) -m 'interpreted and not exhaustive'
+
+fuzz: $(INSTALLED)  ## random problems, valid and invalid: make fuzz FUZZ="--problems 20000 --seed 7"
+	@$(SINGLE_THREADED) $(BIN)/python tests/fuzz.py --workers $(WORKERS) $(FUZZ)
 
 test-timm: $(INSTALLED)  ## timm's own model tests on our models (downloads its source distribution)
 	@$(SINGLE_THREADED) $(BIN)/python tests/run_timm_suite.py

@@ -234,7 +234,9 @@ def check_circular(
     is_causal: tuple[bool, ...],
 ) -> tuple[bool, ...]:
     """is_circular as a tuple that fits ``grid`` and a checked window; () if no axis is circular."""
-    if is_circular is None or is_circular is False or is_circular == ():
+    # Nothing is compared: an array compares to another.
+    is_empty = isinstance(is_circular, tuple) and not is_circular
+    if is_circular is None or is_circular is False or is_empty:
         return ()
     rank = len(grid)
     rings = bool_tuple("is_circular", is_circular, rank)

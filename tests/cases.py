@@ -47,6 +47,11 @@ class Case:
     lengths_q: tuple[int, ...] | None = None
     lengths_kv: tuple[int, ...] | None = None
     magnitude: float = 1.0
+    # Seeds of the layouts of tensors in memory, and of how the call is written.
+    layouts: int | None = None
+    spelling: int | None = None
+    # Tensors that get no gradient.
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self):
         rank = len(self.tokens)
@@ -647,3 +652,58 @@ def random_plain_case(seed: int, rank: int | None, max_tokens: int) -> Case:
             query_mask=random.random() < 0.3,
         )
     return case
+
+
+def random_attention(seed: int, max_tokens: int = 200) -> Case:
+    """Attention: dense, causal, or of packed sequences, some of them empty."""
+    random = Random(f"attention {seed}")
+    heads_kv = random.choice((1, 2, 3))
+    head_dim = random.choice((8, 16, 24, 32, 64))
+    named: dict[str, Any] = {
+        "is_causal": (random.random() < 0.4,),
+        "heads": heads_kv * random.choice((1, 1, 2, 4)),
+        "heads_kv": heads_kv,
+        "head_dim": head_dim,
+        "head_dim_v": random.choice((head_dim, head_dim, 8, 16, 48)),
+        "softcap": random.choice((0.0, 0.0, 0.5, 4.0)),
+        "sink": random.random() < 0.2,
+        "scale": random.choice((None, None, 0.3, -0.2)),
+    }
+    if random.random() < 0.4:
+        sequences = random.randint(1, 5)
+        lengths = [
+            tuple(random.choice((0, random.randint(1, max_tokens // 3))) for _ in range(sequences))
+            for _ in range(2)
+        ]
+        behind = random.choice((0, 0, 3))
+        return Case(
+            f"sequences_{seed}", (max(sum(lengths[0]) + behind, 1),), None, batch=1,
+            key_tokens=(max(sum(lengths[1]) + behind, 1),), lengths_q=lengths[0],
+            lengths_kv=lengths[1], **named,
+        )  # fmt: skip
+    masked = random.random() < 0.3
+    return Case(
+        f"attention_{seed}", (random.randint(1, max_tokens),), None,
+        key_tokens=(random.choice((random.randint(1, max_tokens), random.randint(0, 3))),),
+        batch=random.choice((1, 2, 3)), key_mask=masked,
+        query_mask=masked and random.random() < 0.5,
+        **named,
+    )  # fmt: skip
+
+
+def varied(case: Case, seed: int) -> Case:
+    """The case in any memory, written in any way, and perhaps without some gradients."""
+    random = Random(f"variation {seed}")
+    drawn: dict[str, Any] = {}
+    if random.random() < 0.7:
+        drawn["layouts"] = random.randrange(1 << 30)
+    if random.random() < 0.7:
+        drawn["spelling"] = random.randrange(1 << 30)
+    if random.random() < 0.3:
+        names = ["query", "key", "value", "rpb", "additional_keys", "additional_values", "sink"]
+        # One of these, that every case has, stays.
+        names.remove(random.choice(names[:3]))
+        drawn["frozen"] = tuple(name for name in names if random.random() < 0.5)
+    if case.scale is None and random.random() < 0.2:
+        drawn["scale"] = random.choice((0.3, -0.2, 0.0))
+    return replace(case, **drawn)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from random import Random
 from typing import Any
-from unittest import mock
 
+import numpy as np
 import torch
 from cases import Case
+from memory import (
+    DISTINCT,
+    LAYOUTS,
+    guarded,
+    nan_filled_empties,
+    nan_filled_replays,
+    permuted,
+)
 from torch import Tensor
 
 import natten
+import natten.utils.varlen
 from natten.functional import attention, neighborhood_attention_generic
 from natten.functional.neighborhood import packed_attention
 from natten.window import Axis, grid_mask
@@ -62,7 +72,7 @@ class Results:
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-    """Random tensors of a case, the same on every device; not contiguous if the case says so."""
+    """Random tensors of a case, the same on every device, in memory as the case says."""
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
 
     def randn(*shape: int, magnitude: float = 1.0) -> Tensor:
@@ -98,6 +108,17 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
     if case.sink:
         logits = torch.randn(case.heads, generator=generator)
         inputs.sink = logits.to(dtype).to(device).requires_grad_()
+    if case.layouts is not None:
+        random = Random(case.layouts)
+        for name, tensor in inputs.tensors().items():
+            kinds = LAYOUTS
+            if name.startswith("additional") and case.additional_lengths is not None:
+                # What nobody has is NaN, and must not lie where something else does.
+                kinds = DISTINCT
+            if tensor.numel():
+                setattr(inputs, name, random.choice(kinds)(tensor.detach(), random))
+    for name, tensor in inputs.tensors().items():
+        tensor.requires_grad_(name not in case.frozen)
     return inputs
 
 
@@ -117,7 +138,10 @@ def masks(case: Case, device: str | torch.device = "cpu") -> dict[str, Tensor]:
             mask[2] = False
         if not case.contiguous:
             mask = torch.stack([mask, ~mask], -1)[..., 0]
-        found[name] = mask.to(device)
+        mask = mask.to(device)
+        if case.layouts is not None and mask.numel():
+            mask = guarded(permuted(mask, Random(case.layouts)))
+        found[name] = mask
     return found
 
 
@@ -127,57 +151,131 @@ def _absent(case: Case, device: str | torch.device) -> Tensor:
     return torch.arange(case.additional, device=device) >= lengths[:, None]
 
 
+def call(
+    case: Case, inputs: Inputs, backend: str | None = None, **knobs: Any
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The public function that computes a case, and its arguments."""
+    device = inputs.query.device
+    given: dict[str, Any] = {
+        "query": inputs.query, "key": inputs.key, "value": inputs.value, "scale": case.scale,
+        "softcap": case.softcap, "sink": inputs.sink, "backend": backend, "return_lse": True,
+        **masks(case, device),
+    }  # fmt: skip
+    if case.is_attention:
+        given["is_causal"] = case.is_causal[0]
+        if case.lengths_q is not None:
+            for name, lengths in (("seqlens_Q", case.lengths_q), ("seqlens_KV", case.lengths_kv)):
+                given[name] = torch.tensor(lengths, dtype=torch.int32, device=device)
+        function: Callable[..., Any] = attention
+    else:
+        for name in (
+            "kernel_size", "stride", "dilation", "is_causal", "is_circular", "upsampling", "grid",
+            "query_origin", "key_origin",
+        ):  # fmt: skip
+            given[name] = getattr(case, name)
+        for name in ("additional_keys", "additional_values", "rpb"):
+            given[name] = getattr(inputs, name)
+        if case.additional_lengths is not None:
+            given["additional_lengths"] = torch.tensor(case.additional_lengths, device=device)
+        function = neighborhood_attention_generic
+    given |= knobs
+    return function, given
+
+
 def run(
     case: Case, inputs: Inputs, backend: str | None = None, **knobs: Any
 ) -> tuple[Tensor, Tensor]:
     """Call the public function for a case."""
-    knobs = {
-        "softcap": case.softcap, "sink": inputs.sink, **masks(case, inputs.query.device), **knobs
-    }  # fmt: skip
+    function, given = call(case, inputs, backend, **knobs)
+    if case.spelling is not None:
+        function, given = spelled(case, function, given)
+    found: tuple[Tensor, Tensor] = function(**given)
+    return found
+
+
+def spelled(
+    case: Case, function: Callable[..., Any], given: dict[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Another way to write the same call, drawn at random."""
+    random = Random(case.spelling)
+    given = dict(given)
+
+    def sometimes() -> bool:
+        return random.random() < 0.5
+
+    for name, default in (("scale", None), ("softcap", 0.0), ("sink", None), ("rpb", None)):
+        if given.get(name, ...) == default and sometimes():
+            del given[name]
+    if sometimes():
+        given["run_persistent_kernel"] = sometimes()
+    if sometimes():
+        given["backward_use_pt_reduction"] = sometimes()
     if case.is_attention:
-        device = inputs.query.device
-        lengths = {}
-        if case.lengths_q is not None:
-            lengths = {
-                "seqlens_Q": torch.tensor(case.lengths_q, dtype=torch.int32, device=device),
-                "seqlens_KV": torch.tensor(case.lengths_kv, dtype=torch.int32, device=device),
-            }
-        return attention(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            scale=case.scale,
-            backend=backend,
-            is_causal=case.is_causal[0],
-            return_lse=True,
-            **lengths,
-            **knobs,
-        )
-    lengths = None
-    if case.additional_lengths is not None:
-        lengths = torch.tensor(case.additional_lengths, device=inputs.query.device)
-    return neighborhood_attention_generic(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        case.kernel_size,
-        case.stride,
-        case.dilation,
-        case.is_causal,
-        scale=case.scale,
-        additional_keys=inputs.additional_keys,
-        additional_values=inputs.additional_values,
-        additional_lengths=lengths,
-        rpb=inputs.rpb,
-        backend=backend,
-        is_circular=case.is_circular,
-        upsampling=case.upsampling,
-        grid=case.grid,
-        query_origin=case.query_origin,
-        key_origin=case.key_origin,
-        return_lse=True,
-        **knobs,
-    )
+        if case.lengths_q is not None and sometimes():
+            ends = natten.utils.varlen.generate_varlen_parameters(
+                *(given[name] for name in ("query", "key", "value")),
+                given.pop("seqlens_Q"), given.pop("seqlens_KV"),
+            )  # fmt: skip
+            names = ("cumulative_seqlen_Q", "cumulative_seqlen_KV", "max_seqlen_Q", "max_seqlen_KV")
+            given |= dict(zip(names, ends))
+            # It is a bound.
+            given["max_seqlen_Q"] += random.choice((0, 3))
+        return function, given
+    rank, grid = case.rank, case.grid or case.key_tokens
+    plain = not (case.softcap or case.sink or case.key_mask or case.query_mask)
+    plain = plain and case.additional_lengths is None
+    if plain and given["query"].dtype.itemsize > 2 and random.random() < 0.3:
+        # What is an attention by itself is computed as one, or is not.
+        given["attention_kwargs"] = {"run_persistent_kernel": False}
+        given["try_fuse_additional_kv"] = sometimes()
+    if sometimes():
+        function = getattr(natten, f"na{rank}d")
+    if "additional_lengths" in given:
+        kinds = (torch.int64, torch.int32, torch.int16, torch.uint8)
+        given["additional_lengths"] = given["additional_lengths"].to(random.choice(kinds))
+    if case.grid is None and max(case.upsampling) == 1 and sometimes():
+        given |= {"grid": grid, "query_origin": 0, "key_origin": [0] * rank}
+    sizes = {name: list(getattr(case, name)) for name in ("kernel_size", "stride", "dilation")}
+    if sometimes():
+        given["clip_window"] = True
+        for axis, (n, k, s, d) in enumerate(zip(grid, *sizes.values())):
+            # Windows that are clipped to what is meant.
+            if s == k and sometimes():
+                sizes["stride"][axis] += random.randint(0, 9)
+            if k == max(n // d, 1) and sometimes():
+                sizes["kernel_size"][axis] += random.randint(0, 9)
+            if d == n and sometimes():
+                sizes["dilation"][axis] += random.randint(0, 9)
+        if "rpb" in given and given["rpb"] is not None:
+            # Of which the middle counts.
+            more = [new - k for new, k in zip(sizes["kernel_size"], case.kernel_size)]
+            edges = [edge for extra in reversed(more) for edge in (extra, extra)]
+            given["rpb"] = torch.nn.functional.pad(given["rpb"], edges, value=torch.nan)
+    elif given.get("rpb") is None:
+        for axis, (n, k, d) in enumerate(zip(grid, case.kernel_size, case.dilation)):
+            if k * d == n and sometimes():
+                sizes["kernel_size"][axis] = random.choice((-1, None))
+    groups = [
+        n for n in range(1, case.heads + 1)
+        if case.heads % n == 0 and (case.heads_kv % n == 0 or n % case.heads_kv == 0)
+    ]  # fmt: skip
+    groups = random.choice(groups) if random.random() < 0.2 else 0
+
+    def written(values: list[Any], default: Any = None) -> Any:
+        if default is not None and all(v == default for v in values) and sometimes():
+            return None
+        if len(set(values)) == 1 and values[0] is not None and sometimes():
+            return values[0] if isinstance(values[0], bool) else np.int32(values[0])
+        return random.choice((tuple, list))(values)
+
+    for name, values in sizes.items():
+        in_groups = groups and (name == "kernel_size" or sometimes())
+        given[name] = [tuple(values)] * groups if in_groups else (
+            written(values, None if name == "kernel_size" else 1)
+        )  # fmt: skip
+    for name, default in (("is_causal", False), ("is_circular", False), ("upsampling", 1)):
+        given[name] = written(list(given[name]), default)
+    return function, given
 
 
 def full_mask(case: Case, device: str | torch.device = "cpu") -> Tensor:
@@ -286,48 +384,12 @@ def differentiate(
     loss = (out * grad_out.to(out.dtype)).sum()
     finite = lse.masked_fill(lse == -torch.inf, 0.0)
     loss = loss + (finite * grad_lse.to(lse.dtype)).sum().to(loss.dtype)
-    names = list(inputs.tensors())
-    gradients = torch.autograd.grad(loss, list(inputs.tensors().values()), allow_unused=True)
+    leaves = {name: t for name, t in inputs.tensors().items() if t.requires_grad}
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     zeros = [
-        torch.zeros_like(t) if g is None else g
-        for g, t in zip(gradients, inputs.tensors().values())
-    ]
-    return Results(out.detach(), lse.detach(), dict(zip(names, zeros)))
-
-
-@contextmanager
-def nan_filled_empties() -> Iterator[None]:
-    """Fill what torch leaves uninitialized with NaN, so that a missing write shows."""
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
-
-    def filled(allocate: Any) -> Any:
-        def function(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-        return function
-
-    with (
-        mock.patch.object(torch, "empty", filled(empty)),
-        mock.patch.object(torch, "empty_like", filled(empty_like)),
-        mock.patch.object(Tensor, "new_empty", filled(new_empty)),
-    ):
-        yield
-
-
-@contextmanager
-def nan_filled_replays() -> Iterator[None]:
-    """The same of memory for calls that are done again (`backends.triton.replay`)."""
-    from natten.functional.backends.triton import replay
-
-    allocate = replay.empty_cuda
-
-    def filled(*arguments: Any) -> Tensor:
-        tensor: Tensor = allocate(*arguments)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    with mock.patch.object(replay, "empty_cuda", filled):
-        yield
+        torch.zeros_like(t) if g is None else g for g, t in zip(gradients, leaves.values())
+    ]  # fmt: skip
+    return Results(out.detach(), lse.detach(), dict(zip(leaves, zeros)))
 
 
 def assert_within_budget(

@@ -11,43 +11,18 @@ the same checks, one after another and with every dtype.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable
-from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import Empty, Queue
-from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from workers import Unit, work  # noqa: E402
+
 PARTS = ("single", "larger", "listed", "named", "free", "random", "gluon")
-
-
-class Unit(NamedTuple):
-    """Work for one process: problems that share compiled kernels, so far as possible."""
-
-    part: str
-    items: tuple[Any, ...]
-
-
-class Outcome(NamedTuple):
-    checked: int
-    failures: list[tuple[str, str]]
-    seconds: float
-    is_poisoned: bool  # the process can no longer use the GPU
-
-
-def _reason(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {error}".replace("\n", " ")
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if "natten" in f.filename or "tests" in f.filename]
-    at = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
-    return text[:600] + at
 
 
 def _checks(unit: Unit) -> Iterable[tuple[str, Callable[[], None]]]:
@@ -95,94 +70,6 @@ def _titled(part: str) -> dict[str, Callable[[], None]]:
     )
 
 
-def execute(unit: Unit) -> Outcome:
-    """Run all checks of a unit, whatever fails."""
-    import torch
-
-    start = time.perf_counter()
-    failures = []
-    checked = 0
-    poisoned = False
-    try:
-        for title, check in _checks(unit):
-            checked += 1
-            torch.manual_seed(0)
-            try:
-                check()
-            except Exception as error:
-                failures.append((title, _reason(error)))
-                try:
-                    torch.cuda.synchronize()
-                except Exception:
-                    poisoned = True
-                    break
-    except Exception as error:
-        failures.append((str(unit)[:80], _reason(error)))
-    if not poisoned:
-        torch.cuda.empty_cache()
-    return Outcome(checked, failures, time.perf_counter() - start, poisoned)
-
-
-def _serve(connection: Connection) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    while (unit := connection.recv()) is not None:
-        outcome = execute(unit)
-        connection.send(outcome)
-        if outcome.is_poisoned:
-            return
-
-
-class Worker(threading.Thread):
-    """Feeds one process from the queue, and starts another when it dies or hangs."""
-
-    def __init__(
-        self,
-        units: Queue[Unit],
-        done: Callable[[Unit, Outcome], None],
-        deadline: float,
-    ) -> None:
-        super().__init__()
-        self.units, self.done, self.deadline = units, done, deadline
-        self.context = multiprocessing.get_context("spawn")
-        self.process: Any = None
-
-    def _start(self) -> None:
-        self.connection, other = self.context.Pipe()
-        self.process = self.context.Process(target=_serve, args=(other,), daemon=True)
-        self.process.start()
-        other.close()
-
-    def run(self) -> None:
-        while time.perf_counter() < self.deadline:
-            try:
-                unit = self.units.get_nowait()
-            except Empty:
-                break
-            if self.process is None:
-                self._start()
-            self.connection.send(unit)
-            outcome = None
-            try:
-                if self.connection.poll(max(self.deadline - time.perf_counter(), 1.0) + 30.0):
-                    outcome = self.connection.recv()
-            except EOFError:
-                pass
-            if outcome is None:
-                self.process.kill()
-                self.process.join()
-                why = f"died or took too long (exit code {self.process.exitcode})"
-                outcome = Outcome(0, [(str(unit)[:200], why)], 0.0, True)
-            if outcome.is_poisoned:
-                self.process = None
-            self.done(unit, outcome)
-        if self.process is not None:
-            self.connection.send(None)
-            self.process.join(10.0)
-            self.process.kill()
-
-
 def _plan(options: argparse.Namespace) -> list[Unit]:
     """Units of all parts that were asked for, long ones first."""
     import gpu_checks
@@ -228,7 +115,7 @@ def main() -> int:
     parser.add_argument("--random", type=int, default=2000, help="random problems, in families")
     parser.add_argument("--families", type=int, default=72, help="sets of compiled kernels")
     parser.add_argument("--gluon-families", type=int, default=18, help="of 20 problems each")
-    parser.add_argument("--free", type=int, default=48, help="random problems with default tiles")
+    parser.add_argument("--free", type=int, default=64, help="of all kinds, with default tiles")
     parser.add_argument(
         "--pairs", type=int, default=170, help="problems with two listed pairs each"
     )
@@ -238,54 +125,29 @@ def main() -> int:
         "--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}, pairs, sanitize"
     )
     parser.add_argument("--match", default="", help="of sanitize, those whose titles have this")
+    parser.add_argument(
+        "--unfilled", action="store_true", help="without workers: do not fill new memory with NaN"
+    )
     parser.add_argument("--limit", type=float, default=540.0, help="seconds; then start no more")
     options = parser.parse_args()
 
+    import memory
     import torch
 
     import natten
 
     start = time.perf_counter()
     units = _plan(options)
-    queue: Queue[Unit] = Queue()
-    for unit in units:
-        queue.put(unit)
-    lock = threading.Lock()
-    checked: dict[str, int] = {}
-    seconds: dict[str, float] = {}
-    failed: dict[str, int] = {}
-    finished = 0
-
-    def done(unit: Unit, outcome: Outcome) -> None:
-        nonlocal finished
-        with lock:
-            finished += 1
-            part = unit.part
-            checked[part] = checked.get(part, 0) + outcome.checked
-            seconds[part] = seconds.get(part, 0.0) + outcome.seconds
-            failed[part] = failed.get(part, 0) + len(outcome.failures)
-            for title, reason in outcome.failures:
-                print(f"FAILED {title}: {reason}", flush=True)
-
-    if options.workers == 0:
-        # In this process, as sanitizers and debuggers like it.
-        for unit in units:
-            done(unit, execute(unit))
-    else:
-        deadline = start + options.limit
-        workers = [Worker(queue, done, deadline) for _ in range(options.workers)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+    memory.fills_empties = not options.unfilled
+    tally = work(units, _checks, options.workers, options.limit)
     import triton
 
-    for part, count in checked.items():
-        print(f"{part:>10}: {count} checked, {failed[part]} failed, {seconds[part]:.0f} s of work")
-    if "pairs" in checked:
-        print(f"{2 * checked['pairs']} listed pairs of tiles tried, half of them backward")
-    total, bad = sum(checked.values()), sum(failed.values())
-    left = len(units) - finished
+    tally.show()
+    if "pairs" in tally.parts:
+        pairs = 2 * tally.parts["pairs"].checked
+        print(f"{pairs} listed pairs of tiles tried, half of them backward")
+    total, bad = tally.checked, tally.failed
+    left = 0 if options.workers == 0 else len(units) - tally.finished
     print(
         f"{total} checked, {bad} failed, {left} of {len(units)} units not started, "
         f"{time.perf_counter() - start:.0f} s; natten {natten.__version__}, torch "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from dataclasses import replace
 from random import Random
@@ -11,6 +10,7 @@ import pytest
 import torch
 from cases import Case
 from checks import Inputs, make_inputs, run
+from memory import LAYOUTS, expanded, heads_innermost, overlapping, permuted
 from torch import Tensor
 
 from natten.functional.backends.cpu import dense
@@ -40,84 +40,6 @@ CASES = [
     Case("box", (4, 3), (3, 3), grid=(9, 5), query_origin=(3, 1), key_tokens=(6, 4),
          key_origin=(1, 0), head_dim_v=8),
 ]  # fmt: skip
-
-
-def permuted(values: Tensor, random: Random) -> Tensor:
-    """Axes in another order in memory."""
-    order = list(range(values.dim()))
-    random.shuffle(order)
-    inverse = [order.index(i) for i in range(len(order))]
-    return _between_nan(values.permute(order)).permute(inverse)
-
-
-def heads_innermost(values: Tensor, random: Random) -> Tensor:
-    """As ``b n (d h) -> b n h d`` leaves it."""
-    if values.dim() < 3:
-        return permuted(values, random)
-    return _between_nan(values.transpose(-1, -2)).transpose(-1, -2)
-
-
-def channels_last(values: Tensor, random: Random) -> Tensor:
-    """Heads and features first, then the tokens, in memory behind them."""
-    return _between_nan(values.movedim(1, -1)).movedim(-1, 1)
-
-
-def sliced(values: Tensor, random: Random) -> Tensor:
-    """Every second or third of a larger tensor, from an offset."""
-    steps = [random.choice((1, 1, 2, 3)) for _ in values.shape]
-    whole = [(n + 2) * step for n, step in zip(values.shape, steps)]
-    base = torch.full(whole, math.nan, dtype=values.dtype)
-    part = base[tuple(slice(s, (n + 1) * s, s) for n, s in zip(values.shape, steps))]
-    part.copy_(values)
-    return part
-
-
-def expanded(values: Tensor, random: Random) -> Tensor:
-    """Strides of zero."""
-    axes = [axis for axis in range(values.dim()) if random.random() < 0.5]
-    first = values[tuple(slice(0, 1) if i in axes else slice(None) for i in range(values.dim()))]
-    return _between_nan(first).expand(values.shape)
-
-
-def overlapping(values: Tensor, random: Random) -> Tensor:
-    """Rows that share memory, such as sliding windows."""
-    strides = [random.choice((1, 2, 3, 5)) for _ in values.shape]
-    span = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides))
-    base = _between_nan(torch.randn(span).to(values.dtype))
-    return base.as_strided(values.shape, strides, base.storage_offset())
-
-
-def misaligned(values: Tensor, random: Random) -> Tensor:
-    """An address that no vector, and not even the number, is aligned to."""
-    memory = bytearray(values.nbytes + 1)
-    tensor = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=1)
-    return tensor.view(values.shape).copy_(values)
-
-
-def flipped(values: Tensor, random: Random) -> Tensor:
-    return _between_nan(values).flip(random.randrange(values.dim()))
-
-
-def odd_unit_strides(values: Tensor, random: Random) -> Tensor:
-    """Axes of one, whose strides mean nothing."""
-    base = _between_nan(values)
-    strides = [random.choice((0, 1, 12345)) if n == 1 else s
-               for n, s in zip(values.shape, base.stride())]  # fmt: skip
-    return base.as_strided(values.shape, strides, base.storage_offset())
-
-
-LAYOUTS = [
-    permuted, heads_innermost, channels_last, sliced, expanded, overlapping, misaligned, flipped,
-    odd_unit_strides,
-]  # fmt: skip
-
-
-def _between_nan(values: Tensor) -> Tensor:
-    """A contiguous copy with NaN on either side, at an odd offset."""
-    base = torch.full((values.numel() + 34,), math.nan, dtype=values.dtype)
-    part = base[17 : 17 + values.numel()].view(values.shape)
-    part.copy_(values)
-    return part
 
 
 def check(case: Case, backend: str, dtype: torch.dtype, layouts, seed: int, backward: bool):

@@ -1,11 +1,14 @@
-"""What neighborhood attention is, said without its window: properties over random problems."""
+"""Random problems, valid and invalid, as tests/fuzz.py draws them at length; and properties of
+neighborhood attention, said without its window."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import problems
 import pytest
 import torch
+import wrong_calls
 from cases import random_plain_case
 from checks import make_inputs, run
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +26,22 @@ FEW = settings(
 )
 SEEDS = st.integers(0, 10**6)
 BACKENDS = ["reference", None]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@settings(FEW, max_examples=60)
+@given(kind=st.sampled_from(list(problems.KINDS)), seed=SEEDS)
+def test_random_problems(backend, kind, seed):
+    """Every parameter of the public functions, in any memory, within the error of eager attention;
+    `python tests/fuzz.py --kinds KIND --seed SEED --problems 1` does one again."""
+    problems.check(kind, seed, problems.On(backend))
+
+
+@settings(FEW, max_examples=60)
+@given(kind=st.sampled_from(wrong_calls.REFUSING), seed=SEEDS)
+def test_wrong_calls(kind, seed):
+    """Ten calls of one kind, each with one thing wrong, which an exception names."""
+    wrong_calls.refuse(kind, seed, problems.On(("cpu", "reference", None)[seed % 3]))
 
 
 def draw(seed: int, **changes):

@@ -59,6 +59,7 @@ BAD_WINDOWS = [
     ({"kernel_size": 3, "is_causal": "yes"}, "is_causal must be a bool"),
     ({"kernel_size": 3, "is_circular": 1}, "is_circular must be a bool"),
     ({"kernel_size": 3, "is_circular": (True,)}, "is_circular must have 2 values"),
+    ({"kernel_size": 3, "is_circular": np.True_}, "is_circular must be a bool"),
     ({"kernel_size": 3, "is_circular": True, "is_causal": True}, "causal or circular but not both"),
     ({"kernel_size": 2, "is_circular": True, "dilation": 3}, "dilation must divide the number of"),
     ({"kernel_size": 3, "is_circular": True, "stride": 3}, "stride that of each dilation group"),
@@ -135,6 +136,15 @@ BAD_TENSORS = [
     ),
     ((Q2,) * 3, {**BOTH, "additional_lengths": torch.tensor([-1])}, r"integers from 0 .*\[-1\]"),
     ((Q2,) * 3, {**BOTH, "additional_lengths": torch.tensor([99])}, r"integers from 0 .*\[99\]"),
+    (
+        (Q2,) * 3,
+        {
+            "additional_keys": CONTEXT[None],
+            "additional_values": CONTEXT,
+            "additional_lengths": torch.tensor([1]),
+        },
+        "additional_keys must have shape",
+    ),
     ((Q2,) * 3, {"rpb": tensor(2, 5, 4)}, r"rpb must have shape .* = \(2, 5, 5\)"),
     ((Q2,) * 3, {"rpb": tensor(2, 5, 5), "is_causal": True}, "rpb is defined for bidirectional"),
     ((Q2,) * 3, {"rpb": tensor(2, 5, 5).int()}, "rpb must have a floating-point dtype"),

@@ -325,9 +325,13 @@ def _neighborhood_attention(
                 rank, tensors, asked, parameters, is_full, attention_kwargs
             )
             return (out, lse) if return_lse else out
-    if isinstance(additional_lengths, Tensor) and isinstance(additional_keys, Tensor):
+    if (
+        isinstance(additional_lengths, Tensor)
+        and isinstance(additional_keys, Tensor)
+        and additional_keys.dim() == 4
+    ):
         # What they hold; all else is remembered once it is checked.
-        most = additional_keys.shape[1] if additional_keys.dim() == 4 else 0
+        most = additional_keys.shape[1]
         validation.check_length_values("additional_lengths", additional_lengths, most)
     out, lse = attend(tensors, (rank, 0, asked), _parameters)
     return (out, lse) if return_lse else out
