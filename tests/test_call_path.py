@@ -33,7 +33,8 @@ def spine(frame: FrameType | None) -> list[str]:
     found = []
     while frame is not None:
         if frame.f_code.co_filename.startswith(PACKAGE):
-            found.append(frame.f_code.co_qualname)
+            code = frame.f_code
+            found.append(getattr(code, "co_qualname", code.co_name))  # of Python 3.11 and newer
         frame = frame.f_back
     return found
 

@@ -121,7 +121,7 @@ def test_backbone_outputs(channels_first: bool) -> None:
     (features,) = backbone(x)
     want = (1, 3, 4, 3, 16)
     assert features.shape == ((1, 16, 3, 4, 3) if channels_first else want)
-    with pytest.warns(FutureWarning):
+    with pytest.warns((FutureWarning, DeprecationWarning)):
         scripted = torch.jit.script(backbone)
     torch.testing.assert_close(scripted(x)[0], features)
     assert not any(p.requires_grad for p in backbone.patch_embed.parameters())

@@ -159,7 +159,7 @@ def test_context_in_blocks_stages_and_backbones() -> None:
         block(x, context=context, context_lengths=lengths)[:1],
         block(x[:1], context=context[:1, :2]),
     )
-    with pytest.warns(FutureWarning):
+    with pytest.warns((FutureWarning, DeprecationWarning)):
         scripted = torch.jit.script(block)
     assert_close(scripted(x, None, None, context), want)
     backbone = randomized(NeighborhoodBackbone(3, 16, (1, 1), (1, 1), 3, context_dim=6, **DOUBLE))
@@ -233,7 +233,7 @@ def test_expanding_is_the_way_back(rank: int, strides) -> None:
     )
     with pytest.raises(ValueError, match="extent must be at most"):
         expanding(merged, [99] * rank)
-    with pytest.warns(FutureWarning):
+    with pytest.warns((FutureWarning, DeprecationWarning)):
         scripted = torch.jit.script(expanding)
     assert_close(scripted(merged, list(extent)), x)
     graph = torch.fx.symbolic_trace(expanding)

@@ -7,11 +7,15 @@ damages the kernels' own.
 from __future__ import annotations
 
 import errno
+import importlib.util
+import linecache
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +140,106 @@ def test_full_disk(start, said, monkeypatch):
     assert "No space left" in text
 
 
+@contextmanager
+def disk(folder, **options):
+    """A file system of its own, in memory; only root has one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", ",".join(f"{k}={v}" for k, v in options.items())]
+    if subprocess.run([*mount, "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+def test_disk_that_is_full(start, said, tmp_path, monkeypatch):
+    """A real one: whatever numba writes last is cut off."""
+    for free in (0, 4096, 8192):
+        with disk(tmp_path / str(free), size="64k") as folder:
+            monkeypatch.setattr(numba.config, "CACHE_DIR", str(folder))
+            stuffing = folder / "stuffing"
+            loop = start()  # makes the folder
+            stuffing.write_bytes(bytes(os.statvfs(folder).f_bavail * 4096 - free))
+            check(loop, "float32")
+            (text,) = said()
+            assert "No space left" in text
+            assert not list(folder.rglob("*.tmp.*"))
+            stuffing.unlink()
+            check(start(), "float32")
+            assert said() == []
+            loop = start()
+            check(loop, "float32")
+            assert loop.stats.cache_hits
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+def test_folder_that_can_only_be_read(start, said, tmp_path, monkeypatch):
+    """As in a container: what is in it is used, and what is missing is compiled."""
+    with disk(tmp_path / "disk", size="256k") as folder:
+        monkeypatch.setattr(numba.config, "CACHE_DIR", str(folder))
+        check(start(), "float32")
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        loop = start()
+        check(loop, "float32")
+        assert loop.stats.cache_hits
+        assert said() == []
+        check(loop, "float64")
+        (text,) = said()
+        assert "Read-only file system" in text
+        assert str(folder) in text
+
+
+def module_of(path, factor):
+    """A module with a loop, all versions of which have the same size and age."""
+    path.write_text(f"def scale(x):\n    for i in range(len(x)):\n        x[i] *= {factor}\n")
+    os.utime(path, (1, 1))
+    linecache.clearcache()  # of a new process
+    spec = importlib.util.spec_from_file_location("scaling", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scaling"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def scale(start, tmp_path, monkeypatch):
+    """By what the loop of a new process multiplies, after the file has been written anew."""
+    monkeypatch.setitem(sys.modules, "scaling", None)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def scale(factor):
+        x = np.ones(3)
+        kernels.entry(module_of(tmp_path / "scaling.py", factor).scale)(x)
+        return x.tolist()
+
+    return scale
+
+
+def test_upgraded_in_place(scale, said):
+    for factor in (2, 3, 2):
+        assert scale(factor) == 3 * [factor]
+    assert said() == []
+
+
+def test_upgrade_that_was_interrupted(scale, said, tmp_path, monkeypatch):
+    """The index is of the new version, and the code that it names of the old one."""
+    assert scale(2) == [2, 2, 2]
+
+    def interrupted(self, name, data):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caching.IndexDataCacheFile, "_save_data", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            scale(3)
+    assert len(list(tmp_path.rglob("*.nbc"))) == 1
+    assert scale(3) == [3, 3, 3]
+    assert scale(3) == [3, 3, 3]
+    assert said() == []
+
+
 def test_no_folder_can_be_written(start, said, monkeypatch):
     """numba has no cache to offer then, and loops are compiled in every process."""
 
@@ -216,6 +320,51 @@ def test_many_processes_at_once(tmp_path):
     assert not list(tmp_path.rglob("*.tmp.*"))
 
 
+INTERRUPTED = """
+    import random, signal, sys, time, numba
+    from natten.functional.backends.cpu import cache, kernels
+    from test_numba_cache import affine, check
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    random.seed(0)
+    def start(folder):
+        numba.config.CACHE_DIR = f"{sys.argv[1]}/{folder}"
+        return kernels.entry(affine)
+    check(start("first"), "float32")  # what numba prepares once in a process
+    began = time.perf_counter()
+    check(start("timed"), "float32")
+    seconds, interrupted = time.perf_counter() - began, 0
+    for number in range(15):
+        loop = start(number)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0, seconds))
+            check(loop, "float32")
+            time.sleep(seconds)
+        except KeyboardInterrupt:
+            interrupted += 1
+        check(loop, "float32")
+        # LLVM's callbacks swallow the interrupt: the loop was compiled then, and cannot be written.
+        cache._warned = False
+        check(start(number), "float32")
+        assert not cache._warned, number
+    print(interrupted)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers")
+def test_interrupted_at_any_moment(tmp_path):
+    """As by Ctrl-C: what is on the disk is right, or not there, and so is the loop in memory."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert int(stdout) > 10
+
+
 # --- a loop of the kernels, in processes of their own
 
 CALL = """
@@ -246,3 +395,24 @@ def test_damaged_file_of_the_kernels(tmp_path):
     assert str(file) in output
     # What was damaged has been written anew.
     assert "cache" not in call(tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(sys.platform == "win32", reason="has other signals")
+def test_interrupted_while_the_kernels_are_compiled(tmp_path):
+    """Ctrl-C, or the end of a process, while it fills the cache; the next one finds no fault."""
+    random = np.random.default_rng(0)
+    for number in range(20):
+        folder = tmp_path / str(number // 4)  # some of it is there
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(CALL)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_CACHE_DIR": str(folder)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            process.communicate(timeout=random.uniform(2, 20))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT if number % 2 else signal.SIGKILL)
+            process.communicate()
+        if number % 4 == 3:
+            assert "cache" not in call(folder)

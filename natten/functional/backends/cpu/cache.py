@@ -7,11 +7,17 @@ are compiled instead, and what is damaged is written anew where that is possible
 
 from __future__ import annotations
 
+import inspect
 import logging
+import os
 import pickle
+from collections.abc import Callable
+from functools import cache
 from hashlib import sha256
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
+import numba
 from numba.core import serialize, sigutils
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
@@ -19,17 +25,56 @@ logger = logging.getLogger("natten")
 _warned = False
 
 
+@cache
+def _source_of(module: ModuleType | None) -> bytes:
+    """What the loops of a module are compiled from, and by whom."""
+    try:
+        text = inspect.getsource(module) if module is not None else ""
+    except OSError:
+        text = ""  # a frozen program has none, and is not upgraded by halves
+    return sha256(f"{numba.__version__}\n{text}".encode()).digest()
+
+
+# Its name has changed from one numba to another; its place has not.
+_UserProvided: Any = CompileResultCacheImpl._locator_classes[0]
+
+
+class _ReadableFolder(_UserProvided):
+    """NUMBA_CACHE_DIR, also where it is there but cannot be written, as in a container."""
+
+    def ensure_cache_path(self) -> None:
+        try:
+            super().ensure_cache_path()
+        except OSError:
+            if not os.path.isdir(self.get_cache_path()):
+                raise
+
+
 class _Checked(CompileResultCacheImpl):
-    """Compiled code with a checksum: bytes that changed must not run."""
+    """Compiled code with a checksum and its source: bytes that changed must not run, nor code of
+    another version.
 
-    def reduce(self, cres: Any) -> tuple[bytes, bytes]:
+    numba writes the index before the code that it names. Whoever is interrupted between them, or
+    reads meanwhile, finds the code that an earlier version left under that name.
+    """
+
+    _locator_classes: ClassVar = [_ReadableFolder, *CompileResultCacheImpl._locator_classes[1:]]
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        super().__init__(function)
+        self._source = _source_of(inspect.getmodule(function))
+
+    def reduce(self, cres: Any) -> tuple[bytes, bytes, bytes]:
         data = serialize.dumps(super().reduce(cres))
-        return sha256(data).digest(), data
+        return sha256(data).digest(), self._source, data
 
-    def rebuild(self, target_context: Any, payload: tuple[bytes, bytes]) -> Any:
-        digest, data = payload
+    def rebuild(self, target_context: Any, payload: tuple[bytes, bytes, bytes]) -> Any:
+        """The compiled loop, or None if it is another version's."""
+        digest, source, data = payload
         if sha256(data).digest() != digest:
             raise ValueError("its checksum is wrong")
+        if source != self._source:
+            return None
         return super().rebuild(target_context, pickle.loads(data))
 
 
