@@ -32,11 +32,13 @@ from torch import Tensor
 
 import natten
 from natten.functional import neighborhood_attention_generic
-from natten.functional.backends.triton import tiles
+from natten.functional.backends.triton import arguments, tiles
 from natten.functional.backends.triton.launcher import Launch
 
 # Descriptors for small problems too, which by default are too small to be worth it.
 tiles.MIN_TMA_PRODUCTS = 0.0
+# And their order of tiles.
+arguments.LEAST_UNCACHED = 0
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HOPPER_DIMS = (16, 32, 64, 128, 256)

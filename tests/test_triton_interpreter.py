@@ -22,6 +22,9 @@ from checks import check_packed, check_problem, make_inputs, run
 import natten
 
 pytest.importorskip("triton")
+from natten.functional.backends.triton import arguments
+from natten.functional.backends.triton.launcher import Launch
+
 pytestmark = pytest.mark.interpreted
 
 NAMED = {case.name: case for case in CASES}
@@ -433,6 +436,30 @@ def test_bias_gradient(case: Case, query: tuple[int, ...], key: tuple[int, ...])
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        (
+            Case(
+                "3d_last_least_dilated", (4, 5, 14), (4, 2, 3), (2, 1, 3), (1, 2, 2),
+                (False, False, True), batch=1, heads=1,
+            ),
+            "cutlass",
+        ),
+        (Case("3d_last_least", (4, 5, 17), (4, 3, 5), batch=1, heads=2, head_dim=64), "hopper"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_first_axis_fastest(case: Case, backend: str) -> None:
+    """The order of tiles that large problems have whose windows cover least of the last axis."""
+    with (
+        mock.patch.object(arguments, "LEAST_UNCACHED", 0),
+        mock.patch.object(Launch, "run", autospec=True, side_effect=Launch.run) as runs,
+    ):
+        check_problem(case, backend, HALF, factor=FACTOR)
+    assert all(call.args[0].variant.FIRST_AXIS_FASTEST for call in runs.call_args_list)
+
+
 @pytest.mark.parametrize("name", ["2d_rpb", "1d_additional"])
 def test_determinism(name: str) -> None:
     """Determinism asked for: correct, and the same bits again, with a bias too."""
@@ -520,8 +547,6 @@ def _guarded() -> Iterator[list[str]]:
     """Inside, note every address that kernels touch outside the storage of their tensors."""
     from triton.runtime.interpreter import InterpreterBuilder
     from triton.tools.tensor_descriptor import TensorDescriptor
-
-    from natten.functional.backends.triton.launcher import Launch
 
     trespasses: list[str] = []
     ranges: dict[str, tuple[int, int]] = {}

@@ -6,6 +6,7 @@ what is a scalar in the kernels is a column of values here.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import product
 from random import Random
 from typing import NamedTuple
@@ -93,9 +94,17 @@ def ring_kernel(
     tl.store(place + 3 * COUNT * STEPS, number + t * 0)
 
 
+@dataclass(frozen=True)
+class Order:
+    """What of `arguments.Variant` says in which order tiles are visited."""
+
+    RANK: int
+    FIRST_AXIS_FASTEST: bool
+
+
 @triton.jit
 def enumeration_kernel(
-    parameters, results, COUNT: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr
+    parameters, results, COUNT: tl.constexpr, V: tl.constexpr, TILE: tl.constexpr
 ):
     """Corners of column tiles. Rows of parameters: t, union, counts, inner, inner_counts."""
     at = parameters + tl.arange(0, COUNT)
@@ -105,7 +114,7 @@ def enumeration_kernel(
     inner = tl.load(at + 7 * COUNT), tl.load(at + 8 * COUNT), tl.load(at + 9 * COUNT)
     inner_counts = tl.load(at + 10 * COUNT), tl.load(at + 11 * COUNT), tl.load(at + 12 * COUNT)
     inverses = reciprocal(counts[0]), reciprocal(counts[1]), reciprocal(counts[2])
-    corner, whole = column_tile(t, (union, counts, inner, inner_counts, inverses), TILE, RANK)
+    corner, whole = column_tile(t, (union, counts, inner, inner_counts, inverses), TILE, V)
     for axis in tl.static_range(3):
         tl.store(results + axis * COUNT + tl.arange(0, COUNT), corner[axis])
     tl.store(results + 3 * COUNT + tl.arange(0, COUNT), whole.to(tl.int32))
@@ -332,21 +341,22 @@ def test_tiles_of_rings(column_size: int) -> None:
         assert len(found) - (end - begin) < column_size
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_enumeration(rank: int) -> None:
+@pytest.mark.parametrize("order", [Order(n, False) for n in (1, 2, 3)] + [Order(3, True)], ids=str)
+def test_enumeration(order: Order) -> None:
     """Every tile of a box is visited once, and those inside it are told from the others."""
     random = Random(2)
     tile = (2, 4, 8)
     parameters, expected = [], []
     for _ in range(300):
         union, counts, inner, inner_counts = [0] * 3, [1] * 3, [0] * 3, [1] * 3
-        for axis in range(3 - rank, 3):
+        for axis in range(3 - order.RANK, 3):
             union[axis] = random.randint(0, 9)
             counts[axis] = random.randint(1, 5)
             inner[axis] = random.randint(0, counts[axis])
             inner_counts[axis] = random.randint(0, counts[axis] - inner[axis])
-        ranges = (range(n) for n in counts)
-        for t, place in enumerate(product(*ranges)):
+        turn = -1 if order.FIRST_AXIS_FASTEST else 1
+        ranges = (range(n) for n in counts[::turn])
+        for t, place in enumerate(p[::turn] for p in product(*ranges)):
             parameters.append((t, *union, *counts, *inner, *inner_counts))
             corner = [u + p * n for u, p, n in zip(union, place, tile)]
             whole = all(i <= p < i + n for p, i, n in zip(place, inner, inner_counts))
@@ -355,7 +365,7 @@ def test_enumeration(rank: int) -> None:
     parameters += parameters[-1:] * (count - len(parameters))
     table = torch.tensor(parameters, dtype=torch.int32).T.contiguous()
     results = torch.empty(4, count, dtype=torch.int32)
-    enumeration_kernel[(1,)](table, results, count, rank, tile)
+    enumeration_kernel[(1,)](table, results, count, order, tile)
     assert results.T[: len(expected)].tolist() == expected
 
 

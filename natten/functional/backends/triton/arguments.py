@@ -24,6 +24,8 @@ LOG2_E = 1.4426950408889634
 # Beyond this factor of the scores, what a fused multiplication and subtraction rounds less often
 # than the product alone would be an exponent of its own: kernels round both.
 _LARGEST_FUSED_SCALE = 2.0**16
+# Bytes of a head's keys and values that caches hold.
+LEAST_UNCACHED = 16 * 2**20
 NO_PADDINGS = (0,) * 3
 NO_STRIDES = (0,) * 5
 
@@ -79,6 +81,8 @@ class Variant:
         BLOCK: Features of a tile of queries or keys, a power of two.
         VALUE_BLOCK: Features of a tile of values.
         RANK: Axes of the grid.
+        FIRST_AXIS_FASTEST: Whether tiles are numbered along the first of three axes first, those of
+            rows and those that each of them visits; else along the last.
         CAUSAL: Whether queries attend to no later token, of each axis.
         CIRCULAR: Whether windows wrap around, of each axis.
         UPSAMPLING: Queries of each key, along each axis.
@@ -105,6 +109,7 @@ class Variant:
     BLOCK: int
     VALUE_BLOCK: int
     RANK: int
+    FIRST_AXIS_FASTEST: bool
     CAUSAL: tuple[bool, ...]
     CIRCULAR: tuple[bool, ...]
     UPSAMPLING: tuple[int, ...]
@@ -196,6 +201,20 @@ def precision(problem: Problem) -> str:
     device = problem.device
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     return "tf32x3" if is_nvidia and capability(device.index) >= (8, 0) else "ieee"
+
+
+def _first_axis_fastest(problem: Problem) -> bool:
+    """Whether tiles that follow each other then share more of what they read.
+
+    The outermost loop comes back to a tile last, by when the cache may have lost it. So it should
+    go along the axis that windows cover least of.
+    """
+    held = problem.num_keys * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
+    if problem.rank < 3 or any(problem.is_causal) or held < LEAST_UNCACHED:
+        return False
+    windows = zip(problem.kernel_size, problem.dilation, problem.grid, strict=True)
+    first, _, last = [min(size * step, length) / length for size, step, length in windows]
+    return last < first
 
 
 def _mask(problem: Problem, tiling: Tiling) -> str:
@@ -336,6 +355,7 @@ def common(
             BLOCK=block(problem.head_dim),
             VALUE_BLOCK=block(problem.head_dim_v),
             RANK=problem.rank,
+            FIRST_AXIS_FASTEST=_first_axis_fastest(problem),
             CAUSAL=pad(problem.is_causal, False),
             CIRCULAR=pad(problem.is_circular or (False,) * problem.rank, False),
             UPSAMPLING=pad(problem.upsampling or (1,) * problem.rank, 1),

@@ -165,7 +165,7 @@ def place_of(i, steps, kv_head, box, V: gl.constexpr):
     if V.HEADS_PER_KV > 1:
         head += i // steps
         i = i % steps
-    corner, _whole = column_tile(i, box, QUERY_TILE, V.RANK)
+    corner, _whole = column_tile(i, box, QUERY_TILE, V)
     return head, corner
 
 
@@ -235,6 +235,26 @@ def add_queries(
             (head - first_head) * FEATURES + feature,
         ],
         sums,
+    )  # fmt: skip
+
+
+@gluon.jit
+def add_step(
+    i, place, keys, sequence, sources, shared, batch, first_head, HALF: gl.constexpr,
+    V: gl.constexpr,
+):  # fmt: skip
+    """Computes what step i is to add to half the features of the queries' gradients, and starts to
+    add it."""
+    PART: gl.constexpr = V.FEATURES // 2
+    ring = shared.score_gradients
+    mbarrier.wait(ring.full.index(i & 1), (i >> 1) & 1)
+    part = multiply_keys(ring.buffers.index(i & 1), keys, V.QUERIES, PART)
+    tma.store_wait(0)
+    part = warpgroup_mma_wait(0, deps=[part])
+    mbarrier.arrive(ring.empty.index(i & 1))
+    add_queries(
+        part, place, sequence, sources.query_sums, shared.sums.index(HALF), batch, first_head,
+        HALF * PART, V.FEATURES,
     )  # fmt: skip
 
 
@@ -391,16 +411,9 @@ def attend_back(
             fence_async_shared()
             mbarrier.arrive(score_gradients.full.index(here))
             if i > 0:
-                mbarrier.wait(score_gradients.full.index(1 - here), ((i - 1) >> 1) & 1)
-                part = multiply_keys(
-                    score_gradients.buffers.index(1 - here), key_features, COLUMNS, PART
-                )
-                tma.store_wait(0)
-                part = warpgroup_mma_wait(0, deps=[part])
-                mbarrier.arrive(score_gradients.empty.index(1 - here))
-                add_queries(
-                    part, place_of(i - 1, steps, kv_head, box, V), sequence, sources.query_sums,
-                    sums, memory_batch, first_head * V.HEADS_PER_KV, HALF * PART, FEATURES,
+                add_step(
+                    i - 1, place_of(i - 1, steps, kv_head, box, V), key_features, sequence, sources,
+                    shared, memory_batch, first_head * V.HEADS_PER_KV, HALF, V,
                 )  # fmt: skip
         if i + STAGES < total:
             if HALF == 0:
@@ -413,14 +426,9 @@ def attend_back(
             )  # fmt: skip
     key_sum, value_sum = warpgroup_mma_wait(0, deps=[key_sum, value_sum])
     if total > 0:
-        last = (total - 1) & 1
-        mbarrier.wait(score_gradients.full.index(last), ((total - 1) >> 1) & 1)
-        part = multiply_keys(score_gradients.buffers.index(last), key_features, COLUMNS, PART)
-        tma.store_wait(0)
-        part = warpgroup_mma_wait(0, deps=[part])
-        add_queries(
-            part, place_of(total - 1, steps, kv_head, box, V), sequence, sources.query_sums, sums,
-            memory_batch, first_head * V.HEADS_PER_KV, HALF * PART, FEATURES,
+        add_step(
+            total - 1, place_of(total - 1, steps, kv_head, box, V), key_features, sequence, sources,
+            shared, memory_batch, first_head * V.HEADS_PER_KV, HALF, V,
         )  # fmt: skip
     store_tile(
         data.key_gradient, key_sum * scales.gradients, memory_batch, kv_head, rows,

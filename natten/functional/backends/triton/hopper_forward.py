@@ -116,7 +116,7 @@ def load_tile(t, steps, box, source, additional, at, sequence, feature, ring, V:
     bar = ring.full.index(t % V.STAGES)
     buffer = ring.buffers.index(t % V.STAGES)
     mbarrier.expect(bar, source.block_type.nbytes)
-    corner, _whole = column_tile(t, box, KEY_TILE, V.RANK)
+    corner, _whole = column_tile(t, box, KEY_TILE, V)
     in_grid = True
     if additional is not None:
         in_grid = t < steps
@@ -192,7 +192,7 @@ def attend(
     for t in range(all_steps):
         stage = t % STAGES
         phase = (t // STAGES) & 1
-        corner, _whole = column_tile(t, box, KEY_TILE, V.RANK)
+        corner, _whole = column_tile(t, box, KEY_TILE, V)
         needed, whole = seen(corner, own, KEY_TILE, V.RANK)
         if sources.additional_key is not None:
             needed = needed | (t >= steps)

@@ -278,14 +278,14 @@ def axis_rows(
 
 
 @triton.jit
-def program_place(program, tiles, dilations, heads, RANK: tl.constexpr, LAST_FIRST: tl.constexpr):
+def program_place(program, tiles, dilations, heads, V: tl.constexpr, LAST_FIRST: tl.constexpr):
     """Row tile along each axis, head and batch of a program. Tiles of one head are neighbors."""
     tiles_z = tiles[2] * dilations[2]
     tiles_y = 1
     tiles_x = 1
-    if RANK >= 2:
+    if V.RANK >= 2:
         tiles_y = tiles[1] * dilations[1]
-    if RANK == 3:
+    if V.RANK == 3:
         tiles_x = tiles[0] * dilations[0]
     in_head = tiles_x * tiles_y * tiles_z
     tile = program % in_head
@@ -293,9 +293,14 @@ def program_place(program, tiles, dilations, heads, RANK: tl.constexpr, LAST_FIR
         # The longest rows of a causal problem come last: start them first.
         tile = in_head - 1 - tile
     rest = program // in_head
-    z = tile % tiles_z
-    y = (tile // tiles_z) % tiles_y
-    x = tile // (tiles_z * tiles_y)
+    if V.FIRST_AXIS_FASTEST:
+        x = tile % tiles_x
+        y = (tile // tiles_x) % tiles_y
+        z = tile // (tiles_x * tiles_y)
+    else:
+        z = tile % tiles_z
+        y = (tile // tiles_z) % tiles_y
+        x = tile // (tiles_z * tiles_y)
     return (x, y, z), rest % heads, rest // heads
 
 
@@ -319,27 +324,32 @@ def quotient(dividend, divisor, inverse):
 
 
 @triton.jit
-def tile_index(t, counts, inverses, RANK: tl.constexpr):
+def tile_index(t, counts, inverses, V: tl.constexpr):
     """The number along each axis of the t-th column tile of a box."""
     x, y, z = t * 0, t * 0, t
-    if RANK >= 2:
+    if V.FIRST_AXIS_FASTEST:
+        y = quotient(t, counts[0], inverses[0])
+        x = t - y * counts[0]
+        z = quotient(y, counts[1], inverses[1])
+        y -= z * counts[1]
+    elif V.RANK >= 2:
         y = quotient(t, counts[2], inverses[2])
         z = t - y * counts[2]
-    if RANK == 3:
-        x = quotient(y, counts[1], inverses[1])
-        y -= x * counts[1]
+        if V.RANK == 3:
+            x = quotient(y, counts[1], inverses[1])
+            y -= x * counts[1]
     return x, y, z
 
 
 @triton.jit
-def column_tile(t, box, COLUMN_TILE: tl.constexpr, RANK: tl.constexpr):
+def column_tile(t, box, COLUMN_TILE: tl.constexpr, V: tl.constexpr):
     """Corner of the t-th column tile of a box, and whether all rows see all of it."""
     union, counts, inner, inner_counts, inverses = box
-    x, y, z = tile_index(t, counts, inverses, RANK)
+    x, y, z = tile_index(t, counts, inverses, V)
     whole = (z >= inner[2]) & (z < inner[2] + inner_counts[2])
-    if RANK >= 2:
+    if V.RANK >= 2:
         whole = whole & (y >= inner[1]) & (y < inner[1] + inner_counts[1])
-    if RANK == 3:
+    if V.RANK == 3:
         whole = whole & (x >= inner[0]) & (x < inner[0] + inner_counts[0])
     corner = (
         union[0] + x * COLUMN_TILE[0], union[1] + y * COLUMN_TILE[1], union[2] + z * COLUMN_TILE[2],
@@ -388,7 +398,7 @@ def placed_tile(t, box, columns, COLUMN_TILE: tl.constexpr, V: tl.constexpr):
     """Corner of the t-th column tile of a box, whether all rows see all of it, and the positions of
     the corner that windows are compared with: others where an axis is circular."""
     if V.CIRCULAR[0] or V.CIRCULAR[1] or V.CIRCULAR[2]:
-        x, y, z = tile_index(t, box.counts, box.inverses, V.RANK)
+        x, y, z = tile_index(t, box.counts, box.inverses, V)
         corner_x, position_x, whole_x = axis_tile(
             x, box.union[0], box.inner[0], box.inner_counts[0], columns.extent[0], COLUMN_TILE[0],
             V.CIRCULAR[0],
@@ -404,7 +414,7 @@ def placed_tile(t, box, columns, COLUMN_TILE: tl.constexpr, V: tl.constexpr):
         corner = (corner_x, corner_y, corner_z)
         return corner, whole_x & whole_y & whole_z, (position_x, position_y, position_z)
     else:
-        corner, whole = column_tile(t, box, COLUMN_TILE, V.RANK)
+        corner, whole = column_tile(t, box, COLUMN_TILE, V)
         return corner, whole, corner
 
 
@@ -757,7 +767,7 @@ def row_tile(program, row, data, heads, INVERSE: tl.constexpr, V: tl.constexpr):
     column_origins, column_extents = decode(column_origins), decode(column_extents)
     # In a causal problem the last queries and the first keys have most to do: start them first.
     tile, head, batch = program_place(
-        program, tiles, dilations, heads, V.RANK, V.CAUSAL[2] and not INVERSE
+        program, tiles, dilations, heads, V, V.CAUSAL[2] and not INVERSE
     )
     row_first, row_extent = sequence_of(cumulative_row, batch, row_extents[2], V.VARLEN)
     column_first, column_extent = sequence_of(cumulative_column, batch, column_extents[2], V.VARLEN)
@@ -789,7 +799,9 @@ def row_tile(program, row, data, heads, INVERSE: tl.constexpr, V: tl.constexpr):
     inverses = (0, 0, 0)
     if V.RANK == 2:
         inverses = (0, 0, reciprocal(tl.maximum(box_z[1], 1)))
-    if V.RANK == 3:
+    if V.FIRST_AXIS_FASTEST:
+        inverses = (reciprocal(tl.maximum(box_x[1], 1)), reciprocal(tl.maximum(box_y[1], 1)), 0)
+    elif V.RANK == 3:
         inverses = (0, reciprocal(tl.maximum(box_y[1], 1)), reciprocal(tl.maximum(box_z[1], 1)))
     return (
         Place(head, batch, memory_batch),

@@ -161,9 +161,9 @@ def add_bias_gradient(
         tl.atomic_add(target, (sums * tl.load(factor)).to(tl.int64), mask=needed, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["programs", "heads", "num_additional", "bias_copies"])
+@triton.jit(do_not_specialize=["heads", "num_additional", "bias_copies"])
 def query_gradient_kernel(
-    query, key, value, data, programs, heads, num_additional, bias_copies, scales, V: tl.constexpr
+    query, key, value, data, heads, num_additional, bias_copies, scales, V: tl.constexpr
 ):  # fmt: skip
     """Key and value are descriptors of key tiles if `V.TMA`, else pointers."""
     ROWS: tl.constexpr = V.QUERIES
@@ -332,10 +332,7 @@ def query_gradient_launch(
     return Launch(
         query_gradient_kernel,
         common.tiles,
-        (
-            common.tiles, common.heads, problem.num_additional, max(bias_copies, 1), common.scales,
-            common.variant,
-        ),
+        (common.heads, problem.num_additional, max(bias_copies, 1), common.scales, common.variant),
         group=Data,
         alone=3,
         grouped=(arguments.cap(problem), steps, common.window),
