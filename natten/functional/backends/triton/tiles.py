@@ -9,7 +9,7 @@ tables below. Nothing is timed at run time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import product
 from math import prod
@@ -79,7 +79,8 @@ class _Size(NamedTuple):
     rate: float
 
 
-# By head_dim.
+# By head_dim: powers of two, and 96 for what fills more than half of a tile of 128 features, whose
+# loads are masked.
 _Sizes = dict[int, tuple[_Size, ...]]
 
 
@@ -97,6 +98,7 @@ class Kernel:
         products: Matrix products of a pair of tiles.
         sizes: Tiles to choose from, with their rates where most tiles are masked.
         mask_edges_sizes: The same where `Tiling.mask_edges` leaves masks out (large windows).
+        float32_sizes: Those of float32, which takes twice the memory, and three products for one.
         suits: Whether it can run a problem.
         instead_of: The kernel that runs what this one cannot, or not as fast; None for that itself.
         by_halves: Whether the halves of its row tiles skip column tiles that they do not see.
@@ -111,6 +113,7 @@ class Kernel:
     products: int
     sizes: _Sizes
     mask_edges_sizes: _Sizes
+    float32_sizes: _Sizes = field(default_factory=dict)
     suits: Callable[[Problem], bool] = _always
     instead_of: Kernel | None = None
     by_halves: bool = False
@@ -152,39 +155,57 @@ class Kernel:
 _FORWARD_SIZES: _Sizes = {
     32: (_Size(64, 64, 4, 3, 1.0), _Size(64, 128, 4, 2, 0.95)),
     64: (_Size(64, 128, 4, 2, 1.0), _Size(64, 64, 4, 3, 0.93), _Size(128, 64, 4, 3, 1.05)),
+    96: (_Size(64, 64, 4, 3, 1.0), _Size(128, 64, 8, 3, 1.0), _Size(128, 128, 8, 2, 0.95)),
     128: (_Size(128, 128, 8, 3, 1.0), _Size(64, 64, 4, 3, 0.97), _Size(128, 64, 4, 2, 1.03)),
-    256: (_Size(64, 64, 4, 2, 1.0), _Size(128, 64, 8, 2, 1.0)),
-    512: (_Size(64, 64, 4, 2, 1.0),),
-    1024: (_Size(64, 32, 4, 1, 1.0),),
+    256: (_Size(128, 64, 8, 2, 1.0), _Size(64, 32, 4, 2, 0.84)),
+    512: (_Size(64, 32, 8, 2, 1.0),),
+    1024: (_Size(16, 32, 8, 1, 1.0),),
 }
 FORWARD = Kernel("forward", False, 2, _FORWARD_SIZES, {
     **_FORWARD_SIZES,
     64: (_Size(128, 64, 4, 3, 1.0), _Size(64, 64, 4, 3, 0.93)),
     128: (_Size(128, 128, 8, 3, 1.0), _Size(64, 64, 4, 3, 0.92), _Size(128, 64, 4, 2, 0.93)),
+}, {
+    32: (_Size(64, 64, 4, 2, 1.0), _Size(64, 32, 4, 2, 0.93)),
+    64: (_Size(32, 64, 4, 2, 1.0),),
+    128: (_Size(32, 64, 4, 2, 1.0),),
+    256: (_Size(16, 32, 4, 2, 1.0),),
 })  # fmt: skip
 
 _QUERY_SIZES: _Sizes = {
     32: (_Size(64, 64, 4, 2, 1.0),),
     64: (_Size(64, 64, 4, 3, 1.0),),
+    96: (_Size(128, 64, 8, 3, 1.0), _Size(64, 64, 4, 2, 0.86)),
     128: (_Size(64, 64, 4, 2, 1.0),),
-    256: (_Size(64, 32, 4, 2, 1.0),),
-    512: (_Size(64, 32, 8, 2, 1.0),),
-    1024: (_Size(64, 16, 8, 1, 1.0),),
+    256: (_Size(64, 64, 8, 2, 1.0), _Size(64, 32, 4, 2, 0.99), _Size(32, 64, 4, 2, 0.88)),
+    512: (_Size(16, 32, 4, 2, 1.0),),
+    1024: (_Size(16, 16, 8, 1, 1.0),),
 }
 QUERY_GRADIENT = Kernel("query", False, 3, _QUERY_SIZES, {
     **_QUERY_SIZES,
     128: (_Size(128, 64, 8, 3, 1.08), _Size(64, 64, 4, 2, 1.0)),
+}, {
+    32: (_Size(64, 64, 4, 2, 1.0), _Size(64, 32, 4, 2, 0.97)),
+    64: (_Size(32, 64, 4, 2, 1.0),),
+    128: (_Size(32, 64, 4, 1, 1.0), _Size(16, 64, 4, 1, 0.93)),
+    256: (_Size(16, 32, 4, 1, 1.0),),
 })  # fmt: skip
 
 _KEY_VALUE_SIZES: _Sizes = {
     32: (_Size(64, 32, 4, 3, 1.0), _Size(64, 64, 4, 2, 0.93)),
     64: (_Size(64, 64, 4, 3, 1.0),),
+    96: (_Size(64, 32, 4, 3, 1.0), _Size(64, 64, 4, 2, 0.81)),
     128: (_Size(64, 64, 4, 2, 1.0),),
-    256: (_Size(64, 32, 8, 1, 1.0),),
-    512: (_Size(64, 32, 8, 1, 1.0),),
-    1024: (_Size(64, 16, 8, 1, 1.0),),
+    256: (_Size(64, 32, 8, 2, 1.0), _Size(32, 32, 4, 2, 0.94), _Size(32, 64, 8, 2, 0.96)),
+    512: (_Size(16, 32, 4, 2, 1.0),),
+    1024: (_Size(16, 16, 8, 1, 1.0),),
 }
-KEY_VALUE_GRADIENT = Kernel("key_value", True, 4, _KEY_VALUE_SIZES, _KEY_VALUE_SIZES)
+KEY_VALUE_GRADIENT = Kernel("key_value", True, 4, _KEY_VALUE_SIZES, _KEY_VALUE_SIZES, {
+    32: (_Size(64, 64, 4, 2, 1.0), _Size(64, 32, 4, 2, 0.98)),
+    64: (_Size(32, 64, 4, 2, 1.0),),
+    128: (_Size(32, 64, 8, 1, 1.0), _Size(16, 32, 4, 2, 0.9)),
+    256: (_Size(16, 32, 8, 1, 1.0),),
+})  # fmt: skip
 
 
 def has_ping_pong_heads(problem: Problem) -> bool:
@@ -228,8 +249,8 @@ _PING_PONG_SIZES: _Sizes = {
 }
 # Two groups of warps, each with half of the query tile, whose products and softmax alternate.
 PING_PONG = Kernel(
-    "forward", False, 2, _PING_PONG_SIZES, _PING_PONG_SIZES, _suits_ping_pong, FORWARD,
-    by_halves=True, mask=0.4, start=1.5,
+    "forward", False, 2, _PING_PONG_SIZES, _PING_PONG_SIZES, suits=_suits_ping_pong,
+    instead_of=FORWARD, by_halves=True, mask=0.4, start=1.5,
 )  # fmt: skip
 
 # The rate is that of its five products against the seven of two kernels.
@@ -240,8 +261,8 @@ _FUSED_SIZES: _Sizes = {
 # All gradients in one pass. Halves of key tiles wait for each other: skipping gains nothing. In
 # 3-D, the sums of the queries that its programs see do not stay in the cache.
 FUSED = Kernel(
-    "key_value", True, 5, _FUSED_SIZES, _FUSED_SIZES, _suits_fused, KEY_VALUE_GRADIENT,
-    mask=0.1, start=6.0, space=0.75,
+    "key_value", True, 5, _FUSED_SIZES, _FUSED_SIZES, suits=_suits_fused,
+    instead_of=KEY_VALUE_GRADIENT, mask=0.1, start=6.0, space=0.75,
 )  # fmt: skip
 
 
@@ -508,11 +529,12 @@ def reuse(problem: Problem, kernel: Kernel, tiling: Tiling) -> Tiling:
 
 
 def _sizes(problem: Problem, kernel: Kernel, mask_edges: bool, chip: Chip) -> tuple[_Size, ...]:
+    widest = max(problem.head_dim, problem.head_dim_v, 32)
+    features = _power(widest)
     if problem.dtype == torch.float32:
-        # Twice the memory a token, and three products for one: small tiles.
-        features = max(problem.head_dim, problem.head_dim_v)
-        return (_Size(64 if features <= 128 else 32, 64 if features <= 32 else 32, 4, 2, 1.0),)
-    features = _power(max(problem.head_dim, problem.head_dim_v, 32))
+        return kernel.float32_sizes[features]
+    if 64 < widest < 128:
+        features = 96
     if chip.products in ("turing", "ampere"):
         # Without warp-group products, which read shared memory, large tiles spill registers.
         mask_edges = False
