@@ -5,8 +5,9 @@
     python benchmarks/semantics.py --cases ring       those whose names hold a word
 
 A case is one call of natten and its alternatives, forward and backward. Each alternative is
-compared with the call first, output and gradients; then they take turns, and medians are shown.
-FlexAttention is compiled, on a GPU only; dense attention gets the window as a mask.
+compared with the call first, output and gradients; then they take turns, and medians are shown: of
+eager calls, and on a GPU of CUDA graphs of them, which leave the host out. FlexAttention is
+compiled, on a GPU only; dense attention gets the window as a mask.
 """
 
 from __future__ import annotations
@@ -153,9 +154,8 @@ def ring(device: str) -> Case:
     )  # fmt: skip
 
 
-def finer_queries(device: str) -> Case:
+def finer_queries(side: int, factor: int, size: int, device: str) -> Case:
     """An upsampler: keys repeated, of which dilation leaves one each."""
-    side, factor, size = (16, 4, 7) if device == "cpu" else (32, 8, 9)
 
     def repeated(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         for axis in (1, 2):
@@ -285,18 +285,38 @@ def packed_grids(device: str) -> Case:
     )  # fmt: skip
 
 
-CASES: tuple[Callable[[str], Case], ...] = (
-    ring, finer_queries, head_groups, packed_grids, padded_image, sea, soft_cap, sink
-)  # fmt: skip
+def cases(device: str) -> list[Callable[[str], Case]]:
+    """What makes the cases."""
+    upsamplers = [(16, 4, 7)] if device == "cpu" else [(32, 8, 9), (32, 14, 7)]
+    return [
+        ring, *[partial(finer_queries, *sizes) for sizes in upsamplers], head_groups, packed_grids,
+        padded_image, sea, soft_cap, sink,
+    ]  # fmt: skip
 
 
 def results(attend: Attention, tensors: list[Tensor]) -> list[Tensor]:
     """Output and gradients."""
     out = attend(*tensors)
-    gradients = torch.autograd.grad(out, tensors, out.detach())
-    if out.is_cuda:
-        torch.cuda.synchronize()
-    return [out.detach(), *gradients]
+    return [out.detach(), *torch.autograd.grad(out, tensors, out.detach())]
+
+
+def finished(attend: Callable[[], Any]) -> Callable[[], None]:
+    """A call that waits for the GPU."""
+
+    def run() -> None:
+        attend()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return run
+
+
+def graphed(attend: Callable[[], Any]) -> Callable[[], None]:
+    """A CUDA graph of a call that has run before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        attend()
+    return graph.replay
 
 
 def check(case: Case, tensors: list[Tensor]) -> None:
@@ -316,7 +336,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
     console, found = Console(), []
-    for make in CASES:
+    if options.device == "cuda":
+        # Backward passes run on the stream of the forward pass, and the default one has no graphs.
+        torch.cuda.set_stream(torch.cuda.Stream())
+    for make in cases(options.device):
         case = make(options.device)
         if options.cases and not any(word in case.name for word in options.cases):
             continue
@@ -326,14 +349,21 @@ def main() -> None:
             name: partial(results, attend, tensors)
             for name, attend in {"natten": case.call, **case.instead}.items()
         }
-        times = in_turns(contenders, options.seconds, 5)
+        eager = {name: finished(call) for name, call in contenders.items()}
+        columns = {"ms": in_turns(eager, options.seconds, 5)}
+        if options.device == "cuda":
+            graphs = {name: finished(graphed(call)) for name, call in contenders.items()}
+            columns["graph ms"] = in_turns(graphs, options.seconds, 5)
         table = Table(title=case.name, title_justify="left")
-        for title in ("", "ms", "times natten's"):
-            table.add_column(title, justify="left" if not title else "right")
-        for name, ms in times.items():
-            table.add_row(name, f"{ms:.3f}", f"{ms / times['natten']:.2f}")
+        table.add_column("")
+        for title in columns:
+            table.add_column(title, justify="right")
+            table.add_column("times natten's", justify="right")
+        for name in contenders:
+            cells = [(times[name], times["natten"]) for times in columns.values()]
+            table.add_row(name, *[t for ms, own in cells for t in (f"{ms:.3f}", f"{ms / own:.2f}")])
         console.print(table)
-        found.append({"case": case.name, "device": options.device, "ms": times})
+        found.append({"case": case.name, "device": options.device, **columns})
     if options.output:
         options.output.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -374,6 +374,29 @@ def sizes() -> Figure:
     return figure
 
 
+def realistic() -> Figure:
+    """Kernels' times of random problems beside what the GPU allows at least, by head_dim."""
+    rows = json.loads(RESULTS.with_name("realistic.json").read_text(encoding="utf-8"))
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    groups = {
+        "half precision": [r for r in rows if r["dtype"] != "torch.float32"],
+        "float32": [r for r in rows if r["dtype"] == "torch.float32"],
+    }
+    panels = figure.subplots(1, 2, sharey=True)
+    for number, (axes, way) in enumerate(zip(panels, ("forward", "backward"), strict=True)):
+        for color, (label, group) in zip(viz.SERIES_COLORS, groups.items()):
+            axes.scatter(
+                [1e3 * r["limits"][number] for r in group],
+                [r[way] / r["limits"][number] for r in group],
+                s=14, label=label, color=color, alpha=0.7,
+            )  # fmt: skip
+        axes.set(xscale="log", yscale="log", title=way, xlabel="least time that an H100 allows, ms")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("times that")
+    panels[0].legend(frameon=False)
+    return figure
+
+
 def video_curve() -> Figure:
     """How a causal denoiser learns to predict frames: what `natten.models.clip train` wrote."""
     with (FIGURES / "video-curve.csv").open() as file:
@@ -411,6 +434,7 @@ DRAWN: dict[str, tuple[Callable[[], Figure], bool]] = {
     "prediction": (prediction, True),
     "distributed": (distributed, True),
     "sizes": (sizes, False),
+    "realistic": (realistic, False),
     "video-curve": (video_curve, False),
 }
 
