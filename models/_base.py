@@ -19,7 +19,7 @@ from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
 from natten.nn import NeighborhoodBackbone
-from natten.nn.backbone import depth_groups, without_decay
+from natten.nn.backbone import depth_groups, pack_images, without_decay
 
 from ._checkpoint import adopt_checkpoints, checkpoint_filter_fn, read_checkpoint
 
@@ -37,6 +37,20 @@ __all__ = [
 
 Model = TypeVar("Model", bound=nn.Module)
 LayerNorm = partial(nn.LayerNorm, eps=1e-5)
+
+
+def is_list(x: Any) -> bool:
+    """Whether x is images of different sizes, and not a tensor of them."""
+    return isinstance(x, (list, tuple))
+
+
+def refuse_list(x: Any) -> None:
+    """For what takes images of one size."""
+    if is_list(x):
+        raise NotImplementedError(
+            "forward_intermediates of a list of images is not implemented: call it for each, or "
+            "forward_features for all"
+        )
 
 
 Layer = str | Callable[..., nn.Module] | None
@@ -127,6 +141,10 @@ class Classifier(nn.Module):
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles what follows an "and")
+            if is_list(x):
+                found = [self.head(features[None], pre_logits=pre_logits) for features in x]
+                return torch.cat(found) if self.global_pool else [part[0] for part in found]
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,6 +153,14 @@ class Classifier(nn.Module):
 
 class Hierarchy(Classifier):
     """What timm asks of a model with `patch_embed`, `levels` of `NeighborhoodStage`, and `norm`."""
+
+    @torch.jit.ignore
+    def _features_of_list(self, images: Any) -> Any:
+        """`forward_features` of images of different sizes."""
+        x, layout = pack_images(self.patch_embed, images)
+        for level in self.levels:
+            x, layout = level(x, layout=layout)
+        return layout.unpack(self.norm(x))
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

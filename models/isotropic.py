@@ -8,6 +8,7 @@ Paper: `Dilated Neighborhood Attention Transformer`, https://arxiv.org/abs/2209.
 # as types.
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,19 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from natten.nn import NeighborhoodTransformerBlock, PatchTokenizer
-from natten.nn.backbone import share_out
+from natten.nn.backbone import pack_images, share_out
 
-from ._base import CHECKPOINTS, Classifier, Layer, build_model, cfg, init_weights, layers
+from ._base import (
+    CHECKPOINTS,
+    Classifier,
+    Layer,
+    build_model,
+    cfg,
+    init_weights,
+    is_list,
+    layers,
+    refuse_list,
+)
 from ._checkpoint import resize_bias
 from .dinat import PAPER
 
@@ -41,13 +52,17 @@ class IsotropicNAT(Classifier):
         depth: blocks.
         num_heads: attention heads.
         kernel_size, stride: window, and queries that share one: an integer, an entry for each
-            block (an integer, or one for each axis), or one for each axis.
+            block (an integer, one for each axis, or a list of windows, one for each of equal groups
+            of heads), or one for each axis.
+        clip_window: cut windows to grids that are smaller, instead of padding these, as the
+            released models do.
         dilations: dilation of every block; None for 1.
         mlp_ratio, qkv_bias, qk_scale, layer_scale, drop_rate, proj_drop_rate, attn_drop_rate,
             drop_path_rate, norm_layer, act_layer: as for `NAT`.
 
     Shapes: images `[B, in_chans, H, W]` to logits `[B, num_classes]`; features are `[B, H', W',
-        embed_dim]`.
+        embed_dim]`. A list of images `[in_chans, H, W]` of different sizes runs without padding
+        them to one; its features are a list of `[H', W', embed_dim]`.
 
     Raises:
         ValueError: for dilations that do not fit `depth`, or an `img_size` that is not a square of
@@ -78,6 +93,7 @@ class IsotropicNAT(Classifier):
         norm_layer: Layer = None,
         act_layer: Layer = None,
         whole_grid: bool = False,
+        clip_window: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -125,7 +141,8 @@ class IsotropicNAT(Classifier):
                     qk_scale=qk_scale,
                     rel_pos_bias=True,
                     # Padding would be attended to: only the released local models expect it.
-                    pad=not whole_grid,
+                    pad=not (whole_grid or clip_window),
+                    clip_window=clip_window,
                     **place,
                 )
                 for j in range(depth)
@@ -187,6 +204,7 @@ class IsotropicNAT(Classifier):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
+        refuse_list(x)
         take, last = feature_take_indices(len(self.layers), indices)
         layers = self.layers[: last + 1] if stop_early else self.layers
         x = self.patch_embed(x)
@@ -213,7 +231,18 @@ class IsotropicNAT(Classifier):
             self.reset_classifier(0, "")
         return take
 
+    @torch.jit.ignore
+    def _features_of_list(self, images: Any) -> Any:
+        x, layout = pack_images(self.patch_embed, images)
+        for layer in self.layers:
+            block = partial(layer, layout=layout)
+            x = checkpoint_seq([block], x) if self.grad_checkpointing else block(x)
+        return layout.unpack(self.norm(x))
+
     def forward_features(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles what follows an "and")
+            if is_list(x):
+                return self._features_of_list(x)
         x = self.patch_embed(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.layers, x)

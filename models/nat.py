@@ -30,7 +30,17 @@ from natten.nn import (
 )
 from natten.nn.backbone import stages
 
-from ._base import CHECKPOINTS, Hierarchy, Layer, build_model, cfg, init_weights, layers
+from ._base import (
+    CHECKPOINTS,
+    Hierarchy,
+    Layer,
+    build_model,
+    cfg,
+    init_weights,
+    is_list,
+    layers,
+    refuse_list,
+)
 from ._checkpoint import packaged_weights
 
 __all__ = ["NAT"]
@@ -50,13 +60,16 @@ class NAT(Hierarchy):
         depths: blocks of every level.
         num_heads: heads of every level.
         kernel_size, stride: window, and queries that share one: an integer, an entry for each level
-            (an integer, an entry for each block, or one for each axis), or one for each axis.
+            (an integer, an entry for each block, or one for each axis), or one for each axis. The
+            entry of a block may be a list of windows, one for each of equal groups of heads.
         dilations: dilation of every block of every level, an integer or one for each axis; None for
             1.
         mlp_ratio: hidden width of the MLPs.
         qkv_bias: bias of the query, key and value projections.
         qk_scale: factor on query · key; None for `head_dim ** -0.5`.
         layer_scale: initial value of the residual scales, None for none.
+        clip_window: cut windows to grids that are smaller, instead of padding these, as the
+            released models do.
         stem: "conv" (two overlapping convolutions; convolutions between levels: NAT, DiNAT) or
             "patch" (patches of 4; patch merging between levels: DiNAT_s).
         stem_strides: strides of the two convolutions of the "conv" stem.
@@ -69,7 +82,8 @@ class NAT(Hierarchy):
         weight_init: "" for the published initial weights (std 0.02), "xavier" for narrow models.
 
     Shapes: images `[B, in_chans, H, W]` to logits `[B, num_classes]`; features are
-    `[B, H', W', C]`.
+    `[B, H', W', C]`. A list of images `[in_chans, H, W]` of different sizes runs without padding
+    them to one; its features are a list of `[H', W', C]`.
 
     Raises:
         ValueError: for lists of different lengths, or an unknown stem.
@@ -90,6 +104,7 @@ class NAT(Hierarchy):
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         layer_scale: float | None = None,
+        clip_window: bool = False,
         stem: str = "conv",
         stem_strides: tuple[int, int] = (2, 2),
         drop_rate: float = 0.0,
@@ -158,7 +173,8 @@ class NAT(Hierarchy):
             qkv_bias=qkv_bias,
             qk_scale=qk_scale,
             rel_pos_bias=True,
-            pad=True,
+            pad=not clip_window,
+            clip_window=clip_window,
             **norms,
         )
         self.feature_info = [
@@ -197,6 +213,7 @@ class NAT(Hierarchy):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
+        refuse_list(x)
         take, last = feature_take_indices(len(self.levels), indices)
         levels = self.levels[: last + 1] if stop_early else self.levels
         x = self.patch_embed(channels_last(x))
@@ -214,6 +231,9 @@ class NAT(Hierarchy):
         return (normed if len(levels) == final + 1 else x), intermediates
 
     def forward_features(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles what follows an "and")
+            if is_list(x):
+                return self._features_of_list(x)
         return self.norm(self.levels(self.patch_embed(channels_last(x))))
 
 

@@ -37,7 +37,7 @@ from natten.nn import (
 from natten.nn.backbone import Axes, share_out, stages
 from natten.nn.core import refuse_sharded
 
-from ._base import Hierarchy, Layer, build_model, cfg, init_weights, layers
+from ._base import Hierarchy, Layer, build_model, cfg, init_weights, is_list, layers, refuse_list
 from ._checkpoint import packaged_weights
 
 __all__ = ["StreamOutput", "StreamState", "VideoDenoiser", "VideoNAT"]
@@ -118,19 +118,24 @@ class VideoNAT(Hierarchy):
         patch_size: pixels of a token: frames, rows, columns. Streams need 1 frame.
         embed_dim: channels of the first level; they double at every level.
         depths, num_heads: blocks and heads of every level.
-        kernel_size: window: frames, rows, columns; or an entry for each level.
+        kernel_size: window: frames, rows, columns; or an entry for each level, as `NAT` takes it.
         time_dilations: dilation in time of every block, repeated over the blocks of a level.
         dilations: of every block of every level (frames, rows, columns), instead of them.
         rel_pos_bias: learn relative position biases instead of rotating queries and keys; not of
             causal models. An image model's weights, loaded into a model with its depths, heads,
             windows and dilations in space, then give on a clip of one image what they give of it.
         is_causal: whether a frame attends to no later one.
+        is_circular: whether windows wrap around along frames, rows or columns, and positions with
+            them: a bool or three. A ring is neither causal nor padded: patches and levels must
+            divide it, and windows fit.
+        clip_window: cut windows to grids that are smaller, instead of padding these.
         mlp_ratio, qkv_bias, qk_scale, drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate,
             norm_layer, act_layer: as for `NAT`.
 
     Shapes: clips `[B, in_chans, T, H, W]` to logits `[B, num_classes]`; features are `[B, T', H',
     W', C]`. Images `[B, in_chans, H, W]` are clips of one frame, and their features have no time
-    axis, so that timm's tools apply.
+    axis, so that timm's tools apply. A list of clips `[in_chans, T, H, W]` of different lengths and
+    sizes runs without padding them to one; its features are a list of `[T', H', W', C]`.
 
     Raises:
         ValueError: for lists of different lengths.
@@ -150,6 +155,8 @@ class VideoNAT(Hierarchy):
         dilations: Sequence[Sequence[tuple[int, int, int]]] | None = None,
         rel_pos_bias: bool = False,
         is_causal: bool = False,
+        is_circular: bool | Sequence[bool] = False,
+        clip_window: bool = False,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
@@ -195,6 +202,8 @@ class VideoNAT(Hierarchy):
             drop_path=drop_path_rate,
             downsampler=lambda channels: PatchMerging(channels, rank=3, strides=(1, 2, 2), **norms),
             is_causal=(is_causal, False, False),
+            is_circular=is_circular,
+            clip_window=clip_window,
             mlp_ratio=mlp_ratio,
             act_layer=act_layer,
             drop=proj_drop_rate,
@@ -203,7 +212,7 @@ class VideoNAT(Hierarchy):
             qk_scale=qk_scale,
             rel_pos_bias=rel_pos_bias,
             rotary=not rel_pos_bias,
-            pad=True,
+            pad=not clip_window,
             **norms,
         )
         self.feature_info = [
@@ -246,6 +255,7 @@ class VideoNAT(Hierarchy):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
+        refuse_list(x)
         take, last = feature_take_indices(len(self.levels), indices)
         levels = self.levels[: last + 1] if stop_early else self.levels
         final = len(self.levels) - 1
@@ -263,6 +273,9 @@ class VideoNAT(Hierarchy):
         return as_input(y, x), intermediates
 
     def forward_features(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles what follows an "and")
+            if is_list(x):
+                return self._features_of_list(x)
         return as_input(self.norm(self.levels(self.patch_embed(as_clip(x)))), x)
 
     def forward(self, x: Tensor) -> Tensor:

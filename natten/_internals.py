@@ -203,7 +203,7 @@ def is_known(condition: Any) -> bool:
 
 
 @cache
-def scripted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def scripted(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function whose branches on sizes stay branches in what torch.jit.trace records."""
     with warnings.catch_warnings():
         # All of torch.jit is deprecated, of which tracing warns itself.

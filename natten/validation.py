@@ -187,6 +187,15 @@ def head_windows(*sizes: Any) -> list[tuple[Any, ...]] | None:
     return list(zip(*each, strict=True))
 
 
+def check_head_groups(groups: int, heads: int, heads_kv: int) -> None:
+    """Check that so many windows go with the heads of query and of key and value."""
+    if heads % groups or (heads_kv % groups and groups % heads_kv):
+        raise ValueError(
+            "windows of groups of heads must divide query's heads, and divide key's or be a "
+            f"multiple of them, got {groups} windows for {heads} and {heads_kv} heads"
+        )
+
+
 def check_window(
     grid: tuple[int, ...],
     kernel_size: Any,

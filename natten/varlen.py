@@ -98,14 +98,28 @@ class GridLayout:
         parts = packed.squeeze(0).split(self.tokens)
         return [part.unflatten(0, size) for part, size in zip(parts, self.sizes, strict=True)]
 
-    def map(self, function: Callable[[Tensor], Tensor], packed: Tensor) -> Tensor:
+    def spread(self, entries: Tensor) -> Tensor:
+        """What each grid has, ``[grids, ...]``, for each of its tokens, ``[1, total, ...]``.
+
+        Raises:
+            ValueError: There are not as many as grids.
+        """
+        if entries.shape[:1] != (len(self.sizes),):
+            raise ValueError(
+                f"entries must have one for each of {len(self.sizes)} grids, got shape "
+                f"{tuple(entries.shape)}"
+            )
+        each = zip(entries.split(1), self.tokens, strict=True)
+        return torch.cat([entry.expand(n, *entry.shape[1:]) for entry, n in each]).unsqueeze(0)
+
+    def map(self, function: Callable[..., Tensor], *packed: Tensor) -> Tensor:
         """What a function of grids makes of packed ones: any module of this package, a block with
         norms and rotary positions as well as attention alone.
 
         Args:
-            function: From ``[grids, *size, ...]`` to as many tokens; called once for grids of one
-                size that follow each other.
-            packed: ``[1, total, ...]``.
+            function: From ``[grids, *size, ...]``, one for each of ``packed``, to as many tokens;
+                called once for grids of one size that follow each other.
+            packed: ``[1, total, ...]``, one or several.
 
         Returns:
             ``[1, total, ...]``.
@@ -113,19 +127,36 @@ class GridLayout:
         Raises:
             ValueError: ``packed`` is something else, or the function's result.
         """
-        check_packed("packed", packed, self)
-        runs = _runs(self.sizes)
-        parts = packed.split_with_sizes([n * prod(size) for size, n in runs], 1)
-        found = []
-        for (size, grids), part in zip(runs, parts, strict=True):
-            result = function(part.unflatten(1, (grids, *size)).squeeze(0))
+        found = self._results(function, packed)
+        for result, (size, grids) in zip(found, _runs(self.sizes), strict=True):
             if result.shape[: 1 + self.rank] != (grids, *size):
                 raise ValueError(
                     f"function must return as many tokens as it is given, [{grids}, *{size}, ...], "
                     f"got shape {tuple(result.shape)}"
                 )
-            found.append(result)
         return _joined(found, self.rank)
+
+    def resize(
+        self, function: Callable[[Tensor], Tensor], packed: Tensor
+    ) -> tuple[Tensor, GridLayout]:
+        """As :meth:`map`, of a function that returns grids of another size, as tokenizers and
+        downsamplers do: also the layout of what it returns.
+        """
+        found = self._results(function, (packed,))
+        sizes = [tuple(result.shape[1 : 1 + self.rank]) for result in found]
+        layout = GridLayout([s for s, part in zip(sizes, found) for _ in range(part.shape[0])])
+        return _joined(found, self.rank), layout
+
+    def _results(self, function: Callable[..., Tensor], packed: Sequence[Tensor]) -> list[Tensor]:
+        for tensor in packed:
+            check_packed("packed", tensor, self)
+        runs = _runs(self.sizes)
+        lengths = [n * prod(size) for size, n in runs]
+        parts = [tensor.split_with_sizes(lengths, 1) for tensor in packed]
+        return [
+            function(*[part.unflatten(1, (grids, *size)).squeeze(0) for part in own])
+            for (size, grids), own in zip(runs, zip(*parts, strict=True), strict=True)
+        ]
 
 
 def _runs(keys: Iterable[_Key]) -> list[tuple[_Key, int]]:

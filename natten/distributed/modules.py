@@ -43,7 +43,7 @@ class Plan:
         return self
 
     def _padded_for(self, module: NeighborhoodModule) -> GridSharding:
-        if not module.pad:
+        if not module.pad or module._is_grouped():
             return self.sharding
         return self.sharding.padded([k * d for k, d in zip(module.kernel_size, module.dilation)])
 
@@ -124,7 +124,7 @@ class Plan:
             additional_keys,
             additional_values,
             additional_lengths=additional_lengths,
-            rpb=module._bias(),
+            rpb=module._bias(whole),
             sharding=padded,
             **self.options,
         )

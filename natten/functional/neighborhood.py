@@ -362,11 +362,7 @@ def _over_heads(
     validation.check_qkv(query, key, value, rank)
     validation.check_additional(query, key, value, *tensors[4:6])
     heads, heads_kv, groups = query.shape[-2], key.shape[-2], len(windows)
-    if heads % groups or (heads_kv % groups and groups % heads_kv):
-        raise ValueError(
-            "windows of groups of heads must divide query's heads, and divide key's or be a "
-            f"multiple of them, got {groups} windows for {heads} and {heads_kv} heads"
-        )
+    validation.check_head_groups(groups, heads, heads_kv)
     sizes = [kernel_size for kernel_size, *_ in windows]
     if tensors.rpb is not None and any(size != sizes[0] for size in sizes):
         raise ValueError(f"rpb goes with windows of one kernel_size, got kernel_size={sizes}")

@@ -21,26 +21,27 @@ from natten.nn.core import (
     check_sequence,
     crop,
     fit_mask,
+    fitted,
     left_out,
-    place,
     plan_of,
+    refuse_beside_layout,
     refuse_circular,
     refuse_sharded,
-    whole_axes,
 )
 from natten.nn.explicit import AttentionMap, attention_map
 from natten.nn.stream import StreamState, attend_to_stream, check_stream, fit_frames
 from natten.older.modules import accepts_older_arguments
+from natten.types import IntOrWindows, KernelSizes
+from natten.varlen import GridLayout, check_packed
 
 # Control flow on shapes cannot be traced symbolically: in an fx graph each is one call.
 torch.fx.wrap("attend_packed")
 torch.fx.wrap("attend_to_all")
 torch.fx.wrap("check_grid")
 torch.fx.wrap("check_sequence")
-torch.fx.wrap("place")
 torch.fx.wrap("crop")
 torch.fx.wrap("fit_mask")
-torch.fx.wrap("whole_axes")
+torch.fx.wrap("fitted")
 
 
 class NeighborhoodAttention(NeighborhoodModule):
@@ -58,7 +59,10 @@ class NeighborhoodAttention(NeighborhoodModule):
         embed_dim: channels of a token; a multiple of num_heads.
         num_heads: heads of the query.
         kernel_size: window size, an int or one for each axis; -1, or None of one axis, for a whole
-            axis, however long it is (without dilation).
+            axis, however long it is, or the whole dilation group, if dilation divides the axis. A
+            list of windows, as `[(3, 3), (7, 7)]`, gives each of so many equal groups of heads its
+            own, and so do lists for stride and dilation; biases then need one kernel_size, and
+            `rotary=True` one dilation.
         stride: queries that share a window, at most kernel_size. Default 1.
         dilation: distance between the tokens of a window. Default 1.
         is_causal: whether queries attend to no later token along an axis. Default False.
@@ -67,6 +71,9 @@ class NeighborhoodAttention(NeighborhoodModule):
         proj_drop: probability of dropping elements of the output.
         is_circular: whether windows wrap around along an axis (longitude, a panorama's columns).
             Dilation and stride divide its tokens, and it is neither causal nor padded.
+        clip_window: make do with grids that are smaller than the window, instead of raising:
+            dilation, kernel_size and stride are cut to the room that there is, axis by axis, as
+            `natten.na2d` says. Not with pad.
         rel_pos_bias: learn a bias `rpb`, `[num_heads, 2 * kernel_size - 1, ...]`, added to the
             scaled products. No causal axes.
         num_kv_heads: heads of key and value, a divisor of num_heads (grouped-query attention);
@@ -97,9 +104,9 @@ class NeighborhoodAttention(NeighborhoodModule):
     Parameters: `qkv.*`, rows in the order query, key, value, each heads by head_dim; `proj.*`;
     and `rpb`, `q_norm.weight`, `k_norm.weight`, `logit_scale`, `sink` where asked for.
 
-    `kernel_size`, `stride`, `dilation`, `is_causal`, `is_circular`, `scale`, `softcap`, `pad`,
-    `attn_drop` and `rotary` may be set to what the constructor takes, and are then as if it had
-    been given there.
+    `kernel_size`, `stride`, `dilation`, `is_causal`, `is_circular`, `clip_window`, `scale`,
+    `softcap`, `pad`, `attn_drop` and `rotary` may be set to what the constructor takes, and are
+    then as if it had been given there.
 
     A state dict that holds one of the parameters asked for, for a module without it, is warned of,
     since `load_state_dict(strict=False)` drops it.
@@ -115,15 +122,16 @@ class NeighborhoodAttention(NeighborhoodModule):
         self,
         embed_dim: int,
         num_heads: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
+        kernel_size: KernelSizes,
+        stride: IntOrWindows = 1,
+        dilation: IntOrWindows = 1,
         is_causal: bool | Sequence[bool] = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
         *,
         is_circular: bool | Sequence[bool] = False,
+        clip_window: bool = False,
         rel_pos_bias: bool = False,
         num_kv_heads: int | None = None,
         qk_norm: bool = False,
@@ -145,6 +153,7 @@ class NeighborhoodAttention(NeighborhoodModule):
             dilation,
             is_causal,
             is_circular,
+            clip_window,
             qk_scale,
             rel_pos_bias,
             num_kv_heads,
@@ -175,6 +184,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         origin: list[int] | None = None,
         grid: list[int] | None = None,
         mask: Tensor | None = None,
+        layout: GridLayout | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -185,9 +195,11 @@ class NeighborhoodAttention(NeighborhoodModule):
         origin: list[int] | None = None,
         grid: list[int] | None = None,
         mask: Tensor | None = None,
+        layout: None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
-    # TorchScript infers the type of the result from the branch without registers.
+    # TorchScript infers the type of the result from the branch without registers, and does not know
+    # what a layout is.
     def forward(  # type: ignore[no-untyped-def]
         self,
         x: Tensor,
@@ -195,6 +207,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         origin: list[int] | None = None,
         grid: list[int] | None = None,
         mask: Tensor | None = None,
+        layout: Any | None = None,
     ):
         """Attends.
 
@@ -212,9 +225,12 @@ class NeighborhoodAttention(NeighborhoodModule):
             mask: bool `[B, *X]`, True for valid tokens (of images padded to one size, of
                 observations that are there). No token attends to the others, nor do registers, and
                 what they get is the bias of `proj`. With it, padding (`pad=True`) is not valid.
+            layout: a `natten.GridLayout` of grids of different sizes, whose packed tokens x holds,
+                `[1, total, embed_dim]`, and mask likewise. Each grid attends to itself. Not with
+                registers, origin and grid.
 
         Returns:
-            `[B, *X, embed_dim]`, and with registers a pair of it and `[B, R, embed_dim]`.
+            The shape of x, and with registers a pair of it and `[B, R, embed_dim]`.
 
         Raises:
             ValueError: for another rank or number of channels, axes shorter than
@@ -223,7 +239,14 @@ class NeighborhoodAttention(NeighborhoodModule):
         if not torch.jit.is_scripting():
             x, registers = left_out(x, "registers", registers)
             x, mask = left_out(x, "mask", mask)
-        check_grid(x, len(self.kernel_size), self.embed_dim, "x")
+            x, layout = left_out(x, "layout", layout)
+        if layout is not None:
+            if torch.jit.is_scripting():
+                raise RuntimeError("TorchScript has no attention of packed grids")
+            else:
+                refuse_beside_layout(self, layout, registers=registers, origin=origin, grid=grid)
+                return self._forward_packed(x, layout, mask)
+        check_grid(x, len(self.is_causal), self.embed_dim, "x")
         if not torch.jit.is_scripting():
             plan = plan_of(self.plan)
             if plan is not None:
@@ -236,33 +259,58 @@ class NeighborhoodAttention(NeighborhoodModule):
             else:
                 return self._forward_with_registers(x, registers, origin, grid, mask)
         extent = x.shape[1:-1]
-        kernel_size = whole_axes(x, self.kernel_size, grid)
-        x = place(x, kernel_size, self.dilation, self.pad, origin, grid, self.is_circular)
+        x = self._placed(x, origin, grid)
         if mask is not None:
             mask = fit_mask(mask, x, extent)
+        out = self._attend_heads(self._heads(x), origin, grid, mask)
+        if self.pad:
+            out = crop(out, extent)
+        return self._output(out)
+
+    def _attend_heads(
+        self,
+        heads: Tensor,
+        origin: list[int] | None,
+        grid: list[int] | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Attention of what one projection made, `[B, *X, heads, head_dim]`."""
         if self._is_packed():
-            out = attend_packed(
-                self._heads(x),
+            kernel_size, stride, dilation = fitted(
+                heads, self.kernel_size, self.stride, self.dilation, self.clip_window, grid
+            )
+            return attend_packed(
+                heads,
                 self.num_kv_heads,
                 kernel_size,
-                self.stride,
-                self.dilation,
+                stride,
+                dilation,
                 self.is_causal,
                 self.is_circular,
                 self.scale,
-                self._bias(),
+                self._bias(kernel_size),
                 origin,
                 grid,
                 self.softcap,
                 self._sink(),
                 mask,
             )
-        else:
-            query, key, value = self._project(x, origin, True)
-            out = self._attend(query, key, value, None, None, origin, grid, None, kernel_size, mask)
-        if self.pad:
-            out = crop(out, extent)
-        return self._output(out)
+        query, key, value = self._separated(heads, origin, True)
+        return self._attend(query, key, value, None, None, origin, grid, None, mask)
+
+    def _forward_packed(self, x: Tensor, layout: GridLayout, mask: Tensor | None) -> Tensor:
+        masks = () if mask is None else (mask,)
+        if self.pad:  # tokens that have no place in x
+            return layout.map(
+                lambda grids, *valid: self.forward(grids, None, None, None, *valid), x, *masks
+            )
+        check_packed("x", x, layout)
+        check_sequence(x, 1, self.embed_dim, "x")
+
+        def attend(heads: Tensor, valid: Tensor | None = None) -> Tensor:
+            return self._attend_heads(heads, None, None, valid)
+
+        return self._output(layout.map(attend, self._heads(x), *masks))
 
     def _forward_with_registers(
         self,
@@ -274,14 +322,13 @@ class NeighborhoodAttention(NeighborhoodModule):
     ) -> tuple[Tensor, Tensor]:
         check_sequence(registers, x.shape[0], self.embed_dim, "registers")
         extent = x.shape[1:-1]
-        kernel_size = whole_axes(x, self.kernel_size, grid)
-        x = place(x, kernel_size, self.dilation, self.pad, origin, grid, self.is_circular)
+        x = self._placed(x, origin, grid)
         query, key, value = self._project(x, origin, True)
         query_r, key_r, value_r = self._project(registers, None, False)
         key_mask = None
         if mask is not None:
             key_mask, mask = mask.flatten(1), fit_mask(mask, x, extent)
-        out = self._attend(query, key, value, key_r, value_r, origin, grid, None, kernel_size, mask)
+        out = self._attend(query, key, value, key_r, value_r, origin, grid, None, mask)
 
         key, value = (crop(t, extent).flatten(1, -3) for t in (key, value))
         if any(self.is_causal):
@@ -315,7 +362,8 @@ class NeighborhoodAttention(NeighborhoodModule):
         """Whether nothing lies between the projection and the attention."""
         has_norm = self.q_norm is not None or self.k_norm is not None
         drops = self.attn_drop is not None and self.training
-        return not (has_norm or drops or self.rotary is not None or self.logit_scale is not None)
+        is_changed = has_norm or self.rotary is not None or self.logit_scale is not None
+        return not (is_changed or drops or self._is_grouped())
 
     def _heads(self, x: Tensor) -> Tensor:
         """The heads of query, key and value, `[B, *X, heads, head_dim]`."""
@@ -327,8 +375,13 @@ class NeighborhoodAttention(NeighborhoodModule):
         self, x: Tensor, origin: list[int] | None, is_grid: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, `[B, *X, heads, head_dim]`: views of one tensor where possible."""
+        return self._separated(self._heads(x), origin, is_grid)
+
+    def _separated(
+        self, heads: Tensor, origin: list[int] | None, is_grid: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         kv = self.num_kv_heads
-        query, key, value = self._heads(x).split([self.num_heads, kv, kv], -2)
+        query, key, value = heads.split([self.num_heads, kv, kv], -2)
         if self.q_norm is not None:
             query = self.q_norm(query)
         if self.k_norm is not None:
@@ -405,15 +458,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         if registers is not None:
             check_sequence(registers, x.shape[0], self.embed_dim, "registers")
             key_r = self._project(registers, None, False)[1]
-        x = place(
-            x,
-            whole_axes(x, self.kernel_size, grid),
-            self.dilation,
-            self.pad,
-            origin,
-            grid,
-            self.is_circular,
-        )
+        x = self._placed(x, origin, grid)
         query, key, _ = self._project(x, origin, True)
         return self._map(query, key, positions, extent, key_r, None, origin, grid)
 

@@ -14,6 +14,7 @@ from natten.nn.core import check_flags, left_out, warn_of_dropped
 from natten.nn.embed import ConvDownsampler, ConvTokenizer, PatchMerging, PatchTokenizer
 from natten.nn.stream import StreamState
 from natten.validation import check_positive_int
+from natten.varlen import GridLayout
 
 
 class Axes(tuple[int, ...]):
@@ -71,6 +72,15 @@ def without_decay(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_parameters() if name.rpartition(".")[2] in last}
 
 
+def pack_images(
+    patch_embed: Callable[[Tensor], Tensor], images: Sequence[Tensor]
+) -> tuple[Tensor, GridLayout]:
+    """The packed tokens that a tokenizer makes of images of different sizes, `[C, *X]`."""
+    pixels = GridLayout([tuple(image.shape[1:]) for image in images])
+    packed = pixels.pack([image.movedim(0, -1) for image in images])
+    return pixels.resize(lambda run: patch_embed(run.movedim(-1, 1)), packed)
+
+
 class NeighborhoodStage(nn.Module):
     """A downsampler, if any, and blocks of one resolution.
 
@@ -79,7 +89,8 @@ class NeighborhoodStage(nn.Module):
         depth: number of blocks.
         num_heads: heads of every block.
         kernel_size, dilation, stride: of every block: one value for all, a sequence of `depth` of
-            them, each an int or one int for each axis, or one int for each axis for all.
+            them, each an int, one int for each axis or a list of windows for groups of heads, or
+            one int for each axis for all.
         drop_path: one probability for all blocks, or `depth` of them.
         downsample: module that runs first, `[B, *X, C']` to `[B, *X', embed_dim]`.
         rank: number of axes of the grid: 1, 2 or 3.
@@ -137,10 +148,27 @@ class NeighborhoodStage(nn.Module):
         registers: Tensor | None = None,
         context: Tensor | None = None,
         context_lengths: Tensor | None = None,
+        layout: Any | None = None,
     ):
-        """As `NeighborhoodTransformerBlock.forward`, after the downsampler."""
+        """As `NeighborhoodTransformerBlock.forward`, after the downsampler. With a layout, returns
+        a pair of packed tokens and their layout, which a downsampler changes.
+        """
         if not torch.jit.is_scripting():
             x, registers = left_out(x, "registers", registers)
+            x, layout = left_out(x, "layout", layout)
+        if layout is not None:
+            if torch.jit.is_scripting():
+                raise RuntimeError("TorchScript has no attention of packed grids")
+            else:
+                if self.downsample is not None:
+                    x, layout = layout.resize(self.downsample, x)
+                given = (cond, registers, context, context_lengths, None, layout)
+                for block in self.blocks:
+                    if self.grad_checkpointing and self.training:
+                        x = checkpoint(block, x, *given, use_reentrant=False)
+                    else:
+                        x = block(x, *given)
+                return x, layout
         if self.downsample is not None:
             x = self.downsample(x)
         if torch.jit.is_scripting():
@@ -445,7 +473,8 @@ class NeighborhoodBackbone(nn.Module):
         """Feature maps of the stages of out_indices, from `x`, `[B, in_channels, *X]`.
 
         Args:
-            x: the image.
+            x: the images; or a list of images `[in_channels, *X]` of different sizes, whose feature
+                maps are lists then. Nothing is padded to a common size.
             cond: `[B, cond_dim]`, given if and only if the backbone has a `cond_dim`.
             context, context_lengths: as for `NeighborhoodTransformerBlock.forward`.
         """
@@ -460,7 +489,27 @@ class NeighborhoodBackbone(nn.Module):
                     maps.append(self._output(norm(x)))
             return maps
         else:
+            if isinstance(x, (list, tuple)):
+                return self._forward_images(x, cond, context, context_lengths)
             return self.forward_features(x, cond, context, context_lengths)[0]
+
+    def _forward_images(
+        self,
+        images: Sequence[Tensor],
+        cond: Tensor | None,
+        context: Tensor | None,
+        context_lengths: Tensor | None,
+    ) -> list[Any]:
+        if self.registers is not None:
+            raise NotImplementedError("num_registers with a list of images is not implemented")
+        x, layout = pack_images(self.patch_embed, images)
+        maps: list[Any] = []
+        for i, (level, norm) in enumerate(zip(self.levels, self.norms, strict=True)):
+            x, layout = level(x, cond, None, context, context_lengths, layout)
+            if i in self.out_indices:
+                each = layout.unpack(norm(x))
+                maps.append([y.movedim(-1, 0) if self.channels_first else y for y in each])
+        return maps
 
     def _output(self, x: Tensor) -> Tensor:
         return x.movedim(-1, 1) if self.channels_first else x

@@ -18,11 +18,14 @@ from natten.nn.core import (
     check_probability,
     check_sequence,
     left_out,
+    refuse_beside_layout,
     warn_of_dropped,
 )
 from natten.nn.cross_attention import CROSS_ATTENTION_OF_RANK
 from natten.nn.stream import StreamState
+from natten.types import IntOrWindows, KernelSizes
 from natten.validation import check_is_tensor, check_positive_int
+from natten.varlen import GridLayout, check_packed
 
 
 class DropPath(nn.Module):
@@ -198,8 +201,8 @@ class NeighborhoodTransformerBlock(nn.Module):
         drop_path: probability of dropping a residual branch of a sample.
         cond_dim: channels of the conditioning vector; None for none.
         context_dim: channels of a context, as of a text; None for none.
-        is_circular, qkv_bias, qk_scale, rel_pos_bias, num_kv_heads, qk_norm, rotary, pad,
-            head_dim, learned_scale, softcap, sink: as for `NeighborhoodAttention2D`.
+        is_circular, clip_window, qkv_bias, qk_scale, rel_pos_bias, num_kv_heads, qk_norm, rotary,
+            pad, head_dim, learned_scale, softcap, sink: as for `NeighborhoodAttention2D`.
         device, dtype: of the parameters.
 
     A state dict that holds `gamma1` or `modulation`, for a block without, is warned of, since
@@ -210,9 +213,9 @@ class NeighborhoodTransformerBlock(nn.Module):
         self,
         embed_dim: int,
         num_heads: int,
-        kernel_size: int | Sequence[int] = 7,
-        stride: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
+        kernel_size: KernelSizes = 7,
+        stride: IntOrWindows = 1,
+        dilation: IntOrWindows = 1,
         is_causal: bool | Sequence[bool] = False,
         *,
         rank: int = 2,
@@ -227,6 +230,7 @@ class NeighborhoodTransformerBlock(nn.Module):
         cond_dim: int | None = None,
         context_dim: int | None = None,
         is_circular: bool | Sequence[bool] = False,
+        clip_window: bool = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         rel_pos_bias: bool = False,
@@ -271,6 +275,7 @@ class NeighborhoodTransformerBlock(nn.Module):
             dilation,
             is_causal,
             is_circular=is_circular,
+            clip_window=clip_window,
             qkv_bias=qkv_bias,
             qk_scale=qk_scale,
             proj_drop=drop,
@@ -330,6 +335,7 @@ class NeighborhoodTransformerBlock(nn.Module):
         context: Tensor | None = None,
         context_lengths: Tensor | None = None,
         mask: Tensor | None = None,
+        layout: Any | None = None,
     ):
         """Transforms `x`, `[B, *X, embed_dim]`.
 
@@ -344,6 +350,9 @@ class NeighborhoodTransformerBlock(nn.Module):
                 with a `context_dim`.
             mask: bool `[B, *X]`, which tokens are valid, see `NeighborhoodAttention2D.forward`;
                 not of a block with a `context_dim`.
+            layout: a `natten.GridLayout`, of whose grids x holds the packed tokens, `[1, total,
+                embed_dim]`; mask likewise, and cond is `[grids, cond_dim]` or `[1, total,
+                cond_dim]`. Not with registers, and not of a block with a `context_dim`.
 
         Returns:
             The shape of x, and with registers a pair of it and of the shape of registers.
@@ -355,6 +364,12 @@ class NeighborhoodTransformerBlock(nn.Module):
             x, context = left_out(x, "context", context)
             x, context_lengths = left_out(x, "context_lengths", context_lengths)
             x, mask = left_out(x, "mask", mask)
+            x, layout = left_out(x, "layout", layout)
+        if layout is not None:
+            if torch.jit.is_scripting():
+                raise RuntimeError("TorchScript has no attention of packed grids")
+            else:
+                return self._forward_packed(x, cond, registers, context, mask, layout)
         check_grid(x, self.rank, self.embed_dim, "x")
         modulation = self._modulation(cond, x, registers is not None)
         if registers is not None:
@@ -380,6 +395,35 @@ class NeighborhoodTransformerBlock(nn.Module):
         x = self._add(x, branch, self.gamma1, modulation, 0, self.rank)
         branch = self.mlp(self._modulate(self.norm2(x), modulation, 3, self.rank))
         return self._add(x, branch, self.gamma2, modulation, 3, self.rank)
+
+    def _forward_packed(
+        self,
+        x: Tensor,
+        cond: Tensor | None,
+        registers: Tensor | None,
+        context: Tensor | None,
+        mask: Tensor | None,
+        layout: GridLayout,
+    ) -> Tensor:
+        given = {"registers": registers, "context": context, "context_dim": self.context_dim}
+        refuse_beside_layout(self, layout, **given)
+        check_packed("x", x, layout)
+        check_sequence(x, 1, self.embed_dim, "x")
+        modulation = self._modulation(cond, x, False)
+        if cond is not None and cond.dim() == 2:
+            modulation = [layout.spread(values) for values in modulation]
+
+        def attend(tokens: Tensor) -> Tensor:
+            return self.attn(tokens, mask=mask, layout=layout)
+
+        drops = self.training and isinstance(self.drop_path, DropPath)
+        branches: Any = ((self.norm1, attend, self.gamma1), (self.norm2, self.mlp, self.gamma2))
+        for first, (norm, function, gamma) in zip((0, 3), branches):
+            branch = function(self._modulate(norm(x), modulation, first, 1))
+            branch = self._gated(branch, gamma, modulation, first, 1)
+            # Grids are dropped, as the entries of a batch are.
+            x = x + (layout.map(self.drop_path, branch) if drops else branch)
+        return x
 
     def _refuse_context(
         self, context: Tensor | None, context_lengths: Tensor | None, registers: Tensor | None
@@ -479,11 +523,21 @@ class NeighborhoodTransformerBlock(nn.Module):
         first: int,
         axes: int,
     ) -> Tensor:
+        return x + self.drop_path(self._gated(branch, gamma, modulation, first, axes))
+
+    def _gated(
+        self,
+        branch: Tensor,
+        gamma: Tensor | None,
+        modulation: list[Tensor],
+        first: int,
+        axes: int,
+    ) -> Tensor:
         if gamma is not None:
             branch = branch * gamma
         if self.modulation is not None:
             branch = branch * _spread(modulation[first + 2], axes)
-        return x + self.drop_path(branch)
+        return branch
 
 
 def _spread(values: Tensor, axes: int) -> Tensor:

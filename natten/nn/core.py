@@ -17,18 +17,23 @@ from natten.functional.attention import attention_with_context
 from natten.functional.neighborhood import packed_attention
 from natten.nn.explicit import AttentionMap, attention_map, window_attention, window_rows
 from natten.nn.rotary import RotaryEmbedding, rotate
+from natten.types import IntOrWindows, KernelSizes
 from natten.validation import (
     bool_tuple,
     check_circular,
+    check_head_groups,
     check_is_tensor,
     check_positive_int,
     check_rpb,
     check_scale,
     check_softcap,
     check_window,
+    head_windows,
     int_tuple,
     optional_bool,
+    shown,
 )
+from natten.varlen import GridLayout
 from natten.window import Axis
 
 
@@ -51,9 +56,10 @@ def attend(
     softcap: float = 0.0,
     sink: Tensor | None = None,
     mask: Tensor | None = None,
+    clip_window: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Neighborhood attention and its logsumexp, in eager mode, under torch.compile and in
-    TorchScript.
+    TorchScript, where there are no groups of heads and windows have been clipped.
     """
     if torch.jit.is_scripting():
         # CAUSAL and CIRCULAR of natten.functional.call; no axis is both.
@@ -107,6 +113,7 @@ def attend(
         grid=grid,
         query_origin=None if grid is None else origin,
         key_origin=None if grid is None else origin,
+        clip_window=clip_window,
         return_lse=True,
     )
     return out, lse
@@ -281,6 +288,9 @@ def without(x: Tensor, name: str, argument: object) -> Tensor:
 # In an fx graph each is one call.
 torch.fx.wrap("attend")
 torch.fx.wrap("attend_with_dropout")
+torch.fx.wrap("fitted")
+torch.fx.wrap("middle")
+torch.fx.wrap("place")
 torch.fx.wrap("without")
 
 
@@ -390,8 +400,16 @@ def place(
     origin: list[int] | None,
     grid: list[int] | None,
     is_circular: list[bool],
+    clip_window: bool = False,
 ) -> Tensor:
     """`fit_window`, or where x is a crop of a larger grid, a check that both fit in there."""
+    if not torch.jit.is_scripting():
+        windows = head_windows(kernel_size, dilation)
+        if windows is not None:
+            # Clipped ones fit anything, and are so when attention is computed.
+            for size, distance in [] if clip_window else windows:
+                x = place(x, size, distance, pad, origin, grid, is_circular)
+            return x
     if grid is None:
         for axis in range(len(kernel_size)):
             if pad and is_circular[axis]:
@@ -471,6 +489,74 @@ def whole_axes(x: Tensor, kernel_size: list[int], grid: list[int] | None) -> lis
     return sizes
 
 
+def fitted(
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    clip_window: bool,
+    grid: list[int] | None,
+) -> tuple[list[int], list[int], list[int]]:
+    """kernel_size, stride and dilation for the grid of x, `[B, *X, C]`: a window of -1 is the
+    whole axis, or the whole dilation group, and clipped ones are no larger than there is room for,
+    as `natten.na2d` says. Windows of groups of heads stay what they are.
+    """
+    if not torch.jit.is_scripting():
+        if head_windows(kernel_size, stride, dilation) is not None:
+            return kernel_size, stride, dilation
+        if torch.jit.is_tracing() and (clip_window or -1 in kernel_size):
+            window = list(kernel_size), list(stride), list(dilation)
+            return scripted(_fitted)(x, *window, clip_window, grid)
+    return _fitted(x, kernel_size, stride, dilation, clip_window, grid)
+
+
+def _fitted(
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    clip_window: bool,
+    grid: list[int] | None,
+) -> tuple[list[int], list[int], list[int]]:
+    if not clip_window and -1 not in kernel_size:
+        return kernel_size, stride, dilation
+    sizes: list[int] = []
+    strides: list[int] = []
+    dilations: list[int] = []
+    for axis in range(len(kernel_size)):
+        extent = x.shape[axis + 1] if grid is None else grid[axis]
+        k, s, d = kernel_size[axis], stride[axis], dilation[axis]
+        if clip_window:
+            d = min(d, max(extent, 1))
+        if k == -1:
+            if d > 1 and extent % d != 0:
+                raise ValueError(
+                    "kernel_size=-1, everything along an axis, goes with a dilation that divides "
+                    f"its tokens, got dilation={d} for {extent} tokens along axis {axis}"
+                )
+            k = extent if d == 1 else extent // d
+        if clip_window:
+            k = min(k, max(extent, 1) // d)
+            s = min(s, k)
+        sizes.append(k)
+        strides.append(s)
+        dilations.append(d)
+    return sizes, strides, dilations
+
+
+def middle(rpb: Tensor, kernel_size: list[int]) -> Tensor:
+    """The biases of a window that was clipped, of those of the whole one; all of those of groups
+    of heads.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile what "and" joins
+        if head_windows(kernel_size) is not None:
+            return rpb
+    for axis in range(len(kernel_size)):
+        k = kernel_size[axis]
+        rpb = rpb.narrow(axis + 1, (rpb.shape[axis + 1] + 1) // 2 - k, 2 * k - 1)
+    return rpb
+
+
 def plan_of(plan: Any) -> Any:
     """A module's plan of a sharded grid, or that of the context; None where it attends alone."""
     return sharded.current if plan is None else plan
@@ -482,6 +568,19 @@ def refuse_sharded(plan: Any, name: str) -> None:
         raise NotImplementedError(
             f"{name} of a grid that is sharded over ranks is not implemented: use an unsharded copy"
         )
+
+
+def refuse_beside_layout(module: Any, layout: Any, **given: Any) -> None:
+    """For packed grids: what is a layout, and goes with none of these."""
+    if not isinstance(layout, GridLayout):
+        raise ValueError(f"layout must be a natten.GridLayout, got {shown(layout)}")
+    if layout.rank != module.rank:
+        raise ValueError(f"layout must hold grids of {module.rank} axes, got {layout}")
+    for name, value in given.items():
+        if value is not None:
+            raise NotImplementedError(f"{name} beside a layout is not implemented")
+    if isinstance(module, NeighborhoodModule):
+        refuse_sharded(module.plan, "a layout")
 
 
 def refuse_circular(is_circular: Sequence[bool]) -> None:
@@ -529,8 +628,8 @@ class HeadNorm(nn.RMSNorm):
 # Attributes that are stored as the constructor stores them, however they are set.
 _SETTABLE = frozenset(
     (
-        "kernel_size", "stride", "dilation", "is_causal", "is_circular", "scale", "softcap", "pad",
-        "attn_drop", "rotary",
+        "kernel_size", "stride", "dilation", "is_causal", "is_circular", "clip_window", "scale",
+        "softcap", "pad", "attn_drop", "rotary",
     )
 )  # fmt: skip
 
@@ -541,9 +640,9 @@ class NeighborhoodModule(nn.Module):
 
     Subclasses add projections; their rank classes set `rank` and nothing else.
 
-    `kernel_size`, `stride`, `dilation`, `is_causal`, `is_circular`, `scale`, `softcap`, `pad`,
-    `attn_drop` and `rotary` may be set to what the constructor takes, and are then as if it had
-    been given there.
+    `kernel_size`, `stride`, `dilation`, `is_causal`, `is_circular`, `clip_window`, `scale`,
+    `softcap`, `pad`, `attn_drop` and `rotary` may be set to what the constructor takes, and are
+    then as if it had been given there.
     What they hold must fit each other when the module is called.
     """
 
@@ -561,11 +660,12 @@ class NeighborhoodModule(nn.Module):
         self,
         embed_dim: int,
         num_heads: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int],
-        dilation: int | Sequence[int],
+        kernel_size: KernelSizes,
+        stride: IntOrWindows,
+        dilation: IntOrWindows,
         is_causal: bool | Sequence[bool],
         is_circular: bool | Sequence[bool],
+        clip_window: bool,
         qk_scale: float | None,
         rel_pos_bias: bool,
         num_kv_heads: int | None,
@@ -601,15 +701,28 @@ class NeighborhoodModule(nn.Module):
                 f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
             )
         self.kernel_size = self._normalized("kernel_size", kernel_size)
-        # The grid is not known yet, and an empty one fits any window.
-        checked = tuple(2**30 if k == -1 else k for k in self.kernel_size)
-        window = check_window((0,) * self.rank, checked, stride, dilation, is_causal)
-        _, self.stride, self.dilation, self.is_causal = window
         self.is_circular = self._normalized("is_circular", is_circular)
-        units = tuple(s * d for s, d in zip(self.stride, self.dilation, strict=True))
-        check_circular(self.is_circular, units, *window)
-        if rel_pos_bias and -1 in self.kernel_size:
-            raise ValueError(f"rel_pos_bias=True needs a kernel_size, got {self.kernel_size}")
+        groups = head_windows(self.kernel_size, stride, dilation)
+        if groups is not None:
+            check_head_groups(len(groups), num_heads, num_kv_heads)
+        for size, step, distance in groups or [(self.kernel_size, stride, dilation)]:
+            # The grid is not known yet, and an empty one fits any window.
+            checked = tuple(2**30 if k == -1 else k for k in size)
+            window = check_window((0,) * self.rank, checked, step, distance, is_causal)
+            units = tuple(s * d for s, d in zip(*window[1:3], strict=True))
+            check_circular(self.is_circular, units, *window)
+        self.stride = self._normalized("stride", stride)
+        self.dilation = self._normalized("dilation", dilation)
+        self.is_causal = self._normalized("is_causal", is_causal)
+        self.clip_window = clip_window
+        if self.clip_window and pad:
+            raise ValueError("a small grid is clipped to or padded, got clip_window=True, pad=True")
+        size = self.kernel_size[0] if head_windows(self.kernel_size) else self.kernel_size
+        if rel_pos_bias and any(s != size or -1 in s for s, *_ in groups or [(size,)]):
+            raise ValueError(
+                "rel_pos_bias=True needs a kernel_size, and one for all heads, got "
+                f"{self.kernel_size}"
+            )
         if rel_pos_bias and any(self.is_causal):
             raise ValueError("rel_pos_bias=True needs is_causal=False on every axis")
         self.embed_dim = embed_dim
@@ -624,8 +737,8 @@ class NeighborhoodModule(nn.Module):
         self.rotary: Any = None
         if rotary is True:
             self.rotary = RotaryEmbedding(
-                self.head_dim, self.rank, spacing=self.dilation, is_circular=self.is_circular,
-                device=device, dtype=dtype,
+                self.head_dim, self.rank, spacing=self._spacing(self.dilation),
+                is_circular=self.is_circular, device=device, dtype=dtype,
             )  # fmt: skip
             self._rotary_is_own = True
         else:
@@ -645,7 +758,7 @@ class NeighborhoodModule(nn.Module):
         if sink:
             self.sink = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
         if rel_pos_bias:
-            shape = [2 * k - 1 for k in self.kernel_size]
+            shape = [2 * k - 1 for k in size]
             self.rpb = nn.Parameter(torch.empty(num_heads, *shape, device=device, dtype=dtype))
             nn.init.trunc_normal_(self.rpb, std=0.02)
         else:
@@ -662,12 +775,34 @@ class NeighborhoodModule(nn.Module):
         elif getattr(self, "_rotary_is_own", False) and self.rotary:
             # What rotary=True stands for.
             if name == "dilation":
-                self.rotary.spacing = value
+                self.rotary.spacing = self._spacing(value)
             elif name == "is_circular":
                 self.rotary.is_circular = value
 
+    def _spacing(self, dilation: tuple[Any, ...]) -> tuple[int, ...]:
+        """What coordinates are divided by to turn heads."""
+        if head_windows(dilation) is None:
+            return dilation
+        if len(set(dilation)) > 1:
+            raise ValueError(
+                "rotary=True turns all heads alike, and needs one dilation for all of them, got "
+                f"{dilation}; give a rotary of your own"
+            )
+        return dilation[0]
+
+    def __prepare_scriptable__(self) -> NeighborhoodModule:
+        """Of torch.jit.script, before it compiles."""
+        if head_windows(self.kernel_size, self.stride, self.dilation) is not None:
+            raise NotImplementedError(
+                "TorchScript has no windows of groups of heads, got "
+                f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
+            )
+        return self
+
     def _normalized(self, name: str, value: Any) -> Any:
         """An attribute as the constructor stores it."""
+        if name in ("kernel_size", "stride", "dilation") and head_windows(value) is not None:
+            return tuple([self._normalized(name, window) for window in value])
         if name == "kernel_size":
             if isinstance(value, (tuple, list)):
                 value = [-1 if k is None else k for k in value]
@@ -686,7 +821,7 @@ class NeighborhoodModule(nn.Module):
             return check_scale(value, self.head_dim)
         if name == "softcap":
             return check_softcap(value)
-        if name == "pad":
+        if name in ("pad", "clip_window"):
             return optional_bool(name, value)
         if name == "attn_drop":
             if value is None or isinstance(value, nn.Module):
@@ -712,9 +847,12 @@ class NeighborhoodModule(nn.Module):
         warn_of_dropped(self, self._optional, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def _bias(self) -> Tensor | None:
-        """The bias table of the heads of this rank."""
-        return None if self.rpb is None else self._own_heads(self.rpb)
+    def _bias(self, kernel_size: list[int]) -> Tensor | None:
+        """The bias table of the heads of this rank, for a window that may have been clipped."""
+        if self.rpb is not None:
+            rpb = self._own_heads(self.rpb)
+            return middle(rpb, kernel_size) if self.clip_window else rpb
+        return None
 
     def _own_heads(self, parameter: Tensor) -> Tensor:
         """What this rank has of a parameter with a row for each head."""
@@ -730,9 +868,31 @@ class NeighborhoodModule(nn.Module):
             return self._own_heads(self.sink)
         return None
 
+    def _is_grouped(self) -> bool:
+        """Whether groups of heads have windows of their own."""
+        if torch.jit.is_scripting():
+            return False
+        else:
+            return head_windows(self.kernel_size, self.stride, self.dilation) is not None
+
+    def _placed(self, x: Tensor, origin: list[int] | None, grid: list[int] | None) -> Tensor:
+        """x where the window fits."""
+        kernel_size, _, dilation = fitted(
+            x, self.kernel_size, self.stride, self.dilation, self.clip_window, grid
+        )
+        return place(
+            x, kernel_size, dilation, self.pad, origin, grid, self.is_circular, self.clip_window
+        )
+
     def _refuse_sharded_scores(self, mask: Tensor | None) -> None:
         """For a grid whose tokens are sharded over ranks."""
-        given = {"softcap": self.softcap, "sink": self.sink is not None, "mask": mask is not None}
+        given = {
+            "softcap": self.softcap,
+            "sink": self.sink is not None,
+            "mask": mask is not None,
+            "clip_window": self.clip_window,
+            "a list of windows for groups of heads": self._is_grouped(),
+        }
         for name, value in given.items():
             if value:
                 raise NotImplementedError(
@@ -772,30 +932,37 @@ class NeighborhoodModule(nn.Module):
         origin: list[int] | None = None,
         grid: list[int] | None = None,
         additional_lengths: Tensor | None = None,
-        kernel_size: list[int] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        if kernel_size is None:
-            kernel_size = list(self.kernel_size)
+        kernel_size, stride, dilation = fitted(
+            query,
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.clip_window,
+            grid,
+        )
         if self.attn_drop is not None and self.training:
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no dropout of attention weights")
             else:
-                if self.softcap or self.sink is not None or mask is not None:
+                scored = self.softcap or self.sink is not None or mask is not None
+                if scored or self._is_grouped():
                     raise NotImplementedError(
-                        "dropout of attention weights is not implemented with softcap, sink or mask"
+                        "dropout of attention weights is not implemented with softcap, sink or "
+                        "mask, and not with a list of windows for groups of heads"
                     )
                 return attend_with_dropout(
                     query,
                     key,
                     value,
                     kernel_size,
-                    self.stride,
-                    self.dilation,
+                    stride,
+                    dilation,
                     self.is_causal,
                     self.is_circular,
                     self.scale,
-                    self._bias(),
+                    self._bias(kernel_size),
                     additional_keys,
                     additional_values,
                     origin,
@@ -808,12 +975,12 @@ class NeighborhoodModule(nn.Module):
             key,
             value,
             kernel_size,
-            self.stride,
-            self.dilation,
+            stride,
+            dilation,
             self.is_causal,
             self.is_circular,
             self.scale,
-            self._bias(),
+            self._bias(kernel_size),
             additional_keys,
             additional_values,
             origin,
@@ -822,6 +989,7 @@ class NeighborhoodModule(nn.Module):
             self.softcap,
             self._sink(),
             mask,
+            self.clip_window,
         )
         return out
 
@@ -838,6 +1006,10 @@ class NeighborhoodModule(nn.Module):
     ) -> AttentionMap:
         """`extent` is the grid without padding; query and key are grids with it."""
         refuse_sharded(self.plan, "attention_map")
+        if self._is_grouped():
+            raise NotImplementedError(
+                "attention_map is not implemented for a list of windows for groups of heads"
+            )
         positions = torch.as_tensor(positions, device=query.device)
         is_integer = positions.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
         if positions.dim() != 2 or positions.shape[1] != self.rank or not is_integer:
@@ -849,21 +1021,25 @@ class NeighborhoodModule(nn.Module):
             raise ValueError(f"positions must lie in the grid {tuple(extent)}, got {positions}")
         index: tuple[Any, ...] = (slice(None), *positions.unbind(1))
         chosen = query[index]  # [B, P, H, D]
-        check_rpb(self._bias(), query, self.kernel_size, self.is_causal)
+        kernel_size, stride, dilation = fitted(
+            key, self.kernel_size, self.stride, self.dilation, self.clip_window, grid
+        )
+        rpb = self._bias(kernel_size)
+        check_rpb(rpb, query, tuple(kernel_size), self.is_causal)
         extents = key.shape[1:-2] if grid is None else grid
         mask, bias = window_rows(
             positions,
             key.shape[1:-2],
             window_axes(
                 extents,
-                [n if k == -1 else k for k, n in zip(self.kernel_size, extents)],
-                self.stride,
-                self.dilation,
+                kernel_size,
+                stride,
+                dilation,
                 self.is_causal,
                 self.is_circular,
             ),
             [0] * self.rank if origin is None or grid is None else origin,
-            self._bias(),
+            rpb,
         )
         weights, additional = attention_map(
             chosen,
@@ -890,6 +1066,8 @@ class NeighborhoodModule(nn.Module):
             value = getattr(self, name)
             if any(v != default for v in value):
                 parts.append(f"{name}={value}")
+        if self.clip_window:
+            parts.append("clip_window=True")
         if self.scale != self.head_dim**-0.5:
             parts.append(f"qk_scale={self.scale}")
         if self.head_dim * self.num_heads != self.embed_dim and self.heads_mesh is None:

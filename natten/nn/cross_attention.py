@@ -18,13 +18,12 @@ from natten.nn.core import (
     check_sequence,
     crop,
     left_out,
-    place,
     plan_of,
     refuse_circular,
-    whole_axes,
 )
 from natten.nn.explicit import AttentionMap
 from natten.nn.stream import StreamState, attend_to_stream, check_stream, fit_frames
+from natten.types import IntOrWindows, KernelSizes
 from natten.validation import check_length_values, check_positive_int, int_tuple
 
 
@@ -66,9 +65,7 @@ torch.fx.wrap("check_grid")
 torch.fx.wrap("check_sequence")
 torch.fx.wrap("check_source")
 torch.fx.wrap("crop")
-torch.fx.wrap("whole_axes")
 torch.fx.wrap("lengths_of")
-torch.fx.wrap("place")
 
 
 class NeighborhoodCrossAttention(NeighborhoodModule):
@@ -89,9 +86,9 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         upsampling: queries of each key, an int or one for each axis: x has that many times as many
             tokens as source, and every token attends to the window of its cell, as `natten.na2d`
             says. Default 1. Not with biases, rotation, padding or dropout of weights.
-        is_circular, rel_pos_bias, num_kv_heads, qk_norm, rotary, attn_drop, pad, head_dim,
-            learned_scale, softcap, sink: as for `NeighborhoodAttention2D`. Biases and rotation act
-            between grids, not on the context; `k_norm` on both.
+        is_circular, clip_window, rel_pos_bias, num_kv_heads, qk_norm, rotary, attn_drop, pad,
+            head_dim, learned_scale, softcap, sink: as for `NeighborhoodAttention2D`. Biases and
+            rotation act between grids, not on the context; `k_norm` on both.
         device, dtype: of the parameters.
 
     Parameters: `q`, `kv` (rows in the order key, value), `context_kv` (likewise), `proj`; and
@@ -115,15 +112,16 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         self,
         embed_dim: int,
         num_heads: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
+        kernel_size: KernelSizes,
+        stride: IntOrWindows = 1,
+        dilation: IntOrWindows = 1,
         is_causal: bool | Sequence[bool] = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
         *,
         is_circular: bool | Sequence[bool] = False,
+        clip_window: bool = False,
         context_dim: int | None = None,
         source_dim: int | None = None,
         upsampling: int | Sequence[int] = 1,
@@ -148,6 +146,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             dilation,
             is_causal,
             is_circular,
+            clip_window,
             qk_scale,
             rel_pos_bias,
             num_kv_heads,
@@ -221,7 +220,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             x, context = left_out(x, "context", context)
             x, context_lengths = left_out(x, "context_lengths", context_lengths)
             x, source = left_out(x, "source", source)
-        check_grid(x, len(self.kernel_size), self.embed_dim, "x")
+        check_grid(x, len(self.is_causal), self.embed_dim, "x")
         if not torch.jit.is_scripting():
             plan = plan_of(self.plan)
             if plan is not None:
@@ -237,8 +236,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         extent = x.shape[1:-1]
         query, key, value = self._project(x, source, origin, grid)
         key_c, value_c, lengths = self._contexts(x, context, context_lengths)
-        kernel_size = whole_axes(x, self.kernel_size, grid)
-        out = self._attend(query, key, value, key_c, value_c, origin, grid, lengths, kernel_size)
+        out = self._attend(query, key, value, key_c, value_c, origin, grid, lengths)
         if self.pad:
             out = crop(out, extent)
         return self._output(out)
@@ -264,7 +262,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             self._scaled(query), key, value, self.kernel_size, self.stride, self.dilation,
             self.is_causal, self.scale, key_c, value_c, additional_lengths=lengths,
             softcap=self.softcap, sink=self._sink(), is_circular=self.is_circular,
-            upsampling=self.upsampling,
+            upsampling=self.upsampling, clip_window=self.clip_window,
         )  # fmt: skip
         return self._output(out)
 
@@ -299,11 +297,10 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if source is None:
             source = x
-        check_grid(source, len(self.kernel_size), self.source_dim, "source")
+        check_grid(source, len(self.is_causal), self.source_dim, "source")
         check_source(source, x)
-        kernel_size = whole_axes(x, self.kernel_size, grid)
-        x = place(x, kernel_size, self.dilation, self.pad, origin, grid, self.is_circular)
-        source = place(source, kernel_size, self.dilation, self.pad, origin, grid, self.is_circular)
+        x = self._placed(x, origin, grid)
+        source = self._placed(source, origin, grid)
         if not torch.jit.is_scripting():
             check_heads_whole("kv", self.kv, self.heads_mesh)
         query = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
@@ -375,7 +372,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             `AttentionMap(grid [B, P, num_heads, *X], additional [B, P, num_heads, S] or None)`.
             Both sum to 1 together, less what falls on padding (`pad=True`), which is not shown.
         """
-        check_grid(x, len(self.kernel_size), self.embed_dim, "x")
+        check_grid(x, self.rank, self.embed_dim, "x")
         self._refuse_upsampling("attention_map")
         query, key, _ = self._project(x, source, origin, grid)
         key_c = lengths = None

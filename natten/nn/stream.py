@@ -63,6 +63,11 @@ def check_stream(module: NeighborhoodModule) -> None:
             "a stream needs is_causal=True and stride=1 along the first axis, got "
             f"is_causal={module.is_causal} and stride={module.stride}"
         )
+    if module.clip_window or module._is_grouped():
+        raise NotImplementedError(
+            "a stream is not implemented with clip_window, nor with a list of windows for groups "
+            "of heads"
+        )
     if module.attn_drop is not None and module.training:
         raise NotImplementedError("dropout of attention weights is not implemented for streams")
     refuse_sharded(module.plan, "a stream")
