@@ -19,7 +19,7 @@ from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
 from natten.nn import NeighborhoodBackbone
-from natten.nn.backbone import depth_groups, pack_images, without_decay
+from natten.nn.backbone import depth_groups, is_list, pack_images, without_decay
 
 from ._checkpoint import adopt_checkpoints, checkpoint_filter_fn, read_checkpoint
 
@@ -37,11 +37,6 @@ __all__ = [
 
 Model = TypeVar("Model", bound=nn.Module)
 LayerNorm = partial(nn.LayerNorm, eps=1e-5)
-
-
-def is_list(x: Any) -> bool:
-    """Whether x is images of different sizes, and not a tensor of them."""
-    return isinstance(x, (list, tuple))
 
 
 def refuse_list(x: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from natten.nn import NeighborhoodAttention2D, NeighborhoodAttention3D
+from natten.validation import clipped_window, head_windows
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, ...] | None = None) -> int:
@@ -26,14 +29,16 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...] | None = None) -> i
 
     def count_attention(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal windows
-        attended = 1
-        tokens = 1
-        for length, kernel_size, dilation in zip(
-            inputs[0].shape[1:-1], module.kernel_size, module.dilation
-        ):
-            tokens *= max(length, kernel_size * dilation)
-            attended *= kernel_size
-        windows += 2 * inputs[0].shape[0] * tokens * attended * module.embed_dim
+        extent = inputs[0].shape[1:-1]
+        sizes = (module.kernel_size, module.stride, module.dilation)
+        groups = head_windows(*sizes) or [sizes]
+        for kernel_size, stride, dilation in groups:
+            if module.clip_window:
+                kernel_size, _, dilation = clipped_window(extent, kernel_size, stride, dilation)
+            attended = [n // d if k == -1 else k for k, n, d in zip(kernel_size, extent, dilation)]
+            tokens = prod(max(n, k * d) for n, k, d in zip(extent, attended, dilation))
+            pairs = 2 * inputs[0].shape[0] * tokens * prod(attended)
+            windows += pairs * module.embed_dim // len(groups)
 
     hooks = [
         module.register_forward_hook(count_attention)

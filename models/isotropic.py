@@ -18,7 +18,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from natten.nn import NeighborhoodTransformerBlock, PatchTokenizer
-from natten.nn.backbone import pack_images, share_out
+from natten.nn.backbone import is_list, pack_images, share_out
 
 from ._base import (
     CHECKPOINTS,
@@ -27,7 +27,6 @@ from ._base import (
     build_model,
     cfg,
     init_weights,
-    is_list,
     layers,
     refuse_list,
 )

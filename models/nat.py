@@ -28,7 +28,7 @@ from natten.nn import (
     PatchMerging,
     PatchTokenizer,
 )
-from natten.nn.backbone import stages
+from natten.nn.backbone import is_list, stages
 
 from ._base import (
     CHECKPOINTS,
@@ -37,7 +37,6 @@ from ._base import (
     build_model,
     cfg,
     init_weights,
-    is_list,
     layers,
     refuse_list,
 )
@@ -68,6 +67,8 @@ class NAT(Hierarchy):
         qkv_bias: bias of the query, key and value projections.
         qk_scale: factor on query · key; None for `head_dim ** -0.5`.
         layer_scale: initial value of the residual scales, None for none.
+        is_circular: whether rows and columns are rings (a panorama's columns): windows,
+            convolutions and patches wrap around, and divide them. A bool, or one for each axis.
         clip_window: cut windows to grids that are smaller, instead of padding these, as the
             released models do.
         stem: "conv" (two overlapping convolutions; convolutions between levels: NAT, DiNAT) or
@@ -104,6 +105,7 @@ class NAT(Hierarchy):
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         layer_scale: float | None = None,
+        is_circular: bool | Sequence[bool] = False,
         clip_window: bool = False,
         stem: str = "conv",
         stem_strides: tuple[int, int] = (2, 2),
@@ -146,12 +148,15 @@ class NAT(Hierarchy):
         self.drop_rate = drop_rate
 
         norms: dict[str, Any] = {"norm_layer": norm_layer, **place}
+        rings: dict[str, Any] = {"is_circular": is_circular}
         if stem == "conv":
-            self.patch_embed = ConvTokenizer(in_chans, embed_dim, strides=stem_strides, **norms)
+            self.patch_embed = ConvTokenizer(
+                in_chans, embed_dim, strides=stem_strides, **norms, **rings
+            )
             reduction = stem_strides[0] * stem_strides[1]
             downsampler: type[nn.Module] = ConvDownsampler
         else:
-            self.patch_embed = PatchTokenizer(in_chans, embed_dim, 4, **norms)
+            self.patch_embed = PatchTokenizer(in_chans, embed_dim, 4, **norms, **rings)
             reduction = 4
             downsampler = PatchMerging
         self.levels = stages(
@@ -164,7 +169,7 @@ class NAT(Hierarchy):
             stride,
             rank=2,
             drop_path=drop_path_rate,
-            downsampler=lambda channels: downsampler(channels, **norms),
+            downsampler=lambda channels: downsampler(channels, **norms, **rings),
             mlp_ratio=mlp_ratio,
             act_layer=act_layer,
             layer_scale=layer_scale,
@@ -175,6 +180,7 @@ class NAT(Hierarchy):
             rel_pos_bias=True,
             pad=not clip_window,
             clip_window=clip_window,
+            **rings,
             **norms,
         )
         self.feature_info = [

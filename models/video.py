@@ -34,10 +34,10 @@ from natten.nn import (
     PatchTokenizer,
     StreamState,
 )
-from natten.nn.backbone import Axes, share_out, stages
+from natten.nn.backbone import Axes, is_list, share_out, stages
 from natten.nn.core import refuse_sharded
 
-from ._base import Hierarchy, Layer, build_model, cfg, init_weights, is_list, layers, refuse_list
+from ._base import Hierarchy, Layer, build_model, cfg, init_weights, layers, refuse_list
 from ._checkpoint import packaged_weights
 
 __all__ = ["StreamOutput", "StreamState", "VideoDenoiser", "VideoNAT"]
@@ -186,7 +186,8 @@ class VideoNAT(Hierarchy):
         self.output_fmt = "NHWC"
         self.num_features = self.head_hidden_size = embed_dim * 2 ** (len(depths) - 1)
 
-        self.patch_embed = PatchTokenizer(in_chans, embed_dim, patch_size, rank=3, **norms)
+        rings: dict[str, Any] = {"is_circular": is_circular}
+        self.patch_embed = PatchTokenizer(in_chans, embed_dim, patch_size, rank=3, **norms, **rings)
         self.levels = stages(
             embed_dim,
             depths,
@@ -200,9 +201,11 @@ class VideoNAT(Hierarchy):
             1,
             rank=3,
             drop_path=drop_path_rate,
-            downsampler=lambda channels: PatchMerging(channels, rank=3, strides=(1, 2, 2), **norms),
+            downsampler=lambda channels: PatchMerging(
+                channels, rank=3, strides=(1, 2, 2), **norms, **rings
+            ),
             is_causal=(is_causal, False, False),
-            is_circular=is_circular,
+            **rings,
             clip_window=clip_window,
             mlp_ratio=mlp_ratio,
             act_layer=act_layer,
@@ -358,6 +361,8 @@ class VideoDenoiser(nn.Module):
         kernel_size: window: frames, rows, columns; or an entry for each block. -1 for a whole axis.
         dilations: (frames, rows, columns) of the blocks, repeated over them; None for no dilation.
         is_causal: whether a frame depends on no later one.
+        is_circular: whether windows wrap around along frames, rows or columns, and positions with
+            them: a bool or three. A ring is neither causal nor padded.
         cond_dim: channels of the condition; None for none.
         context_dim: channels of a context that every token attends to, as of a text; None for none.
         num_registers: learned tokens that every token attends to, and which attend to all, or in a
@@ -385,6 +390,7 @@ class VideoDenoiser(nn.Module):
         cond_dim: int | None = None,
         mlp_ratio: float = 4.0,
         *,
+        is_circular: bool | Sequence[bool] = False,
         context_dim: int | None = None,
         num_registers: int = 0,
         time_scale: float = 1.0,
@@ -421,6 +427,7 @@ class VideoDenoiser(nn.Module):
                 sizes[j],
                 dilation=dilations[j % len(dilations)],
                 is_causal=(is_causal, False, False),
+                is_circular=is_circular,
                 rank=3,
                 mlp_ratio=mlp_ratio,
                 cond_dim=embed_dim,

@@ -137,12 +137,14 @@ def test_windows_of_groups_of_heads(heads: int, heads_kv: int) -> None:
 def test_biases_of_groups_of_heads() -> None:
     tensors = parts(12)
     rpb = torch.randn(4, 5, dtype=torch.float64)
-    out = na1d(*tensors, 3, dilation=[(1,), (2,)], rpb=rpb)
-    halves = [
-        na1d(*(t[..., h, :] for t in tensors), 3, dilation=d, rpb=rpb[h])
-        for h, d in ((slice(2), 1), (slice(2, 4), 2))
-    ]
-    assert out.equal(torch.cat(halves, -2))
+    for sizes, cut in (([(3,), (3,)], 0), ([(3,), (2,)], 1)):  # the middle, of a smaller window
+        out = na1d(*tensors, sizes, dilation=[(1,), (2,)], rpb=rpb)
+        biases = [rpb[:2], rpb[2:, cut : 5 - cut]]
+        halves = [
+            na1d(*(t[..., h, :] for t in tensors), k, dilation=d, rpb=bias)
+            for h, k, d, bias in zip((slice(2), slice(2, 4)), sizes, (1, 2), biases, strict=True)
+        ]
+        assert out.equal(torch.cat(halves, -2))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_biases_of_groups_of_heads() -> None:
     [
         ({"kernel_size": [(3,), (3,), (5,)]}, "got 3 windows for 4 and 4 heads"),
         ({"kernel_size": [(3,), (5,)], "stride": [(1,)]}, "lists of as many windows"),
-        ({"kernel_size": [(3,), (5,)], "rpb": torch.zeros(4, 5)}, "windows of one kernel_size"),
+        ({"kernel_size": [(3,), (5,)], "rpb": torch.zeros(4, 5)}, "rpb must have shape"),
         ({"kernel_size": [(3,), (13,)]}, "at most the number of tokens"),
     ],
 )

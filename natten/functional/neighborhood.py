@@ -90,7 +90,7 @@ def _parameters(tensors: Tensors, rank: int | None, heads_kv: int, asked: _Asked
     placed = () if is_upsampled else _boxes(query, key, *boxes)
     grid = placed[0] if placed else key_shape
     if validation.optional_bool("clip_window", clip_window):
-        sizes[:3] = validation.clipped_window(grid, *sizes[:3])
+        sizes = [*validation.clipped_window(grid, *sizes[:3]), *sizes[3:]]
     kernel_size, stride, dilation, is_causal = validation.check_window(grid, *sizes)
     rings = validation.check_circular(is_circular, grid, kernel_size, stride, dilation, is_causal)
     if is_upsampled:
@@ -345,8 +345,14 @@ def _middle(rpb: Tensor, query: Tensor, key: Tensor, window: tuple[Any, ...], gr
     sizes = validation.int_tuple("kernel_size", window[0], len(extents))
     is_causal = validation.bool_tuple("is_causal", window[3] or False, len(extents))
     validation.check_rpb(rpb, query, sizes, is_causal)
-    for axis, k in enumerate(validation.clipped_window(extents, *window[:3])[0]):
-        rpb = rpb.narrow(axis + 1, sizes[axis] - k, 2 * k - 1)
+    return middle(rpb, list(validation.clipped_window(extents, *window[:3])[0]))
+
+
+def middle(rpb: Tensor, kernel_size: list[int]) -> Tensor:
+    """The biases of a window, of those of a larger one; also in TorchScript."""
+    for axis in range(len(kernel_size)):
+        k = kernel_size[axis]
+        rpb = rpb.narrow(axis + 1, (rpb.shape[axis + 1] + 1) // 2 - k, 2 * k - 1)
     return rpb
 
 
@@ -363,9 +369,7 @@ def _over_heads(
     validation.check_additional(query, key, value, *tensors[4:6])
     heads, heads_kv, groups = query.shape[-2], key.shape[-2], len(windows)
     validation.check_head_groups(groups, heads, heads_kv)
-    sizes = [kernel_size for kernel_size, *_ in windows]
-    if tensors.rpb is not None and any(size != sizes[0] for size in sizes):
-        raise ValueError(f"rpb goes with windows of one kernel_size, got kernel_size={sizes}")
+    biases = [None] * groups if tensors.rpb is None else _biases(tensors, windows, options)
 
     def part(group: int, tensor: Tensor, heads: int, dim: int = -2) -> Tensor:
         return tensor.narrow(dim, group * heads // groups, max(heads // groups, 1))
@@ -375,7 +379,7 @@ def _over_heads(
         own: dict[str, Any] = {
             name: None if tensor is None else part(group, tensor, *place)
             for name, tensor, place in (
-                ("rpb", tensors.rpb, (heads, 0)),
+                ("rpb", biases[group], (heads, 0)),
                 ("sink", tensors.sink, (heads, 0)),
                 ("additional_keys", tensors.additional_keys, (heads_kv,)),
                 ("additional_values", tensors.additional_values, (heads_kv,)),
@@ -392,6 +396,26 @@ def _over_heads(
         )  # fmt: skip
     out = torch.cat([out for out, _ in results], -2)
     return (out, torch.cat([lse for _, lse in results], -1)) if return_lse else out
+
+
+def _biases(tensors: Tensors, windows: list[tuple[Any, ...]], options: dict[str, Any]) -> list[Any]:
+    """The biases of all heads for the window of each group, of those of the largest window."""
+    query, key, rpb = tensors.query, tensors.key, tensors.rpb
+    grid = options["grid"]
+    extents = tuple((query if key is None else key).shape[1:-2])
+    if grid is not None:
+        extents = validation.int_tuple("grid", grid, len(extents), minimum=0)
+    is_causal = validation.bool_tuple("is_causal", options["is_causal"] or False, len(extents))
+    sizes = [
+        # What is clipped, is so later.
+        validation.int_tuple("kernel_size", kernel_size, len(extents))
+        if options["clip_window"]
+        else validation.check_window(extents, kernel_size, stride, dilation, is_causal)[0]
+        for kernel_size, stride, dilation in windows
+    ]
+    largest = tuple(map(max, *sizes)) if len(sizes) > 1 else sizes[0]
+    validation.check_rpb(rpb, query, largest, is_causal)
+    return [rpb if rpb is None else middle(rpb, list(size)) for size in sizes]
 
 
 def packed_attention(
@@ -553,7 +577,9 @@ def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
         return_lse: Also return the logsumexp.
         rpb: Relative position bias ``[heads, 2 * kernel_size - 1 for each axis]``; entry
             ``key position - query position + kernel_size - 1`` of the dilation group is added to
-            the scaled dot product. Not for causal axes; around a circular one, the position of
+            the scaled dot product. Of windows of groups of heads, it is that of the largest along
+            each axis, and smaller ones use its middle. Not for causal axes; around a circular one,
+            the position of
             the key is the one inside the window, before the first or after the last as need be.
         additional_lengths: Integers ``[batch]``, from 0 to context: how many of the additional
             keys, the first ones, each batch entry has. The others are neither read nor get a

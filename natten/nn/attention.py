@@ -61,8 +61,8 @@ class NeighborhoodAttention(NeighborhoodModule):
         kernel_size: window size, an int or one for each axis; -1, or None of one axis, for a whole
             axis, however long it is, or the whole dilation group, if dilation divides the axis. A
             list of windows, as `[(3, 3), (7, 7)]`, gives each of so many equal groups of heads its
-            own, and so do lists for stride and dilation; biases then need one kernel_size, and
-            `rotary=True` one dilation.
+            own, and so do lists for stride and dilation; the smaller windows use the middle of the
+            biases, and `rotary=True` needs one dilation.
         stride: queries that share a window, at most kernel_size. Default 1.
         dilation: distance between the tokens of a window. Default 1.
         is_causal: whether queries attend to no later token along an axis. Default False.

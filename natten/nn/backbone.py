@@ -13,7 +13,7 @@ from natten.nn.block import NeighborhoodTransformerBlock
 from natten.nn.core import check_flags, left_out, warn_of_dropped
 from natten.nn.embed import ConvDownsampler, ConvTokenizer, PatchMerging, PatchTokenizer
 from natten.nn.stream import StreamState
-from natten.validation import check_positive_int
+from natten.validation import bool_tuple, check_is_tensor, check_positive_int
 from natten.varlen import GridLayout
 
 
@@ -72,10 +72,17 @@ def without_decay(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_parameters() if name.rpartition(".")[2] in last}
 
 
+def is_list(x: Any) -> bool:
+    """Whether x is images of different sizes, and not a tensor of them."""
+    return isinstance(x, (list, tuple)) and len(x) > 0 and isinstance(x[0], Tensor)
+
+
 def pack_images(
     patch_embed: Callable[[Tensor], Tensor], images: Sequence[Tensor]
 ) -> tuple[Tensor, GridLayout]:
     """The packed tokens that a tokenizer makes of images of different sizes, `[C, *X]`."""
+    for image in images:
+        check_is_tensor("images", image)
     pixels = GridLayout([tuple(image.shape[1:]) for image in images])
     packed = pixels.pack([image.movedim(0, -1) for image in images])
     return pixels.resize(lambda run: patch_embed(run.movedim(-1, 1)), packed)
@@ -304,6 +311,8 @@ class NeighborhoodBackbone(nn.Module):
         num_registers: learned register tokens. They take part in every stage, through a linear
             layer between stages.
         drop_path: probability of dropping a branch of the last block; it grows linearly from 0.
+        is_circular: whether an axis is a ring (a panorama's columns), a bool or one for each axis:
+            tokenizer, downsamplers and windows wrap around, and divide it.
         cond_dim: channels of a conditioning vector; None for none.
         norm_layer: of tokenizer, downsamplers, blocks and outputs.
         out_indices: stages whose outputs are wanted; None for all.
@@ -332,6 +341,7 @@ class NeighborhoodBackbone(nn.Module):
         downsample_strides: int | Sequence[int] = 2,
         num_registers: int = 0,
         drop_path: float = 0.0,
+        is_circular: bool | Sequence[bool] = False,
         cond_dim: int | None = None,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         out_indices: Sequence[int] | None = None,
@@ -349,6 +359,7 @@ class NeighborhoodBackbone(nn.Module):
             check_positive_int("num_registers", num_registers)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         norms: dict[str, Any] = {"norm_layer": norm_layer, **place}
+        rings = {"is_circular": bool_tuple("is_circular", is_circular, rank)}
         downsampler = ConvDownsampler if overlapping else PatchMerging
         levels = stages(
             embed_dim,
@@ -360,16 +371,21 @@ class NeighborhoodBackbone(nn.Module):
             rank=rank,
             drop_path=drop_path,
             downsampler=lambda channels: downsampler(
-                channels, rank=rank, strides=downsample_strides, **norms
+                channels, rank=rank, strides=downsample_strides, **norms, **rings
             ),
+            **rings,
             cond_dim=cond_dim,
             **norms,
             **block_args,
         )
         if overlapping:
-            tokenizer: nn.Module = ConvTokenizer(in_channels, embed_dim, rank=rank, **norms)
+            tokenizer: nn.Module = ConvTokenizer(
+                in_channels, embed_dim, rank=rank, **norms, **rings
+            )
         else:
-            tokenizer = PatchTokenizer(in_channels, embed_dim, patch_size, rank=rank, **norms)
+            tokenizer = PatchTokenizer(
+                in_channels, embed_dim, patch_size, rank=rank, **norms, **rings
+            )
         self._set(tokenizer, levels, out_indices, frozen_stages, channels_first, **norms)
         if num_registers:
             self.registers = nn.Parameter(torch.empty(num_registers, embed_dim, **place))
@@ -489,7 +505,7 @@ class NeighborhoodBackbone(nn.Module):
                     maps.append(self._output(norm(x)))
             return maps
         else:
-            if isinstance(x, (list, tuple)):
+            if is_list(x):
                 return self._forward_images(x, cond, context, context_lengths)
             return self.forward_features(x, cond, context, context_lengths)[0]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from natten._internals import is_exporting, is_known, scripted
 from natten.functional import neighborhood_attention_generic, sharded
 from natten.functional.attention import attention_with_context
-from natten.functional.neighborhood import packed_attention
+from natten.functional.neighborhood import middle, packed_attention
 from natten.nn.explicit import AttentionMap, attention_map, window_attention, window_rows
 from natten.nn.rotary import RotaryEmbedding, rotate
 from natten.types import IntOrWindows, KernelSizes
@@ -289,7 +289,7 @@ def without(x: Tensor, name: str, argument: object) -> Tensor:
 torch.fx.wrap("attend")
 torch.fx.wrap("attend_with_dropout")
 torch.fx.wrap("fitted")
-torch.fx.wrap("middle")
+torch.fx.wrap("clipped_biases")
 torch.fx.wrap("place")
 torch.fx.wrap("without")
 
@@ -544,17 +544,14 @@ def _fitted(
     return sizes, strides, dilations
 
 
-def middle(rpb: Tensor, kernel_size: list[int]) -> Tensor:
+def clipped_biases(rpb: Tensor, kernel_size: list[int]) -> Tensor:
     """The biases of a window that was clipped, of those of the whole one; all of those of groups
     of heads.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile what "and" joins
         if head_windows(kernel_size) is not None:
             return rpb
-    for axis in range(len(kernel_size)):
-        k = kernel_size[axis]
-        rpb = rpb.narrow(axis + 1, (rpb.shape[axis + 1] + 1) // 2 - k, 2 * k - 1)
-    return rpb
+    return middle(rpb, kernel_size)
 
 
 def plan_of(plan: Any) -> Any:
@@ -717,12 +714,9 @@ class NeighborhoodModule(nn.Module):
         self.clip_window = clip_window
         if self.clip_window and pad:
             raise ValueError("a small grid is clipped to or padded, got clip_window=True, pad=True")
-        size = self.kernel_size[0] if head_windows(self.kernel_size) else self.kernel_size
-        if rel_pos_bias and any(s != size or -1 in s for s, *_ in groups or [(size,)]):
-            raise ValueError(
-                "rel_pos_bias=True needs a kernel_size, and one for all heads, got "
-                f"{self.kernel_size}"
-            )
+        sizes = head_windows(self.kernel_size) or [(self.kernel_size,)]
+        if rel_pos_bias and any(-1 in size for (size,) in sizes):
+            raise ValueError(f"rel_pos_bias=True needs a kernel_size, got {self.kernel_size}")
         if rel_pos_bias and any(self.is_causal):
             raise ValueError("rel_pos_bias=True needs is_causal=False on every axis")
         self.embed_dim = embed_dim
@@ -758,7 +752,7 @@ class NeighborhoodModule(nn.Module):
         if sink:
             self.sink = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
         if rel_pos_bias:
-            shape = [2 * k - 1 for k in size]
+            shape = [2 * max(k) - 1 for k in zip(*(size for (size,) in sizes))]
             self.rpb = nn.Parameter(torch.empty(num_heads, *shape, device=device, dtype=dtype))
             nn.init.trunc_normal_(self.rpb, std=0.02)
         else:
@@ -851,7 +845,7 @@ class NeighborhoodModule(nn.Module):
         """The bias table of the heads of this rank, for a window that may have been clipped."""
         if self.rpb is not None:
             rpb = self._own_heads(self.rpb)
-            return middle(rpb, kernel_size) if self.clip_window else rpb
+            return clipped_biases(rpb, kernel_size) if self.clip_window else rpb
         return None
 
     def _own_heads(self, parameter: Tensor) -> Tensor:

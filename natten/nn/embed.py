@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from natten._internals import is_exporting, scripted
 from natten.nn.core import left_out
-from natten.validation import check_is_tensor, check_positive_int, int_tuple, optional_bool
+from natten.validation import (
+    bool_tuple,
+    check_is_tensor,
+    check_positive_int,
+    int_tuple,
+    optional_bool,
+)
 
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -50,6 +56,8 @@ class ConvTokenizer(nn.Module):
         embed_dim: channels of a token; even.
         rank: number of axes of the grid: 1, 2 or 3.
         strides: of the two convolutions; smaller ones leave small images more tokens.
+        is_circular: whether an axis is a ring, a bool or one for each axis: convolutions wrap
+            around there, instead of seeing zeros, and strides divide its pixels.
         norm_layer: called as `norm_layer(embed_dim, device=, dtype=)`; None for no norm.
 
     Shapes: `[B, in_channels, *X]` to `[B, *ceil(ceil(X / strides[0]) / strides[1]), embed_dim]`.
@@ -62,6 +70,7 @@ class ConvTokenizer(nn.Module):
         *,
         rank: int = 2,
         strides: tuple[int, int] = (2, 2),
+        is_circular: bool | Sequence[bool] = False,
         norm_layer: Callable[..., nn.Module] | None = nn.LayerNorm,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -74,6 +83,8 @@ class ConvTokenizer(nn.Module):
         conv = _convolution(rank)
         strides = int_tuple("strides", strides, 2)  # of two convolutions, not of axes
         self.rank = rank
+        self.is_circular = bool_tuple("is_circular", is_circular, rank)
+        self.strides = strides
         steps = (in_channels, embed_dim // 2, embed_dim)
         self.proj = nn.Sequential(
             *(
@@ -82,7 +93,7 @@ class ConvTokenizer(nn.Module):
                     steps[i + 1],
                     3,
                     stride=strides[i],
-                    padding=1,
+                    padding=[0 if wraps else 1 for wraps in self.is_circular],
                     device=device,
                     dtype=dtype,
                 )
@@ -93,7 +104,11 @@ class ConvTokenizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_image(x, self.rank)
-        return self.norm(self.proj(x).movedim(1, -1))
+        if not any(self.is_circular):
+            return self.norm(self.proj(x).movedim(1, -1))
+        for i, conv in enumerate(self.proj):
+            x = conv(_wrapped(x, self.is_circular, [self.strides[i]] * self.rank))
+        return self.norm(x.movedim(1, -1))
 
 
 class PatchTokenizer(nn.Module):
@@ -109,6 +124,7 @@ class PatchTokenizer(nn.Module):
         rank: number of axes of the grid: 1, 2 or 3.
         norm_layer: called as `norm_layer(embed_dim, device=, dtype=)`; None for no norm.
         pad: zero-pad extents to a multiple of the patch.
+        is_circular: whether an axis is a ring, a bool or one for each axis: it is not padded.
 
     Shapes: `[B, in_channels, *X]` to `[B, *ceil(X / patch_size), embed_dim]`.
     """
@@ -122,6 +138,7 @@ class PatchTokenizer(nn.Module):
         rank: int = 2,
         norm_layer: Callable[..., nn.Module] | None = nn.LayerNorm,
         pad: bool = True,
+        is_circular: bool | Sequence[bool] = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -137,11 +154,13 @@ class PatchTokenizer(nn.Module):
         self.pad = optional_bool("pad", pad)
         conv = _convolution(rank)
         self.rank = rank
+        self.is_circular = bool_tuple("is_circular", is_circular, rank)
         self.proj = conv(in_channels, embed_dim, size, stride=size, device=device, dtype=dtype)
         self.norm = _norm(norm_layer, embed_dim, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_image(x, self.rank)
+        _check_rings(x, self.is_circular, self.patch_size, 2)
         x = _pad_to_multiple(x, self.patch_size, 2, self.pad)
         return self.norm(self.proj(x).movedim(1, -1))
 
@@ -151,7 +170,7 @@ class ConvDownsampler(nn.Module):
 
     Between the levels of NAT (https://arxiv.org/abs/2204.07143). Parameters: `reduction`, `norm`.
     `strides` may be another int, or one for each axis; along axes of stride 1 the convolution has
-    size 1.
+    size 1. `is_circular` is as for `ConvTokenizer`.
 
     Shapes: `[B, *X, embed_dim]` to `[B, *ceil(X / strides), out_dim]`; `out_dim` is
     `2 * embed_dim` unless given.
@@ -164,6 +183,7 @@ class ConvDownsampler(nn.Module):
         *,
         rank: int = 2,
         strides: int | Sequence[int] = 2,
+        is_circular: bool | Sequence[bool] = False,
         norm_layer: Callable[..., nn.Module] | None = nn.LayerNorm,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -174,12 +194,16 @@ class ConvDownsampler(nn.Module):
         self.rank = rank
         conv = _convolution(rank)
         self.strides = int_tuple("strides", strides, rank)
+        self.is_circular = bool_tuple("is_circular", is_circular, rank)
         self.reduction = conv(
             embed_dim,
             out_dim,
             [1 if stride == 1 else 3 for stride in self.strides],
             stride=self.strides,
-            padding=[0 if stride == 1 else 1 for stride in self.strides],
+            padding=[
+                0 if stride == 1 or wraps else 1
+                for stride, wraps in zip(self.strides, self.is_circular, strict=True)
+            ],
             bias=False,
             device=device,
             dtype=dtype,
@@ -188,7 +212,10 @@ class ConvDownsampler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_image(x, self.rank)
-        return self.norm(self.reduction(x.movedim(-1, 1)).movedim(1, -1))
+        x = x.movedim(-1, 1)
+        if any(self.is_circular):
+            x = _wrapped(x, self.is_circular, self.strides, 1)
+        return self.norm(self.reduction(x).movedim(1, -1))
 
 
 class PatchMerging(nn.Module):
@@ -198,7 +225,7 @@ class PatchMerging(nn.Module):
     Between the levels of Swin Transformer (https://arxiv.org/abs/2103.14030) and DiNAT_s. Odd
     extents are zero-padded on the right. The parts are concatenated with the first axis varying
     fastest. Parameters: `norm`, `reduction`. `strides` may be another int than 2, or one for each
-    axis, with 1 for axes that are left alone.
+    axis, with 1 for axes that are left alone. An axis that `is_circular` is not padded.
 
     Shapes: `[B, *X, embed_dim]` to `[B, *ceil(X / strides), out_dim]`; `out_dim` is
     `2 * embed_dim` unless given.
@@ -211,6 +238,7 @@ class PatchMerging(nn.Module):
         *,
         rank: int = 2,
         strides: int | Sequence[int] = 2,
+        is_circular: bool | Sequence[bool] = False,
         norm_layer: Callable[..., nn.Module] | None = nn.LayerNorm,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -221,6 +249,7 @@ class PatchMerging(nn.Module):
         check_positive_int("embed_dim", embed_dim)
         out_dim = 2 * embed_dim if out_dim is None else out_dim
         self.strides: tuple[int, ...] = int_tuple("strides", strides, rank)
+        self.is_circular = bool_tuple("is_circular", is_circular, rank)
         merged = embed_dim * prod(self.strides)
         # One tuple of first indices for every part, the first axis varying fastest.
         self.corners = [
@@ -231,6 +260,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_image(x, len(self.strides))
+        _check_rings(x, self.is_circular, self.strides, 1)
         x = _pad_to_multiple(x, self.strides, 1, True)
         parts: list[Tensor] = []
         for corner in self.corners:
@@ -327,6 +357,30 @@ def _check_image(x: Tensor, rank: int) -> None:
         )
 
 
+def _check_rings(x: Tensor, is_circular: list[bool], multiple: list[int], first_dim: int) -> None:
+    for axis in range(len(multiple)):
+        extent = x.shape[first_dim + axis]
+        if is_circular[axis] and extent % multiple[axis] != 0:
+            raise ValueError(
+                f"a circular axis is not padded, got extent {extent} of axis {axis}, which is no "
+                f"multiple of {multiple[axis]}"
+            )
+
+
+def _wrapped(
+    x: Tensor, is_circular: list[bool], strides: list[int], without_reach: int = 0
+) -> Tensor:
+    """`[B, C, *X]` with the pixels that a convolution of size 3 reaches around each ring; along
+    axes whose stride is `without_reach`, it reaches none.
+    """
+    _check_rings(x, is_circular, strides, 2)
+    amounts: list[int] = []
+    for axis in range(len(strides)):
+        reach = 1 if is_circular[axis] and strides[axis] != without_reach else 0
+        amounts = [reach, reach] + amounts
+    return F.pad(x, amounts, mode="circular")
+
+
 def _cut(x: Tensor, extent: list[int]) -> Tensor:
     for axis in range(len(extent)):
         if extent[axis] > x.shape[axis + 1]:
@@ -370,5 +424,7 @@ def _padded_to_multiple(x: Tensor, size: list[int], first_dim: int, pad: bool) -
 
 # Control flow on shapes cannot be traced symbolically; in an fx graph each is one call.
 torch.fx.wrap("_check_image")
+torch.fx.wrap("_check_rings")
+torch.fx.wrap("_wrapped")
 torch.fx.wrap("_cut")
 torch.fx.wrap("_pad_to_multiple")
