@@ -161,6 +161,19 @@ def _front(
     return tuple(kept)
 
 
+def _fitting(problems: Iterable[Problem]) -> list[Problem]:
+    """Those whose windows go around their circular axes, and have no dilation with upsampling."""
+    return [
+        problem
+        for problem in problems
+        if all(
+            (not axis.is_circular or axis.length % (axis.stride * axis.dilation) == 0)
+            and (axis.upsampling == 1 or axis.dilation == 1)
+            for axis in problem.axes
+        )
+    ]
+
+
 def _strides(problem: Problem) -> list[Problem]:
     axes = [sorted({*_powers(k), k}) for k in problem.kernel_size]
     ones = (1,) * problem.rank
@@ -168,7 +181,7 @@ def _strides(problem: Problem) -> list[Problem]:
     # Blocks that tiles of both kinds can follow, on every axis.
     aligned = [[s for s in axis if s in (1, 4, 8, 16, axis[-1])] for axis in axes]
     candidates |= set(_combinations(aligned, tuple(axis[-1] for axis in aligned)))
-    return [replace(problem, stride=stride) for stride in sorted(candidates)]
+    return _fitting([replace(problem, stride=stride) for stride in sorted(candidates)])
 
 
 def _dilations(problem: Problem) -> list[Problem]:
@@ -177,7 +190,7 @@ def _dilations(problem: Problem) -> list[Problem]:
     candidates = {problem.dilation, (1,) * problem.rank, tuple(room)}
     for d in sorted({n for axis in axes for n in axis}):
         candidates.add(tuple(min(d, n) for n in room))
-    return [replace(problem, dilation=dilation) for dilation in sorted(candidates)]
+    return _fitting([replace(problem, dilation=dilation) for dilation in sorted(candidates)])
 
 
 def _windows(problem: Problem) -> list[Problem]:

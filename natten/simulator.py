@@ -308,6 +308,12 @@ def _causal(is_causal: Sequence[bool]) -> str:
     return "axis " + ", ".join(str(axis) for axis, causal in enumerate(is_causal) if causal)
 
 
+def _others(problem: Problem) -> str:
+    """What few calls have."""
+    circular = f", circular {_causal(problem.is_circular)}" if problem.is_circular else ""
+    return circular + (f", upsampling {_times(problem.upsampling)}" if problem.upsampling else "")
+
+
 @dataclass(frozen=True)
 class Simulation:
     """What :func:`simulate` found. ``str()`` is a table.
@@ -411,6 +417,8 @@ class Simulation:
             "stride": list(problem.stride),
             "dilation": list(problem.dilation),
             "is_causal": list(problem.is_causal),
+            "is_circular": list(problem.is_circular or (False,) * problem.rank),
+            "upsampling": list(problem.upsampling or (1,) * problem.rank),
             "batch": problem.batch,
             "heads": problem.heads,
             "heads_kv": problem.heads_kv,
@@ -459,9 +467,9 @@ class Simulation:
             (
                 f"{_times(p.query_shape)} tokens, kernel_size {_times(p.kernel_size)}, stride "
                 f"{_times(p.stride)}, dilation {_times(p.dilation)}, causal "
-                f"{_causal(p.is_causal)}; batch {p.batch}, heads {p.heads}/{p.heads_kv}, head_dim "
-                f"{p.head_dim}/{p.head_dim_v}, {str(p.dtype).removeprefix('torch.')}; "
-                f"{self.device.full_name}"
+                f"{_causal(p.is_causal)}{_others(p)}; batch {p.batch}, heads "
+                f"{p.heads}/{p.heads_kv}, head_dim {p.head_dim}/{p.head_dim_v}, "
+                f"{str(p.dtype).removeprefix('torch.')}; {self.device.full_name}"
                 + (", key tiles aligned to their shape" if self.aligned else ""),
                 "",
                 table(header, rows),
@@ -487,6 +495,7 @@ def make_problem(
     is_causal: BoolOrSequence | None = False,
     *,
     is_circular: BoolOrSequence | None = False,
+    upsampling: IntOrSequence | None = 1,
     batch: int = 1,
     heads: int = 1,
     heads_kv: int | None = None,
@@ -520,10 +529,16 @@ def make_problem(
     zeros = (0,) * len(shape)
     windows = validation.check_window(shape, kernel_size, stride, dilation, is_causal)
     rings = validation.check_circular(is_circular, shape, *windows)
+    factors = validation.int_tuple(
+        "upsampling", 1 if upsampling is None else upsampling, len(shape)
+    )
+    queries = tuple([factor * n for factor, n in zip(factors, shape, strict=True)])
+    validation.check_upsampling(factors, queries, shape, windows[2], None)
     return Problem(
-        batch, shape, shape, heads, heads_kv, head_dim, head_dim_v, *windows, shape, zeros, zeros,
+        batch, queries, shape, heads, heads_kv, head_dim, head_dim_v, *windows, shape, zeros, zeros,
         validation.check_scale(None, head_dim), num_additional=additional, is_circular=rings,
-        dtype=dtype, device=torch.device(device), requires_grad=requires_grad,
+        upsampling=factors if queries != shape else (), dtype=dtype, device=torch.device(device),
+        requires_grad=requires_grad,
     )  # fmt: skip
 
 
@@ -619,6 +634,7 @@ def simulate(
     is_causal: BoolOrSequence | None = False,
     *,
     is_circular: BoolOrSequence | None = False,
+    upsampling: IntOrSequence | None = 1,
     batch: int = 1,
     heads: int = 1,
     heads_kv: int | None = None,
@@ -639,12 +655,13 @@ def simulate(
     1.43
 
     Args:
-        shape: Tokens along each of 1, 2 or 3 axes.
+        shape: Tokens along each of 1, 2 or 3 axes; with upsampling, those of keys.
         kernel_size: Window size; an int stands for every axis.
         stride: Queries that share one window.
         dilation: Distance of neighbors.
         is_causal: Whether queries attend to no later token.
         is_circular: Whether windows wrap around.
+        upsampling: Queries of each key.
         batch: Batch size.
         heads: Query heads.
         heads_kv: Key and value heads; default as many.
@@ -670,9 +687,9 @@ def simulate(
         RuntimeError: No tile shapes are given, and no GPU backend runs the problem there.
     """
     problem = make_problem(
-        shape, kernel_size, stride, dilation, is_causal, is_circular=is_circular, batch=batch,
-        heads=heads, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v,
-        additional=additional, dtype=dtype,
+        shape, kernel_size, stride, dilation, is_causal, is_circular=is_circular,
+        upsampling=upsampling, batch=batch, heads=heads, heads_kv=heads_kv, head_dim=head_dim,
+        head_dim_v=head_dim_v, additional=additional, dtype=dtype,
     )  # fmt: skip
     config = Config(
         *validation.check_tiles(

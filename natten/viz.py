@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from natten import window
 from natten.functional import geometry
-from natten.validation import check_circular, check_window, int_tuple
+from natten.validation import check_circular, check_upsampling, check_window, int_tuple
 
 if TYPE_CHECKING:
     from matplotlib.animation import FuncAnimation
@@ -116,11 +116,15 @@ def _axes(
     dilation: int | Sequence[int],
     is_causal: bool | Sequence[bool],
     is_circular: bool | Sequence[bool],
+    upsampling: int | Sequence[int],
 ) -> list[window.Axis]:
     """The window of a call, checked."""
     windows = check_window(tuple(shape), kernel_size, stride, dilation, is_causal)
     rings = check_circular(is_circular, tuple(shape), *windows) or (False,) * len(shape)
-    return list(map(window.Axis, shape, *windows, rings))
+    factors = int_tuple("upsampling", upsampling, len(shape))
+    axes = list(map(window.Axis, shape, *windows, rings, factors))
+    check_upsampling(factors, window.queries_of(axes), tuple(shape), windows[2], None)
+    return axes
 
 
 def attended_tokens(
@@ -131,13 +135,15 @@ def attended_tokens(
     dilation: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
     is_circular: bool | Sequence[bool] = False,
+    upsampling: int | Sequence[int] = 1,
 ) -> tuple[Tensor, ...]:
-    """The indices, axis by axis, that the query at `position` of a grid of `shape` attends to.
+    """The indices, axis by axis, that the query at `position` attends to in a grid of `shape`.
 
+    With upsampling, position is that in the grid of queries, which is that many times as fine.
     The neighborhood is their product: `torch.meshgrid(*attended_tokens(...), indexing="ij")`.
     """
-    axes = _axes(shape, kernel_size, stride, dilation, is_causal, is_circular)
-    place = _checked_position(position, shape)
+    axes = _axes(shape, kernel_size, stride, dilation, is_causal, is_circular, upsampling)
+    place = _checked_position(position, window.queries_of(axes))
     return tuple(torch.tensor(window.attended(*p), device="cpu") for p in zip(place, axes))
 
 
@@ -152,15 +158,17 @@ def attention_weights(
     scale: float | None = None,
     *,
     is_circular: bool | Sequence[bool] = False,
+    upsampling: int | Sequence[int] = 1,
 ) -> Tensor:
     """The attention weights of one query, laid over the grid.
 
-    query, key: `[B, *X, H, D]` and `[B, *X, Hkv, D]`. `scale` defaults to `D ** -0.5`.
+    query, key: `[B, *X, H, D]` and `[B, *X, Hkv, D]`; with upsampling, query is of a finer grid.
+    `scale` defaults to `D ** -0.5`.
     Returns `[B, H, *X]`, zero outside of the neighborhood and of sum 1 over the grid.
     """
-    shape = query.shape[1:-2]
+    shape = key.shape[1:-2]
     heads, head_dim = query.shape[-2:]
-    arguments = (kernel_size, stride, dilation, is_causal, is_circular)
+    arguments = (kernel_size, stride, dilation, is_causal, is_circular, upsampling)
     tokens = attended_tokens(position, shape, *arguments)
     box = tuple(torch.meshgrid(*tokens, indexing="ij"))
     batch = (slice(None),)
@@ -182,11 +190,12 @@ def _neighborhoods(
         return tuple(tuple(axis.tolist()) for axis in found)
 
     owner = torch.full(tuple(shape), -1, device="cpu")
-    everyone = list(product(*(range(n) for n in shape)))
+    queries = window.queries_of(_axes(shape, *arguments))
+    everyone = list(product(*(range(n) for n in queries)))
     tokens = {query: tokens_of(query) for query in everyone}
     sharing = []
     for number, position in enumerate(positions):
-        own = tokens[_checked_position(position, shape)]
+        own = tokens[_checked_position(position, queries)]
         box = (torch.tensor(axis, device="cpu") for axis in own)
         owner[torch.meshgrid(*box, indexing="ij")] = number
         sharing.append([query for query, theirs in tokens.items() if theirs == own])
@@ -194,7 +203,7 @@ def _neighborhoods(
 
 
 def _draw_grid(
-    axes: Axes, owner: Tensor, marks: Sequence[tuple[tuple[int, int], bool]], size: float = 1.0
+    axes: Axes, owner: Tensor, marks: Sequence[tuple[tuple[float, float], bool]], size: float = 1.0
 ) -> None:
     """A plane of tokens in the colours of their neighborhoods, and queries: (place, is chosen)."""
     from matplotlib.colors import to_rgb
@@ -233,24 +242,35 @@ def draw_neighborhood(
     dilation: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
     is_circular: bool | Sequence[bool] = False,
+    upsampling: int | Sequence[int] = 1,
 ) -> None:
     """Draw a 1-D or 2-D grid of tokens and the neighborhoods of the queries at `positions`.
 
     A query is a black square in a neighborhood of its own colour. Dots mark the other queries
-    whose neighborhood is the same.
+    whose neighborhood is the same. With upsampling, shape is the grid of keys, and positions are
+    those in the finer grid of queries, of which several lie in the cell of a key.
     """
     if len(shape) not in (1, 2):
         raise ValueError(f"shape: a grid of 1 or 2 axes can be drawn, got {tuple(shape)}")
-    arguments = (kernel_size, stride, dilation, is_causal, is_circular)
+    arguments = (kernel_size, stride, dilation, is_causal, is_circular, upsampling)
     owner, sharing = _neighborhoods(positions, shape, arguments)
     marks = []
     for position, queries in zip(positions, sharing):
         for query in queries:
-            y, x = (0, *query) if len(shape) == 1 else query
+            y, x = (0.0,) * (2 - len(shape)) + _in_cells(query, shape, upsampling)
             marks.append(((y, x), query == tuple(position)))
     # A single axis is drawn as a grid of one row.
-    _draw_grid(axes, owner.unsqueeze(0) if len(shape) == 1 else owner, marks)
+    finest = max(int_tuple("upsampling", upsampling, len(shape)))
+    _draw_grid(axes, owner.unsqueeze(0) if len(shape) == 1 else owner, marks, 1 / finest)
     _label_grid(axes, len(shape))
+
+
+def _in_cells(
+    query: Sequence[int], shape: Sequence[int], upsampling: int | Sequence[int]
+) -> tuple[float, ...]:
+    """Where a query lies among the tokens of keys."""
+    factors = int_tuple("upsampling", upsampling, len(shape))
+    return tuple((n + 0.5) / factor - 0.5 for n, factor in zip(query, factors))
 
 
 def _label_grid(axes: Axes, rank: int) -> None:
@@ -268,6 +288,7 @@ def neighborhood_figure(
     dilation: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
     is_circular: bool | Sequence[bool] = False,
+    upsampling: int | Sequence[int] = 1,
     *,
     context: int = 0,
     title: str = "",
@@ -283,8 +304,9 @@ def neighborhood_figure(
         raise ValueError(f"shape: a grid of 1 to 3 axes can be drawn, got {shape}")
     if context < 0:
         raise ValueError(f"context must be at least 0, got {context}")
-    arguments = (kernel_size, stride, dilation, is_causal, is_circular)
+    arguments = (kernel_size, stride, dilation, is_causal, is_circular, upsampling)
     owner, sharing = _neighborhoods(positions, shape, arguments)
+    finest = max(int_tuple("upsampling", upsampling, len(shape)))
     planes = owner.view(-1, *owner.shape[-2:]) if len(shape) > 1 else owner.view(1, 1, -1)
     count, height, width = planes.shape
     cell = min(0.3, 12 / (count * (width + 1)))
@@ -297,10 +319,10 @@ def neighborhood_figure(
         marks = []
         for position, queries in zip(positions, sharing):
             for query in queries:
-                plane, y, x = (0,) * (3 - len(query)) + query
-                if plane == number:
+                plane, y, x = (0.0,) * (3 - len(shape)) + _in_cells(query, shape, upsampling)
+                if round(plane) == number:
                     marks.append(((y, x), query == tuple(position)))
-        _draw_grid(panels[number], planes[number], marks, size=(cell / 0.3) ** 2)
+        _draw_grid(panels[number], planes[number], marks, size=(cell / 0.3) ** 2 / finest)
         if not number:
             _label_grid(panels[number], len(shape))
         if len(shape) == 3:
@@ -321,6 +343,7 @@ def draw_mask(
     dilation: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
     is_circular: bool | Sequence[bool] = False,
+    upsampling: int | Sequence[int] = 1,
 ) -> Tensor:
     """Draw which keys (columns) each query (row) of a grid attends to, tokens in row-major order.
 
@@ -330,7 +353,9 @@ def draw_mask(
     from matplotlib.colors import ListedColormap
 
     shape = int_tuple("shape", tuple(shape), len(shape))
-    mask = window.grid_mask(_axes(shape, kernel_size, stride, dilation, is_causal, is_circular))
+    mask = window.grid_mask(
+        _axes(shape, kernel_size, stride, dilation, is_causal, is_circular, upsampling)
+    )
     axes.imshow(
         mask.numpy(), cmap=ListedColormap([_empty_color(), _full_color()]), vmin=0, vmax=1,
         interpolation="nearest",
@@ -360,6 +385,10 @@ def moving_window(
 
     figure = Figure(figsize=(2.4 * len(calls), 2.9), layout="constrained")
     panels = figure.subplots(1, len(calls), squeeze=False)[0]
+    if any("upsampling" in arguments for arguments in calls.values()):
+        raise NotImplementedError(
+            "upsampling of a moving window is not implemented: all walk alike"
+        )
     queries = list(product(*(range(n) for n in shape)))[::every]
 
     def draw(query: tuple[int, int]) -> list[Any]:

@@ -29,6 +29,9 @@ CASES = [
     dict(shape=(11, 10), kernel_size=(3, 4), dilation=(3, 2), is_causal=(True, False)),
     dict(shape=(5, 6, 9), kernel_size=(3, 4, 5), stride=(2, 1, 4)),
     dict(shape=(12, 8), kernel_size=(12, 8)),
+    dict(shape=(11,), kernel_size=5, stride=2, upsampling=3),
+    dict(shape=(5, 7), kernel_size=(3, 4), is_causal=(False, True), upsampling=(2, 3)),
+    dict(shape=(4, 3, 5), kernel_size=(2, 3, 3), dilation=(2, 1, 1), upsampling=(1, 2, 1)),
 ]
 
 
@@ -45,7 +48,7 @@ def count_by_mask(
 ) -> tuple[int, int, int]:
     """Row tiles, visited and full tiles, from the whole mask."""
     shape = problem.grid
-    mask = window.grid_mask(problem.axes).view(*shape, *shape)
+    mask = window.grid_mask(problem.axes).view(*problem.query_shape, *shape)
     if inverse:
         rank = problem.rank
         mask = mask.permute(*range(rank, 2 * rank), *range(rank))
@@ -62,7 +65,7 @@ def count_by_mask(
             .tolist()
         ):
             tile = own[tuple(slice(s, s + t) for s, t in zip(start, rows))]
-            tile = tile.reshape(-1, *lengths)
+            tile = tile.reshape(-1, *own.shape[problem.rank :])
             row_tiles += 1
             seen = tile.any(0).nonzero()
             if not len(seen):
@@ -122,6 +125,25 @@ def test_counts_agree_with_the_kernels_own_cost_model() -> None:
         kernel = found.forward
         covered = tiles.work(problem, kernel.q_tile_shape, kernel.kv_tile_shape).covered
         assert kernel.executed_flops / (2 * 128) == covered
+
+
+def test_upsampling_and_rings_are_told() -> None:
+    found = simulate(
+        (16, 24), (3, 5), is_circular=(False, True), upsampling=(2, 4), heads=2, head_dim=64
+    )
+    assert "circular axis 1, upsampling 2x4; batch" in str(found)
+    facts = found.as_dict()
+    assert (facts["shape"], facts["is_circular"], facts["upsampling"]) == (
+        [32, 96], [False, True], [2, 4],
+    )  # fmt: skip
+    assert found.needed_pairs == 2 * 32 * 96 * 15
+    advice = found.advise()
+    assert {s.dilation for s in advice.dilations} == {(1, 1)}
+    assert all(24 % s.stride[1] == 0 for s in advice.strides)
+    with pytest.raises(ValueError, match="dilation must be 1 along an axis with upsampling"):
+        simulate((16,), 3, dilation=2, upsampling=2)
+    with pytest.raises(ValueError, match="upsampling must hold integers of at least 1"):
+        simulate((16,), 3, upsampling=0)
 
 
 def test_additional_keys_are_visited_by_every_row_tile() -> None:

@@ -239,3 +239,33 @@ def test_a_window_moves_over_the_grid(tmp_path):
     animation.save(tmp_path / "window.gif", writer="pillow", dpi=40)
     with Image.open(tmp_path / "window.gif") as picture:
         assert picture.n_frames == 3
+
+
+def test_upsampling_is_drawn(tmp_path: Path) -> None:
+    shape, arguments = (5, 6), {"kernel_size": 3, "upsampling": (3, 2)}
+    own = viz.attended_tokens((4, 5), shape, **arguments)
+    assert [axis.tolist() for axis in own] == [[0, 1, 2], [1, 2, 3]]
+    key, query = torch.randn(1, 5, 6, 1, 8), torch.randn(1, 15, 12, 2, 8)
+    weights = viz.attention_weights(query, key, (4, 5), **arguments)
+    assert weights.shape == (1, 2, 5, 6)
+    near = torch.zeros(5, 6, dtype=torch.bool)
+    near[torch.meshgrid(*own, indexing="ij")] = True
+    assert torch.equal(weights[0, 0] > 0, near)
+    assert weights.sum((2, 3)) == pytest.approx(1, abs=1e-5)
+    values = torch.eye(30).view(1, 5, 6, 1, 30)
+    out = natten.na2d(query, key, values, **arguments)
+    torch.testing.assert_close(out[0, 4, 5].view(2, 5, 6), weights[0], rtol=1e-4, atol=1e-5)
+    figure = viz.neighborhood_figure([(4, 5), (14, 0)], shape, **arguments)
+    saved(figure, tmp_path)
+    points = [tuple(p) for c in figure.axes[0].collections for p in c.get_offsets().tolist()]
+    assert (2.25, 1.0) in points  # (4, 5) in its cell, x first
+    # Queries of one window: those of whole cells, at borders of two rows or columns of cells.
+    assert len(points) == (2 + 4) * 6
+    cube = viz.neighborhood_figure([(3, 0, 0)], (2, 3, 3), 2, upsampling=2)
+    assert len([axes for axes in cube.axes if axes.get_images()]) == 2
+    mask = viz.draw_mask(Figure().subplots(), (5,), 3, upsampling=2)
+    assert mask.shape == (10, 5)
+    with pytest.raises(ValueError, match="position must lie in the grid"):
+        viz.attended_tokens((15, 0), shape, **arguments)
+    with pytest.raises(NotImplementedError, match="upsampling of a moving window"):
+        viz.moving_window((4, 4), {"call": arguments})

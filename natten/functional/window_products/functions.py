@@ -9,10 +9,12 @@ for whatever has to see or change the scores or the weights, and for weights tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from natten import validation
@@ -51,6 +53,37 @@ def _cast(*tensors: Tensor | None) -> list[Any]:
     return list(tensors) if dtype is None else autocast(dtype, *tensors)
 
 
+def _halos(
+    is_circular: Any, tokens: tuple[int, ...], *window: tuple[Any, ...]
+) -> list[tuple[int, int]]:
+    """Tokens before and behind each axis with which windows need not wrap around; [] without
+    circular axes."""
+    rings = validation.check_circular(is_circular, tokens, *window)
+    kernel_size, stride, dilation, _ = window
+    # Whole strides and dilation groups, so that windows stay where they are.
+    return [
+        (-(-k // s) * s * d, k * d) if is_ring else (0, 0)
+        for is_ring, k, s, d in zip(rings, kernel_size, stride, dilation)
+    ]
+
+
+def _around(tensor: Tensor, halos: list[tuple[int, int]]) -> Tensor:
+    """``[batch, heads, *tokens, features]`` with the tokens of its halos."""
+    for dim, (before, behind) in enumerate(halos, 2):
+        if before:
+            first = tensor.narrow(dim, tensor.shape[dim] - before, before)
+            tensor = torch.cat([first, tensor, tensor.narrow(dim, 0, behind)], dim)
+    return tensor
+
+
+def _inside(tensor: Tensor, halos: list[tuple[int, int]], tokens: Sequence[int]) -> Tensor:
+    """The inverse."""
+    for dim, ((before, _), length) in enumerate(zip(halos, tokens), 2):
+        if before:
+            tensor = tensor.narrow(dim, before, length)
+    return tensor
+
+
 def window_scores(
     rank: int,
     query: Tensor,
@@ -62,6 +95,7 @@ def window_scores(
     rpb: Tensor | None = None,
     *,
     stride: IntOrSequence | None = 1,
+    is_circular: BoolOrSequence | None = False,
 ) -> Tensor:
     """na1d_qk, na2d_qk and na3d_qk: ``rank`` says which."""
     query, key, additional_keys = _cast(query, key, additional_keys)
@@ -71,12 +105,15 @@ def window_scores(
     kernel, strides, dilations, causal = validation.check_window(
         tuple(tokens), kernel_size, stride, dilation, is_causal
     )
+    halos = _halos(is_circular, tuple(tokens), kernel, strides, dilations, causal)
     window = (kernel, strides, dilations, [int(c) for c in causal])
-    scores = window_dot(query, key, *window, -torch.inf if any(causal) else 0.0)
+    empty = -torch.inf if any(causal) else 0.0
+    scores = window_dot(_around(query, halos), _around(key, halos), *window, empty)
     if rpb is not None:
         # Heads come last where the other functions of this package have them.
         validation.check_rpb(rpb, query.movedim(1, -2), kernel, causal)
-        scores = scores + window_bias(rpb.to(scores.dtype), tokens, *window)
+        scores = scores + window_bias(rpb.to(scores.dtype), scores.shape[2:-1], *window)
+    scores = _inside(scores, halos, tokens)
     if additional_keys is not None:
         _check_match("additional_keys", additional_keys, (batch, heads, None, features), query)
         more = query.flatten(2, -2) @ additional_keys.transpose(-2, -1)
@@ -111,6 +148,7 @@ def window_values(
     is_causal: BoolOrSequence | None = False,
     *,
     stride: IntOrSequence | None = 1,
+    is_circular: BoolOrSequence | None = False,
 ) -> Tensor:
     """na1d_av, na2d_av and na3d_av: ``rank`` says which."""
     attn, value, additional_values = _cast(attn, value, additional_values)
@@ -134,7 +172,12 @@ def window_values(
             "attn and value", weights, "additional_values", additional_values
         )
         weights, value = _of_one_batch("attn", weights, "value", value)
-    out = window_sum(weights[..., :slots], value, *window)
+    halos = _halos(is_circular, tuple(tokens), kernel, strides, dilations, causal)
+    inner = weights[..., :slots]
+    if halos:
+        # Nothing is asked for beside the tokens.
+        inner = F.pad(inner, [0, 0, *[n for halo in reversed(halos) for n in halo]])
+    out = _inside(window_sum(inner, _around(value, halos), *window), halos, tokens)
     if additional_values is not None:
         more = weights[..., slots:].flatten(2, -2) @ additional_values
         out = out + more.unflatten(2, tokens)
@@ -158,6 +201,8 @@ def na1d_qk(*arguments: Any, **named: Any) -> Any:
         rpb: Relative position bias ``[heads, 2 * kernel_size - 1 for each axis]``, added to the
             scores. Bidirectional axes only.
         stride: Queries that share one window.
+        is_circular: Whether windows wrap around, for each axis, as in :func:`natten.na2d`. Computed
+            with as many tokens more on both sides as a window has.
 
     Returns:
         ``[batch, heads, X, slots]``, slots = the product of kernel_size, and context more with
@@ -203,6 +248,8 @@ def na1d_av(*arguments: Any, **named: Any) -> Any:
         additional_values: ``[batch, heads, context, head_dim]``, for the last slots of attn.
         is_causal: Whether queries see no later token, for each axis.
         stride: Queries that share one window.
+        is_circular: Whether windows wrap around, for each axis, as in :func:`natten.na2d`. Computed
+            with as many tokens more on both sides as a window has.
 
     Returns:
         Of value's shape, with the larger of the two batch sizes.
