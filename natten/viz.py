@@ -115,8 +115,8 @@ def _axes(
     stride: int | Sequence[int],
     dilation: int | Sequence[int],
     is_causal: bool | Sequence[bool],
-    is_circular: bool | Sequence[bool],
-    upsampling: int | Sequence[int],
+    is_circular: bool | Sequence[bool] = False,
+    upsampling: int | Sequence[int] = 1,
 ) -> list[window.Axis]:
     """The window of a call, checked."""
     windows = check_window(tuple(shape), kernel_size, stride, dilation, is_causal)
