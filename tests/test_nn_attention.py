@@ -363,6 +363,9 @@ def test_crops_of_larger_grids(name, drop):
         ([4, 0], [9, 9], "6 tokens from origin 4 on are not inside the grid"),
         ([0, -1], [9, 9], "6 tokens from origin -1"),
         ([0, 0], [6, 6], "must be at most the 6 tokens of grid along axis 0"),
+        (["0", "0"], [9, 9], "origin must be a list of 2 ints"),
+        (0, [9, 9], "origin must be a list of 2 ints"),
+        ([0, 0], 9, "grid must be a list of 2 ints, got 9"),
     ],
 )
 def test_refused_crops(origin, grid, message):

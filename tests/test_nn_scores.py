@@ -113,6 +113,8 @@ def test_refusals() -> None:
     attention, (x, mask) = module(attn_drop=0.1), tokens()
     with pytest.raises(NotImplementedError, match="dropout of attention weights"):
         attention(x, mask=mask)
+    with pytest.raises(ValueError, match=r"mask must be a torch.Tensor or None, got \[True\]"):
+        module()(x, mask=[True])
     for wrong in (mask[:1], mask.double(), mask[..., None]):
         with pytest.raises(ValueError, match="mask must be bools of the shape"):
             module()(x, mask=wrong)

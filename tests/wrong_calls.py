@@ -374,6 +374,33 @@ def _wrong_products(random: Random) -> tuple[Callable[..., Any], dict[str, Any],
     return function, given, wrongs
 
 
+def _wrong_inputs(random: Random) -> tuple[Callable[..., Any], dict[str, Any], list[Wrong]]:
+    """Of a module."""
+    module = natten.NeighborhoodAttention2D(12, 3, 3)
+    given: dict[str, Any] = {
+        "x": torch.randn(2, 5, 6, 12), "mask": torch.ones(2, 5, 6, dtype=torch.bool),
+    }  # fmt: skip
+    x = given["x"]
+    wrongs = [
+        Wrong(f"x of {type(value).__name__}", {"x": value}, ("x", "kernel_size"))
+        for value in (
+            *NO_TENSORS, x[0], x[None], x[..., :11], x[:, :2], x[:, :, :2], x.long(),
+            x.transpose(1, 3), x.to_sparse(),
+        )
+    ]  # fmt: skip
+    wrongs = [
+        w._replace(kind=(ValueError, NotImplementedError)) if isinstance(w.changes["x"], Tensor)
+        else w for w in wrongs
+    ]  # fmt: skip
+    wrongs += _wrong_masks("mask", given["mask"])
+    for name in ("origin", "grid"):
+        for value in ([1], [1, 2, 3], ["1", "2"], [1.0, 2.0], [-1, 2], 2.5, [2**40, 1]):
+            changes = {"mask": None, "origin": [0, 0], "grid": [9, 9], name: value}
+            wrongs.append(Wrong(f"{name} of {value}", changes, (name, "box")))
+    wrongs.append(Wrong("a small grid", {"mask": None, "grid": [4, 4]}, ("grid", "box")))
+    return module, given, wrongs
+
+
 def _wrong_modules(random: Random) -> tuple[Callable[..., Any], dict[str, Any], list[Wrong]]:
     given: dict[str, Any] = {"embed_dim": 12, "num_heads": 3, "kernel_size": 3}
     wrongs = []
@@ -413,7 +440,7 @@ def _wrong_calls(
         return function, given, list(wrong(case, given))
     make = {
         "grids": _wrong_grids, "merge": _wrong_merge, "products": _wrong_products,
-        "modules": _wrong_modules,
+        "modules": random.choice((_wrong_modules, _wrong_inputs)),
     }[kind]  # fmt: skip
     return make(random)
 

@@ -422,6 +422,13 @@ def place(
         return fit_window(x, kernel_size, dilation, pad)
     rank = len(kernel_size)
     corner = [0] * rank if origin is None else origin
+    if not torch.jit.is_scripting():
+        # Tracers make tensors of sizes.
+        numbers = (int, torch.SymInt, Tensor)
+        for name, values in (("grid", grid), ("origin", corner)):
+            is_list = isinstance(values, Sequence)
+            if not is_list or not all(isinstance(v, numbers) for v in values):
+                raise ValueError(f"{name} must be a list of {rank} ints, got {shown(values)}")
     if len(grid) != rank or len(corner) != rank:
         raise ValueError(f"grid and origin must have {rank} values, got {grid} and {corner}")
     for axis in range(rank):
@@ -442,6 +449,8 @@ def place(
 def fit_mask(mask: Tensor, x: Tensor, extent: list[int]) -> Tensor:
     """Which tokens of a grid of these extents, which x pads, are valid; padding is not."""
     shape = [x.shape[0]] + list(extent)
+    if not torch.jit.is_scripting() and not isinstance(mask, Tensor):
+        raise ValueError(f"mask must be a torch.Tensor or None, got {shown(mask)}")
     if mask.dtype != torch.bool or mask.shape != torch.Size(shape):
         raise ValueError(
             f"mask must be bools of the shape {shape}, True where a token is valid, got "
