@@ -34,6 +34,7 @@ import natten
 from natten.functional import neighborhood_attention_generic
 from natten.functional.backends.triton import arguments, tiles
 from natten.functional.backends.triton.launcher import Launch
+from natten.simulator import make_problem
 
 # Descriptors for small problems too, which by default are too small to be worth it.
 tiles.MIN_TMA_PRODUCTS = 0.0
@@ -984,6 +985,23 @@ def check_cold_graph() -> None:
             torch.testing.assert_close(captured[4:], wanted[4:], atol=0.5, rtol=5e-2)
 
 
+def check_compiling_again() -> None:
+    """What has been compiled for calls is not launched by what compiles beforehand."""
+    for name in backends():
+        leaves = [
+            torch.randn(2, 40, 48, 2, 64, device="cuda", dtype=BF16, requires_grad=True)
+            for _ in range(3)
+        ]
+        for _ in range(3):
+            out = natten.na2d(*leaves, 7, backend=f"{name}-fna")
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
+            problem = make_problem(
+                (40, 48), 7, batch=2, heads=2, head_dim=64, device="cuda", requires_grad=True
+            )
+            natten.precompile(problem)
+            torch.cuda.synchronize()
+
+
 def check_default_device() -> None:
     """A default device other than the tensors' changes nothing."""
     tensors = torch.randn(1, 13, 17, 2, 64, device="cuda", dtype=BF16).requires_grad_()
@@ -1063,6 +1081,7 @@ SINGLE: dict[str, Check] = {
     "streams": check_streams,
     "graph": check_graph,
     "cold_graph": check_cold_graph,
+    "compiling_again": check_compiling_again,
     "default_device": check_default_device,
 }
 # These need half the memory of a GPU: one at a time.
