@@ -15,16 +15,9 @@ from random import Random
 from typing import Any
 from unittest import mock
 
+import problems
 import torch
-from cases import (
-    CASES,
-    Case,
-    around_rings,
-    random_case,
-    random_lengths,
-    random_plain_case,
-    upsampled,
-)
+from cases import CASES, Case, around_rings, random_lengths, random_plain_case, upsampled
 from checks import check_packed, check_problem, make_inputs, run
 from invariance import check_batch_entries, check_packed_sequences, tiles_1d
 from invariance import tiles as shapes_2d
@@ -442,12 +435,16 @@ def _launched() -> Iterator[set[str]]:
 
 
 def check_free_problem(seed: int) -> None:
-    """A random problem with nothing fixed, default tiles, and the backend chosen for it."""
-    dtype = (BF16, FP16, FP32)[seed % 3]
-    case = random_case(seed)
-    if seed % 2:
-        case = _through_descriptors(case)
-    check(case, None, dtype)
+    """A random problem of any kind with nothing fixed, default tiles, and the backend chosen for
+    it."""
+    kinds = list(problems.KINDS)
+    dtypes = (BF16, FP16, FP32)
+    on = problems.On(
+        device="cuda", max_tokens=600, dtypes=dtypes, factor=FACTOR, product_rounding=TF32X3
+    )
+    # Half of the windows through descriptors.
+    wide = _through_descriptors if seed % 2 else lambda case: case
+    problems.check(kinds[seed // 2 % len(kinds)], seed, on._replace(changed=wide))
 
 
 # ---------------------------------------------------------------- single checks
@@ -1105,6 +1102,20 @@ def sanitized_cases() -> Iterator[tuple[str, Check]]:
         ("cutlass", Case("1d_split", (300,), (250,), head_dim=64, rpb=True, **one)),
         ("cutlass", Case("1d_split_causal", (333,), (300,), is_causal=(True,), head_dim=64, **one)),
         ("cutlass", Case("1d_splits", (600,), (5,), additional=9, **one)),
+        ("cutlass", named["2d_rings"]),
+        ("cutlass", named["2d_ring_rpb_gqa"]),
+        ("cutlass", named["2d_up_gqa_additional"]),
+        ("cutlass", named["2d_up_causal_ring"]),
+        ("cutlass", named["2d_everything"]),
+        ("cutlass", named["2d_masks_dilated_strided"]),
+        ("cutlass", named["2d_sub_masks"]),
+        ("cutlass", named["varlen_softcap_sink"]),
+        ("cutlass", named["2d_head_dim_256"]),
+        # Slices of values.
+        ("cutlass", Case("2d_dv_320", (9, 8), (3, 3), head_dim_v=320, rpb=True, **one)),
+        ("hopper", replace(named["2d_ring"], head_dim=64, head_dim_v=64)),
+        ("hopper", replace(named["2d_up"], head_dim=64, head_dim_v=64)),
+        ("hopper", replace(named["2d_masks_rpb"], head_dim=64, head_dim_v=64)),
         ("hopper", Case("1d_tma", (300,), (250,), head_dim=64, **one)),
         ("hopper", Case("2d_tma", (21, 19), (13, 11), head_dim=64, rpb=True, **one)),
         ("hopper", Case("3d_tma", (7, 8, 9), (3, 5, 7), head_dim=64, additional=70, **one)),
@@ -1113,6 +1124,11 @@ def sanitized_cases() -> Iterator[tuple[str, Check]]:
     for name, case in chosen:
         if name in backends():
             yield f"{name} {case.name}", partial(check, case, name, FP16)
+    yield "cutlass 2d_rings float32", partial(check, named["2d_rings"], "cutlass", FP32)
+    yield "packed heads", partial(check_packed, backends(), FP16, "cuda")
+    small = problems.On(device="cuda", max_tokens=100, dtypes=(FP16,))
+    for seed in range(4):
+        yield f"products {seed}", partial(problems.check, "products", seed, small)
     schedules = [
         ("coop", Case("2d_coop", (21, 19), (13, 11), head_dim=64, **one)),
         ("pp", Case("2d_pp", (21, 19), (13, 11), head_dim=64, **one)),

@@ -355,20 +355,31 @@ def _merge(seed: int, on: On) -> None:
     _compare(f"merge {seed}: {branches} of {shape}", seed, on, tensors, compute, exact, names)
 
 
-def _neighbors(axes: list[Axis]) -> tuple[Tensor, Tensor]:
-    """The key token in each slot of every query, and whether there is one: [tokens, slots]."""
+def _neighbors(axes: list[Axis]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Of each slot of every query, the key token, whether there is one, and the entry of a bias
+    along each axis: all [tokens, slots]."""
     tokens, exist = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+    entries: list[Tensor] = []
+
+    def joined(before: Tensor, own: Tensor) -> Tensor:
+        both = before[:, None, :, None] + own[None, :, None, :]
+        return both.flatten(2).flatten(0, 1)
+
     for axis in axes:
         index = torch.arange(axis.length)
         start, end = bounds(index, *axis)
         position = start[:, None] + torch.arange(axis.kernel_size)
         there = position < end[:, None]
+        entry = position - (index // axis.dilation)[:, None] + axis.kernel_size - 1
+        # Around a ring, positions beyond its ends are those at the others.
+        position = position % (-(-axis.length // axis.dilation)) if axis.is_circular else position
         own = (index % axis.dilation)[:, None] + axis.dilation * position
-        own = own.masked_fill(~there, 0)
-        tokens = (tokens * axis.length)[:, None, :, None] + own[None, :, None, :]
-        exist = exist[:, None, :, None] & there[None, :, None, :]
-        tokens, exist = (t.flatten(2).flatten(0, 1) for t in (tokens, exist))
-    return tokens, exist
+        own, entry = own.masked_fill(~there, 0), entry.masked_fill(~there, 0)
+        entries = [joined(before, torch.zeros_like(own)) for before in entries]
+        entries.append(joined(torch.zeros_like(tokens), entry))
+        tokens = joined(tokens * axis.length, own)
+        exist = ~joined((~exist).long(), (~there).long()).bool()
+    return tokens, exist, entries
 
 
 def _products(seed: int, on: On) -> None:
@@ -376,11 +387,15 @@ def _products(seed: int, on: On) -> None:
     random = Random(f"products {seed}")
     rank = random.choice((1, 2, 2, 3))
     longest = max(2, int((on.max_tokens / 3) ** (1 / rank)))
-    tokens = tuple(random.randint(1, longest) for _ in range(rank))
+    tokens = [random.randint(1, longest) for _ in range(rank)]
     dilation = tuple(random.choice((1, 1, random.randint(1, n))) for n in tokens)
     kernel = tuple(random.randint(1, min(n // d, 7)) for n, d in zip(tokens, dilation))
     stride = tuple(random.choice((1, random.randint(1, k))) for k in kernel)
     causal = tuple(random.random() < 0.3 for _ in range(rank))
+    rings = tuple(not is_causal and random.random() < 0.25 for is_causal in causal)
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation)):
+        if rings[axis]:
+            tokens[axis] = max(tokens[axis] // (s * d), -(-k // s)) * s * d
     batch, heads, dim = random.choice((1, 2)), random.choice((1, 3)), random.choice((1, 8, 20))
     tensors = {
         name: torch.randn(batch, heads, *tokens, dim) for name in ("query", "key", "value")
@@ -390,8 +405,11 @@ def _products(seed: int, on: On) -> None:
         tensors["additional_values"] = torch.randn(batch, heads, 4, dim)
     if not any(causal) and random.random() < 0.4:
         tensors["rpb"] = torch.randn(heads, *(2 * k - 1 for k in kernel))
-    axes = [Axis(*axis) for axis in zip(tokens, kernel, stride, dilation, causal)]
-    window = {"kernel_size": kernel, "stride": stride, "dilation": dilation, "is_causal": causal}
+    axes = [Axis(*axis) for axis in zip(tokens, kernel, stride, dilation, causal, rings)]
+    window = {
+        "kernel_size": kernel, "stride": stride, "dilation": dilation, "is_causal": causal,
+        "is_circular": rings,
+    }  # fmt: skip
 
     def compute(query: Tensor, key: Tensor, value: Tensor, **more: Tensor) -> Any:
         values = {n: more.pop(n) for n in ("additional_values",) if n in more}
@@ -402,18 +420,12 @@ def _products(seed: int, on: On) -> None:
         return scores, out
 
     def exact(query: Tensor, key: Tensor, value: Tensor, **more: Tensor) -> Any:
-        at, exist = (t.to(query.device) for t in _neighbors(axes))
+        at, exist, entries = _neighbors(axes)
+        at, exist = at.to(query.device), exist.to(query.device)
         query, key, value = (t.flatten(2, -2) for t in (query, key, value))
         scores = (query[:, :, :, None] * key[:, :, at]).sum(-1)
         if "rpb" in more:
-            first = at.new_zeros(at.shape[0], 1)
-            index = []
-            rest_key, rest_query = at, torch.arange(at.shape[0], device=at.device)[:, None]
-            for n, k, d in reversed(list(zip(tokens, kernel, dilation))):
-                key_token, query_token = rest_key % n, rest_query % n
-                index.append(key_token // d - query_token // d + k - 1 + first)
-                rest_key, rest_query = rest_key // n, rest_query // n
-            scores = scores + more["rpb"][(slice(None), *reversed(index))]
+            scores = scores + more["rpb"][(slice(None), *(e.to(query.device) for e in entries))]
         scores = scores.masked_fill(~exist, -inf)
         if "additional_keys" in more:
             scores = torch.cat([scores, query @ more["additional_keys"].mT], -1)
