@@ -13,8 +13,8 @@ TESTS = $(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(WORKERS) --d
 	--durations 15
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-timm test-transformers test-hub lint format typecheck figures docs docs-check notebooks \
-	clean
+.PHONY: help demo test fuzz test-timm test-transformers test-hub compat exhaustive training audit lint format \
+	typecheck figures docs docs-check notebooks clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -49,6 +49,22 @@ test-transformers: $(INSTALLED)  ## DiNAT and Nat of Hugging Face transformers o
 
 test-hub: $(INSTALLED)  ## diffusers and transformers on our kernels, loaded from a Hub folder (pip, network)
 	@$(SINGLE_THREADED) $(BIN)/python tests/run_hub_kernel.py
+
+compat: $(INSTALLED)  ## the suite with the oldest and newest Python, torch, numpy (uv, network, an hour, 5 GB)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check uv
+	@$(SINGLE_THREADED) $(BIN)/python tests/compatibility.py --workers $(WORKERS)
+
+exhaustive: $(INSTALLED)  ## tests that take many minutes: listed tiles, interrupted compilations, missing packages
+	@$(TESTS) --timeout 3600 -m 'exhaustive and not gpu and not interpreted'
+
+training: $(INSTALLED)  ## loss curves of all backends, precisions and ways to share work (a quarter of an hour)
+	@$(SINGLE_THREADED) $(BIN)/python benchmarks/training.py
+
+audit: $(INSTALLED)  ## known vulnerabilities of what is installed (network)
+	@$(PYTHON) -m venv build/audit
+	@build/audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit==2.10.1
+	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > build/installed.txt
+	@build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/installed.txt
 
 lint: $(INSTALLED)  ## ruff: lint rules and format, changing nothing
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . || \
