@@ -103,6 +103,11 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+# What torch.compiler.assume_constant_result sets, which imports the compiler: programs are of one
+# mode.
+in_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def has_tangents(tensors: Iterable[Tensor | None]) -> bool:
     """Whether forward mode differentiates some of these tensors now."""
     if not in_forward_mode():
@@ -200,6 +205,12 @@ def is_known(condition: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
+
+
+@cache
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that no compiler looks into."""
+    return torch.compiler.disable(function)
 
 
 @cache

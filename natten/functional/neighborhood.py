@@ -721,7 +721,15 @@ def explain(
 
     Raises:
         ValueError, NotImplementedError: As the call itself would, for wrong arguments.
+        NotImplementedError: Windows of groups of heads, of which each is a call of its own.
     """
+    if validation.head_windows(kernel_size, stride, dilation) is not None:
+        raise NotImplementedError(
+            "explain is of one call, and windows of groups of heads are one for each group: give "
+            f"one of them, got kernel_size={kernel_size}, stride={stride}, dilation={dilation}"
+        )
+    if clip_window and rpb is not None:
+        rpb = _middle(rpb, query, key, (kernel_size, stride, dilation, is_causal), grid)
     knobs = (None, None, None, None, None, False, True, None, torch_compile)
     tensors = Tensors(
         query, key, value, rpb, additional_keys, additional_values, sink,

@@ -12,6 +12,7 @@ are fresh contiguous tensors.
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -674,6 +675,11 @@ def attend(
         check: Checks tensors and arguments, and makes the operator's parameters of them; whether
             gradients are needed is seen to here. Once for each kind of call.
     """
+    if "torch._dynamo" in sys.modules and _internals.in_forward_mode():
+        # The compiler knows no tangents of operators: this part of a program runs without it.
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=_NO_TANGENTS)
+        return _internals.uncompiled(_dispatched)(tensors, arguments, check)
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         try:
             needs = needs_grad(tensors)
@@ -690,6 +696,18 @@ def attend(
                 return _apply_plainly(call, *tensors)
             out, lse = _again(call, _FORWARD, tensors, _compute, tensors)
             return out, lse
+    return _dispatched(tensors, arguments, check)
+
+
+_NO_TANGENTS = (
+    "neighborhood attention in forward mode (torch.func.jvp) is not compiled: leave out "
+    "fullgraph=True, or the compilation of what is around it"
+)
+
+
+def _dispatched(
+    tensors: Tensors, arguments: tuple[Any, ...], check: Callable[..., Parameters]
+) -> tuple[Tensor, Tensor]:
     parameters = check(tensors, *arguments)._replace(requires_grad=needs_grad(tensors))
     if torch.jit.is_tracing():
         return torch.ops.natten.neighborhood_attention_traced(*tensors, *parameters)
