@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from natten import validation
+from natten.functional import sharded
 from natten.functional.neighborhood import neighborhood_attention_generic
 from natten.types import BoolOrSequence, IntOrSequence, KernelSchedule
 
@@ -355,6 +356,10 @@ def neighborhood_attention_varlen(
             dilation_list=dilation_list, backend=backend, **knobs,
         )  # fmt: skip
     layout = plan.layout
+    if sharded.current is not None or sharded.is_dtensor(query):
+        raise NotImplementedError(
+            f"a layout of tokens that are sharded over ranks is not implemented, got {layout}"
+        )
     packed = {"query": query, "key": key, "value": value}
     masks = {"key_mask": key_mask, "query_mask": query_mask}
     packed |= {name: mask for name, mask in masks.items() if mask is not None}

@@ -25,6 +25,7 @@ import natten.distributed as nd
 from natten.distributed.boxes import whole
 from natten.distributed.exchange import agree
 from natten.functional import neighborhood_attention_generic, operators
+from natten.varlen import neighborhood_attention_varlen
 
 F64 = torch.float64
 DEVICE = torch.device(os.environ.get("RANKS_DEVICE", "cpu"))
@@ -633,6 +634,35 @@ def dtensors(layout: str, function: str) -> None:
     for dtensor, leaf in pairs:
         assert dtensor.grad.shape == leaf.shape
         torch.testing.assert_close(dtensor.grad.full_tensor(), leaf.grad, rtol=0, atol=1e-12)
+
+
+def windows_of_other_kinds(layout: str) -> None:
+    """Windows of groups of heads and of whole axes; the others decline by name."""
+    pairs = distributed(LAYOUTS[layout], meshes()["square"])[:3]
+    sizes: Any = [(5, 3), (-1, 2)]
+    out, true = (natten.na2d(*[pair[which] for pair in pairs], sizes) for which in (0, 1))
+    torch.testing.assert_close(out.full_tensor(), true, rtol=0, atol=1e-12)
+    for result in (out, true):
+        result.sin().sum().backward()
+    for dtensor, leaf in pairs:
+        torch.testing.assert_close(dtensor.grad.full_tensor(), leaf.grad, rtol=0, atol=1e-12)
+    tensors = [pair[0] for pair in pairs]
+    valid = torch.ones(2, 12, 9, dtype=torch.bool)
+    declined: dict[str, Any] = {
+        "is_circular": (True, False), "upsampling": 2, "clip_window": True, "softcap": 2.0,
+        "sink": torch.zeros(4), "key_mask": valid, "query_mask": valid,
+    }  # fmt: skip
+    for name, value in declined.items():
+        with raises(NotImplementedError, f"{name} is not implemented where the grid is sharded"):
+            natten.na2d(*tensors, 3, **{name: value})
+    packed = [t.detach().flatten(1, 2)[:1] for t in (pair[1] for pair in pairs)]
+    mesh = meshes()["line"]
+    with raises(NotImplementedError, "a layout of tokens that are sharded over ranks"):
+        neighborhood_attention_varlen(
+            *[distribute_tensor(t, mesh, [Shard(1)]) for t in packed],
+            natten.GridLayout([(12, 4), (12, 5)]),
+            kernel_size=3,
+        )
 
 
 def operators_refuse_token_shards() -> None:

@@ -281,6 +281,9 @@ def wrong_plans_raise() -> None:
     with raises(ValueError, "num_kv_heads must be a multiple"):
         odd = NeighborhoodAttention1D(16, 4, 3, num_kv_heads=1)
         parallelize_module(odd, mesh, nd.NeighborhoodHeadParallel())
+    with raises(NotImplementedError, "heads that are sharded over ranks have one window"):
+        groups = NeighborhoodAttention1D(16, 4, [(3,), (5,)])
+        parallelize_module(groups, mesh, nd.NeighborhoodHeadParallel())
 
 
 # --- models

@@ -316,3 +316,36 @@ def test_memory_on_a_gpu():
     )
     torch.autograd.grad((gradient * query.detach()).sum(), leaf)
     assert torch.cuda.max_memory_allocated() - before <= 60 * size + (4 << 30)
+
+
+@pytest.mark.parametrize("place", ["inside", "outside", "dual tensors"])
+def test_forward_mode_and_torch_compile(place: str) -> None:
+    """Runs between compiled parts; as one program it says that it cannot."""
+    torch.manual_seed(0)
+    tensors = tuple(torch.randn(1, 6, 8, 2, 8, dtype=torch.float64) for _ in range(3))
+    tangents = tuple(torch.randn_like(t) for t in tensors)
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return 2 * natten.na2d(*tensors, kernel_size=3)
+
+    def slope(*tensors: Tensor) -> Tensor:
+        return torch.func.jvp(attend, tensors, tangents)[1]
+
+    def of_duals(*tensors: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(*pair) for pair in zip(tensors, tangents)]
+            tangent: Tensor = forward_ad.unpack_dual(attend(*duals)).tangent
+            return tangent
+
+    expected = slope(*tensors)
+    function = of_duals if place == "dual tensors" else slope
+    if place == "outside":
+        attend = torch.compile(attend, backend="aot_eager")
+        torch.testing.assert_close(slope(*tensors), expected)
+        torch.compiler.reset()
+        return
+    torch.testing.assert_close(torch.compile(function, backend="aot_eager")(*tensors), expected)
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match=r"in forward mode \(torch.func.jvp\) is not compiled"):
+        torch.compile(function, backend="aot_eager", fullgraph=True)(*tensors)
+    torch.compiler.reset()

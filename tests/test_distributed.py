@@ -76,6 +76,11 @@ def test_of_ranks(ranks, world, check):
     ranks[world].run(check)
 
 
+@pytest.mark.parametrize("layout", ["tokens and batch", "heads and tokens"])
+def test_windows_of_other_kinds(ranks, layout):
+    ranks[4].run("windows_of_other_kinds", layout)
+
+
 @pytest.mark.parametrize("check", ["refuses_placements", "refuses_dtensors", "shards_and_unshards"])
 def test_of_meshes(ranks, check):
     ranks[4].run(check)

@@ -144,6 +144,7 @@ class NeighborhoodHeadParallel(ParallelStyle):
 
     Raises:
         ValueError: The number of key heads is no multiple of the number of ranks.
+        NotImplementedError: A module with a list of windows for groups of heads.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -155,6 +156,12 @@ class NeighborhoodHeadParallel(ParallelStyle):
 
 def _shard_heads(module: NeighborhoodModule, mesh: DeviceMesh) -> None:
     ranks = mesh.size()
+    if module._is_grouped():
+        raise NotImplementedError(
+            "heads that are sharded over ranks have one window, got "
+            f"kernel_size={module.kernel_size}, stride={module.stride}, "
+            f"dilation={module.dilation}"
+        )
     heads, heads_kv = module.num_heads, module.num_kv_heads
     if heads_kv % ranks:
         raise ValueError(f"num_kv_heads must be a multiple of {ranks} ranks, got {heads_kv}")

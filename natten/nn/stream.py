@@ -66,7 +66,7 @@ def check_stream(module: NeighborhoodModule) -> None:
     if module.clip_window or module._is_grouped():
         raise NotImplementedError(
             "a stream is not implemented with clip_window, nor with a list of windows for groups "
-            "of heads"
+            f"of heads, got clip_window={module.clip_window} and kernel_size={module.kernel_size}"
         )
     if module.attn_drop is not None and module.training:
         raise NotImplementedError("dropout of attention weights is not implemented for streams")
