@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Case
+from checks import Inputs as Leaves
 from checks import check_problem, make_inputs, run
 
 from natten.functional import dispatch, neighborhood_attention_generic
 from natten.functional.backend import Inputs, Results
 from natten.functional.backends import cpu
+from natten.functional.backends.cpu import by_block, plan
 from natten.functional.problem import DEFAULT_CONFIG, Problem, Unavailable
 
 pytest.importorskip("numba")
@@ -33,9 +35,17 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+def choose(monkeypatch, blocks):
+    """Loops by block wherever they can, or loops by row."""
+    monkeypatch.setattr(
+        by_block, "pays", lambda problem, backward: blocks and by_block.covers(problem)
+    )
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_exact_as_eager_attention(case, dtype):
+def test_as_exact_as_eager_attention(case, dtype, monkeypatch):
+    choose(monkeypatch, dtype in (torch.float32, torch.bfloat16))
     check_problem(case, "cpu", dtype)
 
 
@@ -77,6 +87,63 @@ def test_boxes_do_not_change_results(monkeypatch, two_threads):
     cpu.plan.key_sweep.cache_clear()
     for a, b in zip(whole, boxes, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+WIDE_WINDOWS = {
+    "one axis": ((150,), {"kernel_size": 61}),
+    "causal": ((150,), {"kernel_size": 61, "is_causal": True, "stride": 5}),
+    "dilated": ((25, 34), {"kernel_size": (9, 13), "dilation": (1, 2), "stride": (4, 1)}),
+    "ring": ((6, 12, 9), {"kernel_size": (5, 7, 6), "is_circular": (False, True, False)}),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_WINDOWS)
+@pytest.mark.usefixtures("two_threads")
+def test_blocks_of_wide_windows(name, monkeypatch):
+    """Windows of many chunks, boxes of few patches; neither the batch nor threads change a bit."""
+    grid, arguments = WIDE_WINDOWS[name]
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(plan, "MAX_MEMBERS", 3)
+    choose(monkeypatch, True)
+    plan.query_patches.cache_clear()
+    plan.key_patches.cache_clear()
+    torch.manual_seed(0)
+    query = torch.randn(3, *grid, 4, 24, requires_grad=True)
+    key = torch.randn(3, *grid, 2, 24, requires_grad=True)
+    value = torch.randn(3, *grid, 2, 40, requires_grad=True)
+    inputs = Leaves(query, key, value)
+    found = run_all(inputs, **arguments)
+    exact = inputs.to(torch.float64)
+    choose(monkeypatch, False)
+    for a, b in zip(found, run_all(exact, **arguments), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+    choose(monkeypatch, True)
+    torch.set_num_threads(1)
+    last = [x.detach()[2:].requires_grad_() for x in (query, key, value)]
+    weight = torch.linspace(-1, 1, found[0].numel()).view(found[0].shape)[2:]
+    out, lse = neighborhood_attention_generic(*last, backend="cpu", return_lse=True, **arguments)
+    alone = [out, lse, *torch.autograd.grad((out * weight).sum() + lse.sum(), last)]
+    for a, b in zip(found, alone, strict=True):
+        assert torch.equal(a[2:], b)
+
+
+def test_blocks_leave_entries_that_are_not_finite_to_rows(monkeypatch):
+    """The other entries keep their bits."""
+    choose(monkeypatch, True)
+    tensors = [torch.randn(3, 40, 1, 8, requires_grad=True) for _ in range(3)]
+    names = ("query", "key", "value")
+    whole = run_all(Leaves(*tensors), kernel_size=9)
+    for name in names:
+        poisoned = [t.detach().clone() for t in tensors]
+        poisoned[names.index(name)][1, 20, 0, 3] = torch.inf
+        inputs = Leaves(*(t.requires_grad_() for t in poisoned))
+        found = run_all(inputs, kernel_size=9)
+        choose(monkeypatch, False)
+        exact = run_all(inputs.to(torch.float64), kernel_size=9)
+        choose(monkeypatch, True)
+        for a, b, c in zip(found, whole, exact, strict=True):
+            assert torch.equal(a[::2], b[::2])
+            torch.testing.assert_close(a.double(), c, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -1,7 +1,7 @@
 """Products over windows, compiled by numba.
 
-Like kernels.py, this file holds everything that its loops call, so that numba's disk cache notices
-every change. The loops go over rows: tokens of all units (batch entries and heads) in a line. A
+This file holds everything that its loops call, so that numba's disk cache notices every change. The
+loops go over rows: tokens of all units (batch entries and heads) in a line. A
 table has, for each axis, the first neighbor of each token and how many there are.
 """
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from natten.functional.backends.cpu import parallel
-from natten.functional.backends.cpu.kernels import entry
 from natten.functional.backends.cpu.plan import array_of
+from natten.functional.backends.cpu.vectors import entry
 from natten.functional.window_products.eager import keys_of_queries, queries_of_keys
 from natten.window import Axis
 

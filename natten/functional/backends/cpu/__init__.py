@@ -1,9 +1,11 @@
 """Compiled CPU kernels, forward and backward, at a cost linear in the number of tokens.
 
-Neighborhoods run on loops that numba compiles (kernels.py) over tables made from
-:mod:`natten.window` (plan.py). Dense attention, causal or not, runs on torch's own CPU
-flash-attention operator (dense.py) where that computes the same, and packed sequences one after the
-other.
+Neighborhoods run on loops that numba compiles, over tables made from :mod:`natten.window`
+(plan.py). There are two kinds. By row, each query streams the keys of its window (kernels.py,
+by_row.py), with nothing wasted; by block, patches of neighboring queries multiply what their
+windows cover together (blocks.py, by_block.py), and what is loaded once serves them all. Measured
+costs decide. Dense attention, causal or not, runs on torch's own CPU flash-attention operator
+(dense.py) where that computes the same, and packed sequences one after the other.
 
 All storage types but float64 are computed in float32. bfloat16 and float16 are widened while the
 loops copy a box of keys and values, which they do for every type, and results are narrowed as they
@@ -18,33 +20,20 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import repeat
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from natten.functional.backend import Backend, Gradients, Inputs, Results, sequences
-from natten.functional.backends.cpu import dense, parallel
-from natten.functional.backends.cpu.plan import (
-    Sweep,
-    array_of,
-    bias_extents,
-    element_strides,
-    key_sweep,
-    padded,
-    query_sweep,
-)
+from natten.functional.backends.cpu import by_block, by_row, dense
+from natten.functional.backends.cpu.launch import KINDS
 from natten.functional.problem import Config, Problem, Unavailable
 from natten.functional.sink import join
-
-# How kernels.py calls the storage types; FLOATING is the type of the computation itself.
-KINDS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
-NOWHERE = (0,) * 7
 
 
 @lru_cache(maxsize=1)
@@ -61,53 +50,6 @@ def _numba_problem() -> str | None:
     return None
 
 
-def _launch(
-    kernel: Callable[..., None],
-    sweep: Sweep,
-    arguments: tuple[Any, ...],
-    scratch: int,
-    picks: int,
-    dtype: np.dtype[Any],
-) -> None:
-    """Run a compiled loop on every unit of a sweep."""
-    counter = np.zeros(1, np.int64)
-
-    def task() -> None:
-        work, lists = np.empty(scratch, dtype), np.empty(picks, np.int64)
-        kernel(counter, sweep.units, sweep.axes, sweep.items, sweep.blocks, *arguments, work, lists)
-
-    parallel.run(task, sweep.threads)
-
-
-def _table(*tensors: Tensor | None) -> np.ndarray:
-    rows = [NOWHERE if t is None else element_strides(t) for t in tensors]
-    return np.array(rows, np.int64)
-
-
-def _precise(problem: Problem, tensor: Tensor | None) -> Tensor:
-    """Bias or sink in the compute type and row-major order, empty if there is none."""
-    if tensor is None:
-        return torch.empty(0, dtype=problem.accumulation_dtype, device="cpu")
-    return tensor.to(problem.accumulation_dtype).contiguous().view(-1)
-
-
-def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
-    return np.dtype(np.float64 if dtype == torch.float64 else np.float32)
-
-
-def _extras(problem: Problem, lengths: Tensor | None) -> np.ndarray:
-    """How many additional keys each batch entry has."""
-    most = problem.num_additional
-    if lengths is None:
-        return np.full(problem.batch, most, np.int64)
-    if lengths.shape != (problem.batch,):
-        raise ValueError(
-            f"additional_lengths must have shape {(problem.batch,)} for this problem, got "
-            f"{tuple(lengths.shape)}"
-        )
-    return np.array(lengths.tolist(), np.int64).clip(0, most)
-
-
 def _entries(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The tensors of each batch entry.
 
@@ -117,18 +59,18 @@ def _entries(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     return zip(*parts)
 
 
-def _with_axis(tensor: Tensor | None) -> Tensor | None:
-    """Logsumexp and the like, with a feature axis of one."""
-    return None if tensor is None else tensor.unsqueeze(-1)
-
-
-def _masks(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
-    """Those of keys and of queries, with axes of one head and one feature."""
-    key, query = (
-        None if mask is None else mask[..., None, None]
-        for mask in (inputs.key_mask, inputs.query_mask)
-    )
-    return key, query
+def _alone(
+    problem: Problem, inputs: Inputs, entries: list[int]
+) -> Iterator[tuple[slice, Problem, Inputs]]:
+    """Some batch entries: the place of each, and its problem and inputs."""
+    alone = replace(problem, batch=1)
+    for entry in entries:
+        place = slice(entry, entry + 1)
+        tensors = {
+            name: tensor if name == "sink" or tensor is None else tensor[place]
+            for name, tensor in inputs._asdict().items()
+        }
+        yield place, alone, Inputs(**tensors)
 
 
 def _check(problem: Problem, **tensors: Tensor | None) -> None:
@@ -224,47 +166,11 @@ class CpuBackend(Backend):
                 ]
                 out, lse = map(torch.cat, zip(*results, strict=True))
                 return out, lse
-        # numba takes half a second to import.
-        from natten.functional.backends.cpu import kernels
-
-        precise = problem.accumulation_dtype
-        out = query.new_empty(problem.output_shape)
-        lse = query.new_empty(problem.lse_shape, dtype=precise)
-        sweep = query_sweep(problem, torch.get_num_threads())
-        width, width_v = padded(problem.head_dim), padded(problem.head_dim_v)
-        longest, extra = padded(sweep.longest), problem.num_additional
-        bias, logits = _precise(problem, rpb), _precise(problem, sink)
-        arguments = (
-            _table(
-                query,
-                key,
-                value,
-                additional_keys,
-                additional_values,
-                out,
-                _with_axis(lse),
-                *_masks(inputs),
-            ),
-            KINDS[problem.dtype],
-            problem.scale,
-            problem.softcap,
-            problem.heads_kv,
-            problem.heads // problem.heads_kv,
-            problem.head_dim,
-            problem.head_dim_v,
-            extra,
-            _extras(problem, inputs.additional_lengths),
-            array_of(logits),
-            array_of(bias),
-            bias_extents(problem),
-            sweep.capacity,
-            sweep.longest,
-        )
-        scratch = (sweep.capacity + extra + 1) * (width + width_v) + 2 * (longest + padded(extra))
-        picks = 2 * longest + padded(extra) + kernels.STATE_SIZE
-        if problem.has_key_mask:
-            picks += sweep.capacity
-        _launch(kernels.forward, sweep, arguments, scratch, picks, _numpy_type(precise))
+        if not by_block.pays(problem, False):
+            return by_row.forward(problem, inputs)
+        out, lse, failed = by_block.forward(problem, inputs)
+        for entry, alone, own in _alone(problem, inputs, failed):
+            out[entry], lse[entry] = by_row.forward(alone, own)
         return out, lse
 
     def backward(
@@ -310,94 +216,16 @@ class CpuBackend(Backend):
                 ]
                 dq, dk, dv = [torch.cat(parts) for parts in zip(*entries, strict=True)]
                 return dq, dk, dv, None, None, None
-        # numba takes half a second to import.
-        from natten.functional.backends.cpu import kernels
-
-        precise = problem.accumulation_dtype
-        numpy_type = _numpy_type(precise)
-        threads = torch.get_num_threads()
-        width, width_v = padded(problem.head_dim), padded(problem.head_dim_v)
-        extra = problem.num_additional
-        needs_extra = extra > 0 and (needs[4] or needs[5])
-        needs_queries = needs[0] or needs[3] or needs_extra
-        bias, extents = _precise(problem, rpb), bias_extents(problem)
-        key_mask, _ = _masks(inputs)
-        if grad_lse is not None:
-            grad_lse = grad_lse.to(precise)
-        lse = lse.to(precise)
-        delta = query.new_empty(problem.lse_shape, dtype=precise)
-        grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
-        shared = (
-            KINDS[problem.dtype],
-            problem.scale,
-            problem.gradient_scale,
-            problem.softcap,
-            problem.heads_kv,
-            problem.heads // problem.heads_kv,
-            problem.head_dim,
-            problem.head_dim_v,
-        )
-
-        # The gradients of additional keys are sums over the boxes of their batch entry.
-        sweep = query_sweep(problem, threads, fixed=needs_extra)
-        longest, boxes = padded(sweep.longest), sweep.boxes
-        biases = problem.heads // problem.heads_kv * int(extents.prod())
-        bias_grads = np.zeros(
-            (sweep.units if rpb is not None and needs[3] else 0, biases), numpy_type
-        )
-        extra_grads = np.zeros(
-            (sweep.units if needs_extra else 0, extra * (width + width_v)), numpy_type
-        )
-        arguments = (
-            _table(
-                query, key, value, additional_keys, additional_values, out, _with_axis(lse),
-                grad_out, _with_axis(grad_lse), _with_axis(delta), grad_query, key_mask,
-            ),
-            *shared, extra, _extras(problem, inputs.additional_lengths), array_of(bias), extents,
-            sweep.capacity, sweep.longest, not needs_queries,
-            bias_grads.reshape(-1), extra_grads.reshape(-1),
-        )  # fmt: skip
-        scratch = (sweep.capacity + extra + 2) * (width + width_v) + 3 * (longest + padded(extra))
-        picks = 2 * longest + padded(extra) + kernels.STATE_SIZE
-        if problem.has_key_mask:
-            picks += sweep.capacity
-        _launch(kernels.backward_queries, sweep, arguments, scratch, picks, numpy_type)
-
-        if needs[1] or needs[2]:
-            sweep = key_sweep(problem, threads)
-            longest = padded(sweep.longest)
-            key_arguments = (
-                _table(
-                    query, key, value, _with_axis(lse), grad_out, _with_axis(delta),
-                    grad_key, grad_value, key_mask,
-                ),
-                *shared, array_of(bias), extents, sweep.capacity, sweep.longest, sweep.rows,
-            )  # fmt: skip
-            scratch = (sweep.capacity + sweep.rows + 1) * (width + width_v)
-            scratch += 2 * sweep.capacity + 3 * longest
-            picks = 2 * longest + kernels.STATE_SIZE
-            _launch(kernels.backward_keys, sweep, key_arguments, scratch, picks, numpy_type)
-
-        grad_rpb = grad_extra_keys = grad_extra_values = None
-        if rpb is not None and needs[3]:
-            # The sum runs over batch entries and boxes, always in this order.
-            of_boxes = torch.from_numpy(bias_grads).view(
-                problem.batch * boxes, problem.heads_kv, biases
-            )
-            grad_rpb = of_boxes.sum(0).view(rpb.shape).to(rpb.dtype)
-        if needs_extra:
-            of_boxes = torch.from_numpy(extra_grads)
-            of_entries = of_boxes.view(problem.batch, boxes, problem.heads_kv, -1).sum(1)
-            keys, values = of_entries.split([extra * width, extra * width_v], -1)
-
-            def features(part: Tensor, size: int) -> Tensor:
-                part = part.view(problem.batch, problem.heads_kv, extra, -1)[..., :size]
-                return part.transpose(1, 2).to(problem.dtype).contiguous()
-
-            keys = keys * problem.gradient_scale
-            grad_extra_keys = features(keys, problem.head_dim)
-            grad_extra_values = features(values, problem.head_dim_v)
-        return grad_query, grad_key, grad_value, grad_rpb, grad_extra_keys, grad_extra_values
+        if not by_block.pays(problem, True):
+            return by_row.backward(problem, inputs, results, needs)
+        blocks, failed = by_block.backward(problem, inputs, results, needs)
+        for entry, alone, tensors in _alone(problem, inputs, failed):
+            last = None if grad_lse is None else grad_lse[entry]
+            given = Results(out[entry], lse[entry], grad_out[entry], last)
+            for gradient, piece in zip(blocks, by_row.backward(alone, tensors, given, needs)):
+                if piece is not None:
+                    gradient[entry] = piece
+        return (*blocks, None, None, None)
 
 
 CPU = CpuBackend()

@@ -14,6 +14,7 @@ import pickle
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -32,7 +33,9 @@ def _source_of(module: ModuleType | None) -> bytes:
         text = inspect.getsource(module) if module is not None else ""
     except OSError:
         text = ""  # a frozen program has none, and is not upgraded by halves
-    return sha256(f"{numba.__version__}\n{text}".encode()).digest()
+    # Loops call into each other's files, which numba does not look at.
+    shared = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return sha256(b"\n".join([f"{numba.__version__}\n{text}".encode(), *shared])).digest()
 
 
 # Its name has changed from one numba to another; its place has not.

@@ -1,8 +1,5 @@
 """Compiled loops of the CPU backend: attention over a list of key rows, one query at a time.
 
-Everything that numba compiles lives in this one file, because numba's disk cache notices changes
-of the file that holds a compiled function only, not of the files that it calls into.
-
 The unit of work is a box of queries (or, for the gradients of keys and values, a box of keys) of
 one batch entry, one key head and one residue of the dilation. A thread copies the rows that the box
 can see into a contiguous, zero-padded scratch array in the compute type; every stride, storage type
@@ -12,425 +9,45 @@ relative to the window's first row; the list changes only where the window's ext
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
 
-from natten.functional.backends.cpu.cache import Cache
-
-Ints = Floats = np.ndarray
-LANES = 8
-FLOATING, BFLOAT16, FLOAT16 = 0, 1, 2
-
-
-# Contraction and reassociation only: the flags that assume no NaN and no infinity stay off.
-OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
-inner = njit(**OPTIONS)
-
-
-def entry(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile a loop that Python calls; keep the result on disk if there is a writable folder."""
-    compiled = njit(**OPTIONS)(function)
-    # Without any such folder, numba has no cache to offer.
-    with contextlib.suppress(RuntimeError):
-        compiled._cache = Cache(function)
-    return compiled
-
-
-class Vector(types.Type):
-    """LANES numbers of one floating type, held in registers."""
-
-    def __init__(self, dtype: types.Float) -> None:
-        self.dtype = dtype
-        super().__init__(name=f"Vector({dtype})")
-
-
-@register_model(Vector)
-class VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, kind: Vector) -> None:
-        super().__init__(manager, kind, ir.VectorType(manager[kind.dtype].get_value_type(), LANES))
-
-
-def _vector_pointer(context: Any, builder: ir.IRBuilder, kind: Any, start: Any, index: Any) -> Any:
-    kind = ir.VectorType(context.get_value_type(kind.dtype), LANES)
-    return builder.bitcast(builder.gep(start, [index]), kind.as_pointer())
-
-
-@intrinsic
-def load(typing, start, index):
-    """The vector start[index : index + LANES]."""
-
-    def generate(context, builder, signature, args):
-        pointer = _vector_pointer(context, builder, start, *args)
-        return builder.load(pointer, align=start.dtype.bitwidth // 8)
-
-    return Vector(start.dtype)(start, types.intp), generate
-
-
-@intrinsic
-def store(typing, start, index, vector):
-    """start[index : index + LANES] = vector."""
-
-    def generate(context, builder, signature, args):
-        pointer = _vector_pointer(context, builder, start, *args[:2])
-        builder.store(args[2], pointer, align=start.dtype.bitwidth // 8)
-        return context.get_dummy_value()
-
-    return types.void(start, types.intp, vector), generate
-
-
-@intrinsic
-def splat(typing, like, value):
-    """`value` in every lane, in the type that `like` points to."""
-
-    def generate(context, builder, signature, args):
-        kind = ir.VectorType(context.get_value_type(like.dtype), LANES)
-        single = builder.insert_element(ir.Constant(kind, ir.Undefined), args[1], ir.IntType(32)(0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), zeros)
-
-    return Vector(like.dtype)(like, like.dtype), generate
-
-
-def _multiply_add(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c, rounded once where the processor can."""
-    width = "f32" if isinstance(a.type.element, ir.FloatType) else "f64"
-    kind = ir.FunctionType(a.type, [a.type] * 3)
-    name = f"llvm.fmuladd.v{LANES}{width}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
-
-
-@intrinsic
-def fma(typing, a, b, c):
-    """a * b + c, rounded once where the processor can."""
-
-    def generate(context, builder, signature, args):
-        return _multiply_add(builder, *args)
-
-    return a(a, b, c), generate
-
-
-def _elementwise(emit: Callable[..., Any], doc: str) -> Any:
-    @intrinsic
-    def operation(typing, a, b):
-        def generate(context, builder, signature, args):
-            return emit(builder, *args)
-
-        return a(a, b), generate
-
-    operation.__doc__ = doc
-    return operation
-
-
-add = _elementwise(lambda builder, a, b: builder.fadd(a, b), "a + b")
-subtract = _elementwise(lambda builder, a, b: builder.fsub(a, b), "a - b")
-multiply = _elementwise(lambda builder, a, b: builder.fmul(a, b), "a * b")
-capped = _elementwise(
-    lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), b, a),
-    "b where a > b, else a; NaN where a is",
+from natten.functional.backends.cpu.vectors import (
+    BFLOAT16,
+    FLOATING,
+    LANES,
+    Floats,
+    Ints,
+    add,
+    after,
+    bytes_at,
+    capped,
+    entry,
+    exp,
+    fma,
+    halves_at,
+    inner,
+    larger,
+    load,
+    multiply,
+    narrow_bfloat16,
+    narrow_float16,
+    numbers_at,
+    padded,
+    prefetch,
+    reduce_max,
+    reduce_sum,
+    splat,
+    start_of,
+    store,
+    subtract,
+    sum_lanes,
+    take_ticket,
+    tanh,
+    widen_bfloat16,
+    widen_float16,
 )
-larger = _elementwise(
-    lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b),
-    "a where a > b, else b",
-)
-
-
-def _halves(level: int) -> tuple[list[int], list[int]]:
-    """Shuffles of two vectors whose sum halves the number of partial sums of each."""
-    step = 1 << level
-    low = [i + (LANES - step if i & step else 0) for i in range(LANES)]
-    return low, [i + step for i in low]
-
-
-def _sum_lanes(builder: ir.IRBuilder, vectors: list[Any]) -> Any:
-    """Lane i of the result is the sum of all lanes of vectors[i]."""
-    mask = ir.VectorType(ir.IntType(32), LANES)
-    level = 0
-    while len(vectors) > 1:
-        low, high = (ir.Constant(mask, indices) for indices in _halves(level))
-        vectors = [
-            builder.fadd(builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high))
-            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
-        ]
-        level += 1
-    return vectors[0]
-
-
-@intrinsic
-def sum_lanes(typing, a, b, c, d, e, f, g, h):
-    """The vector of the eight arguments' sums over lanes."""
-
-    def generate(context, builder, signature, args):
-        return _sum_lanes(builder, list(args))
-
-    return a(a, b, c, d, e, f, g, h), generate
-
-
-@intrinsic
-def reduce_sum(typing, vector):
-    """The sum of a vector's lanes."""
-
-    def generate(context, builder, signature, args):
-        total = _sum_lanes(builder, [args[0]] * LANES)
-        return builder.extract_element(total, ir.IntType(32)(0))
-
-    return vector.dtype(vector), generate
-
-
-@intrinsic
-def reduce_max(typing, vector):
-    """The largest lane of a vector."""
-
-    def generate(context, builder, signature, args):
-        best, mask = args[0], ir.VectorType(ir.IntType(32), LANES)
-        step = LANES // 2
-        while step:
-            order = ir.Constant(mask, [i ^ step for i in range(LANES)])
-            other = builder.shuffle_vector(best, ir.Constant(best.type, ir.Undefined), order)
-            best = builder.select(builder.fcmp_ordered(">", other, best), other, best)
-            step //= 2
-        return builder.extract_element(best, ir.IntType(32)(0))
-
-    return vector.dtype(vector), generate
-
-
-class _Reals:
-    """Constants of a vector of floats, and what e ** x begins and ends with."""
-
-    def __init__(self, builder: Any, vector: Any) -> None:
-        self.builder, width = builder, vector.dtype.bitwidth
-        self.single = width == 32
-        self.kind = ir.VectorType(ir.FloatType() if self.single else ir.DoubleType(), LANES)
-        self.bits = ir.VectorType(ir.IntType(width), LANES)
-        self.mantissa, self.bias = (23, 127) if self.single else (52, 1023)
-
-    def real(self, value: float) -> Any:
-        return ir.Constant(self.kind, [value] * LANES)
-
-    def whole(self, value: int) -> Any:
-        return ir.Constant(self.bits, [value] * LANES)
-
-    def reduced(self, x: Any) -> tuple[Any, Any]:
-        """``x - n * log 2`` and ``2 ** n``, for the integer n next to ``x / log 2``."""
-        builder, real = self.builder, self.real
-        # Adding 1.5 * 2 ** mantissa leaves n in the low bits of the sum.
-        magic = real(1.5 * 2.0**self.mantissa)
-        shifted = _multiply_add(builder, x, real(1 / math.log(2)), magic)
-        count = builder.fsub(shifted, magic)
-        # log 2 in two parts, so that count * high is exact.
-        high, low = 6.93147180369123816490e-01, 1.90821492927058770002e-10
-        if self.single:
-            unit = 2.0 ** (12 - self.mantissa)
-            high = math.floor(math.log(2) / unit) * unit
-            low = math.log(2) - high
-        rest = _multiply_add(builder, count, real(-high), x)
-        rest = _multiply_add(builder, count, real(-low), rest)
-        exponent = builder.add(builder.bitcast(shifted, self.bits), self.whole(self.bias))
-        power = builder.shl(exponent, self.whole(self.mantissa))
-        return rest, builder.bitcast(power, self.kind)
-
-    def series(self, rest: Any, degree: int, first: int) -> Any:
-        """The sum of ``rest ** (n - first) / n!`` for n from ``first`` to ``degree``."""
-        result = self.real(1 / math.factorial(degree))
-        for power in range(degree - 1, first - 1, -1):
-            result = _multiply_add(self.builder, result, rest, self.real(1 / math.factorial(power)))
-        return result
-
-
-@intrinsic
-def exp(typing, vector):
-    """e ** x within an ulp for x up to about 80; 0 below the normal range, NaN for NaN."""
-
-    def generate(context, builder, signature, args):
-        x, numbers = args[0], _Reals(builder, vector)
-        smallest, degree = (-87.0, 7) if numbers.single else (-708.0, 13)
-        rest, power_of_two = numbers.reduced(x)
-        result = builder.fmul(numbers.series(rest, degree, 0), power_of_two)
-        is_small = builder.fcmp_ordered("<", x, numbers.real(smallest))
-        return builder.select(is_small, numbers.real(0.0), result)
-
-    return vector(vector), generate
-
-
-@intrinsic
-def tanh(typing, vector):
-    """tanh x within a few ulps, by e ** 2|x| - 1, which loses nothing where x is small."""
-
-    def generate(context, builder, signature, args):
-        x, numbers = args[0], _Reals(builder, vector)
-        kind, bits, real = numbers.kind, numbers.bits, numbers.real
-        largest, degree = (20.0, 8) if numbers.single else (44.0, 14)
-        sign = numbers.whole(1 << (vector.dtype.bitwidth - 1))
-        whole = builder.bitcast(x, bits)
-        size = builder.bitcast(builder.and_(whole, builder.not_(sign)), kind)
-        # Beyond, the result is 1; NaN stays.
-        y = builder.fmul(size, real(2.0))
-        y = builder.select(builder.fcmp_ordered(">", y, real(largest)), real(largest), y)
-        rest, power_of_two = numbers.reduced(y)
-        # (e ** rest - 1) / rest, times rest.
-        less_one = builder.fmul(numbers.series(rest, degree, 1), rest)
-        less_one = _multiply_add(
-            builder, power_of_two, less_one, builder.fsub(power_of_two, real(1.0))
-        )
-        result = builder.fdiv(less_one, builder.fadd(less_one, real(2.0)))
-        result = builder.or_(builder.bitcast(result, bits), builder.and_(whole, sign))
-        return builder.bitcast(result, kind)
-
-    return vector(vector), generate
-
-
-@intrinsic
-def take_ticket(typing, counter):
-    """The value of counter[0], which grows by one; no two threads get the same."""
-
-    def generate(context, builder, signature, args):
-        data = cgutils.create_struct_proxy(counter)(context, builder, args[0]).data
-        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(counter), generate
-
-
-# Loops take pointers, not arrays: a numba array is seven arguments and a reference count.
-
-
-@intrinsic
-def start_of(typing, array):
-    """The address of a contiguous array's first element, as a pointer that can be indexed."""
-
-    def generate(context, builder, signature, args):
-        return cgutils.create_struct_proxy(array)(context, builder, args[0]).data
-
-    return types.CPointer(array.dtype)(array), generate
-
-
-@intrinsic
-def after(typing, start, count):
-    """The pointer `count` elements further."""
-
-    def generate(context, builder, signature, args):
-        return builder.gep(args[0], [args[1]])
-
-    return start(start, types.intp), generate
-
-
-@intrinsic
-def numbers_at(typing, address, like):
-    """A pointer to the same type as `like`, from an integer."""
-
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(like))
-
-    return like(types.int64, like), generate
-
-
-@intrinsic
-def halves_at(typing, address):
-    """A pointer to 16-bit integers, from an integer."""
-
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(types.CPointer(types.uint16)))
-
-    return types.CPointer(types.uint16)(types.int64), generate
-
-
-@intrinsic
-def bytes_at(typing, address):
-    """A pointer to bytes, from an integer."""
-
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(types.CPointer(types.uint8)))
-
-    return types.CPointer(types.uint8)(types.int64), generate
-
-
-@intrinsic
-def prefetch(typing, address, like, index):
-    """Ask for the cache line of element `index` at an address; any address will do."""
-
-    def generate(context, builder, signature, args):
-        start = builder.inttoptr(args[0], context.get_value_type(like))
-        pointer = builder.bitcast(builder.gep(start, [args[2]]), cgutils.voidptr_t)
-        flags = [ir.IntType(32)(flag) for flag in (0, 3, 1)]
-        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t] + [ir.IntType(32)] * 3)
-        function = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
-        builder.call(function, [pointer, *flags])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, like, types.intp), generate
-
-
-def _bitcast(source: types.Type, target: types.Type, doc: str) -> Any:
-    @intrinsic
-    def operation(typing, value):
-        def generate(context, builder, signature, args):
-            return builder.bitcast(args[0], context.get_value_type(target))
-
-        return target(source), generate
-
-    operation.__doc__ = doc
-    return operation
-
-
-bits_of = _bitcast(types.float32, types.uint32, "The bits of a float32.")
-from_bits = _bitcast(types.uint32, types.float32, "The float32 of these bits.")
-
-
-@inner
-def widen_bfloat16(half):
-    return from_bits(np.uint32(half) << np.uint32(16))
-
-
-@inner
-def narrow_bfloat16(value):
-    """Round to nearest even."""
-    bits = bits_of(np.float32(value))
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    rounded = np.uint32(0x7FC00000) if value != value else np.uint32(rounded)
-    return np.uint16(rounded >> np.uint32(16))
-
-
-@inner
-def widen_float16(half):
-    bits = np.uint32(half)
-    sign = (bits & np.uint32(0x8000)) << np.uint32(16)
-    # The product rescales the exponent and normalises subnormal numbers.
-    size = from_bits((bits & np.uint32(0x7FFF)) << np.uint32(13)) * np.float32(2.0**112)
-    special = (bits & np.uint32(0x7C00)) == np.uint32(0x7C00)
-    size_bits = bits_of(size) | (np.uint32(0x7F800000) if special else np.uint32(0))
-    return from_bits(size_bits | sign)
-
-
-@inner
-def narrow_float16(value):
-    """Round to nearest even, to infinity beyond 65520."""
-    bits = bits_of(np.float32(value))
-    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
-    size = bits & np.uint32(0x7FFFFFFF)
-    # Normal numbers: move the exponent's bias, round the mantissa by integer addition.
-    normal = (
-        size - np.uint32(0x38000000) + np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1))
-    )
-    normal = normal >> np.uint32(13)
-    # Subnormal numbers: an addition lets the processor round at the right bit.
-    small = bits_of(from_bits(size) + np.float32(0.5)) - np.uint32(0x3F000000)
-    result = small if size < np.uint32(0x38800000) else normal
-    if size >= np.uint32(0x477FF000):
-        result = np.uint32(0x7C00)
-    if size > np.uint32(0x7F800000):
-        result = np.uint32(0x7E00)
-    return np.uint16(result | sign)
-
-
-@inner
-def padded(count: int) -> int:
-    return (count + LANES - 1) // LANES * LANES
 
 
 @inner
@@ -744,6 +361,20 @@ def seen(box: Ints, axis: int) -> int:
 
 
 @inner
+def all_seen(box: Ints) -> int:
+    return seen(box, 0) * seen(box, 1) * seen(box, 2)
+
+
+@inner
+def lines_of(box: Ints, begin: int, end: int) -> tuple[int, int]:
+    """The lines along the last axis that hold the others from `begin` to `end` of a box."""
+    row = seen(box, 2)
+    if end <= begin:
+        return 0, 0
+    return begin // row, (end + row - 1) // row
+
+
+@inner
 def open_row(
     index: int, axes: Ints, items: Ints, box: Ints, sign: int, extents: Ints,
     picks: Ints, bias_picks: Ints, row: Ints,
@@ -785,24 +416,28 @@ def flag(tensor: Ints, batch: int, row: Ints) -> bool:
 
 
 @inner
-def pack_flags(tensor: Ints, batch: int, axes: Ints, box: Ints, out: Ints) -> None:
+def pack_flags(
+    tensor: Ints, batch: int, axes: Ints, box: Ints, begin: int, end: int, out: Ints
+) -> None:
     """Which of the others that a box sees a mask has valid, one after the other."""
     if tensor[ADDRESS] == 0:
         return
     axis_y, axis_z = after(axes, AXIS_SIZE), after(axes, 2 * AXIS_SIZE)
     box_y, box_z = after(box, BLOCK_SIZE), after(box, 2 * BLOCK_SIZE)
     start, j = locate(tensor, batch, 0), 0
-    for x in range(box[LOW], box[HIGH]):
+    lines, row = lines_of(box, begin, end), seen(box, 2)
+    for line in range(lines[0], lines[1]):
+        x, y = box[LOW] + line // seen(box, 1), box_y[LOW] + line % seen(box, 1)
         at = box[OTHER] + axes[DILATION] * wrapped(x, axes[RING])
         start_x = start + at * tensor[AXES]
-        for y in range(box_y[LOW], box_y[HIGH]):
-            at = box_y[OTHER] + axis_y[DILATION] * wrapped(y, axis_y[RING])
-            start_y = start_x + at * tensor[AXES + 1]
-            for z in range(box_z[LOW], box_z[HIGH]):
-                at = box_z[OTHER] + axis_z[DILATION] * wrapped(z, axis_z[RING])
-                start_z = start_y + at * tensor[AXES + 2]
-                out[j] = bytes_at(start_z)[0]
-                j += 1
+        at = box_y[OTHER] + axis_y[DILATION] * wrapped(y, axis_y[RING])
+        start_y = start_x + at * tensor[AXES + 1]
+        low = box_z[LOW] - line * row
+        for z in range(max(box_z[LOW], low + begin), min(box_z[HIGH], low + end)):
+            at = box_z[OTHER] + axis_z[DILATION] * wrapped(z, axis_z[RING])
+            start_z = start_y + at * tensor[AXES + 2]
+            out[j] = bytes_at(start_z)[0]
+            j += 1
 
 
 @inner
@@ -871,25 +506,28 @@ def wrapped(position: int, ring: int) -> int:
 
 @inner
 def pack(
-    tensor: Ints, batch: int, head: int, axes: Ints, box: Ints, kind: int, count: int, width: int,
-    factor: float, out: Floats,
+    tensor: Ints, batch: int, head: int, axes: Ints, box: Ints, begin: int, end: int, kind: int,
+    count: int, width: int, factor: float, out: Floats,
 ) -> None:  # fmt: skip
-    """Copy the others that a box sees, one after the other, each padded to `width`."""
+    """Copy those of the others that a box sees, one after the other, each padded to `width`, of all
+    from the one that is `begin` in this order up to `end`."""
     start = locate(tensor, batch, head)
     axis_y, axis_z = after(axes, AXIS_SIZE), after(axes, 2 * AXIS_SIZE)
     box_y, box_z = after(box, BLOCK_SIZE), after(box, 2 * BLOCK_SIZE)
     features, ahead = tensor[FEATURES], 16 * axis_z[DILATION] * tensor[AXES + 2]
-    for x in range(box[LOW], box[HIGH]):
+    lines, row = lines_of(box, begin, end), seen(box, 2)
+    for line in range(lines[0], lines[1]):
+        x, y = box[LOW] + line // seen(box, 1), box_y[LOW] + line % seen(box, 1)
         at = box[OTHER] + axes[DILATION] * wrapped(x, axes[RING])
         start_x = start + at * tensor[AXES]
-        for y in range(box_y[LOW], box_y[HIGH]):
-            at = box_y[OTHER] + axis_y[DILATION] * wrapped(y, axis_y[RING])
-            start_y = start_x + at * tensor[AXES + 1]
-            for z in range(box_z[LOW], box_z[HIGH]):
-                at = box_z[OTHER] + axis_z[DILATION] * wrapped(z, axis_z[RING])
-                start_z = start_y + at * tensor[AXES + 2]
-                read_row(start_z, features, count, kind, factor, ahead, out, width)
-                out = after(out, width)
+        at = box_y[OTHER] + axis_y[DILATION] * wrapped(y, axis_y[RING])
+        start_y = start_x + at * tensor[AXES + 1]
+        low = box_z[LOW] - line * row
+        for z in range(max(box_z[LOW], low + begin), min(box_z[HIGH], low + end)):
+            at = box_z[OTHER] + axis_z[DILATION] * wrapped(z, axis_z[RING])
+            start_z = start_y + at * tensor[AXES + 2]
+            read_row(start_z, features, count, kind, factor, ahead, out, width)
+            out = after(out, width)
 
 
 @inner
@@ -995,13 +633,14 @@ def forward(
         if unit >= units:
             break
         batch, head_kv = open_unit(unit, axes, blocks, heads, box)
+        none, every = np.int64(0), all_seen(box)
         extra = extras[batch]
         list_extras(extra, extra_picks)
-        pack(key_at, batch, head_kv, axes, box, kind, dim, width, one, keys)
-        pack(value_at, batch, head_kv, axes, box, kind, dim_v, width_v, one, values)
+        pack(key_at, batch, head_kv, axes, box, none, every, kind, dim, width, one, keys)
+        pack(value_at, batch, head_kv, axes, box, none, every, kind, dim_v, width_v, one, values)
         pack_list(extra_key_at, batch, head_kv, extra, kind, dim, width, one, extra_keys)
         pack_list(extra_value_at, batch, head_kv, extra, kind, dim_v, width_v, one, extra_values)
-        pack_flags(key_mask_at, batch, axes, box, flags)
+        pack_flags(key_mask_at, batch, axes, box, none, every, flags)
         row[LISTED] = -1
         ahead = 2 * axes[2 * AXIS_SIZE + DILATION]
         for index in range(rows_of(box)):
@@ -1102,16 +741,19 @@ def backward_queries(
         if unit >= units:
             break
         batch, head_kv = open_unit(unit, axes, blocks, heads, box)
+        none, every = np.int64(0), all_seen(box)
         extra = extras[batch]
         list_extras(extra, extra_picks)
         if not only_delta:
-            pack(key_at, batch, head_kv, axes, box, kind, dim, width, one, keys)
-            pack(value_at, batch, head_kv, axes, box, kind, dim_v, width_v, one, values)
+            pack(key_at, batch, head_kv, axes, box, none, every, kind, dim, width, one, keys)
+            pack(
+                value_at, batch, head_kv, axes, box, none, every, kind, dim_v, width_v, one, values
+            )
             pack_list(extra_key_at, batch, head_kv, extra, kind, dim, width, one, extra_keys)
             pack_list(
                 extra_value_at, batch, head_kv, extra, kind, dim_v, width_v, one, extra_values
             )
-            pack_flags(key_mask_at, batch, axes, box, flags)
+            pack_flags(key_mask_at, batch, axes, box, none, every, flags)
         row[LISTED] = -1
         ahead = 2 * axes[2 * AXIS_SIZE + DILATION]
         for index in range(rows_of(box)):
@@ -1212,17 +854,33 @@ def backward_keys(
         if unit >= units:
             break
         batch, head_kv = open_unit(unit, axes, blocks, heads, box)
+        none, every = np.int64(0), all_seen(box)
         members = rows_of(box)
         fill(grad_keys, members * width, zero)
         fill(grad_values, members * width_v, zero)
         ahead = 2 * axes[2 * AXIS_SIZE + DILATION]
         for head in range(head_kv * group, (head_kv + 1) * group):
-            pack(query_at, batch, head, axes, box, kind, dim, width, one, queries)
-            pack(grad_out_at, batch, head, axes, box, kind, dim_v, width_v, one, grad_rows)
-            pack(lse_at, batch, head, axes, box, floating, single, single, one, lse)
-            pack(delta_at, batch, head, axes, box, floating, single, single, one, delta)
+            pack(query_at, batch, head, axes, box, none, every, kind, dim, width, one, queries)
+            pack(
+                grad_out_at,
+                batch,
+                head,
+                axes,
+                box,
+                none,
+                every,
+                kind,
+                dim_v,
+                width_v,
+                one,
+                grad_rows,
+            )
+            pack(lse_at, batch, head, axes, box, none, every, floating, single, single, one, lse)
+            pack(
+                delta_at, batch, head, axes, box, none, every, floating, single, single, one, delta
+            )
             # A query that attends to nothing gives nothing, whatever it and its gradient hold.
-            for j in range(seen(box, 0) * seen(box, 1) * seen(box, 2)):
+            for j in range(every):
                 if lse[j] == -infinity:
                     fill(after(queries, j * width), width, zero)
                     fill(after(grad_rows, j * width_v), width_v, zero)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from math import ceil, prod
 
 import numpy as np
@@ -21,6 +22,10 @@ FIXED_UNITS = 8
 # Multiply-adds that are worth a thread of their own: about a fifth of a millisecond.
 WORK_PER_THREAD = 2_000_000
 
+
+# Patches, times heads, of a box: as many are served by a chunk while it is in the cache.
+MAX_MEMBERS = 16
+CHUNK_BYTES = 1 << 17
 
 # More than there are tokens.
 UNBOUNDED = 2**62
@@ -163,7 +168,6 @@ def make_sweep(
         least: Units to make if possible; by default, what keeps the threads busy.
     """
     sizes = [side.items[:, 1] - side.items[:, 0] for side in sides]
-    longest = prod(int(size.max(initial=0)) for size in sizes)
     pairs = outer * prod(int(size.sum()) for size in sizes)
     threads = max(1, min(threads, pairs * row_work // WORK_PER_THREAD))
     if least is None:
@@ -178,6 +182,18 @@ def make_sweep(
             break
         widest = tiles.index(max(tiles))
         tiles[widest] = ceil(tiles[widest] / 2)
+    return _tables(sides, blocks, outer, threads)
+
+
+def _tables(
+    sides: tuple[Side, ...],
+    blocks: list[list[tuple[int, int, int, int, int]]],
+    outer: int,
+    threads: int,
+) -> Sweep:
+    """The sweep over the product of these blocks of each axis."""
+    longest = prod(int((side.items[:, 1] - side.items[:, 0]).max(initial=0)) for side in sides)
+    units = outer * prod(map(len, blocks))
     item_starts = np.cumsum([0] + [len(side.items) for side in sides])
     block_starts = np.cumsum([0] + [len(part) for part in blocks])
     axes = [
@@ -190,7 +206,7 @@ def make_sweep(
         blocks=np.array([b for part in blocks for b in part], np.int64).reshape(-1, 5),
         units=units,
         boxes=prod(map(len, blocks)),
-        capacity=capacity,
+        capacity=prod(max((b[4] - b[3] for b in part), default=0) for part in blocks),
         rows=prod(max((b[1] for b in part), default=0) for part in blocks),
         longest=longest,
         threads=min(threads, max(units, 1)),
@@ -241,6 +257,111 @@ def scratch_bytes(problem: Problem) -> int:
     """Bytes of a packed pair of rows, one of head_dim and one of head_dim_v."""
     size = problem.accumulation_dtype.itemsize
     return (padded(problem.head_dim) + padded(problem.head_dim_v)) * size
+
+
+@dataclass(frozen=True)
+class Patches:
+    """How blocks.py walks over one side of a problem.
+
+    Attributes:
+        sweep: The sweep over boxes.
+        extents: Rows of a patch along each axis.
+        reach: The most of the others that a patch sees along an axis, and one.
+        members: The most patches of a box, times heads.
+        steps: Pairs of a patch and one of the others that it sees, of a batch entry and head.
+        count: Patches of a batch entry and head.
+    """
+
+    sweep: Sweep
+    extents: np.ndarray
+    reach: int
+    members: int
+    steps: int
+    count: int
+
+
+def _reaches(side: Side, extent: int) -> np.ndarray:
+    """How many of the others each patch of an axis sees."""
+    found = []
+    for residue in side.residues:
+        start = np.arange(0, residue.count, extent)
+        last = np.minimum(start + extent, residue.count) - 1
+        first, last = (residue.first + side.dilation * n for n in (start, last))
+        found.append(side.items[last, 1] - side.items[first, 0])
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def make_patches(
+    sides: tuple[Side, ...], outer: int, group: int, row_work: int, lanes: int, threads: int
+) -> Patches:
+    """Lay patches of up to ``lanes`` rows, and boxes of up to MAX_MEMBERS patches and heads.
+
+    Args:
+        sides: The three axes.
+        outer: Independent repetitions (batch times heads).
+        group: Query heads of each key head.
+        row_work: Multiply-adds for each pair of a row and one that it sees.
+        lanes: Of a vector.
+        threads: Available threads, which decide about nothing but how many are to run.
+    """
+    most = [max((r.count for r in side.residues), default=1) for side in sides]
+    reaches = [
+        {n: _reaches(side, n) for n in range(1, min(lanes, limit) + 1)}
+        for side, limit in zip(sides, most, strict=True)
+    ]
+    sums = [{n: int(reach.sum()) for n, reach in axis.items()} for axis in reaches]
+    shapes = [shape for shape in product(*sums) if prod(shape) <= lanes]
+    # Of equal ones, that which is longest along the last axis, where neighbors are in memory.
+    steps, extents = min(
+        (prod(sums[a][n] for a, n in enumerate(shape)), shape[::-1]) for shape in shapes
+    )
+    extents = extents[::-1]
+    along = [ceil(limit / extent) for limit, extent in zip(most, extents, strict=True)]
+    while prod(along) * group > MAX_MEMBERS and max(along) > 1:
+        widest = along.index(max(along))
+        along[widest] = ceil(along[widest] / 2)
+    blocks = [side.blocks(n * e) for side, n, e in zip(sides, along, extents, strict=True)]
+    own = [axis[extent] for axis, extent in zip(reaches, extents, strict=True)]
+    threads = max(1, min(threads, outer * steps * lanes * row_work // WORK_PER_THREAD))
+    return Patches(
+        _tables(sides, blocks, outer, threads),
+        np.array(extents, np.int64),
+        max(int(reach.max(initial=0)) for reach in own) + 1,
+        prod(along) * group,
+        steps,
+        prod(map(len, own)),
+    )
+
+
+@lru_cache(maxsize=256)
+def query_patches(problem: Problem, lanes: int, threads: int) -> Patches:
+    """The patches of queries."""
+    return make_patches(
+        sides_of(problem).queries,
+        problem.batch * problem.heads_kv,
+        problem.heads // problem.heads_kv,
+        (problem.head_dim + problem.head_dim_v) * problem.heads // problem.heads_kv,
+        lanes,
+        threads,
+    )
+
+
+@lru_cache(maxsize=256)
+def key_patches(problem: Problem, lanes: int, threads: int) -> Patches:
+    """The patches of keys, for their gradients."""
+    return make_patches(
+        sides_of(problem).keys,
+        problem.batch * problem.heads_kv,
+        1,
+        2 * (problem.head_dim + problem.head_dim_v) * problem.heads // problem.heads_kv,
+        lanes,
+        threads,
+    )
+
+
+def chunk_of(problem: Problem) -> int:
+    """Tokens of a chunk."""
+    return max(CHUNK_BYTES // scratch_bytes(problem) // 8, 4) * 8
 
 
 @lru_cache(maxsize=256)
