@@ -691,6 +691,13 @@ def random_attention(seed: int, max_tokens: int = 200) -> Case:
     )  # fmt: skip
 
 
+def random_frozen(random: Random) -> tuple[str, ...]:
+    """Tensors without gradients; one of those that every case has gets one."""
+    names = ["query", "key", "value", "rpb", "additional_keys", "additional_values", "sink"]
+    names.remove(random.choice(names[:3]))
+    return tuple(name for name in names if random.random() < 0.5)
+
+
 def varied(case: Case, seed: int) -> Case:
     """The case in any memory, written in any way, and perhaps without some gradients."""
     random = Random(f"variation {seed}")
@@ -700,10 +707,7 @@ def varied(case: Case, seed: int) -> Case:
     if random.random() < 0.7:
         drawn["spelling"] = random.randrange(1 << 30)
     if random.random() < 0.3:
-        names = ["query", "key", "value", "rpb", "additional_keys", "additional_values", "sink"]
-        # One of these, that every case has, stays.
-        names.remove(random.choice(names[:3]))
-        drawn["frozen"] = tuple(name for name in names if random.random() < 0.5)
+        drawn["frozen"] = random_frozen(random)
     if case.scale is None and random.random() < 0.2:
         drawn["scale"] = random.choice((0.3, -0.2, 0.0))
     return replace(case, **drawn)

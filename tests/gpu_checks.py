@@ -17,7 +17,15 @@ from unittest import mock
 
 import problems
 import torch
-from cases import CASES, Case, around_rings, random_lengths, random_plain_case, upsampled
+from cases import (
+    CASES,
+    Case,
+    around_rings,
+    random_frozen,
+    random_lengths,
+    random_plain_case,
+    upsampled,
+)
 from checks import check_packed, check_problem, make_inputs, run
 from invariance import check_batch_entries, check_packed_sequences, tiles_1d
 from invariance import tiles as shapes_2d
@@ -352,6 +360,9 @@ def family_case(family: Family, seed: int) -> Case:
         additional_lengths=lengths,
         scale=random.choice((-0.2, -0.05)) if family.negative else random.choice((None, None, 0.3)),
     )
+    random = Random(f"frozen of {seed}")
+    if random.random() < 0.3:
+        case = replace(case, frozen=random_frozen(random))
     if any(family.is_circular):
         case = around_rings(case, family.is_circular)
     if max(family.upsampling) == 1:
@@ -411,7 +422,8 @@ def gluon_family(number: int) -> Family:
 def check_gluon_problem(number: int, seed: int) -> None:
     """Check problem ``seed`` of such a family, and that these kernels computed what they can."""
     chosen = gluon_family(number)
-    case = family_case(chosen, seed)
+    # All gradients, which one kernel computes.
+    case = replace(family_case(chosen, seed), frozen=())
     with _launched() as names:
         check(case, "hopper", chosen.dtype, **dict(chosen.knobs))
     wanted = set() if case.sink or case.query_mask else {"hopper_forward_kernel"}
