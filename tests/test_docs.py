@@ -268,13 +268,13 @@ def test_speeds_in_the_readme_are_those_of_the_benchmarks():
     ratios = [
         [case[f"peer_{kind}_ms"] / case[f"{kind}_ms"] for kind in ("fwd", "bwd")] for case in cases
     ]
-    forward, backward = zip(*(pair for pair in ratios if min(pair) > 1), strict=True)
-    (slower,) = (pair for pair in ratios if min(pair) <= 1)
+    forward, backward = zip(*ratios, strict=True)
+    assert min(forward) > 1
+    assert min(backward) > 1
     claim = re.search(
-        r"In (\d+) of the (\d+) rows of that table natten is faster than the fastest of them, "
+        r"In all (\d+) rows of that table natten is faster than the fastest of them, "
         r"([\d.]+) to (\d+) times in the forward and ([\d.]+) to ([\d.]+) times in the backward "
-        r"pass; one, held up by its host, reaches ([\d.]+) and ([\d.]+) times. On two CPU cores, "
-        r"it is (\d+) to (\d+) times",
+        r"pass. On two CPU cores, it is (\d+) to (\d+) times",
         text,
     )
     assert claim is not None
@@ -283,9 +283,8 @@ def test_speeds_in_the_readme_are_those_of_the_benchmarks():
     faster = [case["times_faster"] for case in cpu["cases"]]
     assert min(faster) > 1
     assert list(claim.groups()) == [
-        str(len(forward)), str(len(cases)),
+        str(len(cases)),
         f"{min(forward):.1f}", f"{max(forward):.0f}",
         f"{min(backward):.1f}", f"{max(backward):.1f}",
-        *(f"{ratio:.2f}" for ratio in slower),
         f"{min(faster):.0f}", f"{max(faster):.0f}",
     ]  # fmt: skip
