@@ -105,15 +105,13 @@ class GridLayout:
         Raises:
             ValueError: There are not as many as grids.
         """
-        if entries.shape[:1] != (len(self.sizes),):
-            raise ValueError(
-                f"entries must have one for each of {len(self.sizes)} grids, got shape "
-                f"{tuple(entries.shape)}"
-            )
+        self._check_each(entries)
         each = zip(entries.split(1), self.tokens, strict=True)
         return torch.cat([entry.expand(n, *entry.shape[1:]) for entry, n in each]).unsqueeze(0)
 
-    def map(self, function: Callable[..., Tensor], *packed: Tensor) -> Tensor:
+    def map(
+        self, function: Callable[..., Tensor], *packed: Tensor, each: Sequence[Tensor] = ()
+    ) -> Tensor:
         """What a function of grids makes of packed ones: any module of this package, a block with
         norms and rotary positions as well as attention alone.
 
@@ -121,6 +119,8 @@ class GridLayout:
             function: From ``[grids, *size, ...]``, one for each of ``packed``, to as many tokens;
                 called once for grids of one size that follow each other.
             packed: ``[1, total, ...]``, one or several.
+            each: Further arguments of the function, of which each grid has its own,
+                ``[grids, ...]``.
 
         Returns:
             ``[1, total, ...]``.
@@ -128,7 +128,7 @@ class GridLayout:
         Raises:
             ValueError: ``packed`` is something else, or the function's result.
         """
-        found = self._results(function, packed)
+        found = self._results(function, packed, each)
         for result, (size, grids) in zip(found, _runs(self.sizes), strict=True):
             if result.shape[: 1 + self.rank] != (grids, *size):
                 raise ValueError(
@@ -143,21 +143,37 @@ class GridLayout:
         """As :meth:`map`, of a function that returns grids of another size, as tokenizers and
         downsamplers do: also the layout of what it returns.
         """
-        found = self._results(function, (packed,))
+        found = self._results(function, (packed,), ())
         sizes = [tuple(result.shape[1 : 1 + self.rank]) for result in found]
         layout = GridLayout([s for s, part in zip(sizes, found) for _ in range(part.shape[0])])
         return _joined(found, self.rank), layout
 
-    def _results(self, function: Callable[..., Tensor], packed: Sequence[Tensor]) -> list[Tensor]:
+    def _results(
+        self, function: Callable[..., Tensor], packed: Sequence[Tensor], each: Sequence[Tensor]
+    ) -> list[Tensor]:
         for tensor in packed:
             check_packed("packed", tensor, self)
+        for tensor in each:
+            self._check_each(tensor)
         runs = _runs(self.sizes)
-        lengths = [n * prod(size) for size, n in runs]
-        parts = [tensor.split_with_sizes(lengths, 1) for tensor in packed]
+        counts = [grids for _, grids in runs]
+        lengths = [grids * prod(size) for size, grids in runs]
+        tokens = [tensor.split_with_sizes(lengths, 1) for tensor in packed]
+        entries = [tensor.split_with_sizes(counts) for tensor in each]
         return [
-            function(*[part.unflatten(1, (grids, *size)).squeeze(0) for part in own])
-            for (size, grids), own in zip(runs, zip(*parts, strict=True), strict=True)
+            function(
+                *[parts[i].unflatten(1, (grids, *size)).squeeze(0) for parts in tokens],
+                *[parts[i] for parts in entries],
+            )
+            for i, (size, grids) in enumerate(runs)
         ]
+
+    def _check_each(self, entries: Tensor) -> None:
+        if entries.shape[:1] != (len(self.sizes),):
+            raise ValueError(
+                f"entries must have one for each of {len(self.sizes)} grids, got shape "
+                f"{tuple(entries.shape)}"
+            )
 
 
 def _runs(keys: Iterable[_Key]) -> list[tuple[_Key, int]]:

@@ -19,6 +19,7 @@ from natten.nn import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodBackbone,
+    NeighborhoodCrossAttention2D,
     NeighborhoodStage,
     NeighborhoodTransformerBlock,
     PatchMerging,
@@ -75,6 +76,25 @@ def test_blocks(setting: str) -> None:
     x = torch.randn(1, LAYOUT.total, 16, **DOUBLE, requires_grad=True)
     _same_as_alone(block, x)
     _same_as_alone(block, x, torch.rand(1, LAYOUT.total) < 0.7)
+
+
+@pytest.mark.parametrize("has_lengths", [False, True])
+def test_contexts_of_grids(has_lengths: bool) -> None:
+    torch.manual_seed(0)
+    cross = NeighborhoodCrossAttention2D(16, 2, 2, context_dim=6, source_dim=8, **DOUBLE)
+    block = NeighborhoodTransformerBlock(16, 2, 2, context_dim=6, rotary=True, **DOUBLE)
+    x = torch.randn(1, LAYOUT.total, 16, **DOUBLE)
+    source = torch.randn(1, LAYOUT.total, 8, **DOUBLE)
+    context = torch.randn(len(SIZES), 5, 6, **DOUBLE)
+    lengths = torch.tensor([3, 5, 0, 1]) if has_lengths else None
+    found = cross(x, context, lengths, source, layout=LAYOUT)
+    through = block(x, context=context, context_lengths=lengths, layout=LAYOUT)
+    parts = zip(LAYOUT.unpack(x), LAYOUT.unpack(source), range(len(SIZES)), strict=True)
+    for grid, other, i in parts:
+        own = (context[i : i + 1], None if lengths is None else lengths[i : i + 1])
+        assert_close(LAYOUT.unpack(found)[i], cross(grid[None], *own, other[None])[0], **EXACT)
+        alone = block(grid[None], None, None, *own)[0]
+        assert_close(LAYOUT.unpack(through)[i], alone, **EXACT)
 
 
 def test_conditions_of_grids_and_of_tokens() -> None:
@@ -212,8 +232,17 @@ def test_errors() -> None:
             f(x, layout=LAYOUT)
     with pytest.raises(NotImplementedError, match="grid beside a layout"):
         module(x, grid=[20, 20], layout=LAYOUT)
-    with pytest.raises(NotImplementedError, match="context_dim beside a layout"):
-        NeighborhoodTransformerBlock(16, 2, 3, context_dim=4)(x, layout=LAYOUT)
+    with pytest.raises(NotImplementedError, match="a mask of a block with context_dim"):
+        NeighborhoodTransformerBlock(16, 2, 2, context_dim=4)(
+            x, mask=torch.ones(1, LAYOUT.total, dtype=torch.bool), layout=LAYOUT
+        )
+    with pytest.raises(ValueError, match="a context was given to a block without context_dim"):
+        block(x, context=torch.randn(4, 3, 4), layout=LAYOUT)
+    cross = NeighborhoodCrossAttention2D(16, 2, 2, context_dim=4)
+    with pytest.raises(ValueError, match="entries must have one for each of 4 grids"):
+        cross(x, torch.randn(3, 5, 4), layout=LAYOUT)
+    with pytest.raises(NotImplementedError, match="a layout with upsampling"):
+        NeighborhoodCrossAttention2D(16, 2, 2, upsampling=2)(x, source=x, layout=LAYOUT)
     script = torch.jit.script(NeighborhoodAttention1D(16, 2, 3))
     assert script(x).shape == x.shape
     with pytest.raises(torch.jit.Error, match="TorchScript has no attention of packed grids"):

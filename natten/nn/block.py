@@ -352,7 +352,7 @@ class NeighborhoodTransformerBlock(nn.Module):
                 not of a block with a `context_dim`.
             layout: a `natten.GridLayout`, of whose grids x holds the packed tokens, `[1, total,
                 embed_dim]`; mask likewise, and cond is `[grids, cond_dim]` or `[1, total,
-                cond_dim]`. Not with registers, and not of a block with a `context_dim`.
+                cond_dim]`; contexts are those of each grid. Not with registers.
 
         Returns:
             The shape of x, and with registers a pair of it and of the shape of registers.
@@ -369,7 +369,9 @@ class NeighborhoodTransformerBlock(nn.Module):
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no attention of packed grids")
             else:
-                return self._forward_packed(x, cond, registers, context, mask, layout)
+                refuse_beside_layout(self, layout, registers=registers)
+                self._refuse_context(context, context_lengths, None)
+                return self._forward_packed(x, cond, context, context_lengths, mask, layout)
         check_grid(x, self.rank, self.embed_dim, "x")
         modulation = self._modulation(cond, x, registers is not None)
         if registers is not None:
@@ -381,8 +383,7 @@ class NeighborhoodTransformerBlock(nn.Module):
                 return self._forward_with_registers(x, modulation, registers, attend)
         branch = self._modulate(self.norm1(x), modulation, 0, self.rank)
         if self.context_dim is not None:
-            if mask is not None:
-                raise NotImplementedError("a mask of a block with context_dim is not implemented")
+            self._refuse_mask(mask)
             branch = self.attn(branch, context, context_lengths)
         else:
             self._refuse_context(context, context_lengths, None)
@@ -400,13 +401,12 @@ class NeighborhoodTransformerBlock(nn.Module):
         self,
         x: Tensor,
         cond: Tensor | None,
-        registers: Tensor | None,
         context: Tensor | None,
+        context_lengths: Tensor | None,
         mask: Tensor | None,
         layout: GridLayout,
     ) -> Tensor:
-        given = {"registers": registers, "context": context, "context_dim": self.context_dim}
-        refuse_beside_layout(self, layout, **given)
+        self._refuse_mask(mask)
         check_packed("x", x, layout)
         check_sequence(x, 1, self.embed_dim, "x")
         modulation = self._modulation(cond, x, False)
@@ -414,6 +414,8 @@ class NeighborhoodTransformerBlock(nn.Module):
             modulation = [layout.spread(values) for values in modulation]
 
         def attend(tokens: Tensor) -> Tensor:
+            if self.context_dim is not None:
+                return self.attn(tokens, context, context_lengths, layout=layout)
             return self.attn(tokens, mask=mask, layout=layout)
 
         drops = self.training and isinstance(self.drop_path, DropPath)
@@ -424,6 +426,10 @@ class NeighborhoodTransformerBlock(nn.Module):
             # Grids are dropped, as the entries of a batch are.
             x = x + (layout.map(self.drop_path, branch) if drops else branch)
         return x
+
+    def _refuse_mask(self, mask: Tensor | None) -> None:
+        if self.context_dim is not None and mask is not None:
+            raise NotImplementedError("a mask of a block with context_dim is not implemented")
 
     def _refuse_context(
         self, context: Tensor | None, context_lengths: Tensor | None, registers: Tensor | None

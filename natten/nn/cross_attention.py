@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,14 @@ from natten.nn.core import (
     crop,
     left_out,
     plan_of,
+    refuse_beside_layout,
     refuse_circular,
 )
 from natten.nn.explicit import AttentionMap
 from natten.nn.stream import StreamState, attend_to_stream, check_stream, fit_frames
 from natten.types import IntOrWindows, KernelSizes
 from natten.validation import check_length_values, check_positive_int, int_tuple
+from natten.varlen import GridLayout
 
 
 def check_source(source: Tensor, x: Tensor) -> None:
@@ -195,6 +198,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         source: Tensor | None = None,
         origin: list[int] | None = None,
         grid: list[int] | None = None,
+        layout: Any | None = None,
     ) -> Tensor:
         """Attends.
 
@@ -207,9 +211,12 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
                 for x. With upsampling, `[B, *(X / upsampling), source_dim]`, and not None.
             origin, grid: as for `NeighborhoodAttention2D.forward`, where x and source are crops.
                 Not with upsampling.
+            layout: a `natten.GridLayout`, of whose grids x and source hold the packed tokens,
+                `[1, total, channels]`, and context what each of them attends to, `[grids, S,
+                context_dim]`. Not with upsampling, origin and grid.
 
         Returns:
-            `[B, *X, embed_dim]`.
+            The shape of x.
 
         Raises:
             ValueError: for tensors that do not fit the module or each other, and axes shorter than
@@ -220,6 +227,14 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             x, context = left_out(x, "context", context)
             x, context_lengths = left_out(x, "context_lengths", context_lengths)
             x, source = left_out(x, "source", source)
+            x, layout = left_out(x, "layout", layout)
+        if layout is not None:
+            if torch.jit.is_scripting():
+                raise RuntimeError("TorchScript has no attention of packed grids")
+            else:
+                refuse_beside_layout(self, layout, origin=origin, grid=grid)
+                self._refuse_upsampling("a layout")
+                return self._forward_packed(x, layout, context, context_lengths, source)
         check_grid(x, len(self.is_causal), self.embed_dim, "x")
         if not torch.jit.is_scripting():
             plan = plan_of(self.plan)
@@ -240,6 +255,25 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if self.pad:
             out = crop(out, extent)
         return self._output(out)
+
+    def _forward_packed(
+        self,
+        x: Tensor,
+        layout: GridLayout,
+        context: Tensor | None,
+        context_lengths: Tensor | None,
+        source: Tensor | None,
+    ) -> Tensor:
+        packed = {"x": x, "source": source}
+        each = {"context": context, "context_lengths": context_lengths}
+        tokens, entries = (
+            {name: t for name, t in part.items() if t is not None} for part in (packed, each)
+        )
+
+        def attend(*parts: Tensor) -> Tensor:
+            return self.forward(**dict(zip((*tokens, *entries), parts, strict=True)))
+
+        return layout.map(attend, *tokens.values(), each=[*entries.values()])
 
     def _forward_upsampled(
         self,
