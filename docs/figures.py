@@ -51,6 +51,21 @@ def neighborhoods() -> Figure:
     return figure
 
 
+def windows_of_modules() -> Figure:
+    """Windows cut to a small grid, of whole axes, and of two groups of heads."""
+    panels: tuple[tuple[str, tuple[int, int], Any], ...] = (
+        ("clip_window=True\nkernel_size=(7, 7), 4 x 12", (4, 12), (4, 7)),
+        ("kernel_size=(-1, 3)", (9, 12), (-1, 3)),
+        ("kernel_size=[(3, 3), (7, 7)]\nthe first half of the heads", (9, 12), 3),
+        ("kernel_size=[(3, 3), (7, 7)]\nthe second half", (9, 12), 7),
+    )
+    figure = Figure(figsize=(13, 3), layout="constrained")
+    for axes, (title, shape, kernel_size) in zip(figure.subplots(1, len(panels)), panels):
+        viz.draw_neighborhood(axes, [(2, 4)], shape, kernel_size)
+        axes.set_title(title, fontsize=9, family="monospace")
+    return figure
+
+
 def upsampling() -> Figure:
     """Queries of a grid three times as fine as that of the keys, and the windows of their cells."""
     cells, factor = ((1, 1), (3, 4)), 3
@@ -424,6 +439,7 @@ DRAWN: dict[str, tuple[Callable[[], Figure], bool]] = {
     "masks": (masks, False),
     "scores": (scores, False),
     "neighborhood-1d": (neighborhood_1d, False),
+    "windows-of-modules": (windows_of_modules, False),
     "upsampling": (upsampling, False),
     "neighborhood-3d": (neighborhood_3d, False),
     "tiles": (tiles, False),
