@@ -43,7 +43,7 @@ class Plan:
         return self
 
     def _padded_for(self, module: NeighborhoodModule) -> GridSharding:
-        if not module.pad or module._is_grouped():
+        if not module.pad or module.is_grouped:
             return self.sharding
         return self.sharding.padded([k * d for k, d in zip(module.kernel_size, module.dilation)])
 

@@ -156,7 +156,7 @@ class NeighborhoodHeadParallel(ParallelStyle):
 
 def _shard_heads(module: NeighborhoodModule, mesh: DeviceMesh) -> None:
     ranks = mesh.size()
-    if module._is_grouped():
+    if module.is_grouped:
         raise NotImplementedError(
             "heads that are sharded over ranks have one window, got "
             f"kernel_size={module.kernel_size}, stride={module.stride}, "

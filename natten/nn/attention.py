@@ -363,7 +363,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         has_norm = self.q_norm is not None or self.k_norm is not None
         drops = self.attn_drop is not None and self.training
         is_changed = has_norm or self.rotary is not None or self.logit_scale is not None
-        return not (is_changed or drops or self._is_grouped())
+        return not (is_changed or drops or self.is_grouped)
 
     def _heads(self, x: Tensor) -> Tensor:
         """The heads of query, key and value, `[B, *X, heads, head_dim]`."""

@@ -400,16 +400,8 @@ def place(
     origin: list[int] | None,
     grid: list[int] | None,
     is_circular: list[bool],
-    clip_window: bool = False,
 ) -> Tensor:
     """`fit_window`, or where x is a crop of a larger grid, a check that both fit in there."""
-    if not torch.jit.is_scripting():
-        windows = head_windows(kernel_size, dilation)
-        if windows is not None:
-            # Clipped ones fit anything, and are so when attention is computed.
-            for size, distance in [] if clip_window else windows:
-                x = place(x, size, distance, pad, origin, grid, is_circular)
-            return x
     if grid is None:
         for axis in range(len(kernel_size)):
             if pad and is_circular[axis]:
@@ -510,10 +502,12 @@ def fitted(
     whole axis, or the whole dilation group, and clipped ones are no larger than there is room for,
     as `natten.na2d` says. Windows of groups of heads stay what they are.
     """
+    if not clip_window and -1 not in kernel_size:
+        return kernel_size, stride, dilation
     if not torch.jit.is_scripting():
         if head_windows(kernel_size, stride, dilation) is not None:
             return kernel_size, stride, dilation
-        if torch.jit.is_tracing() and (clip_window or -1 in kernel_size):
+        if torch.jit.is_tracing():
             window = list(kernel_size), list(stride), list(dilation)
             return scripted(_fitted)(x, *window, clip_window, grid)
     return _fitted(x, kernel_size, stride, dilation, clip_window, grid)
@@ -527,8 +521,6 @@ def _fitted(
     clip_window: bool,
     grid: list[int] | None,
 ) -> tuple[list[int], list[int], list[int]]:
-    if not clip_window and -1 not in kernel_size:
-        return kernel_size, stride, dilation
     sizes: list[int] = []
     strides: list[int] = []
     dilations: list[int] = []
@@ -638,6 +630,9 @@ _SETTABLE = frozenset(
         "softcap", "pad", "attn_drop", "rotary",
     )
 )  # fmt: skip
+
+
+_WINDOW = ("kernel_size", "stride", "dilation")
 
 
 class NeighborhoodModule(nn.Module):
@@ -773,6 +768,10 @@ class NeighborhoodModule(nn.Module):
             if value is not None and not isinstance(value, nn.Module):
                 self._modules.pop(name, None)  # torch would have a module follow a module alone
         super().__setattr__(name, value)
+        if name in _WINDOW:
+            # Whether groups of heads have windows of their own.
+            own = [getattr(self, part, ()) for part in _WINDOW]
+            self.is_grouped = any(head_windows(part) is not None for part in own)
         if name == "rotary":
             super().__setattr__("_rotary_is_own", False)
         elif getattr(self, "_rotary_is_own", False) and self.rotary:
@@ -795,7 +794,7 @@ class NeighborhoodModule(nn.Module):
 
     def __prepare_scriptable__(self) -> NeighborhoodModule:
         """Of torch.jit.script, before it compiles."""
-        if head_windows(self.kernel_size, self.stride, self.dilation) is not None:
+        if self.is_grouped:
             raise NotImplementedError(
                 "TorchScript has no windows of groups of heads, got "
                 f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
@@ -804,7 +803,7 @@ class NeighborhoodModule(nn.Module):
 
     def _normalized(self, name: str, value: Any) -> Any:
         """An attribute as the constructor stores it."""
-        if name in ("kernel_size", "stride", "dilation") and head_windows(value) is not None:
+        if name in _WINDOW and head_windows(value) is not None:
             return tuple([self._normalized(name, window) for window in value])
         if name == "kernel_size":
             if isinstance(value, (tuple, list)):
@@ -871,21 +870,19 @@ class NeighborhoodModule(nn.Module):
             return self._own_heads(self.sink)
         return None
 
-    def _is_grouped(self) -> bool:
-        """Whether groups of heads have windows of their own."""
-        if torch.jit.is_scripting():
-            return False
-        else:
-            return head_windows(self.kernel_size, self.stride, self.dilation) is not None
-
     def _placed(self, x: Tensor, origin: list[int] | None, grid: list[int] | None) -> Tensor:
         """x where the window fits."""
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile what "and" joins
+            if self.is_grouped:
+                windows = head_windows(self.kernel_size, self.stride, self.dilation) or []
+                # Clipped ones fit anything, and are so when attention is computed.
+                for size, _, distance in [] if self.clip_window else windows:
+                    x = place(x, size, distance, self.pad, origin, grid, self.is_circular)
+                return x
         kernel_size, _, dilation = fitted(
             x, self.kernel_size, self.stride, self.dilation, self.clip_window, grid
         )
-        return place(
-            x, kernel_size, dilation, self.pad, origin, grid, self.is_circular, self.clip_window
-        )
+        return place(x, kernel_size, dilation, self.pad, origin, grid, self.is_circular)
 
     def _refuse_sharded_scores(self, mask: Tensor | None) -> None:
         """For a grid whose tokens are sharded over ranks."""
@@ -894,7 +891,7 @@ class NeighborhoodModule(nn.Module):
             "sink": self.sink is not None,
             "mask": mask is not None,
             "clip_window": self.clip_window,
-            "a list of windows for groups of heads": self._is_grouped(),
+            "a list of windows for groups of heads": self.is_grouped,
         }
         for name, value in given.items():
             if value:
@@ -950,7 +947,7 @@ class NeighborhoodModule(nn.Module):
                 raise RuntimeError("TorchScript has no dropout of attention weights")
             else:
                 scored = self.softcap or self.sink is not None or mask is not None
-                if scored or self._is_grouped():
+                if scored or self.is_grouped:
                     raise NotImplementedError(
                         "dropout of attention weights is not implemented with softcap, sink or "
                         "mask, and not with a list of windows for groups of heads"
@@ -1009,7 +1006,7 @@ class NeighborhoodModule(nn.Module):
     ) -> AttentionMap:
         """`extent` is the grid without padding; query and key are grids with it."""
         refuse_sharded(self.plan, "attention_map")
-        if self._is_grouped():
+        if self.is_grouped:
             raise NotImplementedError(
                 "attention_map is not implemented for a list of windows for groups of heads"
             )

@@ -63,7 +63,7 @@ def check_stream(module: NeighborhoodModule) -> None:
             "a stream needs is_causal=True and stride=1 along the first axis, got "
             f"is_causal={module.is_causal} and stride={module.stride}"
         )
-    if module.clip_window or module._is_grouped():
+    if module.clip_window or module.is_grouped:
         raise NotImplementedError(
             "a stream is not implemented with clip_window, nor with a list of windows for groups "
             f"of heads, got clip_window={module.clip_window} and kernel_size={module.kernel_size}"
