@@ -30,6 +30,7 @@ FIGURES = Path(__file__).parent / "figures"
 RESULTS = ROOT / "benchmarks" / "results" / "h100.json"
 PEERS = ROOT / "benchmarks" / "peers" / "h100.json"
 DISTRIBUTED = RESULTS.with_name("distributed.json")
+TRAINING = [RESULTS.with_name(f"training-{device}.json") for device in ("cpu", "cuda")]
 
 
 def neighborhoods() -> Figure:
@@ -412,6 +413,28 @@ def realistic() -> Figure:
     return figure
 
 
+def training() -> Figure:
+    """Losses of the same models, trained in many ways: what benchmarks/training.py wrote."""
+    measured = [json.loads(path.read_text()) for path in TRAINING if path.exists()]
+    figure = Figure(figsize=(9, 3.6 * len(measured)), layout="constrained")
+    panels = figure.subplots(len(measured), 2, squeeze=False)
+    for row, document in zip(panels, measured):
+        for axes, (task, runs) in zip(row, document["tasks"].items()):
+            for number, (name, run) in enumerate(runs.items()):
+                steps = [10 * i + 5 for i in range(len(run["losses"]))]
+                # Wide lines below and narrow ones above: curves that lie on each other show.
+                axes.plot(
+                    steps, run["losses"], label=name, linewidth=max(5 - 0.35 * number, 0.6),
+                    color=viz.SERIES_COLORS[number % len(viz.SERIES_COLORS)],
+                )  # fmt: skip
+            axes.set(title=f"{task}, {document['device']}", xlabel="training step", ylabel="loss")
+            axes.grid(alpha=0.3)
+            if task == "video":
+                axes.set_yscale("log")
+        row[-1].legend(frameon=False, fontsize=6.5, loc="upper right", ncols=2)
+    return figure
+
+
 def video_curve() -> Figure:
     """How a causal denoiser learns to predict frames: what `natten.models.clip train` wrote."""
     with (FIGURES / "video-curve.csv").open() as file:
@@ -451,6 +474,7 @@ DRAWN: dict[str, tuple[Callable[[], Figure], bool]] = {
     "distributed": (distributed, True),
     "sizes": (sizes, False),
     "realistic": (realistic, False),
+    "training": (training, False),
     "video-curve": (video_curve, False),
 }
 
