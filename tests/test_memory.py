@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import pickle
 import pkgutil
+import tracemalloc
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from torch import Tensor
 
 import natten
 from natten.functional import neighborhood_attention_generic, operators
-from natten.functional.backends.cpu import plan
 
 pytest.importorskip("numba")
 
@@ -28,6 +28,7 @@ pytest.importorskip("numba")
 FINITE = {
     "natten._internals._functionalize",
     "natten._internals.scripted",
+    "natten._internals.uncompiled",
     "natten.devices._processor",
     "natten.devices._properties",
     "natten.functional.backends.cpu.cache._source_of",
@@ -75,6 +76,19 @@ def test_calls_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         query = torch.randn(1, length, 1, 8)
         natten.na1d(query, query, query, 3)
         assert 0 < len(operators._calls) <= 20
+
+
+def test_tables_of_long_axes_are_few() -> None:
+    """They take megabytes: memory does not grow with the lengths that there were."""
+    sizes = []
+    tracemalloc.start()
+    for number in range(20):
+        query = torch.randn(1, 20_000 + number, 1, 8, requires_grad=True)
+        natten.na1d(query, query, query, 5, backend="cpu").sum().backward()
+        if number > 8:
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert max(sizes) - min(sizes) < 4 << 20
 
 
 def _resident() -> int:
@@ -158,8 +172,6 @@ def test_more_elements_than_32_bits_count() -> None:
 
 def _check_huge(head_dim: int, head_dim_v: int, backward: bool) -> None:
     length, some, window = 2**24 + 77, 200, 9
-    operators.forget()
-    plan.query_sweep.cache_clear()
 
     def tensor(features: int) -> Tensor:
         # numpy's zeros take no memory until they are written.

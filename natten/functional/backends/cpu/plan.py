@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import product
 from math import ceil, prod
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from natten.functional.problem import Problem
 from natten.window import Axis, bounds_table, inverse_position_bounds
+
+_Table = TypeVar("_Table")
 
 # Keys and values of a box this large stay in a core's own cache; copying the halo is still cheap.
 MAX_BOX_BYTES = 1 << 20
@@ -26,6 +30,31 @@ WORK_PER_THREAD = 2_000_000
 # Patches, times heads, of a box: as many are served by a chunk while it is in the cache.
 MAX_MEMBERS = 16
 CHUNK_BYTES = 1 << 17
+
+# Tables have about a hundred bytes for each token along an axis. Of longer axes than these, in all,
+# few are remembered.
+MANY_TOKENS = 1 << 14
+MAX_SHORT, MAX_LONG = 256, 8
+
+
+def remembered(function: Callable[..., _Table]) -> Callable[..., _Table]:
+    """What a function makes of a problem, or a box, and of numbers; as `lru_cache`, but in bounded
+    memory for axes of any length."""
+    short = lru_cache(maxsize=MAX_SHORT)(function)
+    long = lru_cache(maxsize=MAX_LONG)(function)
+
+    @wraps(function)
+    def table(problem: Problem | Box, *arguments: Any, **named: Any) -> _Table:
+        tokens = sum(problem.query_shape) + sum(problem.key_shape)
+        return (short if tokens <= MANY_TOKENS else long)(problem, *arguments, **named)
+
+    def cache_clear() -> None:
+        short.cache_clear()
+        long.cache_clear()
+
+    table.cache_clear = cache_clear  # type: ignore[attr-defined]
+    return table
+
 
 # More than there are tokens.
 UNBOUNDED = 2**62
@@ -221,14 +250,19 @@ class Sides:
     keys: tuple[Side, ...]
 
 
-@lru_cache(maxsize=256)
-def make_sides(
-    axes: tuple[Axis, ...],
-    query_origin: tuple[int, ...],
-    query_shape: tuple[int, ...],
-    key_origin: tuple[int, ...],
-    key_shape: tuple[int, ...],
-) -> Sides:
+class Box(NamedTuple):
+    """What the sides of a problem follow from."""
+
+    axes: tuple[Axis, ...]
+    query_origin: tuple[int, ...]
+    query_shape: tuple[int, ...]
+    key_origin: tuple[int, ...]
+    key_shape: tuple[int, ...]
+
+
+@remembered
+def make_sides(box: Box) -> Sides:
+    axes, query_origin, query_shape, key_origin, key_shape = box
     missing = 3 - len(axes)
     axes = (Axis(1, 1),) * missing + axes
     query_origin, key_origin = (0,) * missing + query_origin, (0,) * missing + key_origin
@@ -240,11 +274,13 @@ def make_sides(
 
 def sides_of(problem: Problem) -> Sides:
     return make_sides(
-        problem.axes,
-        problem.query_origin,
-        problem.query_shape,
-        problem.key_origin,
-        problem.key_shape,
+        Box(
+            problem.axes,
+            problem.query_origin,
+            problem.query_shape,
+            problem.key_origin,
+            problem.key_shape,
+        )
     )
 
 
@@ -333,7 +369,7 @@ def make_patches(
     )
 
 
-@lru_cache(maxsize=256)
+@remembered
 def query_patches(problem: Problem, lanes: int, threads: int) -> Patches:
     """The patches of queries."""
     return make_patches(
@@ -346,7 +382,7 @@ def query_patches(problem: Problem, lanes: int, threads: int) -> Patches:
     )
 
 
-@lru_cache(maxsize=256)
+@remembered
 def key_patches(problem: Problem, lanes: int, threads: int) -> Patches:
     """The patches of keys, for their gradients."""
     return make_patches(
@@ -364,7 +400,7 @@ def chunk_of(problem: Problem) -> int:
     return max(CHUNK_BYTES // scratch_bytes(problem) // 8, 4) * 8
 
 
-@lru_cache(maxsize=256)
+@remembered
 def query_sweep(problem: Problem, threads: int, fixed: bool = False) -> Sweep:
     """The sweep over queries. Scratch memory stays under the size of the output where it can.
 
@@ -384,7 +420,7 @@ def query_sweep(problem: Problem, threads: int, fixed: bool = False) -> Sweep:
     )
 
 
-@lru_cache(maxsize=256)
+@remembered
 def key_sweep(problem: Problem, threads: int) -> Sweep:
     """The sweep over keys, for their gradients."""
     return make_sweep(
