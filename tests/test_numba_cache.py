@@ -402,10 +402,12 @@ def test_damaged_file_of_the_kernels(tmp_path):
 def test_interrupted_while_the_kernels_are_compiled(tmp_path):
     """Ctrl-C, or the end of a process, while it fills the cache; the next one finds no fault."""
     random = np.random.default_rng(0)
+    # Processes in the background of a shell ignore it, and so do theirs.
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     for number in range(20):
         folder = tmp_path / str(number // 4)  # some of it is there
         process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(CALL)],
+            [sys.executable, "-c", heeds + textwrap.dedent(CALL)],
             env=os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_CACHE_DIR": str(folder)},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
