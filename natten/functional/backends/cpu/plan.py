@@ -28,7 +28,7 @@ WORK_PER_THREAD = 2_000_000
 
 
 # Patches, times heads, of a box: as many are served by a chunk while it is in the cache.
-MAX_MEMBERS = 16
+MAX_MEMBERS = 32
 CHUNK_BYTES = 1 << 17
 
 # Tables have about a hundred bytes for each token along an axis. Of longer axes than these, in all,
