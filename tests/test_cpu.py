@@ -248,6 +248,29 @@ def test_import_of_natten_does_not_import_numba():
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["", "+avx,+avx2,+fma,+f16c"])
+def test_other_processors(features, tmp_path):
+    """Loops compiled for less than this processor: shorter vectors, no fused multiply-add."""
+    code = """
+        import torch
+        from natten.functional import neighborhood_attention_generic as na
+        from natten.functional.backends.cpu import by_block
+        torch.manual_seed(0)
+        x = torch.randn(1, 13, 17, 2, 24)
+        exact = na(*[x.double()] * 3, kernel_size=(5, 7), backend="reference")
+        for blocks in (False, True):
+            by_block.pays = lambda problem, backward: blocks
+            for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
+                out = na(*[x.to(dtype)] * 3, kernel_size=(5, 7), backend="cpu")
+                assert (out.double() - exact).abs().max() < bound, (blocks, dtype)
+    """
+    ran = child_python(
+        code, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path)
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
 FALLBACK = """
     import torch
     from natten.functional import neighborhood_attention_generic as na

@@ -108,9 +108,15 @@ def write_row(
             target[i * step] = values[i] * factor
     else:
         halves = halves_at(address)
-        if kind == BFLOAT16:
+        if kind == BFLOAT16 and step == 1:
+            for i in range(count):
+                halves[i] = narrow_bfloat16(values[i] * factor)
+        elif kind == BFLOAT16:
             for i in range(count):
                 halves[i * step] = narrow_bfloat16(values[i] * factor)
+        elif step == 1:
+            for i in range(count):
+                halves[i] = narrow_float16(values[i] * factor)
         else:
             for i in range(count):
                 halves[i * step] = narrow_float16(values[i] * factor)

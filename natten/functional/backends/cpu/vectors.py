@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, models, register_model
 
 from natten.functional.backends.cpu.cache import Cache
@@ -23,7 +24,8 @@ from natten.functional.backends.cpu.cache import Cache
 Ints = Floats = np.ndarray
 LANES = 8
 # Numbers of a vector of blocks: one register of float32 where there is AVX-512, else of AVX2.
-WIDE = 16 if binding.get_host_cpu_features().get("avx512f") else 8
+FEATURES = config.CPU_FEATURES if config.CPU_FEATURES is not None else get_host_cpu_features()
+WIDE = 16 if "+avx512f" in FEATURES.split(",") else 8
 FLOATING, BFLOAT16, FLOAT16 = 0, 1, 2
 
 
@@ -249,7 +251,9 @@ class _Reals:
         # Adding 1.5 * 2 ** mantissa leaves n in the low bits of the sum.
         magic = real(1.5 * 2.0**self.mantissa)
         shifted = _multiply_add(builder, x, real(1 / math.log(2)), magic)
-        count = builder.fsub(shifted, magic)
+        # Flags of its own: with numba's, and where there is no fused multiply-add, the two sums
+        # cancel each other.
+        count = builder.fsub(shifted, magic, flags=("nsz",))
         # log 2 in two parts, so that count * high is exact.
         high, low = 6.93147180369123816490e-01, 1.90821492927058770002e-10
         if self.single:
@@ -423,7 +427,7 @@ def narrow_bfloat16(value):
 
 
 @inner
-def widen_float16(half):
+def _widen_float16(half):
     bits = np.uint32(half)
     sign = (bits & np.uint32(0x8000)) << np.uint32(16)
     # The product rescales the exponent and normalises subnormal numbers.
@@ -434,7 +438,7 @@ def widen_float16(half):
 
 
 @inner
-def narrow_float16(value):
+def _narrow_float16(value):
     """Round to nearest even, to infinity beyond 65520."""
     bits = bits_of(np.float32(value))
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
@@ -452,6 +456,42 @@ def narrow_float16(value):
     if size > np.uint32(0x7F800000):
         result = np.uint32(0x7E00)
     return np.uint16(result | sign)
+
+
+@intrinsic
+def _extended(typing, half):
+    """The float32 of a float16's bits, by the processor."""
+
+    def generate(context, builder, signature, args):
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def _truncated(typing, value):
+    """The bits of the float16 next to a float32, by the processor."""
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@inner
+def _convert_from(half):
+    return _extended(half)
+
+
+@inner
+def _convert_to(value):
+    return _truncated(np.float32(value))
+
+
+# Without the instructions, LLVM would call functions that are not there.
+CONVERTS = "+f16c" in FEATURES.split(",")
+widen_float16 = _convert_from if CONVERTS else _widen_float16
+narrow_float16 = _convert_to if CONVERTS else _narrow_float16
 
 
 @inner
