@@ -22,7 +22,7 @@ HIDE = """
     find = finder.find_spec
     def without(name, *rest):
         return None if name.partition(".")[0] in hidden else find(name, *rest)
-    finder.find_spec = without
+    finder.find_spec = staticmethod(without)
 """
 CALLS = """
     import torch, natten

@@ -59,9 +59,11 @@ def covers(problem: Problem) -> bool:
     """Whether the loops by block compute this problem.
 
     A bias is a table that rows look up in windows of their own, and additional keys are not part
-    of the grid that patches are laid on.
+    of the grid that patches are laid on. Where scores may be too large for their type, and it
+    matters which product is rounded first, rows do as the reference does.
     """
-    return not (problem.has_rpb or problem.num_additional)
+    is_tame = abs(problem.scale) < torch.finfo(problem.accumulation_dtype).max ** 0.5
+    return is_tame and not (problem.has_rpb or problem.num_additional)
 
 
 @lru_cache(maxsize=256)
