@@ -24,6 +24,7 @@ import torch
 from gpu import TOLERANCE, Problem, median_ms
 from rich.console import Console
 from rich.table import Table
+from semantics import graphed
 from torch.utils.flop_counter import FlopCounterMode
 
 import natten
@@ -187,10 +188,7 @@ def _graphed(function: Any) -> float:
     for _ in range(3):
         function()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        function()
-    return median_ms(graph.replay, rep=100) / 1e3
+    return median_ms(graphed(function), rep=100) / 1e3
 
 
 def measured(seed: int) -> dict[str, Any]:
