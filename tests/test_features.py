@@ -263,7 +263,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize(("row", "feature", "cell"), rows(), ids=str)
+@pytest.mark.parametrize(("row", "feature", "cell"), list(rows()), ids=str)
 def test_cell(row: str, feature: str, cell: str) -> None:
     door = DOORS[row]
     if cell == "yes":

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -34,9 +36,31 @@ OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reas
 inner = njit(**OPTIONS)
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end of this block.
+
+    Whoever leaves numba in the middle of a compilation may find it unable to compile for as long
+    as the process lives, since it reads the tables of its types by generators.
+    """
+    before, held = signal.getsignal(signal.SIGINT), []
+    # Other threads are not interrupted, and may not say how the main one is.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *happened: held.append(happened))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            before(*held[0])
+
+
 def entry(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a loop that Python calls; keep the result on disk if there is a writable folder."""
     compiled = njit(**OPTIONS)(function)
+    compiled.compile = _uninterrupted()(compiled.compile)
     # Without any such folder, numba has no cache to offer.
     with contextlib.suppress(RuntimeError):
         compiled._cache = Cache(function)
