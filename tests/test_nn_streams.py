@@ -11,6 +11,7 @@ import natten.nn
 from natten.nn import (
     ChannelsFirst,
     NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
     NeighborhoodAttention3D,
     NeighborhoodBackbone,
     NeighborhoodCrossAttention2D,
@@ -46,6 +47,23 @@ STREAMED = {
             24, 2, (3, 5, 2), stride=(1, 2, 1), dilation=(2, 1, 1), is_causal=(True, False, True),
             num_kv_heads=1, qk_norm=True, rotary=True, pad=True, learned_scale=True, **DOUBLE,
         ), (9, 4, 5), {},
+    ),
+    "groups-of-heads": (
+        lambda: NeighborhoodAttention2D(
+            24, 3, [(2, 5), (4, 2), (-1, 3)], [(1, 1), (1, 2), (1, 1)], [(3, 1), (1, 2), (1, 1)],
+            is_causal=(True, False), num_kv_heads=1, pad=True, **DOUBLE,
+        ), (11, 4), {},
+    ),
+    "groups-and-registers": (
+        lambda: NeighborhoodAttention2D(
+            16, 2, [(2, 3), (3, 2)], is_causal=(True, False), rotary=True, sink=True, **DOUBLE
+        ), (9, 3), {"registers": tensor(2, 2, 16)},
+    ),
+    "cross-groups": (
+        lambda: NeighborhoodCrossAttention2D(
+            16, 2, [(2, 3), (4, 2)], dilation=[(3, 1), (1, 1)], is_causal=(True, False),
+            context_dim=6, **DOUBLE,
+        ), (9, 4), {"context": tensor(2, 5, 6)},
     ),
     "attention-registers": (
         lambda: NeighborhoodAttention3D(24, 2, 3, is_causal=(True, False, False), **DOUBLE),
@@ -110,8 +128,10 @@ def test_streams_equal_the_grid(name: str) -> None:
     assert state.frames == extent[0]
     assert len(state.keys) == (3 if name == "stage" else 1)
     for key, attn in zip(state.keys, (m for m in module.modules() if hasattr(m, "rpb"))):
-        reach = (attn.kernel_size[0] - 1) * attn.dilation[0]
-        assert key.shape[1] == (extent[0] if attn.kernel_size[0] == -1 else min(reach, extent[0]))
+        windows = attn.head_windows()
+        reach = max((size[0] - 1) * dilation[0] for size, _, dilation in windows)
+        whole = any(size[0] == -1 for size, *_ in windows)
+        assert key.shape[1] == (extent[0] if whole else min(reach, extent[0]))
 
 
 def test_state_moves_and_sizes_stay() -> None:

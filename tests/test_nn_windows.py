@@ -137,6 +137,29 @@ def test_groups_of_heads(make: Any, arguments: dict[str, Any]) -> None:
         assert_close(mine, true, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("heads_kv", [4, 1])
+def test_attention_map_of_groups_of_heads(heads_kv: int) -> None:
+    """The weights, times the values, are the attention."""
+    torch.manual_seed(0)
+    module = NeighborhoodAttention2D(
+        32, 4, [(3, 9), (5, 2)], (1, 2), [(2, 1), (1, 3)], num_kv_heads=heads_kv, clip_window=True,
+        rel_pos_bias=True, softcap=2.0, sink=True, **DOUBLE,
+    )  # fmt: skip
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, registers = torch.randn(2, 6, 7, 32, **DOUBLE), torch.randn(2, 3, 32, **DOUBLE)
+    expected, _ = module(x, registers)
+    positions = torch.tensor([[0, 0], [5, 2], [3, 6]])
+    grid, additional = module.attention_map(x, positions, registers)
+    value = module._project(x, None, True)[2].repeat_interleave(4 // heads_kv, -2)
+    more = module._project(registers, None, False)[2].repeat_interleave(4 // heads_kv, -2)
+    out = torch.einsum("bphxy,bxyhd->bphd", grid, value)
+    out = module.proj((out + torch.einsum("bphs,bshd->bphd", additional, more)).flatten(-2))
+    assert_close(out, expected[:, positions[:, 0], positions[:, 1]], **EXACT)
+    # Two windows, each of its own tokens.
+    assert [(w > 0).any(0).sum().item() for w in (grid[0, 0, 0], grid[0, 0, 2])] == [7, 2]
+
+
 def test_what_windows_of_modules_do_not_go_with() -> None:
     groups: Any = [(3, 3), (3, 5)]
     make = NeighborhoodAttention2D
@@ -157,11 +180,10 @@ def test_what_windows_of_modules_do_not_go_with() -> None:
         module(x)
     with pytest.raises(NotImplementedError, match="TorchScript has no windows of groups of heads"):
         torch.jit.script(torch.nn.Sequential(module))
-    with pytest.raises(NotImplementedError, match=r"attention_map .* groups of heads"):
-        module.attention_map(x, [[0, 0]])
-    for kwargs in ({"kernel_size": groups}, {"kernel_size": 3, "clip_window": True}):
-        with pytest.raises(NotImplementedError, match="a stream is not implemented with clip"):
-            make(16, 2, is_causal=(True, False), **kwargs).stream(x)
+    with pytest.raises(NotImplementedError, match="a stream is not implemented with clip"):
+        make(16, 2, 3, is_causal=(True, False), clip_window=True).stream(x)
+    with pytest.raises(ValueError, match="stride=1 along the first axis"):
+        make(16, 2, 3, [(1, 1), (2, 1)], is_causal=(True, False)).stream(x)
     # Set one by one, they are checked when the module is called.
     module = make(16, 4, 3)
     module.kernel_size = [(3, 3), (5, 5)]

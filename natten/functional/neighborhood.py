@@ -356,6 +356,16 @@ def middle(rpb: Tensor, kernel_size: list[int]) -> Tensor:
     return rpb
 
 
+def of_groups(tensor: Tensor | None, groups: int, dim: int) -> Sequence[Any]:
+    """What each of some equal groups of query's heads has of a tensor with heads along an axis;
+    groups that share a head each have it. None of None."""
+    if tensor is None:
+        return [None] * groups
+    # One node of autograd, whose gradient is one concatenation.
+    parts = tensor.split(max(tensor.shape[dim] // groups, 1), dim)
+    return [parts[group * len(parts) // groups] for group in range(groups)]
+
+
 def _over_heads(
     rank: int | None,
     tensors: Tensors,
@@ -370,30 +380,23 @@ def _over_heads(
     heads, heads_kv, groups = query.shape[-2], key.shape[-2], len(windows)
     validation.check_head_groups(groups, heads, heads_kv)
     biases = [None] * groups if tensors.rpb is None else _biases(tensors, windows, options)
-
-    def part(group: int, tensor: Tensor, heads: int, dim: int = -2) -> Tensor:
-        return tensor.narrow(dim, group * heads // groups, max(heads // groups, 1))
-
-    results = []
-    for group, (kernel_size, stride, dilation) in enumerate(windows):
-        own: dict[str, Any] = {
-            name: None if tensor is None else part(group, tensor, *place)
-            for name, tensor, place in (
-                ("rpb", biases[group], (heads, 0)),
-                ("sink", tensors.sink, (heads, 0)),
-                ("additional_keys", tensors.additional_keys, (heads_kv,)),
-                ("additional_values", tensors.additional_values, (heads_kv,)),
-            )
-        }
-        results.append(
-            _neighborhood_attention(
-                rank, part(group, query, heads), part(group, key, heads_kv),
-                part(group, value, heads_kv),
-                kernel_size, stride, dilation, return_lse=True,
-                additional_lengths=tensors.additional_lengths, key_mask=tensors.key_mask,
-                query_mask=tensors.query_mask, **own, **options,
-            )
-        )  # fmt: skip
+    validation.check_sink(tensors.sink, query)
+    of_heads = [
+        ("query", query, -2), ("key", key, -2), ("value", value, -2), ("sink", tensors.sink, 0),
+        ("additional_keys", tensors.additional_keys, -2),
+        ("additional_values", tensors.additional_values, -2),
+    ]  # fmt: skip
+    parts = {name: of_groups(tensor, groups, dim) for name, tensor, dim in of_heads}
+    parts["rpb"] = [of_groups(bias, groups, 0)[group] for group, bias in enumerate(biases)]
+    results = [
+        _neighborhood_attention(
+            rank, **{name: of_group[group] for name, of_group in parts.items()},
+            kernel_size=kernel_size, stride=stride, dilation=dilation, return_lse=True,
+            additional_lengths=tensors.additional_lengths, key_mask=tensors.key_mask,
+            query_mask=tensors.query_mask, **options,
+        )
+        for group, (kernel_size, stride, dilation) in enumerate(windows)
+    ]  # fmt: skip
     out = torch.cat([out for out, _ in results], -2)
     return (out, torch.cat([lse for _, lse in results], -1)) if return_lse else out
 

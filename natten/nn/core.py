@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from natten._internals import is_exporting, is_known, scripted
 from natten.functional import neighborhood_attention_generic, sharded
 from natten.functional.attention import attention_with_context
-from natten.functional.neighborhood import middle, packed_attention
+from natten.functional.neighborhood import middle, of_groups, packed_attention
 from natten.nn.explicit import AttentionMap, attention_map, window_attention, window_rows
 from natten.nn.rotary import RotaryEmbedding, rotate
 from natten.types import IntOrWindows, KernelSizes
@@ -792,6 +792,12 @@ class NeighborhoodModule(nn.Module):
             )
         return dilation[0]
 
+    def head_windows(self) -> list[tuple[Any, Any, Any]]:
+        """kernel_size, stride and dilation of each group of heads."""
+        window = self.kernel_size, self.stride, self.dilation
+        groups: list[Any] = head_windows(*window) or [window]
+        return groups
+
     def __prepare_scriptable__(self) -> NeighborhoodModule:
         """Of torch.jit.script, before it compiles."""
         if self.is_grouped:
@@ -874,9 +880,8 @@ class NeighborhoodModule(nn.Module):
         """x where the window fits."""
         if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile what "and" joins
             if self.is_grouped:
-                windows = head_windows(self.kernel_size, self.stride, self.dilation) or []
                 # Clipped ones fit anything, and are so when attention is computed.
-                for size, _, distance in [] if self.clip_window else windows:
+                for size, _, distance in [] if self.clip_window else self.head_windows():
                     x = place(x, size, distance, self.pad, origin, grid, self.is_circular)
                 return x
         kernel_size, _, dilation = fitted(
@@ -1006,10 +1011,6 @@ class NeighborhoodModule(nn.Module):
     ) -> AttentionMap:
         """`extent` is the grid without padding; query and key are grids with it."""
         refuse_sharded(self.plan, "attention_map")
-        if self.is_grouped:
-            raise NotImplementedError(
-                "attention_map is not implemented for a list of windows for groups of heads"
-            )
         positions = torch.as_tensor(positions, device=query.device)
         is_integer = positions.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
         if positions.dim() != 2 or positions.shape[1] != self.rank or not is_integer:
@@ -1021,40 +1022,39 @@ class NeighborhoodModule(nn.Module):
             raise ValueError(f"positions must lie in the grid {tuple(extent)}, got {positions}")
         index: tuple[Any, ...] = (slice(None), *positions.unbind(1))
         chosen = query[index]  # [B, P, H, D]
-        kernel_size, stride, dilation = fitted(
-            key, self.kernel_size, self.stride, self.dilation, self.clip_window, grid
-        )
-        rpb = self._bias(kernel_size)
-        check_rpb(rpb, query, tuple(kernel_size), self.is_causal)
-        extents = key.shape[1:-2] if grid is None else grid
-        mask, bias = window_rows(
-            positions,
-            key.shape[1:-2],
-            window_axes(
-                extents,
-                kernel_size,
-                stride,
-                dilation,
-                self.is_causal,
+        windows = self.head_windows()
+        rpb = None if self.rpb is None else self._own_heads(self.rpb)
+        if rpb is not None:
+            whole = [fitted(key, *window, False, grid)[0] for window in windows]
+            largest = tuple([max(sizes) for sizes in zip(*whole, strict=True)])
+            check_rpb(rpb, query, largest, self.is_causal)
+        of_heads = [(chosen, -2), (key, -2), (additional_keys, -2), (rpb, 0), (self._sink(), 0)]
+        parts = [of_groups(tensor, len(windows), dim) for tensor, dim in of_heads]
+        fits = [fitted(key, *window, self.clip_window, grid) for window in windows]
+        extents = key.shape[1:-2]
+        maps = []
+        for window, query, key, additional_keys, rpb, sink in zip(fits, *parts, strict=True):
+            kernel_size, stride, dilation = window
+            axes = window_axes(
+                extents if grid is None else grid, kernel_size, stride, dilation, self.is_causal,
                 self.is_circular,
-            ),
-            [0] * self.rank if origin is None or grid is None else origin,
-            rpb,
-        )
-        weights, additional = attention_map(
-            chosen,
-            key,
-            mask,
-            bias,
-            self.scale,
-            additional_keys,
-            additional_lengths,
-            self.softcap,
-            self._sink(),
-        )
+            )  # fmt: skip
+            mask, bias = window_rows(
+                positions, extents, axes,
+                [0] * self.rank if origin is None or grid is None else origin,
+                None if rpb is None else middle(rpb, list(kernel_size)),
+            )  # fmt: skip
+            maps.append(
+                attention_map(
+                    query, key, mask, bias, self.scale, additional_keys, additional_lengths,
+                    self.softcap, sink,
+                )
+            )  # fmt: skip
+        weights = torch.cat([m.grid for m in maps], 2)
         for axis, length in enumerate(extent):
             weights = weights.narrow(axis + 3, 0, length)
-        return AttentionMap(weights, additional)
+        additional = [m.additional for m in maps if m.additional is not None]
+        return AttentionMap(weights, torch.cat(additional, 2) if additional else None)
 
     def extra_repr(self) -> str:
         parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]

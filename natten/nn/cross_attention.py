@@ -375,8 +375,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         x = fit_frames(self, x)
         seen = 0 if state is None else state.frames
         origin = [seen, *[0] * (self.rank - 1)]
-        reach = self.kernel_size[0] * self.dilation[0]
-        grid = [max(seen + extent[0], reach), *x.shape[2:-1]]
+        reaches = [size[0] * dilation[0] for size, _, dilation in self.head_windows()]
+        grid = [max(seen + extent[0], *reaches), *x.shape[2:-1]]
         query, key, value = self._project(x, None, origin, grid)
         additional = self._contexts(x, context, context_lengths)
         out, new = attend_to_stream(self, query, key, value, extent, state, *additional)

@@ -58,16 +58,14 @@ class StreamState:
 
 
 def check_stream(module: NeighborhoodModule) -> None:
-    if not module.is_causal[0] or module.stride[0] != 1:
+    windows = module.head_windows()
+    if not module.is_causal[0] or any(stride[0] != 1 for _, stride, _ in windows):
         raise ValueError(
             "a stream needs is_causal=True and stride=1 along the first axis, got "
             f"is_causal={module.is_causal} and stride={module.stride}"
         )
-    if module.clip_window or module.is_grouped:
-        raise NotImplementedError(
-            "a stream is not implemented with clip_window, nor with a list of windows for groups "
-            f"of heads, got clip_window={module.clip_window} and kernel_size={module.kernel_size}"
-        )
+    if module.clip_window:
+        raise NotImplementedError("a stream is not implemented with clip_window, got True")
     if module.attn_drop is not None and module.training:
         raise NotImplementedError("dropout of attention weights is not implemented for streams")
     refuse_sharded(module.plan, "a stream")
@@ -75,9 +73,10 @@ def check_stream(module: NeighborhoodModule) -> None:
 
 def fit_frames(module: NeighborhoodModule, x: Tensor) -> Tensor:
     """Pads frames to the window. Time needs none: frames that do not exist are before the grid."""
-    size = whole_axes(x, module.kernel_size, None)
-    dilation = [1, *module.dilation[1:]]
-    return place(x, [1, *size[1:]], dilation, module.pad, None, None, module.is_circular)
+    for kernel_size, _, dilation in module.head_windows():
+        size = [1, *whole_axes(x, kernel_size, None)[1:]]
+        x = place(x, size, [1, *dilation[1:]], module.pad, None, None, module.is_circular)
+    return x
 
 
 def attend_to_stream(
@@ -106,16 +105,20 @@ def attend_to_stream(
             )
         key = torch.cat([state.keys[0], key], dim=1)
         value = torch.cat([state.values[0], value], dim=1)
-    sizes = whole_axes(query, module.kernel_size, [frames, *query.shape[2:-2]])
+    grid = [frames, *query.shape[2:-2]]
+    windows = module.head_windows()
+    sizes = [whole_axes(query, kernel_size, grid) for kernel_size, *_ in windows]
+    # The windows of all heads in frames; those of one group need not reach as far as of another.
+    reaches = [size[0] * window[2][0] for size, window in zip(sizes, windows, strict=True)]
     # A causal window depends on no later frame, so the grid may end with this one, or where the
     # window first fits.
-    length, dilation = sizes[0], module.dilation[0]
+    grid[0] = max(frames, *reaches)
     corner = [0] * (module.rank - 1)
     out = neighborhood_attention_generic(
         query,
         key,
         value,
-        sizes,
+        sizes if module.is_grouped else sizes[0],
         stride=module.stride,
         dilation=module.dilation,
         is_causal=module.is_causal,
@@ -126,13 +129,13 @@ def attend_to_stream(
         additional_keys=additional_keys,
         additional_values=additional_values,
         additional_lengths=additional_lengths,
-        grid=(max(frames, length * dilation), *query.shape[2:-2]),
+        grid=grid,
         query_origin=(seen, *corner),
         key_origin=(frames - key.shape[1], *corner),
     )
     keep = key.shape[1]
-    if module.kernel_size[0] != -1:
-        keep = min((length - 1) * dilation, keep)
+    if all(kernel_size[0] != -1 for kernel_size, *_ in windows):
+        keep = min(max(r - d[0] for r, (*_, d) in zip(reaches, windows, strict=True)), keep)
     # Copies: a view would keep every frame's keys alive.
     first = key.shape[1] - keep
     new = StreamState([key[:, first:].clone()], [value[:, first:].clone()], [size], frames)
