@@ -24,6 +24,7 @@ from natten.functional.neighborhood import neighborhood_attention_generic
 from natten.types import BoolOrSequence, IntOrSequence, KernelSchedule
 
 _Key = TypeVar("_Key")
+_Result = TypeVar("_Result")
 _Sizes = Sequence[IntOrSequence | None]
 
 
@@ -128,14 +129,21 @@ class GridLayout:
         Raises:
             ValueError: ``packed`` is something else, or the function's result.
         """
-        found = self._results(function, packed, each)
-        for result, (size, grids) in zip(found, _runs(self.sizes), strict=True):
-            if result.shape[: 1 + self.rank] != (grids, *size):
-                raise ValueError(
-                    f"function must return as many tokens as it is given, [{grids}, *{size}, ...], "
-                    f"got shape {tuple(result.shape)}"
-                )
-        return _joined(found, self.rank)
+        return self._tokens(self._results(function, packed, each))
+
+    def map_both(
+        self,
+        function: Callable[..., tuple[Tensor, Tensor]],
+        *packed: Tensor,
+        each: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`map`, of a function that also returns something of each grid,
+        ``[grids, ...]``, as attention with registers does: a pair of both.
+        """
+        tokens, entries = zip(*self._results(function, packed, each), strict=True)
+        found = torch.cat(entries)
+        self._check_each(found)
+        return self._tokens(tokens), found
 
     def resize(
         self, function: Callable[[Tensor], Tensor], packed: Tensor
@@ -148,9 +156,19 @@ class GridLayout:
         layout = GridLayout([s for s, part in zip(sizes, found) for _ in range(part.shape[0])])
         return _joined(found, self.rank), layout
 
+    def _tokens(self, results: Sequence[Tensor]) -> Tensor:
+        """What a function made of grids of a size, packed."""
+        for result, (size, grids) in zip(results, _runs(self.sizes), strict=True):
+            if result.shape[: 1 + self.rank] != (grids, *size):
+                raise ValueError(
+                    f"function must return as many tokens as it is given, [{grids}, *{size}, ...], "
+                    f"got shape {tuple(result.shape)}"
+                )
+        return _joined(results, self.rank)
+
     def _results(
-        self, function: Callable[..., Tensor], packed: Sequence[Tensor], each: Sequence[Tensor]
-    ) -> list[Tensor]:
+        self, function: Callable[..., _Result], packed: Sequence[Tensor], each: Sequence[Tensor]
+    ) -> list[_Result]:
         for tensor in packed:
             check_packed("packed", tensor, self)
         for tensor in each:

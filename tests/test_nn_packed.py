@@ -78,6 +78,45 @@ def test_blocks(setting: str) -> None:
     _same_as_alone(block, x, torch.rand(1, LAYOUT.total) < 0.7)
 
 
+@pytest.mark.parametrize("setting", [*SETTINGS, "conditioned", "stage", "compiled"])
+def test_registers_of_grids(setting: str) -> None:
+    torch.manual_seed(0)
+    mask, more = torch.rand(1, LAYOUT.total) < 0.7, {}
+    cond = torch.randn(len(SIZES), 6, **DOUBLE)
+    module: Any
+    if setting in SETTINGS:
+        module = NeighborhoodAttention2D(16, 2, **SETTINGS[setting], **DOUBLE)
+        more["mask"] = mask
+    elif setting == "stage":
+        down = PatchMerging(16, 16, **DOUBLE)
+        module = NeighborhoodStage(16, 2, 2, 3, downsample=down, pad=True, **DOUBLE)
+    else:
+        module = NeighborhoodTransformerBlock(16, 2, 2, cond_dim=6, layer_scale=0.5, **DOUBLE)
+        torch.nn.init.normal_(module.modulation.linear.weight)
+        more["cond"] = cond
+    x = torch.randn(1, LAYOUT.total, 16, **DOUBLE, requires_grad=True)
+    registers = torch.randn(len(SIZES), 3, 16, **DOUBLE, requires_grad=True)
+    call = module
+    if setting == "compiled":
+        call = torch.compile(module, backend="eager", fullgraph=True)
+    found, found_r, *layout = call(x, registers=registers, layout=LAYOUT, **more)
+    each = []
+    for i, grid in enumerate(LAYOUT.unpack(x)):
+        own = {"cond": cond[i : i + 1], "mask": LAYOUT.unpack(mask)[i][None]}
+        own = {name: own[name] for name in more}
+        each.append(module(grid[None], registers=registers[i : i + 1], **own))
+    (packed,) = layout or [LAYOUT]
+    alone = packed.pack([grid[0] for grid, _ in each]), torch.cat([r for _, r in each])
+    assert_close((found, found_r), alone, **EXACT)
+    inputs = (x, registers, *module.parameters())
+    gradients = [
+        torch.autograd.grad(a.sin().sum() + b.square().sum(), inputs)
+        for a, b in ((found, found_r), alone)
+    ]
+    for mine, true in zip(*gradients, strict=True):
+        assert_close(mine, true, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("has_lengths", [False, True])
 def test_contexts_of_grids(has_lengths: bool) -> None:
     torch.manual_seed(0)
@@ -226,7 +265,7 @@ def test_errors() -> None:
             f(x[:, 1:], layout=LAYOUT)
         with pytest.raises(ValueError, match=r"channels=16"):
             f(x[..., 1:], layout=LAYOUT)
-        with pytest.raises(NotImplementedError, match="registers beside a layout"):
+        with pytest.raises(ValueError, match=r"registers must have the shape \[batch=4,"):
             f(x, registers=torch.randn(1, 2, 16), layout=LAYOUT)
         with pytest.raises(ValueError, match="kernel_size"):  # (2, 12) tokens
             f(x, layout=LAYOUT)

@@ -195,7 +195,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         origin: list[int] | None = None,
         grid: list[int] | None = None,
         mask: Tensor | None = None,
-        layout: None = None,
+        layout: GridLayout | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     # TorchScript infers the type of the result from the branch without registers, and does not know
@@ -226,11 +226,11 @@ class NeighborhoodAttention(NeighborhoodModule):
                 observations that are there). No token attends to the others, nor do registers, and
                 what they get is the bias of `proj`. With it, padding (`pad=True`) is not valid.
             layout: a `natten.GridLayout` of grids of different sizes, whose packed tokens x holds,
-                `[1, total, embed_dim]`, and mask likewise. Each grid attends to itself. Not with
-                registers, origin and grid.
+                `[1, total, embed_dim]`, and mask likewise. Each grid attends to itself, and to
+                registers of its own, `[grids, R, embed_dim]`. Not with origin and grid.
 
         Returns:
-            The shape of x, and with registers a pair of it and `[B, R, embed_dim]`.
+            The shape of x, and with registers a pair of it and of the shape of registers.
 
         Raises:
             ValueError: for another rank or number of channels, axes shorter than
@@ -244,8 +244,8 @@ class NeighborhoodAttention(NeighborhoodModule):
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no attention of packed grids")
             else:
-                refuse_beside_layout(self, layout, registers=registers, origin=origin, grid=grid)
-                return self._forward_packed(x, layout, mask)
+                refuse_beside_layout(self, layout, origin=origin, grid=grid)
+                return self._forward_packed(x, layout, registers, mask)
         check_grid(x, len(self.is_causal), self.embed_dim, "x")
         if not torch.jit.is_scripting():
             plan = plan_of(self.plan)
@@ -298,19 +298,48 @@ class NeighborhoodAttention(NeighborhoodModule):
         query, key, value = self._separated(heads, origin, True)
         return self._attend(query, key, value, None, None, origin, grid, None, mask)
 
-    def _forward_packed(self, x: Tensor, layout: GridLayout, mask: Tensor | None) -> Tensor:
+    @overload
+    def _forward_packed(
+        self, x: Tensor, layout: GridLayout, registers: None, mask: Tensor | None
+    ) -> Tensor: ...
+
+    @overload
+    def _forward_packed(
+        self, x: Tensor, layout: GridLayout, registers: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def _forward_packed(
+        self, x: Tensor, layout: GridLayout, registers: Tensor | None, mask: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         masks = () if mask is None else (mask,)
-        if self.pad:  # tokens that have no place in x
-            return layout.map(
-                lambda grids, *valid: self.forward(grids, None, None, None, *valid), x, *masks
-            )
         check_packed("x", x, layout)
         check_sequence(x, 1, self.embed_dim, "x")
+        if registers is None:
+            if self.pad:  # tokens that have no place in x
+                return layout.map(
+                    lambda grids, *valid: self.forward(grids, None, None, None, *valid), x, *masks
+                )
 
-        def attend(heads: Tensor, valid: Tensor | None = None) -> Tensor:
-            return self._attend_heads(heads, None, None, valid)
+            def attend(heads: Tensor, valid: Tensor | None = None) -> Tensor:
+                return self._attend_heads(heads, None, None, valid)
 
-        return self._output(layout.map(attend, self._heads(x), *masks))
+            return self._output(layout.map(attend, self._heads(x), *masks))
+        check_sequence(registers, len(layout.sizes), self.embed_dim, "registers")
+        if self.pad:
+            return layout.map_both(
+                lambda grids, *rest: self.forward(grids, rest[-1], None, None, *rest[:-1]),
+                x, *masks, each=[registers],
+            )  # fmt: skip
+
+        def attend_both(heads: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+            *valid, heads_r = rest
+            return self._attend_with_registers(
+                heads, heads_r, heads.shape[1:-2], None, None, *valid
+            )
+
+        heads = self._heads(x), *masks
+        out, out_r = layout.map_both(attend_both, *heads, each=[self._heads(registers)])
+        return self._output(out), self._output(out_r)
 
     def _forward_with_registers(
         self,
@@ -322,12 +351,25 @@ class NeighborhoodAttention(NeighborhoodModule):
     ) -> tuple[Tensor, Tensor]:
         check_sequence(registers, x.shape[0], self.embed_dim, "registers")
         extent = x.shape[1:-1]
-        x = self._placed(x, origin, grid)
-        query, key, value = self._project(x, origin, True)
-        query_r, key_r, value_r = self._project(registers, None, False)
+        heads, heads_r = self._heads(self._placed(x, origin, grid)), self._heads(registers)
+        out, out_r = self._attend_with_registers(heads, heads_r, extent, origin, grid, mask)
+        return self._output(crop(out, extent)), self._output(out_r)
+
+    def _attend_with_registers(
+        self,
+        heads: Tensor,
+        heads_r: Tensor,
+        extent: Sequence[int],
+        origin: list[int] | None,
+        grid: list[int] | None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of a grid, whose extents without padding are `extent`, and of registers."""
+        query, key, value = self._separated(heads, origin, True)
+        query_r, key_r, value_r = self._separated(heads_r, None, False)
         key_mask = None
         if mask is not None:
-            key_mask, mask = mask.flatten(1), fit_mask(mask, x, extent)
+            key_mask, mask = mask.flatten(1), fit_mask(mask, heads, extent)
         out = self._attend(query, key, value, key_r, value_r, origin, grid, None, mask)
 
         key, value = (crop(t, extent).flatten(1, -3) for t in (key, value))
@@ -348,7 +390,7 @@ class NeighborhoodAttention(NeighborhoodModule):
                 query_r, key, value, key_r, value_r, self.scale, self.softcap, self._sink(),
                 key_mask,
             )  # fmt: skip
-        return self._output(crop(out, extent)), self._output(out_r)
+        return out, out_r
 
     def _check_registers(self, x: Tensor, registers: Tensor) -> None:
         check_sequence(registers, x.shape[0], self.embed_dim, "registers")

@@ -157,8 +157,8 @@ class NeighborhoodStage(nn.Module):
         context_lengths: Tensor | None = None,
         layout: Any | None = None,
     ):
-        """As `NeighborhoodTransformerBlock.forward`, after the downsampler. With a layout, returns
-        a pair of packed tokens and their layout, which a downsampler changes.
+        """As `NeighborhoodTransformerBlock.forward`, after the downsampler. With a layout, it is
+        returned too, behind everything else: a downsampler changes it.
         """
         if not torch.jit.is_scripting():
             x, registers = left_out(x, "registers", registers)
@@ -169,13 +169,8 @@ class NeighborhoodStage(nn.Module):
             else:
                 if self.downsample is not None:
                     x, layout = layout.resize(self.downsample, x)
-                given = (cond, registers, context, context_lengths, None, layout)
-                for block in self.blocks:
-                    if self.grad_checkpointing and self.training:
-                        x = checkpoint(block, x, *given, use_reentrant=False)
-                    else:
-                        x = block(x, *given)
-                return x, layout
+                result = self._through_blocks(x, cond, registers, context, context_lengths, layout)
+                return (result, layout) if registers is None else (*result, layout)
         if self.downsample is not None:
             x = self.downsample(x)
         if torch.jit.is_scripting():
@@ -185,17 +180,30 @@ class NeighborhoodStage(nn.Module):
                 x = block(x, cond, None, context, context_lengths)
             return x
         else:
-            for block in self.blocks:
-                arguments = (x, cond, registers, context, context_lengths)
-                if self.grad_checkpointing and self.training:
-                    result = checkpoint(block, *arguments, use_reentrant=False)
-                else:
-                    result = block(*arguments)
-                if registers is None:
-                    x = result
-                else:
-                    x, registers = result
-            return x if registers is None else (x, registers)
+            return self._through_blocks(x, cond, registers, context, context_lengths, None)
+
+    def _through_blocks(
+        self,
+        x: Tensor,
+        cond: Tensor | None,
+        registers: Tensor | None,
+        context: Tensor | None,
+        context_lengths: Tensor | None,
+        layout: GridLayout | None,
+    ) -> Any:
+        # Whoever put another block there need not know of layouts.
+        more = () if layout is None else (None, layout)
+        for block in self.blocks:
+            arguments = (x, cond, registers, context, context_lengths, *more)
+            if self.grad_checkpointing and self.training:
+                result = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                result = block(*arguments)
+            if registers is None:
+                x = result
+            else:
+                x, registers = result
+        return x if registers is None else (x, registers)
 
     @torch.no_grad()
     def stream(

@@ -352,7 +352,7 @@ class NeighborhoodTransformerBlock(nn.Module):
                 not of a block with a `context_dim`.
             layout: a `natten.GridLayout`, of whose grids x holds the packed tokens, `[1, total,
                 embed_dim]`; mask likewise, and cond is `[grids, cond_dim]` or `[1, total,
-                cond_dim]`; contexts are those of each grid. Not with registers.
+                cond_dim]`; registers and contexts are those of each grid, `[grids, ...]`.
 
         Returns:
             The shape of x, and with registers a pair of it and of the shape of registers.
@@ -369,9 +369,11 @@ class NeighborhoodTransformerBlock(nn.Module):
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no attention of packed grids")
             else:
-                refuse_beside_layout(self, layout, registers=registers)
-                self._refuse_context(context, context_lengths, None)
-                return self._forward_packed(x, cond, context, context_lengths, mask, layout)
+                refuse_beside_layout(self, layout)
+                self._refuse_context(context, context_lengths, registers)
+                return self._forward_packed(
+                    x, cond, registers, context, context_lengths, mask, layout
+                )
         check_grid(x, self.rank, self.embed_dim, "x")
         modulation = self._modulation(cond, x, registers is not None)
         if registers is not None:
@@ -389,43 +391,50 @@ class NeighborhoodTransformerBlock(nn.Module):
             self._refuse_context(context, context_lengths, None)
             # Whoever put another attention there need not know of masks.
             branch = self.attn(branch) if mask is None else self.attn(branch, mask=mask)
-        return self._rest(x, branch, modulation)
+        return self._rest(x, branch, modulation, self.rank)
 
-    def _rest(self, x: Tensor, branch: Tensor, modulation: list[Tensor]) -> Tensor:
+    def _rest(self, x: Tensor, branch: Tensor, modulation: list[Tensor], axes: int) -> Tensor:
         """What follows the attention, whose result is `branch`."""
-        x = self._add(x, branch, self.gamma1, modulation, 0, self.rank)
-        branch = self.mlp(self._modulate(self.norm2(x), modulation, 3, self.rank))
-        return self._add(x, branch, self.gamma2, modulation, 3, self.rank)
+        x = self._add(x, branch, self.gamma1, modulation, 0, axes)
+        branch = self.mlp(self._modulate(self.norm2(x), modulation, 3, axes))
+        return self._add(x, branch, self.gamma2, modulation, 3, axes)
 
     def _forward_packed(
         self,
         x: Tensor,
         cond: Tensor | None,
+        registers: Tensor | None,
         context: Tensor | None,
         context_lengths: Tensor | None,
         mask: Tensor | None,
         layout: GridLayout,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         self._refuse_mask(mask)
         check_packed("x", x, layout)
         check_sequence(x, 1, self.embed_dim, "x")
-        modulation = self._modulation(cond, x, False)
+        of_grids = self._modulation(cond, x, registers is not None)
+        modulation = of_grids
         if cond is not None and cond.dim() == 2:
-            modulation = [layout.spread(values) for values in modulation]
-
-        def attend(tokens: Tensor) -> Tensor:
-            if self.context_dim is not None:
-                return self.attn(tokens, context, context_lengths, layout=layout)
-            return self.attn(tokens, mask=mask, layout=layout)
-
+            modulation = [layout.spread(values) for values in of_grids]
+        of_registers = None
+        branch = self._modulate(self.norm1(x), modulation, 0, 1)
+        if registers is not None:
+            check_sequence(registers, len(layout.sizes), self.embed_dim, "registers")
+            branch_r = self._modulate(self.norm1(registers), of_grids, 0, 1)
+            branch, branch_r = self.attn(branch, branch_r, mask=mask, layout=layout)
+            of_registers = self._rest(registers, branch_r, of_grids, 1)
+        elif self.context_dim is not None:
+            branch = self.attn(branch, context, context_lengths, layout=layout)
+        else:
+            branch = self.attn(branch, mask=mask, layout=layout)
         drops = self.training and isinstance(self.drop_path, DropPath)
-        branches: Any = ((self.norm1, attend, self.gamma1), (self.norm2, self.mlp, self.gamma2))
-        for first, (norm, function, gamma) in zip((0, 3), branches):
-            branch = function(self._modulate(norm(x), modulation, first, 1))
+        for first, gamma in ((0, self.gamma1), (3, self.gamma2)):
+            if first:
+                branch = self.mlp(self._modulate(self.norm2(x), modulation, first, 1))
             branch = self._gated(branch, gamma, modulation, first, 1)
             # Grids are dropped, as the entries of a batch are.
             x = x + (layout.map(self.drop_path, branch) if drops else branch)
-        return x
+        return x if of_registers is None else (x, of_registers)
 
     def _refuse_mask(self, mask: Tensor | None) -> None:
         if self.context_dim is not None and mask is not None:
@@ -481,7 +490,7 @@ class NeighborhoodTransformerBlock(nn.Module):
         else:
             self._refuse_context(context, context_lengths, None)
             branch, new = self.attn.stream(branch, state)
-        return self._rest(x, branch, modulation), new
+        return self._rest(x, branch, modulation, self.rank), new
 
     def _forward_with_registers(
         self,
@@ -496,12 +505,8 @@ class NeighborhoodTransformerBlock(nn.Module):
         of_grid, of_registers = attend(
             *(self._modulate(self.norm1(t), modulation, 0, axes) for t, axes in streams)
         )
-        results = []
-        for (t, axes), branch in zip(streams, (of_grid, of_registers), strict=True):
-            t = self._add(t, branch, self.gamma1, modulation, 0, axes)
-            branch = self.mlp(self._modulate(self.norm2(t), modulation, 3, axes))
-            results.append(self._add(t, branch, self.gamma2, modulation, 3, axes))
-        return results[0], results[1]
+        of_grid = self._rest(x, of_grid, modulation, self.rank)
+        return of_grid, self._rest(registers, of_registers, modulation, 1)
 
     def _modulation(self, cond: Tensor | None, x: Tensor, has_registers: bool) -> list[Tensor]:
         if self.modulation is not None:
