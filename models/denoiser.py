@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from natten.nn import ChannelsFirst, NeighborhoodBackbone, NeighborhoodStage
+from natten.nn.backbone import is_list
+from natten.nn.embed import wrapped
+from natten.validation import bool_tuple
+from natten.varlen import GridLayout
 
 from ._base import cfg
 from ._checkpoint import packaged_weights
@@ -31,8 +35,11 @@ class ImageDenoiser(nn.Module):
         decoder_depth: blocks behind them.
         kernel_size: window of all blocks.
         mlp_ratio: hidden width of the MLPs.
+        is_circular: whether rows and columns are rings (a panorama's columns), a bool or two:
+            windows and convolutions wrap around, and `2 ** len(depths)` divides their pixels.
 
-    Shapes: images `[B, in_chans, H, W]`, of any size, to the same.
+    Shapes: images `[B, in_chans, H, W]`, of any size, to the same; or a list of images
+    `[in_chans, H, W]` of different sizes to such a list.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class ImageDenoiser(nn.Module):
         decoder_depth: int = 2,
         kernel_size: int = 7,
         mlp_ratio: float = 2.0,
+        is_circular: bool | Sequence[bool] = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -51,8 +59,10 @@ class ImageDenoiser(nn.Module):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         block: dict[str, Any] = {
             "kernel_size": kernel_size, "mlp_ratio": mlp_ratio, "rel_pos_bias": True, "pad": True,
+            "is_circular": is_circular,
         }  # fmt: skip
         self.in_chans = in_chans
+        self.is_circular = bool_tuple("is_circular", is_circular, 2)
         self.encoder = NeighborhoodBackbone(
             in_chans + 1,
             embed_dim,
@@ -73,16 +83,29 @@ class ImageDenoiser(nn.Module):
             NeighborhoodStage(embed_dim, decoder_depth, num_heads[0], **block, **place)
         )
         self.head = nn.Sequential(
-            nn.Conv2d(embed_dim, 4 * in_chans, 3, padding=1, **place), nn.PixelShuffle(2)
-        )
+            nn.Conv2d(
+                embed_dim, 4 * in_chans, 3,
+                padding=[0 if wraps else 1 for wraps in self.is_circular], **place,
+            ),
+            nn.PixelShuffle(2),
+        )  # fmt: skip
 
-    def forward(self, x: Tensor, noise: Tensor | float = 25 / 255) -> Tensor:
+    @overload
+    def forward(self, x: Tensor, noise: Tensor | float = 25 / 255) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Sequence[Tensor], noise: Tensor | float = 25 / 255) -> list[Tensor]: ...
+
+    def forward(self, x: Any, noise: Tensor | float = 25 / 255) -> Any:
         """The image without its noise.
 
         Args:
-            x: `[B, in_chans, H, W]`, clean values in [0, 1].
-            noise: standard deviation of what was added to them, one number or `[B]`.
+            x: `[B, in_chans, H, W]`, clean values in [0, 1]; or a list of `[in_chans, H, W]`.
+                Neighbors of one size are computed together.
+            noise: standard deviation of what was added to them, one number or one for each image.
         """
+        if is_list(x):
+            return self._of_list(x, noise)
         if not isinstance(noise, Tensor):
             noise = x.new_full((1,), noise)
         if noise.dim() != 1 or noise.shape[0] not in (1, x.shape[0]):
@@ -91,17 +114,46 @@ class ImageDenoiser(nn.Module):
             )
         strength = noise.to(x.dtype).view(-1, 1, 1, 1)
         height, width = x.shape[2:]
-        # Patches of 2: an odd border is repeated.
-        seen = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
+        # Patches of 2: an odd border is repeated, and refused where it is none.
+        wraps_y, wraps_x = self.is_circular
+        odd = (0, 0 if wraps_x else width % 2, 0, 0 if wraps_y else height % 2)
+        seen = F.pad(x, odd, mode="replicate")
         told = strength.expand(x.shape[0], 1, *seen.shape[2:])
         seen = 4 * torch.cat([seen - 0.5, 2 * told], 1)
         maps = self.encoder(seen)
         merged = self.skip(seen) + self.merge[0](maps[0])
         for merge, feature in zip(self.merge[1:], maps[1:]):
-            larger = F.interpolate(merge(feature), size=merged.shape[2:], mode="bilinear")
-            merged = merged + larger
-        removed = self.head(merged + self.decoder(merged))
-        return x - removed[..., :height, :width] / 4
+            merged = merged + self._enlarged(merge(feature), merged.shape[2:])
+        decoded = merged + self.decoder(merged)
+        if any(self.is_circular):
+            decoded = wrapped(decoded, self.is_circular, (1, 1))
+        return x - self.head(decoded)[..., :height, :width] / 4
+
+    def _enlarged(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """A map of that size; around a ring it is interpolated, too."""
+        if not any(self.is_circular):
+            return F.interpolate(x, size=size, mode="bilinear")
+        extent = x.shape[2:]
+        # What one token more on both sides becomes.
+        more = [
+            n // old if wraps else 0
+            for n, old, wraps in zip(size, extent, self.is_circular, strict=True)
+        ]
+        x = wrapped(x, self.is_circular, (1, 1))
+        x = F.interpolate(x, size=[n + 2 * m for n, m in zip(size, more)], mode="bilinear")
+        return x[..., more[0] : more[0] + size[0], more[1] : more[1] + size[1]]
+
+    def _of_list(self, images: Sequence[Tensor], noise: Tensor | float) -> Any:
+        first = images[0]
+        told = torch.as_tensor(noise, dtype=first.dtype, device=first.device)
+        layout = GridLayout([tuple(image.shape[1:]) for image in images])
+
+        def clean(run: Tensor, strength: Tensor) -> Tensor:
+            return self.forward(run.movedim(-1, 1), strength).movedim(1, -1)
+
+        packed = layout.pack([image.movedim(0, -1) for image in images])
+        out = layout.map(clean, packed, each=[told.expand(len(images))])
+        return [image.movedim(-1, 0) for image in layout.unpack(out)]
 
 
 default_cfgs = generate_default_cfgs(

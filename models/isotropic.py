@@ -55,6 +55,8 @@ class IsotropicNAT(Classifier):
             of heads), or one for each axis.
         clip_window: cut windows to grids that are smaller, instead of padding these, as the
             released models do.
+        is_circular: whether rows and columns are rings (a panorama's columns), a bool or two:
+            windows wrap around, and nothing is padded there.
         dilations: dilation of every block; None for 1.
         mlp_ratio, qkv_bias, qk_scale, layer_scale, drop_rate, proj_drop_rate, attn_drop_rate,
             drop_path_rate, norm_layer, act_layer: as for `NAT`.
@@ -93,6 +95,7 @@ class IsotropicNAT(Classifier):
         act_layer: Layer = None,
         whole_grid: bool = False,
         clip_window: bool = False,
+        is_circular: bool | Sequence[bool] = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -118,7 +121,7 @@ class IsotropicNAT(Classifier):
         self.grad_checkpointing = False
 
         self.patch_embed = PatchTokenizer(
-            in_chans, embed_dim, patch_size, norm_layer=norm_layer, **place
+            in_chans, embed_dim, patch_size, norm_layer=norm_layer, is_circular=is_circular, **place
         )
         drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
         self.layers = nn.Sequential(
@@ -142,6 +145,7 @@ class IsotropicNAT(Classifier):
                     # Padding would be attended to: only the released local models expect it.
                     pad=not (whole_grid or clip_window),
                     clip_window=clip_window,
+                    is_circular=is_circular,
                     **place,
                 )
                 for j in range(depth)

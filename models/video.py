@@ -34,8 +34,9 @@ from natten.nn import (
     PatchTokenizer,
     StreamState,
 )
-from natten.nn.backbone import Axes, is_list, share_out, stages
+from natten.nn.backbone import Axes, is_list, pack_images, share_out, stages
 from natten.nn.core import refuse_sharded
+from natten.varlen import GridLayout
 
 from ._base import Hierarchy, Layer, build_model, cfg, init_weights, layers, refuse_list
 from ._checkpoint import packaged_weights
@@ -373,7 +374,8 @@ class VideoDenoiser(nn.Module):
         block_args: further arguments of `NeighborhoodTransformerBlock`.
 
     Shapes: `[B, in_chans, T, H, W]` to `[B, out_chans, T, H, W]`, multiples of the patch; images
-    `[B, in_chans, H, W]` are clips of one frame.
+    `[B, in_chans, H, W]` are clips of one frame. A list of clips `[in_chans, T, H, W]` of different
+    sizes, or of images, to such a list: nothing is padded.
     """
 
     def __init__(
@@ -463,7 +465,8 @@ class VideoDenoiser(nn.Module):
         """Denoises.
 
         Args:
-            x: `[B, in_chans, T, H, W]`, or `[B, in_chans, H, W]`.
+            x: `[B, in_chans, T, H, W]`, or `[B, in_chans, H, W]`; or a list of either without B,
+                and all else is then one for each of them.
             timestep: diffusion times or noise levels, `[B]`, for each frame of tokens `[B, T']`, or
                 for each token `[B, T', H', W']`; None for 0.
             cond: of a model with `cond_dim`, `[B, cond_dim]`, or with the axes of the tokens,
@@ -511,21 +514,30 @@ class VideoDenoiser(nn.Module):
 
     def _run(
         self,
-        x: Tensor,
+        x: Any,
         timestep: Tensor | None,
         cond: Tensor | None,
         context: Tensor | None,
         context_lengths: Tensor | None,
         state: StreamState | None,
-    ) -> tuple[Tensor, StreamState]:
+    ) -> tuple[Any, StreamState]:
         if context is not None and self.blocks and self.blocks[0].context_dim is None:
             raise ValueError("context was given to a model without context_dim.")
-        clip = as_clip(x)
-        y = self.patch_embed(clip)
-        embedding = self._embedding(y, timestep, cond)
+        layout: GridLayout | None = None
+        if is_list(x):
+            if state is not None:
+                raise NotImplementedError("a stream of a list of clips is not implemented.")
+            clips = [as_clip(one[None])[0] for one in x]
+            y, layout = pack_images(self.patch_embed, clips)
+            count = len(clips)
+            self._check_each(count, timestep, cond)
+        else:
+            y = self.patch_embed(as_clip(x))
+            count = y.shape[0]
+        embedding = self._embedding(y, count, timestep, cond)
         registers = None
         if self.registers is not None:
-            registers = self.registers.expand(y.shape[0], -1, -1)
+            registers = self.registers.expand(count, -1, -1)
         new = StreamState()
         for i, block in enumerate(self.blocks):
             arguments = (embedding, registers, context, context_lengths)
@@ -533,23 +545,43 @@ class VideoDenoiser(nn.Module):
                 result, after = block.stream(y, state.part(i), *arguments)
                 new.add(after)
             elif self.grad_checkpointing and self.training:
-                result = checkpoint(block, y, *arguments, use_reentrant=False)
+                result = checkpoint(block, y, *arguments, None, layout, use_reentrant=False)
             else:
-                result = block(y, *arguments)
+                result = block(y, *arguments, None, layout)
             y, registers = (result, None) if registers is None else result
-        shift, scale = self.modulation(nn.functional.silu(embedding)).chunk(2, dim=-1)
-        if embedding.dim() == 2:
-            shift, scale = (t[:, None, None, None] for t in (shift, scale))
+        modulation = self.modulation(nn.functional.silu(embedding))
+        if layout is not None:
+            modulation = layout.spread(modulation)
+        elif embedding.dim() == 2:
+            modulation = modulation[:, None, None, None]
+        shift, scale = modulation.chunk(2, dim=-1)
         y = self.unpatch(self.norm(y) * (1 + scale) + shift)
-        # [B, T', H', W', C, t, h, w] to [B, C, T', t, H', h, W', w]
-        y = y.unflatten(-1, (self.out_chans, *self.patch_size)).permute(0, 4, 1, 5, 2, 6, 3, 7)
-        y = y.reshape(clip.shape[0], self.out_chans, *clip.shape[2:])
-        return (y.squeeze(2) if x.dim() == 4 else y), new
+        if layout is None:
+            return self._pixels(y, x.dim() == 4), new
+        tokens = zip(layout.unpack(y), x, strict=True)
+        return [self._pixels(part[None], one.dim() == 3)[0] for part, one in tokens], new
 
-    def _embedding(self, y: Tensor, timestep: Tensor | None, cond: Tensor | None) -> Tensor:
+    def _pixels(self, y: Tensor, is_image: bool) -> Tensor:
+        """`[B, T', H', W', C * t * h * w]` to `[B, C, T, H, W]`, or without T."""
+        y = y.unflatten(-1, (self.out_chans, *self.patch_size)).permute(0, 4, 1, 5, 2, 6, 3, 7)
+        y = y.flatten(6).flatten(4, 5).flatten(2, 3)
+        return y.squeeze(2) if is_image else y
+
+    def _check_each(self, clips: int, timestep: Tensor | None, cond: Tensor | None) -> None:
+        """Of a list of clips, what has to be one number or vector for each."""
+        for name, given, dim in (("timestep", timestep, 1), ("cond", cond, 2)):
+            if given is not None and (given.dim() != dim or given.shape[0] != clips):
+                raise ValueError(
+                    f"{name} of a list of {clips} clips must have one entry for each, got shape "
+                    f"{list(given.shape)}."
+                )
+
+    def _embedding(
+        self, y: Tensor, count: int, timestep: Tensor | None, cond: Tensor | None
+    ) -> Tensor:
         """What the blocks are told, `[B, C]` or with the axes of the tokens `y`."""
         if timestep is None:
-            timestep = y.new_zeros(y.shape[0])
+            timestep = y.new_zeros(count)
         if timestep.dim() == 2:
             timestep = timestep[:, :, None, None]
         if timestep.dim() not in (1, 4):

@@ -12,9 +12,10 @@ from torch.testing import assert_close
 
 import natten.models
 from natten import GridLayout
+from natten.models.denoiser import ImageDenoiser
 from natten.models.isotropic import IsotropicNAT
 from natten.models.nat import NAT
-from natten.models.video import VideoNAT
+from natten.models.video import VideoDenoiser, VideoNAT
 from natten.nn import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
@@ -182,8 +183,11 @@ def test_stages_and_backbones() -> None:
     for i, image in enumerate(images):
         for level, expected in enumerate(backbone(image[None], cond[i : i + 1])):
             assert_close(maps[level][i], expected[0], **EXACT)
-    with pytest.raises(NotImplementedError, match="num_registers with a list"):
-        NeighborhoodBackbone(3, 16, (1,), (2,), 3, num_registers=2)(images)
+    backbone = NeighborhoodBackbone(3, 16, (1, 1), (2, 2), 3, pad=True, num_registers=2).double()
+    maps = backbone(images)
+    for i, image in enumerate(images):
+        for level, expected in enumerate(backbone(image[None])):
+            assert_close(maps[level][i], expected[0], **EXACT)
 
 
 def _model(kind: str) -> Any:
@@ -218,6 +222,46 @@ def test_models_of_lists_of_images(kind: str) -> None:
     model.reset_classifier(5, "")
     per_token = model.eval()(images)
     assert [len(t.shape) for t in per_token] == [len(images[0].shape)] * 3
+
+
+@pytest.mark.parametrize("more", [{"num_registers": 2}, {"context_dim": 6, "cond_dim": 4}], ids=str)
+def test_denoisers_of_lists_of_clips(more: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    shared: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 2, "kernel_size": 3}
+    model = VideoDenoiser(**shared, **more).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    clips = [torch.randn(3, *size, **DOUBLE) for size in ((3, 8, 6), (2, 4, 12), (2, 4, 12))]
+    clips.append(torch.randn(3, 10, 6, **DOUBLE))  # an image
+    timestep = torch.rand(4, **DOUBLE)
+    given = [timestep]
+    if "cond_dim" in more:
+        lengths = torch.tensor([3, 5, 0, 1])
+        given += [torch.randn(4, 4, **DOUBLE), torch.randn(4, 5, 6, **DOUBLE), lengths]
+    found = model(clips, *given)
+    alone = [model(c[None], *(t[i : i + 1] for t in given))[0] for i, c in enumerate(clips)]
+    assert_close(found, alone, rtol=1e-11, atol=1e-11)
+    model.set_grad_checkpointing()
+    gradients = [
+        torch.autograd.grad(sum(part.square().sum() for part in parts), model.parameters())
+        for parts in (model(clips, *given), alone)
+    ]
+    for mine, true in zip(*gradients, strict=True):
+        assert_close(mine, true, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="timestep of a list of 4 clips must have one entry"):
+        model(clips, torch.rand(1, **DOUBLE))
+    with pytest.raises(NotImplementedError, match="stream of a list"):
+        model.stream(clips)
+
+
+def test_denoiser_of_a_list_of_images() -> None:
+    torch.manual_seed(0)
+    model = ImageDenoiser(embed_dim=8, depths=(1, 1), num_heads=(1, 2), kernel_size=3).double()
+    images = [torch.rand(3, *size, **DOUBLE) for size in ((16, 12), (9, 21), (9, 21))]
+    noise = torch.tensor([0.1, 0.2, 0.3])
+    for one, image, strength in zip(model(images, noise), images, noise, strict=True):
+        assert_close(one, model(image[None], strength[None].double())[0], **EXACT)
+    assert_close(model(images, 0.1)[1], model(images[1][None], 0.1)[0], rtol=1e-6, atol=1e-6)
 
 
 def test_timm_makes_them() -> None:

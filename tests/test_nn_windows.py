@@ -12,6 +12,8 @@ from torch.testing import assert_close
 
 import natten
 from natten.models._count import count_macs
+from natten.models.denoiser import ImageDenoiser
+from natten.models.isotropic import IsotropicNAT
 from natten.models.nat import NAT
 from natten.models.video import VideoDenoiser, VideoNAT
 from natten.nn import (
@@ -277,6 +279,22 @@ def test_rings_of_models() -> None:
         lambda x: denoiser(x).movedim(1, -1),
         torch.randn(1, 3, 3, 8, 12, **DOUBLE), (0, 2, 4), (0, 2, 4),
     )  # fmt: skip
+    isotropic = IsotropicNAT(
+        embed_dim=16, depth=2, num_heads=2, patch_size=4, kernel_size=3, dilations=(1, 2),
+        is_circular=(False, True),
+    ).double()  # fmt: skip
+    _rolled(isotropic.forward_features, torch.randn(2, 3, 22, 24, **DOUBLE), (0, 8), (0, 2))
+    with pytest.raises(ValueError, match="a circular axis is not padded, got extent 22"):
+        isotropic(torch.randn(1, 3, 24, 22, **DOUBLE))
+    for ring in ((False, True), True):
+        cleaner = ImageDenoiser(
+            embed_dim=8, depths=(1, 1), num_heads=(1, 2), kernel_size=3, is_circular=ring
+        ).double()
+        pixels = (4 if ring is True else 0, 8)
+        image = torch.rand(1, 3, 12 if ring is True else 11, 20, **DOUBLE)
+        _rolled(lambda x: cleaner(x).movedim(1, -1), image, pixels, pixels)  # noqa: B023
+        with pytest.raises(ValueError, match="a circular axis is not padded"):
+            cleaner(image[..., 1:])
     stage = NeighborhoodStage(
         32, 1, 2, 3, rank=1, rotary=True, is_circular=True,
         downsample=PatchMerging(16, rank=1, is_circular=True),

@@ -524,12 +524,17 @@ class NeighborhoodBackbone(nn.Module):
         context: Tensor | None,
         context_lengths: Tensor | None,
     ) -> list[Any]:
-        if self.registers is not None:
-            raise NotImplementedError("num_registers with a list of images is not implemented")
         x, layout = pack_images(self.patch_embed, images)
+        registers = None
+        if self.registers is not None:
+            registers = self.registers.expand(len(images), -1, -1)
         maps: list[Any] = []
         for i, (level, norm) in enumerate(zip(self.levels, self.norms, strict=True)):
-            x, layout = level(x, cond, None, context, context_lengths, layout)
+            if registers is None:
+                x, layout = level(x, cond, None, context, context_lengths, layout)
+            else:
+                registers = self.widen[i - 1](registers) if i else registers
+                x, registers, layout = level(x, cond, registers, context, context_lengths, layout)
             if i in self.out_indices:
                 each = layout.unpack(norm(x))
                 maps.append([y.movedim(-1, 0) if self.channels_first else y for y in each])

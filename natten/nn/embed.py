@@ -107,7 +107,7 @@ class ConvTokenizer(nn.Module):
         if not any(self.is_circular):
             return self.norm(self.proj(x).movedim(1, -1))
         for i, conv in enumerate(self.proj):
-            x = conv(_wrapped(x, self.is_circular, [self.strides[i]] * self.rank))
+            x = conv(wrapped(x, self.is_circular, [self.strides[i]] * self.rank))
         return self.norm(x.movedim(1, -1))
 
 
@@ -214,7 +214,7 @@ class ConvDownsampler(nn.Module):
         _check_image(x, self.rank)
         x = x.movedim(-1, 1)
         if any(self.is_circular):
-            x = _wrapped(x, self.is_circular, self.strides, 1)
+            x = wrapped(x, self.is_circular, self.strides, 1)
         return self.norm(self.reduction(x).movedim(1, -1))
 
 
@@ -367,7 +367,7 @@ def _check_rings(x: Tensor, is_circular: list[bool], multiple: list[int], first_
             )
 
 
-def _wrapped(
+def wrapped(
     x: Tensor, is_circular: list[bool], strides: list[int], without_reach: int = 0
 ) -> Tensor:
     """`[B, C, *X]` with the pixels that a convolution of size 3 reaches around each ring; along
@@ -425,6 +425,6 @@ def _padded_to_multiple(x: Tensor, size: list[int], first_dim: int, pad: bool) -
 # Control flow on shapes cannot be traced symbolically; in an fx graph each is one call.
 torch.fx.wrap("_check_image")
 torch.fx.wrap("_check_rings")
-torch.fx.wrap("_wrapped")
+torch.fx.wrap("wrapped")
 torch.fx.wrap("_cut")
 torch.fx.wrap("_pad_to_multiple")
