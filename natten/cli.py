@@ -47,48 +47,53 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw the advice (needs matplotlib)"
     )
-    group.add_argument("--json", action="store_true", help="print JSON")
+    group.add_argument("--json", action="store_true", help="print JSON, a list for groups of heads")
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    from natten.profiler.arguments import DTYPES, window_of
+    from natten.profiler.arguments import DTYPES, calls_of
     from natten.simulator import simulate
 
     def tile(values: list[int] | None) -> tuple[int, ...] | None:
         rank = len(options.input_size)
         return None if values is None else tuple(values) * (rank if len(values) == 1 else 1)
 
-    found = simulate(
-        tuple(options.input_size), **window_of(options), batch=options.batch_size,
-        heads=options.heads, heads_kv=options.heads_kv, head_dim=options.dim,
-        head_dim_v=options.dim_value, additional=options.add_kv,
-        dtype=DTYPES[options.dtype or "fp16"],
-        q_tile_shape=tile(options.q_tile), kv_tile_shape=tile(options.kv_tile),
-        backward_q_tile_shape=tile(options.backward_q_tile),
-        backward_kv_tile_shape=tile(options.backward_kv_tile),
-        aligned=options.aligned, device=options.device_name,
-    )  # fmt: skip
-    advice = found.advise() if options.advise or options.plot else None
-    if options.plot is not None and advice is not None:
-        from natten import viz
+    calls = calls_of(options)
+    if options.plot is not None and len(calls) > 1:
+        raise NotImplementedError("--plot is of one window, got those of groups of heads")
+    documents = []
+    for number, call in enumerate(calls):
+        found = simulate(
+            tuple(options.input_size), **call, batch=options.batch_size, head_dim=options.dim,
+            head_dim_v=options.dim_value, additional=options.add_kv,
+            dtype=DTYPES[options.dtype or "fp16"],
+            q_tile_shape=tile(options.q_tile), kv_tile_shape=tile(options.kv_tile),
+            backward_q_tile_shape=tile(options.backward_q_tile),
+            backward_kv_tile_shape=tile(options.backward_kv_tile),
+            aligned=options.aligned, device=options.device_name,
+        )  # fmt: skip
+        advice = found.advise() if options.advise or options.plot else None
+        if options.plot is not None and advice is not None:
+            from natten import viz
 
-        viz.advice_figure(advice).savefig(options.plot, dpi=120)
+            viz.advice_figure(advice).savefig(options.plot, dpi=120)
+        documents.append(found.as_dict())
+        if advice is not None:
+            documents[-1]["advice"] = advice.as_dict()
+        if not options.json:
+            text = f"{found}" if advice is None else f"{found}\n\n{advice}"
+            _write_of_heads(number, len(calls), text)
     if options.json:
-        document = found.as_dict()
-        if advice is not None:
-            document["advice"] = advice.as_dict()
+        document = documents if len(calls) > 1 else documents[0]
         sys.stdout.write(json.dumps(document, indent=1) + "\n")
-    else:
-        _write(str(found))
-        if advice is not None:
-            _write(f"\n{advice}")
     return 0
 
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
-    from natten.profiler.arguments import add_problem_arguments
+    from natten.profiler.arguments import add_problem_arguments, add_score_arguments
 
     add_problem_arguments(parser)
+    add_score_arguments(parser)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda; default: a GPU if any")
 
 
@@ -97,19 +102,22 @@ def _explain(options: argparse.Namespace) -> int:
 
     from natten.functional.dispatch import explain
     from natten.functional.problem import DEFAULT_CONFIG
-    from natten.profiler.arguments import device_of, problem_of
+    from natten.profiler.arguments import device_of, problems_of
 
-    problem = problem_of(options, device_of(options))
-    if problem.device.type == "cuda" and not torch.cuda.is_available():
+    device = device_of(options)
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device here")
-    _write(str(explain(problem, DEFAULT_CONFIG)))
+    problems = problems_of(options, device)
+    for number, problem in enumerate(problems):
+        _write_of_heads(number, len(problems), str(explain(problem, DEFAULT_CONFIG)))
     return 0
 
 
 def _precompile_arguments(parser: argparse.ArgumentParser) -> None:
-    from natten.profiler.arguments import add_problem_arguments
+    from natten.profiler.arguments import add_problem_arguments, add_score_arguments
 
     add_problem_arguments(parser)
+    add_score_arguments(parser)
     group = parser.add_argument_group("compilation")
     group.add_argument(
         "--more-sizes", nargs="+", default=[], metavar="NxN",
@@ -125,7 +133,7 @@ def _precompile(options: argparse.Namespace) -> int:
     import torch
 
     from natten.precompiling import precompile
-    from natten.profiler.arguments import problem_of
+    from natten.profiler.arguments import problems_of
 
     sizes = [options.input_size]
     for text in options.more_sizes:
@@ -135,13 +143,14 @@ def _precompile(options: argparse.Namespace) -> int:
             raise ValueError(f"--more-sizes takes sizes such as 32x48, got {text!r}") from None
     options.dtype = options.dtype or "fp16"
     problems = [
-        problem_of(argparse.Namespace(**{**vars(options), "input_size": size}), torch.device("cpu"))
+        problem
         for size in sizes
+        for problem in problems_of(argparse.Namespace(**{**vars(options), "input_size": size}))
     ]
     number = precompile(
         problems, gpu=options.gpu, backward=options.backprop, workers=options.workers, progress=True
     )
-    _write(f"{number} kernels for {len(problems)} sizes")
+    _write(f"{number} kernels for {len(sizes)} sizes")
     return 0
 
 
@@ -174,6 +183,12 @@ def _demo(options: argparse.Namespace) -> int:
     from natten import demo
 
     return demo.main(options.rest, prog="natten demo")
+
+
+def _write_of_heads(number: int, groups: int, text: str) -> None:
+    """What there is to say of a group of heads, of which there may be one."""
+    title = f"Heads of group {number + 1} of {groups}:\n" if groups > 1 else ""
+    _write(f"{title}{text}" + "\n" * (number + 1 < groups))
 
 
 def _write(text: str) -> None:

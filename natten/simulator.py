@@ -496,6 +496,7 @@ def make_problem(
     *,
     is_circular: BoolOrSequence | None = False,
     upsampling: IntOrSequence | None = 1,
+    clip_window: bool = False,
     batch: int = 1,
     heads: int = 1,
     heads_kv: int | None = None,
@@ -505,8 +506,11 @@ def make_problem(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     requires_grad: bool = False,
+    softcap: float | None = None,
+    **has: bool,
 ) -> Problem:
-    """The problem that a call over a whole grid states, checked; see :func:`simulate`."""
+    """The problem that a call over a whole grid states, checked; see :func:`simulate`. ``has`` are
+    flags of :class:`Problem`, such as has_sink."""
     if isinstance(shape, int):
         shape = (shape,)
     shape = validation.int_tuple("shape", tuple(shape), len(shape))
@@ -527,18 +531,26 @@ def make_problem(
     if heads % heads_kv:
         raise ValueError(f"heads must be a multiple of heads_kv, got {heads} and {heads_kv}")
     zeros = (0,) * len(shape)
-    windows = validation.check_window(shape, kernel_size, stride, dilation, is_causal)
+    sizes = kernel_size, stride, dilation
+    if validation.optional_bool("clip_window", clip_window):
+        sizes = validation.clipped_window(shape, *sizes)
+    windows = validation.check_window(shape, *sizes, is_causal)
     rings = validation.check_circular(is_circular, shape, *windows)
     factors = validation.int_tuple(
         "upsampling", 1 if upsampling is None else upsampling, len(shape)
     )
     queries = tuple([factor * n for factor, n in zip(factors, shape, strict=True)])
     validation.check_upsampling(factors, queries, shape, windows[2], None)
+    if has.get("has_rpb") and (any(windows[3]) or queries != shape):
+        raise ValueError(
+            "a relative position bias is not for causal axes nor for upsampling, got "
+            f"is_causal={windows[3]} and upsampling={factors}"
+        )
     return Problem(
         batch, queries, shape, heads, heads_kv, head_dim, head_dim_v, *windows, shape, zeros, zeros,
         validation.check_scale(None, head_dim), num_additional=additional, is_circular=rings,
         upsampling=factors if queries != shape else (), dtype=dtype, device=torch.device(device),
-        requires_grad=requires_grad,
+        requires_grad=requires_grad, softcap=validation.check_softcap(softcap), **has,
     )  # fmt: skip
 
 
@@ -635,6 +647,7 @@ def simulate(
     *,
     is_circular: BoolOrSequence | None = False,
     upsampling: IntOrSequence | None = 1,
+    clip_window: bool = False,
     batch: int = 1,
     heads: int = 1,
     heads_kv: int | None = None,
@@ -662,6 +675,7 @@ def simulate(
         is_causal: Whether queries attend to no later token.
         is_circular: Whether windows wrap around.
         upsampling: Queries of each key.
+        clip_window: Make do with a grid that is too small for the window.
         batch: Batch size.
         heads: Query heads.
         heads_kv: Key and value heads; default as many.
@@ -688,8 +702,9 @@ def simulate(
     """
     problem = make_problem(
         shape, kernel_size, stride, dilation, is_causal, is_circular=is_circular,
-        upsampling=upsampling, batch=batch, heads=heads, heads_kv=heads_kv, head_dim=head_dim,
-        head_dim_v=head_dim_v, additional=additional, dtype=dtype,
+        upsampling=upsampling, clip_window=clip_window, batch=batch, heads=heads,
+        heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v, additional=additional,
+        dtype=dtype,
     )  # fmt: skip
     config = Config(
         *validation.check_tiles(

@@ -55,6 +55,16 @@ def failure_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (("simulate", "-i", "8", "-w", "9"), "kernel_size * dilation must be at most"),
         (("simulate", "-i", "8", "-w", "3", "--device-name", "x"), "device name must be one of"),
         (("explain", "-i", "8", "8", "8", "8", "-w", "3"), "1, 2 or 3 axes"),
+        (("explain", *SMALL, "--circular", "--causal"), "causal or circular but not both"),
+        (("explain", *SMALL, "--rpb", "--causal"), "not for causal axes"),
+        (("explain", *SMALL, "--lengths"), "--lengths is of the additional keys of --add-kv"),
+        (("explain", *SMALL, "--softcap", "-1"), "softcap"),
+        (("simulate", *SMALL, "--upsampling", "2", "2", "2"), "--upsampling must have one"),
+        (("simulate", *SMALL, "--upsampling", "2", "--dilation", "2"), "dilation"),
+        (("simulate", *SMALL, "-w", "5", "-s", "1", "-s", "1", "-s", "1"), "got 2, 3, 1"),
+        (("simulate", *SMALL, "-w", "5", "-w", "5"), "3 windows for 2 and 2 heads"),
+        (("simulate", *SMALL, "-w", "5", "--plot", "x.png"), "--plot is of one window"),
+        (("profile", *SMALL, "-w", "5", "--device", "cpu"), "give --window-size, --stride and"),
         (("profile", *SMALL, "--optimize", "--optimize-seconds", "nan"), "must not be negative"),
         (("profile", *SMALL, "--save", "x.json"), "--save is for --optimize"),
         (("profile", *SMALL, "--optimize", "--save", "/nowhere/x"), "there is no folder /nowhere"),
@@ -198,6 +208,46 @@ def test_explain_says_who_would_run_a_call(capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert "> " in printed
     assert "reference-fna" in printed
+
+
+def test_explain_knows_every_feature(capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--circular", "True", "False", "--softcap", "5", "--sink", "--key-mask", "--rpb"]
+    more += ["--query-mask", "--add-kv", "3", "--lengths", "-w", "30", "-1", "--clip-window"]
+    assert cli.main(["explain", *SMALL, *more, "--device", "cpu"]) == 0
+    of_groups = capsys.readouterr().out.split("Heads of group 2 of 2:")
+    for text, size in zip(of_groups, ("(3, 5)", "(10, 12)"), strict=True):
+        for part in (
+            f"kernel_size={size}", "is_circular=(True, False)", "softcap=5", "a sink",
+            "lengths of these", "a mask of keys", "a mask of queries", "heads 1/1", "> ",
+        ):  # fmt: skip
+            assert part in text
+
+
+def test_simulate_counts_the_windows_of_a_call(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    words = ["-w", "11", "3", "--circular", "False", "True", "--upsampling", "2", "--clip-window"]
+    assert cli.main(["simulate", *SMALL, *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    pairs = (3 * 5, 10 * 3)  # of a query, in each of the groups
+    flops = [2 * 2 * 16 * (20 * 24) * count for count in pairs]
+    assert [group["needed_flops"] for group in found] == flops
+    same = natten.simulate(
+        (10, 12), (11, 3), is_circular=(False, True), upsampling=2, clip_window=True, head_dim=16,
+        dtype=torch.float32,
+    )  # fmt: skip
+    assert found[1] == json.loads(json.dumps(same.as_dict()))
+
+
+def test_profile_times_rings_and_upsampling(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--circular", "False", "True", "--upsampling", "2", "1", "--clip-window", "-w", "11"]
+    words = ["-i", "10", "12", "-n", "2", "-d", "16", "--device", "cpu", *words, "--backprop"]
+    assert cli.main(["profile", *words, "--warmup-steps", "1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    problem = document["problem"]
+    assert problem["kernel_size"] == [10, 11]
+    assert problem["is_circular"] == [False, True]
+    assert problem["upsampling"] == [2, 1]
+    assert problem["shape"] == [20, 12]
 
 
 def test_simulate_prints_a_table_or_json_and_draws(

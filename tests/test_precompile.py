@@ -153,6 +153,15 @@ def test_command(compiled, capsys):
     words += ["--gpu", "h100"]
     assert cli.main(words) == 0
     assert "2 kernels for 2 sizes" in capsys.readouterr().out
+    more = ["--sink", "--circular", "-w", "5", "--backprop"]
+    with mock.patch("natten.precompiling.precompile", return_value=4) as precompile:
+        assert cli.main([*words, *more]) == 0
+    assert "4 kernels for 2 sizes" in capsys.readouterr().out
+    (problems,) = precompile.call_args.args
+    assert [(p.grid, p.kernel_size, p.heads) for p in problems] == [
+        (size, (k, k), 1) for size in ((12, 14), (40, 50)) for k in (3, 5)
+    ]
+    assert all(p.has_sink and p.is_circular and p.requires_grad for p in problems)
     assert cli.main([*words[:-4], "--more-sizes", "40,50", "--gpu", "h100"]) == 2
     assert "such as 32x48" in capsys.readouterr().err
 

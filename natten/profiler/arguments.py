@@ -56,14 +56,25 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-d", "--dim", type=int, default=64, metavar="N", help="of a head")
     group.add_argument("--dim-value", type=int, metavar="N", help="default: as --dim")
     group.add_argument(
-        "-w", "--window-size", **integers, help="one value per axis, or one for all; default: all"
-    )
-    group.add_argument("-s", "--stride", **integers, default=[1], help="default: 1")
-    group.add_argument("--dilation", **integers, default=[1], help="default: 1")
-    group.add_argument(
-        "-c", "--causal", type=boolean, nargs="*", default=[False], metavar="BOOL",
-        help="one value per axis, or one for all; alone it means True",
+        "-w", "--window-size", **integers, action="append",
+        help="one value per axis, or one for all; -1, everything along it; default: all. Given "
+        "several times, the windows of so many groups of heads",
     )  # fmt: skip
+    for names, text in (
+        (("-s", "--stride"), "default: 1; may be given for each group of heads, too"),
+        (("--dilation",), "likewise"),
+    ):
+        group.add_argument(*names, **integers, action="append", help=text)
+    for names in (("-c", "--causal"), ("--circular",)):
+        group.add_argument(
+            *names, type=boolean, nargs="*", default=[False], metavar="BOOL",
+            help="one value per axis, or one for all; alone it means True",
+        )  # fmt: skip
+    group.add_argument(
+        "--upsampling", **integers, default=[1],
+        help="queries of each key, whose tokens are then --input-size; default: 1",
+    )  # fmt: skip
+    _flag(group, "--clip-window", help="make do with an input that is too small")
     group.add_argument(
         "--dtype", choices=DTYPES, help="default: fp32 on a CPU, which computes in it, else fp16"
     )
@@ -71,6 +82,20 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
         "--add-kv", type=int, default=0, metavar="N", help="additional keys that all queries see"
     )
     _flag(group, "--backprop", help="the backward pass, too")
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """What else a call may have: which kernels run depends on it, and not how they are counted."""
+    group = parser.add_argument_group("scores")
+    group.add_argument("--softcap", type=float, metavar="C", help="bound of the scores")
+    for name, text in (
+        ("rpb", "a relative position bias"),
+        ("sink", "a logit of each head for nothing"),
+        ("key-mask", "a mask of keys"),
+        ("query-mask", "a mask of queries"),
+        ("lengths", "how many of the additional keys each batch entry has"),
+    ):
+        _flag(group, f"--{name}", help=text)
 
 
 def _tile_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,36 +199,73 @@ def _per_axis(name: str, values: list[Any], rank: int) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def window_of(options: argparse.Namespace) -> dict[str, Any]:
-    """kernel_size, stride, dilation and is_causal for the functions that take them."""
+def calls_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Heads and window of each group of heads, for the functions that take them: mostly of one.
+
+    Raises:
+        ValueError: They do not fit each other.
+    """
     rank = len(options.input_size)
-    kernel_size = options.window_size
-    return {
-        "kernel_size": (
-            tuple(options.input_size)
-            if kernel_size is None
-            else _per_axis("--window-size", kernel_size, rank)
-        ),
-        "stride": _per_axis("--stride", options.stride, rank),
-        "dilation": _per_axis("--dilation", options.dilation, rank),
-        "is_causal": _per_axis("--causal", options.causal or [True], rank),
+    given = {
+        "--window-size": options.window_size or [list(options.input_size)],
+        "--stride": options.stride or [[1]],
+        "--dilation": options.dilation or [[1]],
     }
+    counts = {len(windows) for windows in given.values()} - {1}
+    if len(counts) > 1:
+        raise ValueError(
+            "--window-size, --stride and --dilation must be given once, or each for as many groups "
+            f"of heads, got {', '.join(str(len(windows)) for windows in given.values())}"
+        )
+    groups = max(counts, default=1)
+    heads_kv = options.heads if options.heads_kv is None else options.heads_kv
+    if groups > 1:
+        validation.check_head_groups(groups, options.heads, heads_kv)
+    return [
+        {
+            "kernel_size": kernel_size,
+            "stride": stride,
+            "dilation": dilation,
+            "is_causal": _per_axis("--causal", options.causal or [True], rank),
+            "is_circular": _per_axis("--circular", options.circular or [True], rank),
+            "upsampling": _per_axis("--upsampling", options.upsampling, rank),
+            "clip_window": options.clip_window,
+            "heads": options.heads // groups,
+            "heads_kv": max(heads_kv // groups, 1),
+        }
+        for kernel_size, stride, dilation in zip(
+            *(
+                [_per_axis(name, values, rank) for values in windows * (groups // len(windows))]
+                for name, windows in given.items()
+            ),
+            strict=True,
+        )
+    ]
 
 
-def problem_of(options: argparse.Namespace, device: torch.device | str = "cpu") -> Problem:
-    """The problem that the options state.
+def problems_of(options: argparse.Namespace, device: torch.device | str = "cpu") -> list[Problem]:
+    """The problems that the options state, of each group of heads: mostly one.
 
     Raises:
         ValueError: They do not fit each other.
     """
     device = torch.device(device)
     dtype = options.dtype or ("fp32" if device.type == "cpu" else "fp16")
-    return make_problem(
-        tuple(options.input_size), **window_of(options), batch=options.batch_size,
-        heads=options.heads, heads_kv=options.heads_kv, head_dim=options.dim,
-        head_dim_v=options.dim_value, additional=options.add_kv, dtype=DTYPES[dtype],
-        device=device, requires_grad=options.backprop,
-    )  # fmt: skip
+    scores = {}
+    if hasattr(options, "softcap"):
+        has = ("rpb", "sink", "key_mask", "query_mask", "lengths")
+        scores = {f"has_{name}": getattr(options, name) for name in has}
+        scores["softcap"] = options.softcap
+        if options.lengths and not options.add_kv:
+            raise ValueError("--lengths is of the additional keys of --add-kv")
+    return [
+        make_problem(
+            tuple(options.input_size), **call, batch=options.batch_size, head_dim=options.dim,
+            head_dim_v=options.dim_value, additional=options.add_kv, dtype=DTYPES[dtype],
+            device=device, requires_grad=options.backprop, **scores,
+        )
+        for call in calls_of(options)
+    ]  # fmt: skip
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
@@ -256,7 +318,12 @@ def request_of(options: argparse.Namespace) -> Request:
             raise ValueError("--device-name is for --dry-run: nothing runs on an absent device")
         named = devices.find(options.device_name)
     device = torch.device("cuda") if named is not None else device_of(options)
-    problem = problem_of(options, device)
+    problem, *more = problems_of(options, device)
+    if more:
+        raise NotImplementedError(
+            "windows of groups of heads are a call each: give --window-size, --stride and "
+            f"--dilation once, and --heads {problem.heads}"
+        )
     if problem.dtype.itemsize < 2:
         raise NotImplementedError(f"no backend computes {options.dtype}: give fp16, bf16 or fp32")
     backend = options.backend or ""
@@ -288,9 +355,10 @@ __all__ = [
     "Request",
     "add_arguments",
     "add_problem_arguments",
+    "add_score_arguments",
     "boolean",
+    "calls_of",
     "device_of",
-    "problem_of",
+    "problems_of",
     "request_of",
-    "window_of",
 ]

@@ -78,6 +78,8 @@ class Report:
                 "heads_kv": p.heads_kv, "head_dim": p.head_dim, "head_dim_v": p.head_dim_v,
                 "kernel_size": list(p.kernel_size), "stride": list(p.stride),
                 "dilation": list(p.dilation), "is_causal": list(p.is_causal),
+                "is_circular": list(p.is_circular or (False,) * p.rank),
+                "upsampling": list(p.upsampling or (1,) * p.rank),
                 "additional": p.num_additional, "backprop": p.requires_grad,
                 "dtype": str(p.dtype).removeprefix("torch."),
             },
@@ -125,6 +127,10 @@ def title(problem: Problem) -> str:
             parts.append(f"{name} {_shape(values)}")
     if any(p.is_causal):
         parts.append("causal " + _shape(int(c) for c in p.is_causal))
+    if any(p.is_circular):
+        parts.append("circular " + _shape(int(c) for c in p.is_circular))
+    if p.upsampling:
+        parts.append(f"upsampling {_shape(p.upsampling)}")
     heads = str(p.heads) if p.heads == p.heads_kv else f"{p.heads}/{p.heads_kv}"
     dims = str(p.head_dim) if p.head_dim == p.head_dim_v else f"{p.head_dim}/{p.head_dim_v}"
     parts += [f"batch {p.batch}", f"heads {heads}", f"head_dim {dims}"]

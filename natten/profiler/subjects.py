@@ -110,6 +110,7 @@ def natten_call(
         out = neighborhood_attention_generic(
             tensors.query, tensors.key, tensors.value,
             problem.kernel_size, problem.stride, problem.dilation, problem.is_causal,
+            is_circular=problem.is_circular or None, upsampling=problem.upsampling or None,
             additional_keys=tensors.additional_keys, additional_values=tensors.additional_values,
             attention_kwargs=None if fmha_backend is None else {"backend": fmha_backend},
             backend=f"{backend}-fna" if backend else None,
