@@ -130,7 +130,6 @@ def _precompile_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _precompile(options: argparse.Namespace) -> int:
-    import torch
 
     from natten.precompiling import precompile
     from natten.profiler.arguments import problems_of

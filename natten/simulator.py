@@ -507,7 +507,7 @@ def make_problem(
     device: torch.device | str = "cpu",
     requires_grad: bool = False,
     softcap: float | None = None,
-    **has: bool,
+    **has: Any,
 ) -> Problem:
     """The problem that a call over a whole grid states, checked; see :func:`simulate`. ``has`` are
     flags of :class:`Problem`, such as has_sink."""
