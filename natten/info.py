@@ -77,10 +77,10 @@ def _caches() -> list[tuple[str, str]]:
 def _numba_cache() -> str:
     """The folder that numba has chosen: beside the kernels where it may write, or the user's."""
     try:
-        from natten.functional.backends.cpu.kernels import forward
+        from natten.functional.backends.cpu.rows import forward_loop
     except ImportError as error:
         return f"none: {error.name} is not installed"
-    folder = getattr(getattr(forward, "_cache", None), "cache_path", None)
+    folder = getattr(getattr(forward_loop, "_cache", None), "cache_path", None)
     if folder is None:
         return "none: numba has no folder that it may write to"
     files = sorted(Path(folder).glob("*.nb[ic]"))

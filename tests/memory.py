@@ -85,7 +85,7 @@ def nan_filled_empties() -> Iterator[None]:
     """Fill what torch leaves uninitialized with NaN, so that a missing write shows; and on the CPU,
     let all new tensors, and the scratch memory of compiled loops, end where memory does, so that a
     write beyond ends the process."""
-    from natten.functional.backends.cpu import by_row, launch
+    from natten.functional.backends.cpu import launch
 
     def filled(allocate: Any, fills: bool) -> Any:
         def function(*arguments: Any, **named: Any) -> Tensor:
@@ -109,8 +109,7 @@ def nan_filled_empties() -> Iterator[None]:
         ):
             allocate = filled(getattr(owner, name), fills)
             stack.enter_context(mock.patch.object(owner, name, allocate))
-        for module in (launch, by_row):
-            stack.enter_context(mock.patch.object(module, "np", _GuardedNumpy()))
+        stack.enter_context(mock.patch.object(launch, "np", _GuardedNumpy()))
         yield
 
 

@@ -19,10 +19,12 @@ from checks import check_problem, make_inputs, run
 from natten.functional import dispatch, neighborhood_attention_generic
 from natten.functional.backend import Inputs, Results
 from natten.functional.backends import cpu
-from natten.functional.backends.cpu import by_block, plan
+from natten.functional.backends.cpu import plan
 from natten.functional.problem import DEFAULT_CONFIG, Problem, Unavailable
 
 pytest.importorskip("numba")
+
+from natten.functional.backends.cpu import blocks
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -35,10 +37,10 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def choose(monkeypatch, blocks):
+def choose(monkeypatch, by_block):
     """Loops by block wherever they can, or loops by row."""
     monkeypatch.setattr(
-        by_block, "pays", lambda problem, backward: blocks and by_block.covers(problem)
+        blocks, "pays", lambda problem, backward: by_block and blocks.covers(problem)
     )
 
 
@@ -255,15 +257,15 @@ def test_other_processors(features, tmp_path):
     code = """
         import torch
         from natten.functional import neighborhood_attention_generic as na
-        from natten.functional.backends.cpu import by_block
+        from natten.functional.backends.cpu import blocks
         torch.manual_seed(0)
         x = torch.randn(1, 13, 17, 2, 24)
         exact = na(*[x.double()] * 3, kernel_size=(5, 7), backend="reference")
-        for blocks in (False, True):
-            by_block.pays = lambda problem, backward: blocks
+        for by_block in (False, True):
+            blocks.pays = lambda problem, backward: by_block
             for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
                 out = na(*[x.to(dtype)] * 3, kernel_size=(5, 7), backend="cpu")
-                assert (out.double() - exact).abs().max() < bound, (blocks, dtype)
+                assert (out.double() - exact).abs().max() < bound, (by_block, dtype)
     """
     ran = child_python(
         code, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path)

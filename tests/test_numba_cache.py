@@ -25,7 +25,7 @@ numba = pytest.importorskip("numba")
 
 from numba.core import caching  # noqa: E402
 
-from natten.functional.backends.cpu import cache, kernels  # noqa: E402
+from natten.functional.backends.cpu import cache, vectors  # noqa: E402
 
 
 def affine(x):
@@ -47,7 +47,7 @@ def start(tmp_path, monkeypatch):
 
     def start():
         monkeypatch.setattr(cache, "_warned", False)
-        return kernels.entry(affine)
+        return vectors.entry(affine)
 
     return start
 
@@ -211,7 +211,7 @@ def scale(start, tmp_path, monkeypatch):
 
     def scale(factor):
         x = np.ones(3)
-        kernels.entry(module_of(tmp_path / "scaling.py", factor).scale)(x)
+        vectors.entry(module_of(tmp_path / "scaling.py", factor).scale)(x)
         return x.tolist()
 
     return scale
@@ -277,12 +277,12 @@ def finish(process):
 
 RACE = """
     import sys, numba
-    from natten.functional.backends.cpu import kernels
+    from natten.functional.backends.cpu import vectors
     from test_numba_cache import affine, check
     print("ready", flush=True)
     for line in sys.stdin:
         numba.config.CACHE_DIR = line.strip()
-        loop = kernels.entry(affine)
+        loop = vectors.entry(affine)
         for dtype in sys.argv[1:]:
             check(loop, dtype)
         print("done", flush=True)
@@ -322,14 +322,14 @@ def test_many_processes_at_once(tmp_path):
 
 INTERRUPTED = """
     import random, signal, sys, time, numba
-    from natten.functional.backends.cpu import cache, kernels
+    from natten.functional.backends.cpu import cache, vectors
     from test_numba_cache import affine, check
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     random.seed(0)
     def start(folder):
         numba.config.CACHE_DIR = f"{sys.argv[1]}/{folder}"
-        return kernels.entry(affine)
+        return vectors.entry(affine)
     check(start("first"), "float32")  # what numba prepares once in a process
     began = time.perf_counter()
     check(start("timed"), "float32")

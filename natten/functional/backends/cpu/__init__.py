@@ -2,8 +2,8 @@
 
 Neighborhoods run on loops that numba compiles, over tables made from :mod:`natten.window`
 (plan.py). There are two kinds. By row, each query streams the keys of its window (kernels.py,
-by_row.py), with nothing wasted; by block, patches of neighboring queries multiply what their
-windows cover together (blocks.py, by_block.py), and what is loaded once serves them all. Measured
+rows.py), with nothing wasted; by block, patches of neighboring queries multiply what their
+windows cover together (blocks.py, blocks.py), and what is loaded once serves them all. Measured
 costs decide. Dense attention, causal or not, runs on torch's own CPU flash-attention operator
 (dense.py) where that computes the same, and packed sequences one after the other.
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from natten.functional.backend import Backend, Gradients, Inputs, Results, sequences
-from natten.functional.backends.cpu import by_block, by_row, dense
+from natten.functional.backends.cpu import dense
 from natten.functional.backends.cpu.launch import KINDS
 from natten.functional.problem import Config, Problem, Unavailable
 from natten.functional.sink import join
@@ -144,9 +144,9 @@ class CpuBackend(Backend):
             out = query.new_zeros(problem.output_shape)
             lse = query.new_full(problem.lse_shape, -torch.inf, dtype=problem.accumulation_dtype)
             for part in sequences(problem, inputs):
-                rows = part.queries
+                place = part.queries
                 found = self.forward(part.problem, config, part.inputs(inputs))
-                out[:, rows], lse[:, rows] = found
+                out[:, place], lse[:, place] = found
             return out, lse
         _check(
             problem, query=query, key=key, value=value, rpb=rpb,
@@ -166,11 +166,14 @@ class CpuBackend(Backend):
                 ]
                 out, lse = map(torch.cat, zip(*results, strict=True))
                 return out, lse
-        if not by_block.pays(problem, False):
-            return by_row.forward(problem, inputs)
-        out, lse, failed = by_block.forward(problem, inputs)
+        # numba takes half a second to import.
+        from natten.functional.backends.cpu import blocks, rows
+
+        if not blocks.pays(problem, False):
+            return rows.forward(problem, inputs)
+        out, lse, failed = blocks.forward(problem, inputs)
         for entry, alone, own in _alone(problem, inputs, failed):
-            out[entry], lse[entry] = by_row.forward(alone, own)
+            out[entry], lse[entry] = rows.forward(alone, own)
         return out, lse
 
     def backward(
@@ -216,16 +219,18 @@ class CpuBackend(Backend):
                 ]
                 dq, dk, dv = [torch.cat(parts) for parts in zip(*entries, strict=True)]
                 return dq, dk, dv, None, None, None
-        if not by_block.pays(problem, True):
-            return by_row.backward(problem, inputs, results, needs)
-        blocks, failed = by_block.backward(problem, inputs, results, needs)
+        from natten.functional.backends.cpu import blocks, rows
+
+        if not blocks.pays(problem, True):
+            return rows.backward(problem, inputs, results, needs)
+        whole, failed = blocks.backward(problem, inputs, results, needs)
         for entry, alone, tensors in _alone(problem, inputs, failed):
             last = None if grad_lse is None else grad_lse[entry]
             given = Results(out[entry], lse[entry], grad_out[entry], last)
-            for gradient, piece in zip(blocks, by_row.backward(alone, tensors, given, needs)):
+            for gradient, piece in zip(whole, rows.backward(alone, tensors, given, needs)):
                 if piece is not None:
                     gradient[entry] = piece
-        return (*blocks, None, None, None)
+        return (*whole, None, None, None)
 
 
 CPU = CpuBackend()

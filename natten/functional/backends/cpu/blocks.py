@@ -18,10 +18,18 @@ says of which batch entries packed rows are not all finite, whose results are to
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from natten.functional.backends.cpu.kernels import (
+from natten.functional.backend import Inputs, Results
+from natten.functional.backends.cpu import plan
+from natten.functional.backends.cpu.boxes import (
     ADDRESS,
     AXIS_SIZE,
     BLOCK_SIZE,
@@ -31,7 +39,6 @@ from natten.functional.backends.cpu.kernels import (
     HIGH,
     ITEM,
     LOW,
-    TENSOR_SIZE,
     all_seen,
     cap,
     dot,
@@ -39,24 +46,42 @@ from natten.functional.backends.cpu.kernels import (
     flag,
     get_row,
     locate_row,
+    locations,
     open_unit,
-    pack,
-    pack_flags,
+    pack_keys,
+    pack_queries,
     put_row,
     seen,
     steepen,
     with_sink,
 )
+from natten.functional.backends.cpu.launch import (
+    backward_tensors,
+    forward_tensors,
+    launch,
+    numbers,
+    numpy_type,
+    precise,
+    table,
+)
+from natten.functional.backends.cpu.plan import (
+    Patches,
+    array_of,
+    chunk_of,
+    key_patches,
+    query_patches,
+    sides_of,
+)
 from natten.functional.backends.cpu.vectors import (
     FEW_DOTS,
     FEW_SUMS,
-    FLOATING,
     LANES,
     MANY_DOTS,
     MANY_SUMS,
     WIDE,
     Floats,
     Ints,
+    Vector,
     add,
     after,
     capped,
@@ -85,6 +110,7 @@ from natten.functional.backends.cpu.vectors import (
     transpose,
     zero_where,
 )
+from natten.functional.problem import Problem
 
 # A patch and a chunk: the first token of the chunk and one past the last that the patch sees along
 # each axis; the lanes that hold rows; the place of each lane's row; and for each axis and token
@@ -181,12 +207,12 @@ def open_patch(
 
 @inner
 def list_seen(
-    patch: Ints, reach: int, box: Ints, begin: int, end: int, flagged: bool, flags: Ints,
-    picks: Ints, bits: Ints,
+    patch: Ints, reach: int, box: Ints, begin: int, end: int, flagged: bool, flags: Floats,
+    none: float, picks: Ints, bits: Ints,
 ) -> int:  # fmt: skip
     """Of a chunk, from `begin` to `end` of the box's tokens, those that a patch sees, and the lanes
-    that see each. The last is repeated for no lane up to whole FEW_DOTS. Leaves out what is flagged
-    with zero."""
+    that see each. The last is repeated for no lane up to whole FEW_DOTS. Leaves out those whose
+    flag is `none`."""
     deep, row = seen(box, 1), seen(box, 2)
     low_x, low_y, low_z = box[LOW], box[BLOCK_SIZE + LOW], box[2 * BLOCK_SIZE + LOW]
     seers_y = after(patch, SEERS + reach - patch[SIGHT + 2])
@@ -202,7 +228,7 @@ def list_seen(
             if flagged:
                 for z in range(first, last):
                     picks[count], bits[count] = line + z, see & seers_z[z]
-                    count += flags[line + z] != 0
+                    count += flags[line + z] != none
             else:
                 for z in range(first, last):
                     picks[count], bits[count] = line + z, see & seers_z[z]
@@ -348,18 +374,17 @@ def weigh(
 
 
 @entry
-def forward(
+def forward_loop(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
     scale: float, limit: float, heads: int, group: int, dim: int, dim_v: int, extents: Ints,
     reach: int, capacity: int, failed: Ints, shift: float, sinks: Floats, work: Floats, lists: Ints,
 ) -> None:  # fmt: skip
     """Attention of every unit that this thread gets.
 
-    tensors: query, key, value, out, logsumexp, masks of keys and queries (address 0 for none).
     extents: of a patch. reach: see open_patch. capacity: tokens of a chunk. shift: the logarithm of
     the largest window, which keeps sums of weights below one, so that a sum of values never
-    overflows. work: keys and values of a chunk, scores and slopes, rows of a patch; for each patch
-    and head of a unit query, output, best score and sum of weights. lists: picks, bits and flags of
+    overflows. work: keys, values and flags of a chunk, scores and slopes, rows of a patch; for each
+    patch and head of a unit query, output, best score and sum of weights. lists: picks and bits of
     a chunk, a patch, a box.
     """
     width, width_v = padded(dim), padded(dim_v)
@@ -369,18 +394,13 @@ def forward(
     axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
     extents = start_of(extents)
 
-    query_at = start_of(tensors)
-    key_at = after(query_at, TENSOR_SIZE)
-    value_at = after(key_at, TENSOR_SIZE)
-    out_at = after(value_at, TENSOR_SIZE)
-    lse_at = after(out_at, TENSOR_SIZE)
-    key_mask_at = after(lse_at, TENSOR_SIZE)
-    query_mask_at = after(key_mask_at, TENSOR_SIZE)
-    flagged = key_mask_at[ADDRESS] != 0
+    at = locations(tensors)
+    flagged = at.key_mask[ADDRESS] != 0
 
     keys = start_of(work)
     values = after(keys, capacity * width)
-    scores = after(values, capacity * width_v)
+    flags = after(values, capacity * width_v)
+    scores = after(flags, capacity)
     slopes = after(scores, (capacity + FEW_DOTS) * WIDE)
     rows = after(slopes, (capacity + FEW_DOTS) * WIDE)
     states = after(rows, WIDE * max(width, width_v))
@@ -388,8 +408,7 @@ def forward(
 
     picks = start_of(lists)
     bits = after(picks, capacity + FEW_DOTS)
-    flags = after(bits, capacity + FEW_DOTS)
-    box = after(flags, capacity)
+    box = after(bits, capacity + FEW_DOTS)
     patch = after(box, 3 * BLOCK_SIZE)
 
     while True:
@@ -401,20 +420,17 @@ def forward(
         begin = np.int64(0)
         while begin == 0 or begin < every:
             end = min(begin + capacity, every)
-            pack(key_at, batch, head_kv, axes, box, begin, end, kind, dim, width, one, keys)
-            pack(value_at, batch, head_kv, axes, box, begin, end, kind, dim_v, width_v, one, values)
-            pack_flags(key_mask_at, batch, axes, box, begin, end, flags)
-            if flagged:
-                for j in range(end - begin):
-                    if flags[j] == 0:
-                        fill(after(values, j * width_v), width_v, zero)
+            pack_keys(
+                at, batch, head_kv, axes, box, begin, end, kind, dim, dim_v, one, keys, values,
+                flags,
+            )  # fmt: skip
             if not all_finite(values, (end - begin) * width_v, zero):
                 failed[batch] = 1
             for index in range(patches):
                 open_patch(
-                    index, extents, axes, items, box, begin, end, query_mask_at, batch, reach, patch
+                    index, extents, axes, items, box, begin, end, at.query_mask, batch, reach, patch
                 )
-                count = list_seen(patch, reach, box, begin, end, flagged, flags, picks, bits)
+                count = list_seen(patch, reach, box, begin, end, flagged, flags, zero, picks, bits)
                 for part in range(group):
                     head = head_kv * group + part
                     query = after(states, (index * group + part) * state_size)
@@ -422,7 +438,7 @@ def forward(
                     best = after(result, width_v * WIDE)
                     total = after(best, WIDE)
                     if begin == 0:
-                        get_rows(query_at, batch, head, patch, kind, dim, width, one, rows, query)
+                        get_rows(at.query, batch, head, patch, kind, dim, width, one, rows, query)
                         fill(result, width_v * WIDE, zero)
                         fill(best, WIDE, -infinity)
                         fill(total, WIDE, zero)
@@ -446,53 +462,33 @@ def forward(
                                 logsumexp = base + shift + math.log(total[lane])
                             if patch[ACTIVE] >> np.int64(lane) & 1:
                                 place = after(patch, PLACES + 3 * lane)
-                                if sunk and flag(query_mask_at, batch, place):
+                                if sunk and flag(at.query_mask, batch, place):
                                     less, logsumexp = with_sink(logsumexp, sinks[head], one)
                                     share *= less
-                                address = locate_row(lse_at, batch, head, place)
+                                address = locate_row(at.lse, batch, head, place)
                                 numbers_at(address, keys)[0] = logsumexp
                             total[lane] = share
                         shares = load_wide(total, 0)
                         for i in range(0, width_v * WIDE, WIDE):
                             store(result, i, multiply(load_wide(result, i), shares))
                         put_rows(
-                            out_at, batch, head, patch, kind, dim_v, width_v, one, result, rows
+                            at.out, batch, head, patch, kind, dim_v, width_v, one, result, rows
                         )
             begin = max(end, np.int64(1))
 
 
 @inner
-def weights_of_queries(
-    scores: Floats, grads: Floats, bits: Ints, count: int, scale: float, lse: Floats, delta: Floats
+def differentiate(
+    scores: Floats, grads: Floats, j: int, bits: Ints, scale: float, lses: Vector, deltas: Vector
 ) -> None:
-    """Replace scores by weights P, and gradients of P by those of the scores. Lanes are queries."""
-    scales, zeros = splat_wide(scores, scale), splat_wide(scores, scale - scale)
-    lses, deltas = load_wide(lse, 0), load_wide(delta, 0)
-    for j in range(count):
-        at = j * WIDE
-        score = subtract(multiply(load_wide(scores, at), scales), lses)
-        # No weight is above one, but the logsumexp of huge scores is not exact enough to say so.
-        weight = masked(bits[j], exp(capped(score, zeros)), zeros)
-        grad = multiply(weight, subtract(load_wide(grads, at), deltas))
-        store(scores, at, weight)
-        store(grads, at, masked(bits[j], grad, zeros))
-
-
-@inner
-def weights_of_keys(
-    scores: Floats, grads: Floats, bits: Ints, picks: Ints, count: int, scale: float, lse: Floats,
-    delta: Floats,
-) -> None:  # fmt: skip
-    """The same where lanes are keys, and what a chunk holds, queries."""
-    scales, zeros = splat_wide(scores, scale), splat_wide(scores, scale - scale)
-    for j in range(count):
-        at = j * WIDE
-        lses, deltas = splat_wide(lse, lse[picks[j]]), splat_wide(delta, delta[picks[j]])
-        score = subtract(multiply(load_wide(scores, at), scales), lses)
-        weight = masked(bits[j], exp(capped(score, zeros)), zeros)
-        grad = multiply(weight, subtract(load_wide(grads, at), deltas))
-        store(scores, at, weight)
-        store(grads, at, masked(bits[j], grad, zeros))
+    """Replace scores by weights P, and gradients of P by those of the scores."""
+    at, zeros = j * WIDE, splat_wide(scores, scale - scale)
+    score = subtract(multiply(load_wide(scores, at), splat_wide(scores, scale)), lses)
+    # No weight is above one, but the logsumexp of huge scores is not exact enough to say so.
+    weight = masked(bits[j], exp(capped(score, zeros)), zeros)
+    store(scores, at, weight)
+    grad = multiply(weight, subtract(load_wide(grads, at), deltas))
+    store(grads, at, masked(bits[j], grad, zeros))
 
 
 @entry
@@ -503,10 +499,9 @@ def backward_queries(
 ) -> None:  # fmt: skip
     """The gradients of queries, and each row's `delta` for backward_keys.
 
-    tensors: query, key, value, out, logsumexp, grad_out, grad_logsumexp (address 0 for none),
-    delta, grad_query, mask of keys (address 0 for none). work: keys and values of a chunk, scores,
-    gradients and slopes, two rows of a patch; for each patch and head of a unit query, grad_out,
-    logsumexp, delta, grad_query. The rest is as in `forward` and in kernels.py.
+    work: keys, values and flags of a chunk, scores, gradients and slopes, two rows of a patch; for
+    each patch and head of a unit query, grad_out, logsumexp, delta, grad_query. The rest is as in
+    `forward_loop` and in rows.py.
     """
     width, width_v = padded(dim), padded(dim_v)
     one, zero, scale = work.dtype.type(1), work.dtype.type(0), work.dtype.type(scale)
@@ -515,22 +510,13 @@ def backward_queries(
     axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
     extents = start_of(extents)
 
-    query_at = start_of(tensors)
-    key_at = after(query_at, TENSOR_SIZE)
-    value_at = after(key_at, TENSOR_SIZE)
-    out_at = after(value_at, TENSOR_SIZE)
-    lse_at = after(out_at, TENSOR_SIZE)
-    grad_out_at = after(lse_at, TENSOR_SIZE)
-    grad_lse_at = after(grad_out_at, TENSOR_SIZE)
-    delta_at = after(grad_lse_at, TENSOR_SIZE)
-    grad_query_at = after(delta_at, TENSOR_SIZE)
-    key_mask_at = after(grad_query_at, TENSOR_SIZE)
-    no_mask = after(key_mask_at, TENSOR_SIZE)
-    flagged = key_mask_at[ADDRESS] != 0
+    at = locations(tensors)
+    flagged = at.key_mask[ADDRESS] != 0
 
     keys = start_of(work)
     values = after(keys, capacity * width)
-    scores = after(values, capacity * width_v)
+    flags = after(values, capacity * width_v)
+    scores = after(flags, capacity)
     grads = after(scores, (capacity + FEW_DOTS) * WIDE)
     slopes = after(grads, (capacity + FEW_DOTS) * WIDE)
     rows = after(slopes, (capacity + FEW_DOTS) * WIDE)
@@ -540,8 +526,7 @@ def backward_queries(
 
     picks = start_of(lists)
     bits = after(picks, capacity + FEW_DOTS)
-    flags = after(bits, capacity + FEW_DOTS)
-    box = after(flags, capacity)
+    box = after(bits, capacity + FEW_DOTS)
     patch = after(box, 3 * BLOCK_SIZE)
 
     while True:
@@ -553,20 +538,27 @@ def backward_queries(
         begin = np.int64(0)
         while begin == 0 or begin < every:
             end = min(begin + capacity, every)
-            pack(key_at, batch, head_kv, axes, box, begin, end, kind, dim, width, one, keys)
-            pack(value_at, batch, head_kv, axes, box, begin, end, kind, dim_v, width_v, one, values)
-            pack_flags(key_mask_at, batch, axes, box, begin, end, flags)
-            if flagged:
-                for j in range(end - begin):
-                    if flags[j] == 0:
-                        fill(after(keys, j * width), width, zero)
+            pack_keys(
+                at, batch, head_kv, axes, box, begin, end, kind, dim, dim_v, one, keys, values,
+                flags,
+            )  # fmt: skip
             if not all_finite(keys, (end - begin) * width, zero):
                 failed[batch] = 1
             for index in range(patches):
                 open_patch(
-                    index, extents, axes, items, box, begin, end, no_mask, batch, reach, patch
+                    index,
+                    extents,
+                    axes,
+                    items,
+                    box,
+                    begin,
+                    end,
+                    at.query_mask,
+                    batch,
+                    reach,
+                    patch,
                 )
-                count = list_seen(patch, reach, box, begin, end, flagged, flags, picks, bits)
+                count = list_seen(patch, reach, box, begin, end, flagged, flags, zero, picks, bits)
                 for part in range(group):
                     head = head_kv * group + part
                     query = after(states, (index * group + part) * state_size)
@@ -575,26 +567,25 @@ def backward_queries(
                     delta = after(lse, WIDE)
                     grad_query = after(delta, WIDE)
                     if begin == 0:
-                        get_rows(query_at, batch, head, patch, kind, dim, width, one, rows, query)
+                        get_rows(at.query, batch, head, patch, kind, dim, width, one, rows, query)
                         get_rows(
-                            out_at, batch, head, patch, kind, dim_v, width_v, one, outs, grad_out
+                            at.out, batch, head, patch, kind, dim_v, width_v, one, outs, grad_out
                         )
                         get_rows(
-                            grad_out_at, batch, head, patch, kind, dim_v, width_v, one, rows,
+                            at.grad_out, batch, head, patch, kind, dim_v, width_v, one, rows,
                             grad_out,
                         )  # fmt: skip
-                        get_numbers(lse_at, batch, head, patch, -infinity, lse)
+                        get_numbers(at.lse, batch, head, patch, -infinity, lse)
                         fill(delta, WIDE, zero)
-                        if grad_lse_at[ADDRESS]:
-                            get_numbers(grad_lse_at, batch, head, patch, zero, delta)
+                        if at.grad_lse[ADDRESS]:
+                            get_numbers(at.grad_lse, batch, head, patch, zero, delta)
                         for lane in range(WIDE):
-                            place = after(patch, PLACES + 3 * lane)
-                            at = lane * width_v
-                            delta[lane] = (
-                                dot(after(outs, at), after(rows, at), width_v) - delta[lane]
-                            )
+                            row = lane * width_v
+                            own = dot(after(outs, row), after(rows, row), width_v)
+                            delta[lane] = own - delta[lane]
                             if patch[ACTIVE] >> np.int64(lane) & 1:
-                                address = locate_row(delta_at, batch, head, place)
+                                place = after(patch, PLACES + 3 * lane)
+                                address = locate_row(at.delta, batch, head, place)
                                 numbers_at(address, keys)[0] = delta[lane]
                             # Those without weights get none.
                             if lse[lane] == -infinity:
@@ -607,13 +598,15 @@ def backward_queries(
                         if limit > 0:
                             bend(scores, count, scale, limit, slopes)
                             factor = one
-                        weights_of_queries(scores, grads, bits, count, factor, lse, delta)
+                        lses, deltas = load_wide(lse, 0), load_wide(delta, 0)
+                        for j in range(count):
+                            differentiate(scores, grads, j, bits, factor, lses, deltas)
                         if limit > 0:
                             steepen(grads, count * WIDE, slopes)
                         accumulate(grads, keys, width, picks, count, grad_query)
                     if end == every:
                         put_rows(
-                            grad_query_at, batch, head, patch, kind, dim, width, grad_scale,
+                            at.grad_query, batch, head, patch, kind, dim, width, grad_scale,
                             grad_query, rows,
                         )  # fmt: skip
             begin = max(end, np.int64(1))
@@ -627,28 +620,18 @@ def backward_keys(
 ) -> None:  # fmt: skip
     """The gradients of keys and values, summed over the queries that see them.
 
-    tensors: query, key, value, logsumexp, grad_out, delta, grad_key, grad_value, mask of keys
-    (address 0 for none). work: of a chunk the queries, their output gradients, logsumexp and delta,
-    scores, gradients and slopes; rows of a patch; for each patch of a unit key, value and both
-    gradients. The rest is as in `forward`.
+    work: of a chunk the queries, their output gradients, logsumexp and delta, scores, gradients and
+    slopes; rows of a patch; for each patch of a unit key, value and both gradients. The rest is as
+    in `forward_loop`.
     """
     width, width_v = padded(dim), padded(dim_v)
     one, zero, scale = work.dtype.type(1), work.dtype.type(0), work.dtype.type(scale)
     limit, infinity = work.dtype.type(limit), work.dtype.type(np.inf)
     grad_scale = work.dtype.type(grad_scale)
-    single, floating = np.int64(1), np.int64(FLOATING)
     axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
     extents = start_of(extents)
 
-    query_at = start_of(tensors)
-    key_at = after(query_at, TENSOR_SIZE)
-    value_at = after(key_at, TENSOR_SIZE)
-    lse_at = after(value_at, TENSOR_SIZE)
-    grad_out_at = after(lse_at, TENSOR_SIZE)
-    delta_at = after(grad_out_at, TENSOR_SIZE)
-    grad_key_at = after(delta_at, TENSOR_SIZE)
-    grad_value_at = after(grad_key_at, TENSOR_SIZE)
-    key_mask_at = after(grad_value_at, TENSOR_SIZE)
+    at = locations(tensors)
 
     queries = start_of(work)
     grad_rows = after(queries, capacity * width)
@@ -663,8 +646,7 @@ def backward_keys(
 
     picks = start_of(lists)
     bits = after(picks, capacity + FEW_DOTS)
-    flags = after(bits, capacity + FEW_DOTS)
-    box = after(flags, capacity)
+    box = after(bits, capacity + FEW_DOTS)
     patch = after(box, 3 * BLOCK_SIZE)
 
     while True:
@@ -679,22 +661,10 @@ def backward_keys(
             while begin == 0 or begin < every:
                 end = min(begin + capacity, every)
                 length = end - begin
-                pack(query_at, batch, head, axes, box, begin, end, kind, dim, width, one, queries)
-                pack(
-                    grad_out_at, batch, head, axes, box, begin, end, kind, dim_v, width_v, one,
-                    grad_rows,
+                pack_queries(
+                    at, batch, head, axes, box, begin, end, kind, dim, dim_v, one, infinity,
+                    queries, grad_rows, lse, delta,
                 )  # fmt: skip
-                pack(lse_at, batch, head, axes, box, begin, end, floating, single, single, one, lse)
-                pack(
-                    delta_at, batch, head, axes, box, begin, end, floating, single, single, one,
-                    delta,
-                )  # fmt: skip
-                # A query that attends to nothing gives nothing, whatever it and its gradient hold.
-                for j in range(length):
-                    flags[j] = lse[j] != -infinity
-                    if not flags[j]:
-                        fill(after(queries, j * width), width, zero)
-                        fill(after(grad_rows, j * width_v), width_v, zero)
                 if not (
                     all_finite(queries, length * width, zero)
                     and all_finite(grad_rows, length * width_v, zero)
@@ -702,27 +672,20 @@ def backward_keys(
                     failed[batch] = 1
                 for index in range(patches):
                     open_patch(
-                        index,
-                        extents,
-                        axes,
-                        items,
-                        box,
-                        begin,
-                        end,
-                        key_mask_at,
-                        batch,
-                        reach,
+                        index, extents, axes, items, box, begin, end, at.key_mask, batch, reach,
                         patch,
+                    )  # fmt: skip
+                    count = list_seen(
+                        patch, reach, box, begin, end, True, lse, -infinity, picks, bits
                     )
-                    count = list_seen(patch, reach, box, begin, end, True, flags, picks, bits)
                     key = after(states, index * state_size)
                     value = after(key, width * WIDE)
                     grad_key = after(value, width_v * WIDE)
                     grad_value = after(grad_key, width * WIDE)
                     if begin == 0 and part == 0:
-                        get_rows(key_at, batch, head_kv, patch, kind, dim, width, one, rows, key)
+                        get_rows(at.key, batch, head_kv, patch, kind, dim, width, one, rows, key)
                         get_rows(
-                            value_at, batch, head_kv, patch, kind, dim_v, width_v, one, rows, value
+                            at.value, batch, head_kv, patch, kind, dim_v, width_v, one, rows, value
                         )
                         fill(grad_key, (width + width_v) * WIDE, zero)
                     if count > 0:
@@ -732,18 +695,134 @@ def backward_keys(
                         if limit > 0:
                             bend(scores, count, scale, limit, slopes)
                             factor = one
-                        weights_of_keys(scores, grads, bits, picks, count, factor, lse, delta)
+                        for j in range(count):
+                            lses = splat_wide(lse, lse[picks[j]])
+                            deltas = splat_wide(delta, delta[picks[j]])
+                            differentiate(scores, grads, j, bits, factor, lses, deltas)
                         if limit > 0:
                             steepen(grads, count * WIDE, slopes)
                         accumulate(grads, queries, width, picks, count, grad_key)
                         accumulate(scores, grad_rows, width_v, picks, count, grad_value)
                     if end == every and part == group - 1:
                         put_rows(
-                            grad_key_at, batch, head_kv, patch, kind, dim, width, grad_scale,
+                            at.grad_key, batch, head_kv, patch, kind, dim, width, grad_scale,
                             grad_key, rows,
                         )  # fmt: skip
                         put_rows(
-                            grad_value_at, batch, head_kv, patch, kind, dim_v, width_v, one,
+                            at.grad_value, batch, head_kv, patch, kind, dim_v, width_v, one,
                             grad_value, rows,
                         )  # fmt: skip
                 begin = max(end, np.int64(1))
+
+
+class Costs(NamedTuple):
+    """Nanoseconds: of each row or patch, of each of its features, of each pair of a row or patch
+    with a token that it sees, of each feature of each pair."""
+
+    row: float
+    row_feature: float
+    pair: float
+    pair_feature: float
+
+    def of(self, rows: int, pairs: int, features: int) -> float:
+        own = self.row + self.row_feature * features
+        return rows * own + pairs * (self.pair + self.pair_feature * features)
+
+
+# Fitted to 349 random problems with small windows, whose rows stay in the cache, in one thread. A
+# step costs a patch what a pair costs a row ten times, and serves up to WIDE rows at once.
+BY_ROW = Costs(84, 0.77, 1.0, 0.04), Costs(170, 2.5, 4.8, 0.14)
+BY_BLOCK = Costs(470, 10.7, 4.0, 0.46), Costs(670, 15.5, 3.4, 0.79)
+
+
+def covers(problem: Problem) -> bool:
+    """Whether the loops by block compute this problem.
+
+    A bias is a table that rows look up in windows of their own, and additional keys are not part
+    of the grid that patches are laid on. Where scores may be too large for their type, and it
+    matters which product is rounded first, rows do as the reference does.
+    """
+    is_tame = abs(problem.scale) < torch.finfo(problem.accumulation_dtype).max ** 0.5
+    return is_tame and not (problem.has_rpb or problem.num_additional)
+
+
+@lru_cache(maxsize=256)
+def pays(problem: Problem, backward: bool) -> bool:
+    """Whether the loops by block are the faster ones.
+
+    They are not where windows are so small, or so far apart, that the rows of a patch hardly share
+    what they see.
+    """
+    if not covers(problem):
+        return False
+    features = plan.padded(problem.head_dim) + plan.padded(problem.head_dim_v)
+    pairs = prod(int((s.items[:, 1] - s.items[:, 0]).sum()) for s in sides_of(problem).queries)
+    by_row = BY_ROW[backward].of(problem.num_queries, pairs, features)
+    sides = [query_patches(problem, WIDE, 1)]
+    if backward:
+        sides.append(key_patches(problem, WIDE, 1))
+    steps, patches = sum(side.steps for side in sides), sum(side.count for side in sides)
+    return BY_BLOCK[backward].of(patches, steps, features) < by_row
+
+
+def _run(
+    kernel: Callable[..., None],
+    problem: Problem,
+    patches: Patches,
+    tensors: np.ndarray,
+    own: tuple[Any, ...],
+    features: int,
+    buffers: int,
+) -> list[int]:
+    """Launch a loop; returns the batch entries that it fails on.
+
+    Args:
+        kernel: The loop.
+        problem, patches: What it computes, in which order.
+        tensors: Their table.
+        own: Arguments that the others do not have.
+        features: Vectors of the state of a patch.
+        buffers: Scratch arrays of scores.
+    """
+    width, width_v = plan.padded(problem.head_dim), plan.padded(problem.head_dim_v)
+    chunk = min(chunk_of(problem), plan.padded(patches.sweep.capacity))
+    failed = np.zeros(problem.batch, np.int64)
+    arguments = (
+        tensors, *numbers(problem), patches.extents, patches.reach, chunk, failed, *own
+    )  # fmt: skip
+    vectors = buffers * (chunk + FEW_DOTS) + 2 * max(width, width_v) + patches.members * features
+    scratch = chunk * (width + width_v + 2) + vectors * WIDE
+    lists = 2 * chunk + 2 * FEW_DOTS + 3 * BLOCK_SIZE + PATCH_SIZE + 3 * patches.reach
+    launch(kernel, patches.sweep, arguments, scratch, lists, numpy_type(problem))
+    return [int(entry) for entry in np.flatnonzero(failed)]
+
+
+def forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor, list[int]]:
+    """The output, the logsumexp, and the batch entries that have to be computed otherwise."""
+    tensors, sinks = forward_tensors(problem, inputs), precise(problem, inputs.sink)
+    patches = query_patches(problem, WIDE, torch.get_num_threads())
+    own = (math.log(max(patches.sweep.longest, 1)), array_of(sinks))
+    features = plan.padded(problem.head_dim) + plan.padded(problem.head_dim_v) + 2
+    failed = _run(forward_loop, problem, patches, table(tensors), own, features, 2)
+    return tensors.out, tensors.lse, failed
+
+
+def backward(
+    problem: Problem, inputs: Inputs, results: Results, needs: tuple[bool, ...]
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[int]]:
+    """The gradients of query, key and value, and the batch entries that have to be computed
+    otherwise."""
+    tensors, threads = backward_tensors(problem, inputs, results), torch.get_num_threads()
+    places, own = table(tensors), (problem.gradient_scale,)
+    width, width_v = plan.padded(problem.head_dim), plan.padded(problem.head_dim_v)
+    patches = query_patches(problem, WIDE, threads)
+    features = 2 * width + width_v + 2
+    failed = _run(backward_queries, problem, patches, places, own, features, 3)
+    if needs[1] or needs[2]:
+        patches = key_patches(problem, WIDE, threads)
+        features = 2 * (width + width_v)
+        failed += _run(backward_keys, problem, patches, places, own, features, 3)
+    return (tensors.grad_query, tensors.grad_key, tensors.grad_value), sorted(set(failed))
+
+
+__all__ = ["backward", "covers", "forward", "pays"]

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from llvmlite import ir
@@ -23,12 +23,13 @@ from numba.extending import intrinsic, models, register_model
 
 from natten.functional.backends.cpu.cache import Cache
 
-Ints = Floats = np.ndarray
+Ints: TypeAlias = np.ndarray[Any, Any]
+Floats: TypeAlias = np.ndarray[Any, Any]
 LANES = 8
 # Numbers of a vector of blocks: one register of float32 where there is AVX-512, else of AVX2.
 FEATURES = config.CPU_FEATURES if config.CPU_FEATURES is not None else get_host_cpu_features()
 WIDE = 16 if "+avx512f" in FEATURES.split(",") else 8
-FLOATING, BFLOAT16, FLOAT16 = 0, 1, 2
+FLOATING, BFLOAT16, FLOAT16, BYTE = 0, 1, 2, 3
 
 
 # Contraction and reassociation only: the flags that assume no NaN and no infinity stay off.

@@ -1,10 +1,8 @@
-"""Compiled loops of the CPU backend: attention over a list of key rows, one query at a time.
+"""Attention a row at a time: compiled loops, and their launches.
 
-The unit of work is a box of queries (or, for the gradients of keys and values, a box of keys) of
-one batch entry, one key head and one residue of the dilation. A thread copies the rows that the box
-can see into a contiguous, zero-padded scratch array in the compute type; every stride, storage type
-and dilation ends there. A row's window is then a list of `picks`, offsets into the scratch array
-relative to the window's first row; the list changes only where the window's extents do.
+Each query streams the keys of its window from the scratch array of its box (boxes.py). A row's
+window is a list of `picks`, offsets into the scratch array relative to the window's first row; the
+list changes only where the window's extents do.
 """
 
 from __future__ import annotations
@@ -12,30 +10,71 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from natten.functional.backend import Gradients, Inputs, Results
+from natten.functional.backends.cpu import plan
+from natten.functional.backends.cpu.boxes import (
+    ADDRESS,
+    AXIS_SIZE,
+    BLOCK_SIZE,
+    COUNT,
+    DILATION,
+    FIRST,
+    HIGH,
+    ITEM,
+    LOW,
+    all_seen,
+    cap,
+    dot,
+    fill,
+    flag,
+    get_row,
+    locate_row,
+    locations,
+    open_unit,
+    pack_extras,
+    pack_keys,
+    pack_queries,
+    put_row,
+    rows_of,
+    seen,
+    steepen,
+    with_sink,
+)
+from natten.functional.backends.cpu.launch import (
+    backward_tensors,
+    forward_tensors,
+    launch,
+    numbers,
+    numpy_type,
+    precise,
+    table,
+)
+from natten.functional.backends.cpu.plan import (
+    Sweep,
+    array_of,
+    bias_extents,
+    key_sweep,
+    query_sweep,
+)
 from natten.functional.backends.cpu.vectors import (
-    BFLOAT16,
-    FLOATING,
     LANES,
     Floats,
     Ints,
     add,
     after,
-    bytes_at,
     capped,
     entry,
     exp,
     fma,
-    halves_at,
     inner,
     larger,
     load,
     multiply,
-    narrow_bfloat16,
-    narrow_float16,
     numbers_at,
     padded,
-    prefetch,
     reduce_max,
     reduce_sum,
     splat,
@@ -44,82 +83,8 @@ from natten.functional.backends.cpu.vectors import (
     subtract,
     sum_lanes,
     take_ticket,
-    tanh,
-    widen_bfloat16,
-    widen_float16,
 )
-
-
-@inner
-def read_row(
-    address: int,
-    step: int,
-    count: int,
-    kind: int,
-    factor: float,
-    ahead: int,
-    out: Floats,
-    width: int,
-) -> None:
-    """out = factor * the `count` numbers `step` elements apart at `address`, then zeros to `width`.
-
-    Asks for the row `ahead` bytes further on.
-    """
-    if kind == FLOATING:
-        source = numbers_at(address, out)
-        whole = count - count % LANES if step == 1 else 0
-        factors = splat(out, factor)
-        for i in range(0, whole, LANES):
-            prefetch(address + ahead, out, i)
-            store(out, i, multiply(load(source, i), factors))
-        for i in range(whole, count):
-            out[i] = source[i * step] * factor
-    else:
-        halves = halves_at(address)
-        # The loops over neighbors are written apart, because only they become vector code.
-        if kind == BFLOAT16 and step == 1:
-            for i in range(count):
-                out[i] = widen_bfloat16(halves[i]) * factor
-        elif kind == BFLOAT16:
-            for i in range(count):
-                out[i] = widen_bfloat16(halves[i * step]) * factor
-        elif step == 1:
-            for i in range(count):
-                out[i] = widen_float16(halves[i]) * factor
-        else:
-            for i in range(count):
-                out[i] = widen_float16(halves[i * step]) * factor
-    for i in range(count, width):
-        out[i] = 0
-
-
-@inner
-def write_row(
-    values: Floats, count: int, kind: int, factor: float, address: int, step: int
-) -> None:
-    """The reverse of read_row."""
-    if kind == FLOATING:
-        target = numbers_at(address, values)
-        whole = count - count % LANES if step == 1 else 0
-        factors = splat(values, factor)
-        for i in range(0, whole, LANES):
-            store(target, i, multiply(load(values, i), factors))
-        for i in range(whole, count):
-            target[i * step] = values[i] * factor
-    else:
-        halves = halves_at(address)
-        if kind == BFLOAT16 and step == 1:
-            for i in range(count):
-                halves[i] = narrow_bfloat16(values[i] * factor)
-        elif kind == BFLOAT16:
-            for i in range(count):
-                halves[i * step] = narrow_bfloat16(values[i] * factor)
-        elif step == 1:
-            for i in range(count):
-                halves[i] = narrow_float16(values[i] * factor)
-        else:
-            for i in range(count):
-                halves[i * step] = narrow_float16(values[i] * factor)
+from natten.functional.problem import Problem
 
 
 @inner
@@ -150,15 +115,6 @@ def dots(
         sums = sum_lanes(s0, s1, s2, s3, s4, s5, s6, s7)
         # A register for the factors all along would cost more.
         store(out, j, multiply(sums, splat(out, factor)))
-
-
-@inner
-def dot(a: Floats, b: Floats, width: int) -> float:
-    """a . b, of a multiple of LANES numbers."""
-    total = splat(a, 0)
-    for i in range(0, width, LANES):
-        total = fma(load(a, i), load(b, i), total)
-    return reduce_sum(total)
 
 
 @inner
@@ -252,16 +208,6 @@ def softmax(scores: Floats, count: int) -> float:
 
 
 @inner
-def with_sink(lse: float, sink: float, one: float) -> tuple[float, float]:
-    """What outputs are multiplied with that a sink joins, and the logsumexp with it."""
-    if lse == -np.inf:
-        return one, sink
-    top = max(lse, sink)
-    total = top + math.log(math.exp(lse - top) + math.exp(sink - top))
-    return math.exp(lse - total), total
-
-
-@inner
 def score_gradients(scores: Floats, grads: Floats, count: int, lse: float, delta: float) -> None:
     """Replace scores by weights P, and gradients of P by those of the scores.
 
@@ -275,32 +221,6 @@ def score_gradients(scores: Floats, grads: Floats, count: int, lse: float, delta
         weight = exp(capped(subtract(load(scores, j), lses), most))
         store(scores, j, weight)
         store(grads, j, multiply(weight, subtract(load(grads, j), deltas)))
-
-
-@inner
-def cap(scores: Floats, count: int, limit: float, slopes: Floats) -> None:
-    """Replace scores s by limit * tanh(s / limit), and write the derivative of that to `slopes`.
-
-    `count` is rounded up to LANES.
-    """
-    limits, parts, ones = splat(scores, limit), splat(scores, 1 / limit), splat(scores, 1)
-    for j in range(0, count, LANES):
-        share = tanh(multiply(load(scores, j), parts))
-        store(slopes, j, subtract(ones, multiply(share, share)))
-        store(scores, j, multiply(share, limits))
-
-
-@inner
-def steepen(grads: Floats, count: int, slopes: Floats) -> None:
-    """Gradients of products from those of their capped scores; `count` is rounded up to LANES."""
-    for j in range(0, count, LANES):
-        store(grads, j, multiply(load(grads, j), load(slopes, j)))
-
-
-@inner
-def fill(start: Floats, count: int, value: float) -> None:
-    for i in range(count):
-        start[i] = value
 
 
 @inner
@@ -323,61 +243,11 @@ def list_extras(extra: int, picks: Ints) -> None:
         picks[i] = min(i, extra - 1)
 
 
-# The tables of a sweep, all int64. "Rows" are queries in `forward` and `backward_queries`, keys in
-# `backward_keys`; "the others" are what a row sees. Axes are padded to three.
-#   axes     for each axis: first entry in `items`, first in `blocks`, number of blocks, dilation,
-#            and how many of the others make a ring, which lo and hi may leave by less than its size
-#   items    for each row of an axis: lo and hi, the others that it sees, counted inside its residue
-#            of the dilation; what turns such a count into an index of the relative position bias
-#   blocks   first row, number of rows, first of the others, lo and hi of all rows together
-#   tensors  address, byte strides of batch, three axes and heads, element stride of head_dim
-ITEM, BLOCK, BLOCKS, DILATION, RING, AXIS_SIZE = 0, 1, 2, 3, 4, 5
-FIRST, COUNT, OTHER, LOW, HIGH, BLOCK_SIZE = 0, 1, 2, 3, 4, 5
-ADDRESS, BATCH, AXES, HEADS, FEATURES, TENSOR_SIZE = 0, 1, 2, 5, 6, 7
 # What open_row says about a row: its place, where its window starts in the bias, and the window's
 # extents, for which the lists of picks were made.
 AT, BIAS, LISTED, ROW_SIZE = 0, 3, 6, 9
-# Tables of three axes that a thread keeps for itself.
+# What a thread keeps of the box and of its row.
 STATE_SIZE = 3 * BLOCK_SIZE + ROW_SIZE
-
-
-@inner
-def open_unit(unit: int, axes: Ints, blocks: Ints, heads: int, box: Ints) -> tuple[int, int]:
-    """Fill `box` with the unit's block of each axis; returns its batch entry and its head."""
-    # Heads follow each other: they share pages of memory.
-    head = unit % heads
-    unit = unit // heads
-    for axis in range(2, -1, -1):
-        number = axes[AXIS_SIZE * axis + BLOCKS]
-        block = axes[AXIS_SIZE * axis + BLOCK] + unit % number
-        for i in range(BLOCK_SIZE):
-            box[BLOCK_SIZE * axis + i] = blocks[BLOCK_SIZE * block + i]
-        unit = unit // number
-    return unit, head
-
-
-@inner
-def rows_of(box: Ints) -> int:
-    return box[COUNT] * box[BLOCK_SIZE + COUNT] * box[2 * BLOCK_SIZE + COUNT]
-
-
-@inner
-def seen(box: Ints, axis: int) -> int:
-    return box[BLOCK_SIZE * axis + HIGH] - box[BLOCK_SIZE * axis + LOW]
-
-
-@inner
-def all_seen(box: Ints) -> int:
-    return seen(box, 0) * seen(box, 1) * seen(box, 2)
-
-
-@inner
-def lines_of(box: Ints, begin: int, end: int) -> tuple[int, int]:
-    """The lines along the last axis that hold the others from `begin` to `end` of a box."""
-    row = seen(box, 2)
-    if end <= begin:
-        return 0, 0
-    return begin // row, (end + row - 1) // row
 
 
 @inner
@@ -414,45 +284,12 @@ def open_row(
 
 
 @inner
-def flag(tensor: Ints, batch: int, row: Ints) -> bool:
-    """Whether a mask, if there is one, has a row valid."""
-    if tensor[ADDRESS] == 0:
-        return True
-    return bytes_at(locate_row(tensor, batch, 0, row))[0] != 0
-
-
-@inner
-def pack_flags(
-    tensor: Ints, batch: int, axes: Ints, box: Ints, begin: int, end: int, out: Ints
-) -> None:
-    """Which of the others that a box sees a mask has valid, one after the other."""
-    if tensor[ADDRESS] == 0:
-        return
-    axis_y, axis_z = after(axes, AXIS_SIZE), after(axes, 2 * AXIS_SIZE)
-    box_y, box_z = after(box, BLOCK_SIZE), after(box, 2 * BLOCK_SIZE)
-    start, j = locate(tensor, batch, 0), 0
-    lines, row = lines_of(box, begin, end), seen(box, 2)
-    for line in range(lines[0], lines[1]):
-        x, y = box[LOW] + line // seen(box, 1), box_y[LOW] + line % seen(box, 1)
-        at = box[OTHER] + axes[DILATION] * wrapped(x, axes[RING])
-        start_x = start + at * tensor[AXES]
-        at = box_y[OTHER] + axis_y[DILATION] * wrapped(y, axis_y[RING])
-        start_y = start_x + at * tensor[AXES + 1]
-        low = box_z[LOW] - line * row
-        for z in range(max(box_z[LOW], low + begin), min(box_z[HIGH], low + end)):
-            at = box_z[OTHER] + axis_z[DILATION] * wrapped(z, axis_z[RING])
-            start_z = start_y + at * tensor[AXES + 2]
-            out[j] = bytes_at(start_z)[0]
-            j += 1
-
-
-@inner
-def keep_valid(flags: Ints, count: int, picks: Ints, bias_picks: Ints) -> int:
+def keep_valid(flags: Floats, count: int, picks: Ints, bias_picks: Ints) -> int:
     """Leave out of both lists what is not valid; returns how many are left. `flags` begins with the
     window's first row."""
     kept = 0
     for j in range(count):
-        if flags[picks[j]]:
+        if flags[picks[j]] != 0:
             picks[kept], bias_picks[kept] = picks[j], bias_picks[j]
             kept += 1
     for j in range(kept, padded(kept)):
@@ -464,96 +301,6 @@ def keep_valid(flags: Ints, count: int, picks: Ints, bias_picks: Ints) -> int:
 def bias_index(head: int, row: Ints, extents: Ints) -> int:
     at = (head * extents[0] + row[BIAS]) * extents[1] + row[BIAS + 1]
     return at * extents[2] + row[BIAS + 2]
-
-
-@inner
-def locate(tensor: Ints, batch: int, head: int) -> int:
-    return tensor[ADDRESS] + batch * tensor[BATCH] + head * tensor[HEADS]
-
-
-@inner
-def locate_row(tensor: Ints, batch: int, head: int, row: Ints) -> int:
-    offset = (
-        row[AT] * tensor[AXES] + row[AT + 1] * tensor[AXES + 1] + row[AT + 2] * tensor[AXES + 2]
-    )
-    return locate(tensor, batch, head) + offset
-
-
-@inner
-def get_row(
-    tensor: Ints, batch: int, head: int, row: Ints, ahead: int, kind: int, count: int, width: int,
-    factor: float, out: Floats,
-) -> None:  # fmt: skip
-    """Copy an open row; `ahead` says which later row of the last axis to ask for."""
-    address = locate_row(tensor, batch, head, row)
-    ahead *= tensor[AXES + 2]
-    read_row(address, tensor[FEATURES], count, kind, factor, ahead, out, width)
-
-
-@inner
-def put_row(
-    tensor: Ints, batch: int, head: int, row: Ints, kind: int, count: int, factor: float,
-    values: Floats,
-) -> None:  # fmt: skip
-    address = locate_row(tensor, batch, head, row)
-    write_row(values, count, kind, factor, address, tensor[FEATURES])
-
-
-@inner
-def wrapped(position: int, ring: int) -> int:
-    """A position of a ring, from an unwrapped one."""
-    if position < 0:
-        return position + ring
-    # Twice around where the window of a box's last row begins at the end of a ring.
-    while position >= ring:
-        position -= ring
-    return position
-
-
-@inner
-def pack(
-    tensor: Ints, batch: int, head: int, axes: Ints, box: Ints, begin: int, end: int, kind: int,
-    count: int, width: int, factor: float, out: Floats,
-) -> None:  # fmt: skip
-    """Copy those of the others that a box sees, one after the other, each padded to `width`, of all
-    from the one that is `begin` in this order up to `end`."""
-    start = locate(tensor, batch, head)
-    axis_y, axis_z = after(axes, AXIS_SIZE), after(axes, 2 * AXIS_SIZE)
-    box_y, box_z = after(box, BLOCK_SIZE), after(box, 2 * BLOCK_SIZE)
-    features, ahead = tensor[FEATURES], 16 * axis_z[DILATION] * tensor[AXES + 2]
-    lines, row = lines_of(box, begin, end), seen(box, 2)
-    for line in range(lines[0], lines[1]):
-        x, y = box[LOW] + line // seen(box, 1), box_y[LOW] + line % seen(box, 1)
-        at = box[OTHER] + axes[DILATION] * wrapped(x, axes[RING])
-        start_x = start + at * tensor[AXES]
-        at = box_y[OTHER] + axis_y[DILATION] * wrapped(y, axis_y[RING])
-        start_y = start_x + at * tensor[AXES + 1]
-        low = box_z[LOW] - line * row
-        for z in range(max(box_z[LOW], low + begin), min(box_z[HIGH], low + end)):
-            at = box_z[OTHER] + axis_z[DILATION] * wrapped(z, axis_z[RING])
-            start_z = start_y + at * tensor[AXES + 2]
-            read_row(start_z, features, count, kind, factor, ahead, out, width)
-            out = after(out, width)
-
-
-@inner
-def pack_list(
-    tensor: Ints, batch: int, head: int, length: int, kind: int, count: int, width: int,
-    factor: float, out: Floats,
-) -> None:  # fmt: skip
-    """The same for the first `length` tokens of the last axis."""
-    start, step = locate(tensor, batch, head), tensor[AXES + 2]
-    for z in range(length):
-        read_row(
-            start + z * step,
-            tensor[FEATURES],
-            count,
-            kind,
-            factor,
-            step,
-            after(out, z * width),
-            width,
-        )
 
 
 @inner
@@ -584,7 +331,7 @@ def score(
 
 
 @entry
-def forward(
+def forward_loop(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
     scale: float, limit: float, heads: int, group: int, dim: int, dim_v: int, most: int,
     extras: Ints, sinks: Floats, rpb: Floats, extents: Ints, capacity: int, longest: int,
@@ -592,10 +339,8 @@ def forward(
 ) -> None:  # fmt: skip
     """Attention of every unit that this thread gets.
 
-    tensors: query, key, value, additional keys, additional values, out, logsumexp, masks of keys
-    and queries (address 0 for none). work: keys and values of `capacity` tokens, `most` additional
-    keys and values, a query, an output, scores, slopes. lists: two of `longest` picks, one of
-    `most`, STATE_SIZE, and flags of `capacity` tokens if there is a mask of keys. extras:
+    work: keys, values and flags of `capacity` tokens, `most` additional keys and values, a query,
+    an output, scores, slopes. lists: two of `longest` picks, one of `most`, STATE_SIZE. extras:
     additional keys of every batch entry, at most `most`. sinks: of every head, or empty. limit: of
     the scores, 0 for none.
     """
@@ -606,20 +351,13 @@ def forward(
     axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
     rpb, extents = start_of(rpb), start_of(extents)
 
-    query_at = start_of(tensors)
-    key_at = after(query_at, TENSOR_SIZE)
-    value_at = after(key_at, TENSOR_SIZE)
-    extra_key_at = after(value_at, TENSOR_SIZE)
-    extra_value_at = after(extra_key_at, TENSOR_SIZE)
-    out_at = after(extra_value_at, TENSOR_SIZE)
-    lse_at = after(out_at, TENSOR_SIZE)
-    key_mask_at = after(lse_at, TENSOR_SIZE)
-    query_mask_at = after(key_mask_at, TENSOR_SIZE)
-    masked = key_mask_at[ADDRESS] != 0
+    at = locations(tensors)
+    masked = at.key_mask[ADDRESS] != 0
 
     keys = start_of(work)
     values = after(keys, capacity * width)
-    extra_keys = after(values, capacity * width_v)
+    flags = after(values, capacity * width_v)
+    extra_keys = after(flags, capacity)
     extra_values = after(extra_keys, most * width)
     query = after(extra_values, most * width_v)
     result = after(query, width)
@@ -631,7 +369,6 @@ def forward(
     extra_picks = after(bias_picks, longest)
     box = after(extra_picks, padded(most))
     row = after(box, 3 * BLOCK_SIZE)
-    flags = after(row, ROW_SIZE)
     extras = start_of(extras)
 
     while True:
@@ -642,16 +379,17 @@ def forward(
         none, every = np.int64(0), all_seen(box)
         extra = extras[batch]
         list_extras(extra, extra_picks)
-        pack(key_at, batch, head_kv, axes, box, none, every, kind, dim, width, one, keys)
-        pack(value_at, batch, head_kv, axes, box, none, every, kind, dim_v, width_v, one, values)
-        pack_list(extra_key_at, batch, head_kv, extra, kind, dim, width, one, extra_keys)
-        pack_list(extra_value_at, batch, head_kv, extra, kind, dim_v, width_v, one, extra_values)
-        pack_flags(key_mask_at, batch, axes, box, none, every, flags)
+        pack_keys(
+            at, batch, head_kv, axes, box, none, every, kind, dim, dim_v, one, keys, values, flags
+        )
+        pack_extras(
+            at, batch, head_kv, none, extra, kind, dim, dim_v, one, extra_keys, extra_values
+        )
         row[LISTED] = -1
         ahead = 2 * axes[2 * AXIS_SIZE + DILATION]
         for index in range(rows_of(box)):
             count, first = open_row(index, axes, items, box, forth, extents, picks, bias_picks, row)
-            valid = flag(query_mask_at, batch, row)
+            valid = flag(at.query_mask, batch, row)
             if masked:
                 count = keep_valid(after(flags, first), count, picks, bias_picks)
                 row[LISTED] = -1
@@ -659,7 +397,7 @@ def forward(
                 fill(result, width_v, zero)
                 logsumexp = -infinity
                 if valid and count + extra > 0:
-                    get_row(query_at, batch, head, row, ahead, kind, dim, width, one, query)
+                    get_row(at.query, batch, head, row, ahead, kind, dim, width, one, query)
                     score(
                         query, after(keys, first * width), width, picks, count, extra_keys,
                         extra_picks, extra, scale, limit, slopes, biased,
@@ -675,14 +413,14 @@ def forward(
                 share = one
                 if sunk and valid:
                     share, logsumexp = with_sink(logsumexp, sinks[head], one)
-                put_row(out_at, batch, head, row, kind, dim_v, share, result)
-                numbers_at(locate_row(lse_at, batch, head, row), keys)[0] = logsumexp
+                put_row(at.out, batch, head, row, kind, dim_v, share, result)
+                numbers_at(locate_row(at.lse, batch, head, row), keys)[0] = logsumexp
 
 
 @entry
 def backward_queries(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
-    scale: float, grad_scale: float, limit: float, heads: int, group: int, dim: int, dim_v: int,
+    scale: float, limit: float, heads: int, group: int, dim: int, dim_v: int, grad_scale: float,
     most: int, extras: Ints, rpb: Floats, extents: Ints, capacity: int, longest: int,
     only_delta: bool, bias_grads: Floats, extra_grads: Floats, work: Floats, lists: Ints,
 ) -> None:  # fmt: skip
@@ -691,12 +429,10 @@ def backward_queries(
     With P the attention weights and S the scores, dS = P * (dP - delta) where
     delta = rowsum(grad_out * out) - grad_logsumexp.
 
-    tensors: query, key, value, additional keys, additional values, out, logsumexp, grad_out,
-    grad_logsumexp (address 0 for none), delta, grad_query, mask of keys (address 0 for none).
-    bias_grads: of every unit, or empty.
-    extra_grads: of every unit `most` keys, which are still to be scaled, then as many values, or
-    empty. grad_scale: the factor of the gradients of queries and keys. work: as in `forward`, then
-    a gradient of the output and gradients of scores. lists, extras: as in `forward`.
+    bias_grads: of every unit, or empty. extra_grads: of every unit `most` keys, which are still to
+    be scaled, then as many values, or empty. grad_scale: the factor of the gradients of queries and
+    keys. work: as in `forward_loop`, then a gradient of the output and gradients of scores. The
+    rest is as there.
     """
     width, width_v, longest = padded(dim), padded(dim_v), padded(longest)
     one, scale, infinity = work.dtype.type(1), work.dtype.type(scale), work.dtype.type(np.inf)
@@ -709,23 +445,13 @@ def backward_queries(
     bias_grads, extra_grads = start_of(bias_grads), start_of(extra_grads)
     biases = extents[0] * extents[1] * extents[2]
 
-    query_at = start_of(tensors)
-    key_at = after(query_at, TENSOR_SIZE)
-    value_at = after(key_at, TENSOR_SIZE)
-    extra_key_at = after(value_at, TENSOR_SIZE)
-    extra_value_at = after(extra_key_at, TENSOR_SIZE)
-    out_at = after(extra_value_at, TENSOR_SIZE)
-    lse_at = after(out_at, TENSOR_SIZE)
-    grad_out_at = after(lse_at, TENSOR_SIZE)
-    grad_lse_at = after(grad_out_at, TENSOR_SIZE)
-    delta_at = after(grad_lse_at, TENSOR_SIZE)
-    grad_query_at = after(delta_at, TENSOR_SIZE)
-    key_mask_at = after(grad_query_at, TENSOR_SIZE)
-    masked = key_mask_at[ADDRESS] != 0
+    at = locations(tensors)
+    masked = at.key_mask[ADDRESS] != 0
 
     keys = start_of(work)
     values = after(keys, capacity * width)
-    extra_keys = after(values, capacity * width_v)
+    flags = after(values, capacity * width_v)
+    extra_keys = after(flags, capacity)
     extra_values = after(extra_keys, most * width)
     query = after(extra_values, most * width_v)
     result = after(query, width)
@@ -739,7 +465,6 @@ def backward_queries(
     extra_picks = after(bias_picks, longest)
     box = after(extra_picks, padded(most))
     row = after(box, 3 * BLOCK_SIZE)
-    flags = after(row, ROW_SIZE)
     extras = start_of(extras)
 
     while True:
@@ -751,15 +476,13 @@ def backward_queries(
         extra = extras[batch]
         list_extras(extra, extra_picks)
         if not only_delta:
-            pack(key_at, batch, head_kv, axes, box, none, every, kind, dim, width, one, keys)
-            pack(
-                value_at, batch, head_kv, axes, box, none, every, kind, dim_v, width_v, one, values
+            pack_keys(
+                at, batch, head_kv, axes, box, none, every, kind, dim, dim_v, one, keys, values,
+                flags,
+            )  # fmt: skip
+            pack_extras(
+                at, batch, head_kv, none, extra, kind, dim, dim_v, one, extra_keys, extra_values
             )
-            pack_list(extra_key_at, batch, head_kv, extra, kind, dim, width, one, extra_keys)
-            pack_list(
-                extra_value_at, batch, head_kv, extra, kind, dim_v, width_v, one, extra_values
-            )
-            pack_flags(key_mask_at, batch, axes, box, none, every, flags)
         row[LISTED] = -1
         ahead = 2 * axes[2 * AXIS_SIZE + DILATION]
         for index in range(rows_of(box)):
@@ -768,18 +491,18 @@ def backward_queries(
                 count = keep_valid(after(flags, first), count, picks, bias_picks)
                 row[LISTED] = -1
             for head in range(head_kv * group, (head_kv + 1) * group):
-                get_row(out_at, batch, head, row, ahead, kind, dim_v, width_v, one, result)
-                get_row(grad_out_at, batch, head, row, ahead, kind, dim_v, width_v, one, grad_row)
+                get_row(at.out, batch, head, row, ahead, kind, dim_v, width_v, one, result)
+                get_row(at.grad_out, batch, head, row, ahead, kind, dim_v, width_v, one, grad_row)
                 delta = dot(result, grad_row, width_v)
-                if grad_lse_at[ADDRESS]:
-                    delta -= numbers_at(locate_row(grad_lse_at, batch, head, row), keys)[0]
-                numbers_at(locate_row(delta_at, batch, head, row), keys)[0] = delta
+                if at.grad_lse[ADDRESS]:
+                    delta -= numbers_at(locate_row(at.grad_lse, batch, head, row), keys)[0]
+                numbers_at(locate_row(at.delta, batch, head, row), keys)[0] = delta
                 if only_delta:
                     continue
                 fill(result, width, zero)
-                lse = numbers_at(locate_row(lse_at, batch, head, row), keys)[0]
+                lse = numbers_at(locate_row(at.lse, batch, head, row), keys)[0]
                 if lse != -infinity:
-                    get_row(query_at, batch, head, row, ahead, kind, dim, width, one, query)
+                    get_row(at.query, batch, head, row, ahead, kind, dim, width, one, query)
                     score(
                         query, after(keys, first * width), width, picks, count, extra_keys,
                         extra_picks, extra, scale, limit, slopes, biased,
@@ -791,10 +514,10 @@ def backward_queries(
                     dots(grad_row, extra_values, width_v, extra_picks, extra, one, more_grads)
                     score_gradients(scores, grads, padded(count) + padded(extra), lse, delta)
                     if bias_wanted:
-                        at = unit * group * biases
-                        at += bias_index(head - head_kv * group, row, extents)
+                        first_bias = unit * group * biases
+                        first_bias += bias_index(head - head_kv * group, row, extents)
                         for j in range(count):
-                            bias_grads[at + bias_picks[j]] += grads[j]
+                            bias_grads[first_bias + bias_picks[j]] += grads[j]
                     if limit > 0:
                         steepen(grads, padded(count) + padded(extra), slopes)
                     accumulate(grads, after(keys, first * width), width, picks, count, result)
@@ -803,40 +526,30 @@ def backward_queries(
                         out = after(extra_grads, unit * most * (width + width_v))
                         scatter(more_grads, extra, query, width, out)
                         scatter(more, extra, grad_row, width_v, after(out, most * width))
-                put_row(grad_query_at, batch, head, row, kind, dim, grad_scale, result)
+                put_row(at.grad_query, batch, head, row, kind, dim, grad_scale, result)
 
 
 @entry
 def backward_keys(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
-    scale: float, grad_scale: float, limit: float, heads: int, group: int, dim: int, dim_v: int,
+    scale: float, limit: float, heads: int, group: int, dim: int, dim_v: int, grad_scale: float,
     rpb: Floats, extents: Ints, capacity: int, longest: int, rows: int, work: Floats, lists: Ints,
 ) -> None:  # fmt: skip
     """The gradients of keys and values, summed over the queries that see them.
 
-    tensors: query, key, value, logsumexp, grad_out, delta, grad_key, grad_value, mask of keys
-    (address 0 for none). work: of `capacity` queries the vectors, their output gradients, logsumexp
-    and delta; of `rows` keys both gradients; a key, a value, scores, their gradients and slopes.
-    lists: two of `longest` picks,
-    STATE_SIZE.
+    work: of `capacity` queries the vectors, their output gradients, logsumexp and delta; of `rows`
+    keys both gradients; a key, a value, scores, their gradients and slopes. lists: two of `longest`
+    picks, STATE_SIZE.
     """
     width, width_v, longest = padded(dim), padded(dim_v), padded(longest)
     one, scale, zero = work.dtype.type(1), work.dtype.type(scale), work.dtype.type(0)
     infinity, grad_scale = work.dtype.type(np.inf), work.dtype.type(grad_scale)
-    single, back, floating, biased = np.int64(1), np.int64(-1), np.int64(FLOATING), rpb.size > 0
+    back, biased = np.int64(-1), rpb.size > 0
     limit = work.dtype.type(limit)
     axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
     rpb, extents = start_of(rpb), start_of(extents)
 
-    query_at = start_of(tensors)
-    key_at = after(query_at, TENSOR_SIZE)
-    value_at = after(key_at, TENSOR_SIZE)
-    lse_at = after(value_at, TENSOR_SIZE)
-    grad_out_at = after(lse_at, TENSOR_SIZE)
-    delta_at = after(grad_out_at, TENSOR_SIZE)
-    grad_key_at = after(delta_at, TENSOR_SIZE)
-    grad_value_at = after(grad_key_at, TENSOR_SIZE)
-    key_mask_at = after(grad_value_at, TENSOR_SIZE)
+    at = locations(tensors)
 
     queries = start_of(work)
     grad_rows = after(queries, capacity * width)
@@ -866,39 +579,19 @@ def backward_keys(
         fill(grad_values, members * width_v, zero)
         ahead = 2 * axes[2 * AXIS_SIZE + DILATION]
         for head in range(head_kv * group, (head_kv + 1) * group):
-            pack(query_at, batch, head, axes, box, none, every, kind, dim, width, one, queries)
-            pack(
-                grad_out_at,
-                batch,
-                head,
-                axes,
-                box,
-                none,
-                every,
-                kind,
-                dim_v,
-                width_v,
-                one,
-                grad_rows,
-            )
-            pack(lse_at, batch, head, axes, box, none, every, floating, single, single, one, lse)
-            pack(
-                delta_at, batch, head, axes, box, none, every, floating, single, single, one, delta
-            )
-            # A query that attends to nothing gives nothing, whatever it and its gradient hold.
-            for j in range(every):
-                if lse[j] == -infinity:
-                    fill(after(queries, j * width), width, zero)
-                    fill(after(grad_rows, j * width_v), width_v, zero)
+            pack_queries(
+                at, batch, head, axes, box, none, every, kind, dim, dim_v, one, infinity, queries,
+                grad_rows, lse, delta,
+            )  # fmt: skip
             row[LISTED] = -1
             for index in range(members):
                 count, first = open_row(
                     index, axes, items, box, back, extents, picks, bias_picks, row
                 )
-                if not flag(key_mask_at, batch, row):
+                if not flag(at.key_mask, batch, row):
                     continue
-                get_row(key_at, batch, head_kv, row, ahead, kind, dim, width, one, key)
-                get_row(value_at, batch, head_kv, row, ahead, kind, dim_v, width_v, one, value)
+                get_row(at.key, batch, head_kv, row, ahead, kind, dim, width, one, key)
+                get_row(at.value, batch, head_kv, row, ahead, kind, dim_v, width_v, one, value)
                 window = after(queries, first * width)
                 window_grads = after(grad_rows, first * width_v)
                 dots(key, window, width, picks, count, scale, scores)
@@ -925,10 +618,105 @@ def backward_keys(
         for index in range(members):
             open_row(index, axes, items, box, back, extents, picks, bias_picks, row)
             put_row(
-                grad_key_at, batch, head_kv, row, kind, dim, grad_scale,
+                at.grad_key, batch, head_kv, row, kind, dim, grad_scale,
                 after(grad_keys, index * width),
             )  # fmt: skip
             put_row(
-                grad_value_at, batch, head_kv, row, kind, dim_v, one,
+                at.grad_value, batch, head_kv, row, kind, dim_v, one,
                 after(grad_values, index * width_v),
             )  # fmt: skip
+
+
+def _extras(problem: Problem, lengths: Tensor | None) -> np.ndarray:
+    """How many additional keys each batch entry has."""
+    most = problem.num_additional
+    if lengths is None:
+        return np.full(problem.batch, most, np.int64)
+    if lengths.shape != (problem.batch,):
+        raise ValueError(
+            f"additional_lengths must have shape {(problem.batch,)} for this problem, got "
+            f"{tuple(lengths.shape)}"
+        )
+    return np.array(lengths.tolist(), np.int64).clip(0, most)
+
+
+def forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The output and the logsumexp."""
+    tensors = forward_tensors(problem, inputs)
+    sweep = query_sweep(problem, torch.get_num_threads())
+    bias, sinks = precise(problem, inputs.rpb), precise(problem, inputs.sink)
+    arguments = (
+        table(tensors), *numbers(problem), problem.num_additional,
+        _extras(problem, inputs.additional_lengths), array_of(sinks), array_of(bias),
+        bias_extents(problem), sweep.capacity, sweep.longest,
+    )  # fmt: skip
+    launch(forward_loop, sweep, arguments, *_memory(problem, sweep, 1, 2), numpy_type(problem))
+    return tensors.out, tensors.lse
+
+
+def _memory(problem: Problem, sweep: Sweep, rows: int, lists: int) -> tuple[int, int]:
+    """Numbers of `work` and of `lists` that a loop over queries takes, with so many pairs of rows
+    and so many lists of scores."""
+    longest, extra = plan.padded(sweep.longest), plan.padded(problem.num_additional)
+    tokens = sweep.capacity + problem.num_additional + rows
+    width = plan.padded(problem.head_dim) + plan.padded(problem.head_dim_v)
+    work = tokens * width + sweep.capacity + lists * (longest + extra)
+    return work, 2 * longest + extra + STATE_SIZE
+
+
+def backward(
+    problem: Problem, inputs: Inputs, results: Results, needs: tuple[bool, ...]
+) -> Gradients:
+    """The gradients of the six differentiable inputs."""
+    tensors = backward_tensors(problem, inputs, results)
+    places, threads = table(tensors), torch.get_num_threads()
+    dtype, rpb, extra = numpy_type(problem), inputs.rpb, problem.num_additional
+    width, width_v = plan.padded(problem.head_dim), plan.padded(problem.head_dim_v)
+    needs_extra = extra > 0 and (needs[4] or needs[5])
+    needs_queries = needs[0] or needs[3] or needs_extra
+    bias, extents = precise(problem, rpb), bias_extents(problem)
+    shared = (places, *numbers(problem), problem.gradient_scale)
+
+    # The gradients of additional keys are sums over the boxes of their batch entry.
+    sweep = query_sweep(problem, threads, fixed=needs_extra)
+    biases = problem.heads // problem.heads_kv * int(extents.prod())
+    needs_bias = rpb is not None and needs[3]
+    bias_grads = bias.new_zeros(sweep.units * biases * needs_bias)
+    extra_grads = bias.new_zeros(sweep.units * extra * (width + width_v) * needs_extra)
+    arguments = (
+        *shared, extra, _extras(problem, inputs.additional_lengths), array_of(bias), extents,
+        sweep.capacity, sweep.longest, not needs_queries, array_of(bias_grads),
+        array_of(extra_grads),
+    )  # fmt: skip
+    launch(backward_queries, sweep, arguments, *_memory(problem, sweep, 2, 3), dtype)
+
+    if needs[1] or needs[2]:
+        key_units = key_sweep(problem, threads)
+        longest = plan.padded(key_units.longest)
+        arguments = (
+            *shared, array_of(bias), extents, key_units.capacity, key_units.longest, key_units.rows
+        )  # fmt: skip
+        work = (key_units.capacity + key_units.rows + 1) * (width + width_v)
+        work += 2 * key_units.capacity + 3 * longest
+        launch(backward_keys, key_units, arguments, work, 2 * longest + STATE_SIZE, dtype)
+
+    grad_rpb = grad_extra_keys = grad_extra_values = None
+    if rpb is not None and needs[3]:
+        # The sum runs over batch entries and boxes, always in this order.
+        of_boxes = bias_grads.view(-1, problem.heads_kv, biases)
+        grad_rpb = of_boxes.sum(0).view(rpb.shape).to(rpb.dtype)
+    if needs_extra:
+        of_entries = extra_grads.view(problem.batch, sweep.boxes, problem.heads_kv, -1).sum(1)
+        keys, values = of_entries.split([extra * width, extra * width_v], -1)
+
+        def features(part: Tensor, size: int) -> Tensor:
+            part = part.view(problem.batch, problem.heads_kv, extra, -1)[..., :size]
+            return part.transpose(1, 2).to(problem.dtype).contiguous()
+
+        grad_extra_keys = features(keys * problem.gradient_scale, problem.head_dim)
+        grad_extra_values = features(values, problem.head_dim_v)
+    gradients = tensors.grad_query, tensors.grad_key, tensors.grad_value
+    return (*gradients, grad_rpb, grad_extra_keys, grad_extra_values)
+
+
+__all__ = ["backward", "forward"]
