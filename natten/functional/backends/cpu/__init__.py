@@ -1,9 +1,9 @@
 """Compiled CPU kernels, forward and backward, at a cost linear in the number of tokens.
 
 Neighborhoods run on loops that numba compiles, over tables made from :mod:`natten.window`
-(plan.py). There are two kinds. By row, each query streams the keys of its window (kernels.py,
-rows.py), with nothing wasted; by block, patches of neighboring queries multiply what their
-windows cover together (blocks.py, blocks.py), and what is loaded once serves them all. Measured
+(plan.py). There are two kinds. By row, each query streams the keys of its window (rows.py), with
+nothing wasted; by block, patches of neighboring queries multiply what their windows cover together
+(blocks.py), and what is loaded once serves them all. Both walk over boxes (boxes.py). Measured
 costs decide. Dense attention, causal or not, runs on torch's own CPU flash-attention operator
 (dense.py) where that computes the same, and packed sequences one after the other.
 

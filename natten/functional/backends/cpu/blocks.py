@@ -2,12 +2,12 @@
 
 A vector's lanes are a patch: up to WIDE neighboring queries (or, for the gradients of keys and
 values, keys). The patch takes one by one the tokens that its windows cover together, whose rows lie
-packed as in kernels.py, a chunk at a time. Scores are vectors of the patch, one for each such
+packed as in boxes.py, a chunk at a time. Scores are vectors of the patch, one for each such
 token; so are features of the patch's own rows, which are transposed as they are read and written.
 Both products then multiply one number of a packed row with one vector, and every loaded number
 serves the whole patch. What a lane does not see is masked.
 
-The units of work are boxes as in kernels.py, of many patches, so that a packed chunk serves many.
+The units of work are boxes as in boxes.py, of many patches, so that a packed chunk serves many.
 Neither the batch nor the number of threads decides about patches, boxes and chunks: the order in
 which a row's numbers are summed, and so its bits, depend on its own problem alone.
 

@@ -156,7 +156,7 @@ class Sweep:
     """The arguments of one compiled loop that depend on the problem alone.
 
     Attributes:
-        axes, items, blocks: The tables that kernels.py describes.
+        axes, items, blocks: The tables that boxes.py describes.
         units: Pieces of work: for each batch entry, for each box, one for each head.
         boxes: Boxes of a batch entry.
         capacity: The most tokens that a unit sees.
