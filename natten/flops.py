@@ -10,18 +10,26 @@ from __future__ import annotations
 
 import importlib.abc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import islice, pairwise
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from natten.functional.call import NUM_TENSORS, Parameters, Tensors, decode_window, separated
+from natten.functional.call import (
+    NUM_TENSORS,
+    Parameters,
+    Tensors,
+    decode_grids,
+    decode_window,
+    separated,
+)
 from natten.functional.geometry import count_pairs
+from natten.functional.problem import Grids
 from natten.window import Axis
 
 _COUNTER = "torch.utils.flop_counter"
@@ -43,12 +51,14 @@ def _separated(tensors: Tensors, parameters: Parameters) -> Tensors:
 
 def _pairs(tensors: Tensors, parameters: Parameters) -> tuple[int, int]:
     """Pairs of a call of the operator: with keys of the grid, and with additional keys."""
-    query, key, additional_keys = tensors.query, tensors.key, tensors.additional_keys
+    query, key = tensors.query, tensors.key
     cumulative_q, cumulative_kv = tensors.cumulative_seqlen_q, tensors.cumulative_seqlen_kv
-    lengths = tensors.additional_lengths
     batch, heads = query.shape[0], query.shape[-2]
     query_shape = tuple(query.shape[1:-2])
     key_shape = query_shape if key is None else tuple(key.shape[1:-2])
+    grids = decode_grids(parameters.window)
+    if grids is not None:
+        return _pairs_of_grids(tensors, *grids)
     window = decode_window(parameters.window, query_shape, key_shape)
     repeats = batch * heads
     if cumulative_q is not None and cumulative_kv is not None:
@@ -68,12 +78,31 @@ def _pairs(tensors: Tensors, parameters: Parameters) -> tuple[int, int]:
         return repeats * total, 0
     origins = window.query_origin, window.key_origin
     in_grid = count_pairs(window.axes, query_shape, key_shape, *origins)
-    extra = 0 if additional_keys is None else additional_keys.shape[1]
-    total = batch * extra
-    if extra and lengths is not None and _readable(lengths):
-        # Narrow integers may not hold the number of all.
-        total = int(lengths.long().clamp(0, extra).sum())
-    return repeats * in_grid, heads * prod(query_shape) * total
+    return repeats * in_grid, heads * prod(query_shape) * sum(_additional(tensors, batch))
+
+
+def _additional(tensors: Tensors, entries: int) -> list[int]:
+    """How many additional keys each entry has, as far as that is known."""
+    if tensors.additional_keys is None:
+        return [0] * entries
+    extra, lengths = tensors.additional_keys.shape[1], tensors.additional_lengths
+    if lengths is not None and _readable(lengths):
+        return [min(max(length, 0), extra) for length in lengths.tolist()]
+    return [extra] * entries
+
+
+def _pairs_of_grids(
+    tensors: Tensors, grids: Grids, is_causal: Sequence[bool], is_circular: Sequence[bool]
+) -> tuple[int, int]:
+    """`_pairs` of grids of different sizes."""
+    heads, rings = tensors.query.shape[-2], is_circular or (False,) * len(is_causal)
+    lengths = iter(_additional(tensors, grids.number))
+    in_grid = extra = 0
+    for grid, count in grids.runs:
+        axes = tuple(map(Axis, *grid, is_causal, rings))
+        in_grid += count * count_pairs(axes) if grid.tokens else 0
+        extra += grid.tokens * sum(islice(lengths, count))
+    return heads * in_grid, heads * extra
 
 
 def attention_flops(*arguments: Any, **_: Any) -> int:

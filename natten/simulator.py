@@ -576,8 +576,11 @@ def simulate_problem(
 
     Tile shapes come from ``config``, or are the backends' own choice.
     """
-    if problem.varlen:
-        raise ValueError("packed sequences cannot be simulated: give one sequence as a problem")
+    if problem.varlen or problem.grids is not None:
+        raise ValueError(
+            "packed sequences, and grids of different sizes, cannot be simulated: give one of them "
+            "as a problem"
+        )
     forward = _forward_kernel(problem, device, config)
     try:
         kernels = _backward_kernels(problem, device, config)

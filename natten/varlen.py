@@ -1,9 +1,11 @@
 """Grids of different sizes in one batch: images at native resolution, clips of different lengths.
 
 Their tokens lie one grid after the other, ``[1, total, heads, head_dim]``, and a
-:class:`GridLayout` says where. Nothing is padded. Grids of one size that follow each other, with
-one window, are one call of :func:`~natten.functional.neighborhood_attention_generic`, on a view of
-the packed tensors: sorted by size, a batch takes as many calls as it has sizes.
+:class:`GridLayout` says where. Nothing is padded. On a GPU, the Triton backends compute all grids in
+one launch where `_pays_at_once` estimates that to take less time. Else grids of one size that follow
+each other, with one window, are one call of
+:func:`~natten.functional.neighborhood_attention_generic`, on a view of the packed tensors: sorted
+by size, a batch takes as many calls as it has sizes.
 
 The names of the last two functions, and their arguments, are those of NATTEN's proposal.
 """
@@ -19,8 +21,13 @@ import torch
 from torch import Tensor
 
 from natten import validation
+from natten._internals import in_forward_mode, transforming
 from natten.functional import sharded
+from natten.functional.call import Parameters, Tensors, encode_grids
+from natten.functional.dispatch import FNA, parse_name
 from natten.functional.neighborhood import neighborhood_attention_generic
+from natten.functional.operators import attend, autocast, autocast_dtype
+from natten.functional.problem import Grid, Grids
 from natten.types import BoolOrSequence, IntOrSequence, KernelSchedule
 
 _Key = TypeVar("_Key")
@@ -303,6 +310,111 @@ def configure_varlen(
     return PackedWindows(layout, tuple(windows), is_causal, {"backend": backend, **knobs})
 
 
+# Products (pairs of queries and keys, times heads, times features) that a GPU computes in the time
+# of a call, and of those that larger tiles, loaded by the memory accelerator, take less time for.
+_CALL, _LARGE, _LARGE_TIME = 2e9, 1.2e10, 0.7
+_AT_ONCE = tuple([f"{name}-{FNA}" for name in ("blackwell", "hopper", "cutlass")])
+_NO_KNOBS = {
+    "q_tile_shape": None, "kv_tile_shape": None, "backward_q_tile_shape": None,
+    "backward_kv_tile_shape": None, "run_persistent_kernel": True, "kernel_schedule": None,
+}  # fmt: skip
+
+
+def _pays_at_once(query: Tensor, runs: Sequence[tuple[_Window, int]]) -> bool:
+    """Whether one launch for all grids is estimated to take less time than a call for each run.
+
+    A call takes the time of ``_CALL`` products at least. Those of calls for grids that are large
+    enough take less time each, in kernels for one size.
+    """
+    *_, heads, head_dim = query.shape
+    together = apart = 0.0
+    for window, grids in runs:
+        pairs = grids
+        for axis, length in enumerate(window.size):
+            size = window.kernel_size
+            size = size[axis] if isinstance(size, tuple) else size
+            pairs *= length * (length if size is None or size == -1 else min(size, length))
+        products = pairs * heads * head_dim
+        together += products
+        apart += max(products * (_LARGE_TIME if products >= _LARGE else 1.0), _CALL)
+    return together + _CALL < apart
+
+
+def _is_at_once(tensors: Tensors, plan: PackedWindows, options: dict[str, Any]) -> bool:
+    """Whether one launch can compute the call, as far as can be told without looking at sizes.
+
+    Tile shapes and schedules are those of one size, and what transforms tensors, traces or exports
+    programs gets a call for each size, too.
+    """
+    query, knobs = tensors.query, dict(plan.knobs)
+    backend = knobs.pop("backend")
+    return (
+        (backend in _AT_ONCE or (backend is None and query.is_cuda))
+        and all(knob == _NO_KNOBS.get(name, NotImplemented) for name, knob in knobs.items())
+        and options.keys() <= {"rpb", "sink", "softcap", "is_circular", "clip_window"}
+        and query.dtype != torch.float64
+        and not any(
+            validation.head_windows(*window[1:]) is not None for window, _ in _runs(plan.windows)
+        )
+        and not (tensors.rpb is not None and options.get("clip_window"))
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_exporting()
+        and not in_forward_mode()
+        and not transforming()
+    )
+
+
+def _grids_parameters(
+    tensors: Tensors,
+    runs: tuple[tuple[_Window, int], ...],
+    is_causal: Any,
+    is_circular: Any,
+    clip_window: Any,
+    scores: tuple[Any, Any],
+    backend: str | None,
+) -> Parameters:
+    """The operator's parameters for grids of different sizes, which are checked; whether gradients
+    are needed is left open."""
+    scale, softcap = scores
+    clips = validation.optional_bool("clip_window", clip_window)
+    found, rings = [], ()
+    causal: tuple[bool, ...] = ()
+    for (size, *window), count in runs:
+        if clips:
+            window = list(validation.clipped_window(size, *window))
+        *window, causal = validation.check_window(size, *window, is_causal)
+        rings = validation.check_circular(is_circular, size, *window, causal)
+        validation.check_rpb(tensors.rpb, tensors.query, window[0], causal)
+        found.append((Grid(size, *window), count))
+    scale = validation.check_scale(scale, tensors.query.shape[-1])
+    encoded = encode_grids(Grids(tuple(found)), causal, rings)
+    name = parse_name(backend, FNA)
+    return Parameters(0, encoded, scale, validation.check_softcap(softcap), 0, 0, name, "", False)
+
+
+def _attend_at_once(
+    tensors: Tensors,
+    plan: PackedWindows,
+    runs: Sequence[tuple[_Window, int]],
+    scale: float | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """out and logsumexp, by one call of the operator."""
+    dtype = autocast_dtype(tensors.query)
+    if dtype is not None:
+        query, key, value, rpb, *additional = tensors[:6]
+        query, key, value, *additional = autocast(dtype, query, key, value, *additional)
+        tensors = Tensors(query, key, value, rpb, *additional, *tensors[6:])
+    lengths, more_keys = tensors.additional_lengths, tensors.additional_keys
+    if lengths is not None and more_keys is not None:
+        validation.check_length_values("additional_lengths", lengths, more_keys.shape[1])
+    arguments = (
+        tuple(runs), plan.is_causal, options.get("is_circular", False),
+        options.get("clip_window", False), (scale, options.get("softcap")), plan.knobs["backend"],
+    )  # fmt: skip
+    return attend(tensors, arguments, _grids_parameters)
+
+
 def neighborhood_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -411,6 +523,14 @@ def neighborhood_attention_varlen(
                 f"{tuple(tensor.shape)}"
             )
     runs = _runs(plan.windows)
+    tensors = Tensors(
+        query, key, value, options.get("rpb"), additional_keys, additional_values,
+        options.get("sink"), additional_lengths=additional_lengths, key_mask=key_mask,
+        query_mask=query_mask,
+    )  # fmt: skip
+    if _is_at_once(tensors, plan, options) and _pays_at_once(query, runs):
+        out, lse = _attend_at_once(tensors, plan, runs, scale, options)
+        return (out, lse) if return_lse else out
     counts = [grids for _, grids in runs]
     lengths = [grids * prod(window.size) for window, grids in runs]
     # One node of autograd each, whose gradient is one concatenation.

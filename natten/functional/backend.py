@@ -125,6 +125,11 @@ class Backend(ABC):
         """(q_tile_shape, kv_tile_shape) pairs that the backward pass accepts, the default first."""
         return []
 
+    def takes_grids(self, problem: Problem, config: Config, backward: bool) -> bool:
+        """Whether it computes grids of different sizes at once, in the forward or the backward
+        pass; else it is given those of one size at a time."""
+        return False
+
     @abstractmethod
     def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """out ``[batch, *query_shape, heads, head_dim_v]`` in the problem's dtype, and logsumexp

@@ -7,17 +7,18 @@ looked up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, sym_max
 
 from natten import validation
 from natten.functional.backend import Inputs
-from natten.functional.problem import Config, Problem, decode_config
+from natten.functional.problem import Config, Grid, Grids, Problem, decode_config
 from natten.window import Axis
 
 # What the operator takes as kernel_size for a window of everything there is along an axis.
@@ -59,7 +60,8 @@ class Parameters(NamedTuple):
         window: kernel_size, stride, dilation and the kind of window (PLAIN, CAUSAL or CIRCULAR),
             one value per axis each, one after the other. Where the tensors hold boxes of a grid,
             also its extents and the origins of query and key; and after these upsampling, where
-            there are more queries than keys. A kernel_size of EVERYTHING is the whole axis.
+            there are more queries than keys. A kernel_size of EVERYTHING is the whole axis. For
+            grids of different sizes, see `encode_grids`.
         scale: Factor on the dot products.
         softcap: Bound of the scaled products; 0 for none.
         max_seqlen_q: Longest packed query sequence; 0 without packed sequences.
@@ -173,6 +175,49 @@ def decode_window(
     )  # fmt: skip
 
 
+def encode_grids(
+    grids: Grids, is_causal: Sequence[bool], is_circular: Sequence[bool]
+) -> tuple[int, ...]:
+    """The operator's window for grids of different sizes, one after the other in one batch entry of
+    one axis of tokens: the negative rank, the kinds of window of each axis, and for each run of
+    grids that are alike their number, and extents, kernel_size, stride and dilation, one value per
+    axis each."""
+    rank = len(is_causal)
+    window = (-rank, *encode_window((), (), (), is_causal, is_circular=is_circular))
+    for grid, count in grids.runs:
+        window += (count, *[number for part in grid for number in part])
+    return window
+
+
+def decode_grids(window: Sequence[int]) -> tuple[Grids, tuple[bool, ...], tuple[bool, ...]] | None:
+    """Grids, and which axes are causal and circular, of a window that `encode_grids` made; None of
+    another.
+
+    Raises:
+        ValueError: No such numbers.
+    """
+    if not window or window[0] >= 0:
+        return None
+    rank = -window[0]
+    kinds, numbers = window[1 : 1 + rank], window[1 + rank :]
+    size = 1 + 4 * rank
+    if rank > 3 or not numbers or len(numbers) % size:
+        raise ValueError(
+            "window of grids of different sizes must hold a negative rank, a kind for each axis, "
+            f"and {size} values for each run of them, got {validation.shown(list(window))}"
+        )
+    runs = []
+    for start in range(0, len(numbers), size):
+        count, *rest = numbers[start : start + size]
+        parts = [tuple(rest[i : i + rank]) for i in range(0, 4 * rank, rank)]
+        validation.check_positive_int("number of grids", count)
+        for name, part, least in zip(Grid._fields, parts, (0, 1, 1, 1), strict=True):
+            validation.int_tuple(name, part, rank, least)
+        runs.append((Grid(*parts), int(count)))
+    is_circular = tuple([kind == CIRCULAR for kind in kinds]) if CIRCULAR in kinds else ()
+    return Grids(tuple(runs)), tuple([kind == CAUSAL for kind in kinds]), is_circular
+
+
 def unpacked(qkv: Tensor, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views of query, key and value, the heads of one tensor."""
     # Tensor.split is Python around this.
@@ -283,6 +328,78 @@ class Call:
                 check_ends(name, ends, tokens, longest)
 
 
+class Run(NamedTuple):
+    """Grids of one size that follow each other among others, as a call of its own.
+
+    Attributes:
+        call: The call.
+        grid: One of them.
+        tokens: Where theirs are among all.
+        entries: Which of all grids they are.
+    """
+
+    call: Call
+    grid: Grid
+    tokens: slice
+    entries: slice
+
+    def of_tokens(self, tensor: Tensor) -> Tensor:
+        """``[grids, *extents, ...]`` of ``[1, tokens, ...]``."""
+        count = self.entries.stop - self.entries.start
+        return tensor[0, self.tokens].unflatten(0, (count, *self.grid.extents))
+
+    def of(self, tensors: Sequence[Tensor | None]) -> Tensors:
+        """Their part of a call's tensors, or of what is like them."""
+        parts = []
+        for name, tensor in zip(Tensors._fields, tensors, strict=False):
+            if tensor is None or name in ("rpb", "sink"):
+                parts.append(tensor)
+            elif name.startswith("additional"):
+                parts.append(tensor[self.entries])
+            else:
+                parts.append(self.of_tokens(tensor))
+        return Tensors(*parts)
+
+
+def runs(call: Call, tensors: Tensors) -> Iterator[Run]:
+    """A call of grids of different sizes as calls of those of one size."""
+    problem, parameters = call.problem, call.parameters
+    token = entry = 0
+    for grid, count in problem.grids.runs if problem.grids else ():
+        tokens, entries = slice(token, token + count * grid.tokens), slice(entry, entry + count)
+        token, entry = tokens.stop, entries.stop
+        _, *sizes = grid
+        window = encode_window(*sizes, problem.is_causal, is_circular=problem.is_circular)
+        run = Run(call, grid, tokens, entries)
+        yield run._replace(call=make_call(run.of(tensors), parameters._replace(window=window)))
+
+
+def in_order(parts: Sequence[Sequence[Tensor]], rank: int) -> tuple[Tensor, Tensor]:
+    """out and logsumexp of grids of different sizes, of those of their `runs`."""
+    out, lse = (
+        torch.cat([part.flatten(0, rank) for part in of_runs]).unsqueeze(0)
+        for of_runs in zip(*parts, strict=True)
+    )
+    return out, lse
+
+
+def joined(
+    call: Call, tensors: Tensors, parts: Sequence[Sequence[Tensor | None]]
+) -> tuple[Tensor | None, ...]:
+    """What is like each of the first seven tensors of a call, of parts of its `runs`: sums for what
+    all grids share."""
+    found: list[Tensor | None] = []
+    for name, tensor, own in zip(Tensors._fields, tensors, zip(*parts, strict=True)):
+        given = [part for part in own if part is not None]
+        if tensor is None or not given:
+            found.append(None)
+        elif name in ("rpb", "sink"):
+            found.append(torch.stack(given).sum(0))
+        else:
+            found.append(torch.cat([part.flatten(0, -3) for part in given]).view(tensor.shape))
+    return tuple(found)
+
+
 def check_ends(name: str, cumulative: Tensor | None, tokens: int, longest: int) -> None:
     """Check where packed sequences end.
 
@@ -358,6 +475,9 @@ def make_problem(tensors: Tensors, parameters: Parameters) -> Problem:
     _check_packed(tensors, parameters.heads_kv)
     query, key, value = separated(tensors, parameters.heads_kv)
     validation.check_qkv(query, key, value)
+    grids = decode_grids(parameters.window)
+    if grids is not None:
+        return _problem_of_grids(tensors, parameters, *grids)
     query_shape, key_shape = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
     window = decode_window(parameters.window, query_shape, key_shape)
     if window.upsampling:
@@ -420,6 +540,61 @@ def make_problem(tensors: Tensors, parameters: Parameters) -> Problem:
     )
 
 
+def _problem_of_grids(
+    tensors: Tensors,
+    parameters: Parameters,
+    grids: Grids,
+    is_causal: tuple[bool, ...],
+    is_circular: tuple[bool, ...],
+) -> Problem:
+    """`make_problem` for grids of different sizes."""
+    query, key, value = tensors[:3]
+    if key is None or value is None:
+        raise ValueError("grids of different sizes go with no packed query, key and value")
+    for name, tensor in (("query", query), ("key", key)):
+        if tensor.dim() != 4 or tensor.shape[:2] != (1, grids.tokens):
+            raise ValueError(
+                f"{name} must hold the tokens of all grids, [1, {grids.tokens}, heads, head_dim], "
+                f"got shape {tuple(tensor.shape)}"
+            )
+    if tensors.cumulative_seqlen_q is not None or tensors.cumulative_seqlen_kv is not None:
+        raise ValueError("grids of different sizes go with no cumulative_seqlen")
+    for grid, _ in grids.runs:
+        checked = validation.check_window(*grid, is_causal)
+        validation.check_circular(is_circular, grid.extents, *checked)
+    # Each grid has additional keys and values of its own.
+    of_grids = [t.expand(grids.number, -1, -1, -1) for t in (query, key, value)]
+    validation.check_additional(*of_grids, tensors.additional_keys, tensors.additional_values)
+    validation.check_lengths(tensors.additional_lengths, of_grids[0], tensors.additional_keys)
+    heaviest = grids.heaviest
+    if tensors.rpb is not None:
+        if len({grid.kernel_size for grid, _ in grids.runs}) > 1:
+            raise ValueError("rpb goes with grids of different sizes that have one kernel_size")
+        validation.check_rpb(tensors.rpb, query, heaviest.kernel_size, is_causal)
+    validation.check_sink(tensors.sink, query)
+    validation.check_mask("key_mask", tensors.key_mask, key)
+    validation.check_mask("query_mask", tensors.query_mask, query)
+    origin = (0,) * len(is_causal)
+    extents, *window = heaviest
+    return Problem(
+        1, extents, extents, query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1],
+        *window, is_causal, extents, origin, origin,
+        scale=validation.check_scale(parameters.scale, query.shape[-1]),
+        softcap=validation.check_softcap(parameters.softcap),
+        num_additional=0 if tensors.additional_keys is None else tensors.additional_keys.shape[1],
+        has_lengths=tensors.additional_lengths is not None,
+        has_rpb=tensors.rpb is not None,
+        has_sink=tensors.sink is not None,
+        has_key_mask=tensors.key_mask is not None,
+        has_query_mask=tensors.query_mask is not None,
+        is_circular=is_circular,
+        grids=grids,
+        dtype=query.dtype,
+        device=query.device,
+        requires_grad=parameters.requires_grad,
+    )  # fmt: skip
+
+
 def _wrapped(
     is_circular: tuple[bool, ...],
     grid: tuple[int, ...],
@@ -437,6 +612,8 @@ def _wrapped(
 
 def is_full_window(problem: Problem) -> bool:
     """Whether every query sees every key of the whole grid, without a bias."""
+    if problem.grids is not None:
+        return False
     whole = problem.query_shape == problem.key_shape == problem.grid
     return whole and problem.is_dense and not problem.has_rpb
 
@@ -481,15 +658,21 @@ __all__ = [
     "NUM_TENSORS",
     "Call",
     "Parameters",
+    "Run",
     "Tensors",
     "Window",
     "check_ends",
+    "decode_grids",
     "decode_window",
+    "encode_grids",
     "encode_window",
     "flat",
+    "in_order",
     "is_full_window",
+    "joined",
     "make_call",
     "make_problem",
+    "runs",
     "separated",
     "unpacked",
 ]

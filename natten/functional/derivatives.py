@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from natten.functional.backend import Inputs
-from natten.functional.call import NUM_DIFFERENTIABLE, Call, Tensors
+from natten.functional.call import NUM_DIFFERENTIABLE, Call, Tensors, in_order, joined, runs
 from natten.functional.decomposition import (
     Chunk,
     Columns,
@@ -156,6 +156,12 @@ def output_tangents(call: Call, tensors: Tensors, tangents: MaybeTensors) -> tup
         ``[batch, *query_shape, heads]`` in its own.
     """
     problem = call.problem
+    if problem.grids is not None:
+        each = [
+            output_tangents(run.call, run.of(tensors), run.of(tangents))
+            for run in runs(call, tensors)
+        ]
+        return in_order(each, problem.rank)
     if _is_constant(call):
         return (
             tensors.query.new_zeros(call.out_shape),
@@ -201,6 +207,8 @@ def gradient_tangents(
         As `output_tangents`, and a tensor like each of the first seven tensors; None for None.
     """
     problem = call.problem
+    if problem.grids is not None:
+        return _of_runs(call, tensors, tangents, grads, grad_tangents)
     if _is_constant(call):
         zeros = tuple([None if t is None else _zeros(t) for t in tensors[:NUM_DIFFERENTIABLE]])
         return SecondOrder(*output_tangents(call, tensors, tangents), zeros)
@@ -261,6 +269,26 @@ def gradient_tangents(
         call.result(tiles.in_order(lses).squeeze(-1), call.out_shape[:-1]),
         tuple(gradients),
     )
+
+
+def _of_runs(
+    call: Call,
+    tensors: Tensors,
+    tangents: MaybeTensors,
+    grads: MaybeTensors,
+    grad_tangents: MaybeTensors,
+) -> SecondOrder:
+    """`gradient_tangents` of grids of different sizes, those of one size at a time."""
+    found = []
+    for run in runs(call, tensors):
+        of_rows = [
+            tuple([None if g is None else run.of_tokens(g) for g in pair])
+            for pair in (grads, grad_tangents)
+        ]
+        own = run.of(tensors), run.of(tangents)[:NUM_DIFFERENTIABLE]
+        found.append(gradient_tangents(run.call, *own, *of_rows))
+    out, lse = in_order([(f.out, f.lse) for f in found], call.problem.rank)
+    return SecondOrder(out, lse, joined(call, tensors, [f.gradients for f in found]))
 
 
 __all__ = ["SecondOrder", "gradient_tangents", "output_tangents"]

@@ -319,6 +319,10 @@ class Explanation:
             ("a mask of keys", p.has_key_mask),
             ("a mask of queries", p.has_query_mask),
             ("packed sequences", p.varlen),
+            (
+                f"{p.grids.number if p.grids else 0} grids of {p.num_queries} tokens, of which "
+                "this is the heaviest", p.grids is not None,
+            ),
         )
         if any(is_there for _, is_there in extras):
             lines.append(f"with {', '.join([name for name, is_there in extras if is_there])}")

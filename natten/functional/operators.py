@@ -34,8 +34,11 @@ from natten.functional.call import (
     Parameters,
     Tensors,
     flat,
+    in_order,
+    joined,
     make_call,
     make_problem,
+    runs,
     separated,
     unpacked,
 )
@@ -165,6 +168,10 @@ def _compute(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
     backend = resolve(problem, call.config, call.parameters.backend)
     config = with_profile(call.config, problem, backend.name)
     call.check_values(tensors)
+    if problem.grids is not None and not call.is_empty:
+        if not backend.takes_grids(problem, call.config, False):
+            return _compute_runs(call, tensors)
+        config = call.config
     if call.is_empty:
         query, shape = tensors.query, call.out_shape
         lse = query.new_full(shape[:-1], -torch.inf, dtype=problem.accumulation_dtype)
@@ -175,6 +182,30 @@ def _compute(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
         return query.new_zeros(shape), lse
     out, lse = backend.forward(problem, config, call.prepared(tensors))
     return call.result(out, call.out_shape), call.result(lse, call.out_shape[:-1])
+
+
+def _compute_runs(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """`_compute` of grids of different sizes, those of one size at a time."""
+    found = [_compute(run.call, run.of(tensors)) for run in runs(call, tensors)]
+    return in_order(found, call.problem.rank)
+
+
+def _compute_backward_of_runs(
+    call: Call,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    tensors: Tensors,
+    out: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """`_compute_backward` of these."""
+    parts = []
+    for run in runs(call, tensors):
+        grads = [None if g is None else run.of_tokens(g) for g in (grad_out, grad_lse)]
+        results = run.of_tokens(out), run.of_tokens(lse)
+        parts.append(_compute_backward(run.call, *grads, run.of(tensors), *results, needs))
+    return joined(call, tensors, parts)
 
 
 def _zeros(tensor: Tensor) -> Tensor:
@@ -215,6 +246,10 @@ def _compute_backward(
     backend = resolve(problem, call.config, call.parameters.backend)
     config = with_profile(call.config, problem, backend.name)
     call.check_values(tensors)
+    if problem.grids is not None and not call.is_empty:
+        if not backend.takes_grids(problem, call.config, True):
+            return _compute_backward_of_runs(call, grad_out, grad_lse, tensors, out, lse, needs)
+        config = call.config
     *wanted, sink = [
         t if need else None for need, t in zip(needs, tensors[:NUM_DIFFERENTIABLE], strict=True)
     ]
@@ -599,6 +634,10 @@ def _decomposed(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The forward operator in operators of torch's own, for exported programs."""
     tensors, parameters = Tensors(*arguments[:NUM_TENSORS]), Parameters(*arguments[NUM_TENSORS:])
     problem = make_problem(tensors, parameters)
+    if problem.grids is not None:
+        each = runs(make_call(tensors, parameters), tensors)
+        found = [_decomposed(*run.of(tensors), *run.call.parameters) for run in each]
+        return in_order(found, problem.rank)
     if len(parameters.window) == 4 * problem.rank and not problem.is_circular:
         # Which of query and key is longer is no part of a program for all sizes.
         shapes = zip(problem.query_shape, problem.key_shape, problem.grid, parameters.window)

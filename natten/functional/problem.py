@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +23,58 @@ class Unavailable(str):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What tensors of a dtype are summed in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Grid(NamedTuple):
+    """One of several grids, and its window; one value per axis each."""
+
+    extents: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return prod(self.extents)
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Grids of different sizes, whose tokens lie one grid after the other.
+
+    Attributes:
+        runs: The grids in their order; those that follow each other and are alike once, with their
+            number.
+    """
+
+    runs: tuple[tuple[Grid, int], ...]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.runs)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def number(self) -> int:
+        """How many grids there are."""
+        return sum([count for _, count in self.runs])
+
+    @cached_property
+    def tokens(self) -> int:
+        """Those of all grids."""
+        return sum([count * grid.tokens for grid, count in self.runs])
+
+    @cached_property
+    def longest(self) -> int:
+        """Most tokens of a grid."""
+        return max([grid.tokens for grid, _ in self.runs])
+
+    @cached_property
+    def heaviest(self) -> Grid:
+        """The grid with most pairs of queries and keys."""
+        return max([grid for grid, _ in self.runs], key=lambda g: g.tokens * prod(g.kernel_size))
 
 
 @dataclass(frozen=True)
@@ -54,6 +107,8 @@ class Problem:
         is_circular: Whether windows wrap around; () where they do along no axis.
         upsampling: Queries of each key along the axes, each in the window of its key; () where
             there are as many of both.
+        grids: All grids, where batch 1 holds several of different sizes, one after the other; shapes
+            and window are those of the heaviest then. None for one size.
         varlen: Whether batch 1 holds packed sequences, each a problem of its own.
         max_seqlen_q: Longest packed query sequence; 0 if not varlen.
         max_seqlen_kv: Longest packed key sequence; 0 if not varlen.
@@ -86,6 +141,7 @@ class Problem:
     has_query_mask: bool = False
     is_circular: tuple[bool, ...] = ()
     upsampling: tuple[int, ...] = ()
+    grids: Grids | None = None
     varlen: bool = False
     max_seqlen_q: int = 0
     max_seqlen_kv: int = 0
@@ -117,12 +173,22 @@ class Problem:
     @cached_property
     def num_queries(self) -> int:
         """Query tokens of one batch entry."""
-        return prod(self.query_shape)
+        return prod(self.query_shape) if self.grids is None else self.grids.tokens
 
     @cached_property
     def num_keys(self) -> int:
         """Key tokens of one batch entry, without the additional ones."""
-        return prod(self.key_shape)
+        return prod(self.key_shape) if self.grids is None else self.grids.tokens
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The axes of tokens of the query tensor."""
+        return self.query_shape if self.grids is None else (self.grids.tokens,)
+
+    @property
+    def entries(self) -> int:
+        """Entries of additional keys and their lengths: of the batch, or one for each grid."""
+        return self.batch if self.grids is None else self.grids.number
 
     @cached_property
     def is_dense(self) -> bool:
@@ -143,13 +209,13 @@ class Problem:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """``[batch, *query_shape, heads, head_dim_v]``."""
-        return (self.batch, *self.query_shape, self.heads, self.head_dim_v)
+        """``[batch, *tokens, heads, head_dim_v]``."""
+        return (self.batch, *self.tokens, self.heads, self.head_dim_v)
 
     @property
     def lse_shape(self) -> tuple[int, ...]:
-        """``[batch, *query_shape, heads]``."""
-        return (self.batch, *self.query_shape, self.heads)
+        """``[batch, *tokens, heads]``."""
+        return (self.batch, *self.tokens, self.heads)
 
 
 @dataclass(frozen=True)
@@ -243,6 +309,8 @@ __all__ = [
     "DEFAULT_CONFIG",
     "NO_KNOBS",
     "Config",
+    "Grid",
+    "Grids",
     "Problem",
     "Unavailable",
     "accumulation_dtype",

@@ -193,6 +193,16 @@ class _Backend(Backend):
         """The tilings of the backward pass."""
         return self._backward_tilings(problem, config, preferences(), devices.pretended())
 
+    def takes_grids(self, problem: Problem, config: Config, backward: bool) -> bool:
+        if problem.grids is None or config != DEFAULT_CONFIG or problem.grids.tokens >= 2**31:
+            return False
+        if backward:
+            found = self._running_backward(problem, config)
+            tilings = [found.query, found.key_value]
+        else:
+            tilings = [self._running(problem, config)]
+        return bool(_kernels().can_place(problem, tilings, backward))
+
     def _refuse(self, problem: Problem, error: Any) -> None:
         """Never again choose tiles that turned out to be too large. Next time others are found, or
         it is said why there are none."""
@@ -215,19 +225,20 @@ class _Backend(Backend):
             sums = 4 * problem.batch * problem.num_queries * problem.heads * problem.head_dim
             launches = 1 if now.memory == "unrestricted" or sums <= _SMALL_SUMS else 2
             return BackwardTilings(query, key_value, key_value, 1, persistent, fused, launches)
-        dense = dense_problem(problem, problem.num_queries, problem.num_additional)
+        longest = problem.num_queries if problem.grids is None else problem.grids.longest
+        dense = dense_problem(problem, longest, problem.num_additional)
         additional = self._existing(dense, tiles.KEY_VALUE_GRADIENT, False)
         splits = 1
         if now.kv_parallelism and now.memory != "strict":
             # Few tiles of additional keys, each with all queries to visit: divide the queries.
             rows = -(-problem.num_additional // additional.key[0])
-            programs = rows * problem.heads_kv * problem.batch
+            programs = rows * problem.heads_kv * problem.entries
             most = 64 if now.memory == "unrestricted" else 16
             wanted = 512 // max(programs, 1)
             if now.deterministic:
                 # The order of additions must not depend on how many other entries there are.
                 most = wanted = 4
-            splits = max(1, min(most, wanted, problem.num_queries // 256))
+            splits = max(1, min(most, wanted, longest // 256))
         return BackwardTilings(query, key_value, additional, splits, persistent)
 
     def _fused(

@@ -38,26 +38,27 @@ def without_memory(problem: Problem) -> Given:
 
     batch, heads_kv, context = problem.batch, problem.heads_kv, problem.num_additional
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
+    keys = problem.key_shape if problem.grids is None else problem.tokens
     bias = sequences = lengths = more_keys = more_values = sink = key_mask = query_mask = None
     if problem.has_rpb:
         bias = tensor(problem.heads, *(2 * k - 1 for k in problem.kernel_size))
     if context:
-        more_keys = tensor(batch, context, heads_kv, head_dim)
-        more_values = tensor(batch, context, heads_kv, head_dim_v)
+        more_keys = tensor(problem.entries, context, heads_kv, head_dim)
+        more_values = tensor(problem.entries, context, heads_kv, head_dim_v)
     if problem.varlen:
         sequences = tensor(4, dtype=torch.int32)
     if problem.has_lengths:
-        lengths = tensor(batch, dtype=torch.int64)
+        lengths = tensor(problem.entries, dtype=torch.int64)
     if problem.has_sink:
         sink = tensor(problem.heads, dtype=torch.float32)
     if problem.has_key_mask:
-        key_mask = tensor(batch, *problem.key_shape, dtype=torch.bool)
+        key_mask = tensor(batch, *keys, dtype=torch.bool)
     if problem.has_query_mask:
-        query_mask = tensor(batch, *problem.query_shape, dtype=torch.bool)
+        query_mask = tensor(batch, *problem.tokens, dtype=torch.bool)
     inputs = Inputs(
-        tensor(batch, *problem.query_shape, problem.heads, head_dim),
-        tensor(batch, *problem.key_shape, heads_kv, head_dim),
-        tensor(batch, *problem.key_shape, heads_kv, head_dim_v),
+        tensor(batch, *problem.tokens, problem.heads, head_dim),
+        tensor(batch, *keys, heads_kv, head_dim),
+        tensor(batch, *keys, heads_kv, head_dim_v),
         bias, more_keys, more_values, sink, sequences, sequences, lengths, key_mask, query_mask,
     )  # fmt: skip
     out = tensor(*problem.output_shape)

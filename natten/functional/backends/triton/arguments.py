@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import gcd, prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from natten.devices import capability
 from natten.functional.backends.triton.tiles import Tiling, block
-from natten.functional.problem import Problem
+from natten.functional.problem import Grid, Grids, Problem
 
 LOG2_E = 1.4426950408889634
 # Beyond this factor of the scores, what a fused multiplication and subtraction rounds less often
@@ -90,6 +92,7 @@ class Variant:
         UNIT: Divides all strides, which kernels take in multiples of it.
         WIDE: Whether offsets inside a column tile take 64 bits.
         VARLEN: Whether the batch holds packed sequences.
+        GRIDS: Whether it holds grids of different sizes, which a table tells apart.
         HAS_RPB: Whether scores have a bias.
         HAS_ADDITIONAL: Whether there are additional keys.
         HAS_QUERY_MASK: Whether queries may not be valid.
@@ -117,6 +120,7 @@ class Variant:
     UNIT: int
     WIDE: bool
     VARLEN: bool
+    GRIDS: bool
     HAS_RPB: bool
     HAS_ADDITIONAL: bool
     HAS_QUERY_MASK: bool
@@ -240,18 +244,20 @@ def _tile_counts(
     return tuple(counts)
 
 
-def _check_steps(problem: Problem, row_tile: tuple[int, ...], column_tile: tuple[int, ...]) -> None:
+def _check_steps(
+    problem: Problem, one: Grid, row_tile: tuple[int, ...], column_tile: tuple[int, ...]
+) -> None:
     """Decline windows of so many tiles that kernels would divide their numbers inexactly, and rings
     whose unwrapped positions they would not tell from what lies beyond."""
-    rings = zip(problem.grid, problem.is_circular)
+    rings = zip(one.extents, problem.is_circular)
     if any(is_circular and length >= 2**28 for length, is_circular in rings):
         raise NotImplementedError(
             "the Triton kernels take circular axes of less than 2 ** 28 tokens, got a grid of "
-            f"{problem.grid}"
+            f"{one.extents}"
         )
     if problem.rank == 1:
         return
-    grid, kernel_size = pad(problem.grid, 1), pad(problem.kernel_size, 1)
+    grid, kernel_size = pad(one.extents, 1), pad(one.kernel_size, 1)
     # An inverse window reaches as far as a window and two strides, which are no longer. Around a
     # ring it may pass the same token twice, and the seam cuts tiles.
     around, cuts = (2, 3) if problem.is_circular else (1, 1)
@@ -264,9 +270,51 @@ def _check_steps(problem: Problem, row_tile: tuple[int, ...], column_tile: tuple
     ]
     if prod(counts) * max(counts) >= 2**32:
         raise NotImplementedError(
-            f"kernel_size {problem.kernel_size} on a grid of {problem.grid} makes windows of more "
+            f"kernel_size {one.kernel_size} on a grid of {one.extents} makes windows of more "
             "tiles than the Triton kernels can number"
         )
+
+
+class Table(NamedTuple):
+    """What programs find their grid in, where grids differ in size.
+
+    Attributes:
+        numbers: Integers of 32 bits: first the number of the grid of each row tile, all grids one
+            after the other; then, for each grid, three extents, window sizes, strides and
+            dilations, one per axis, the number of its first row tile, and its first token.
+        tiles: Row tiles of one head.
+    """
+
+    numbers: np.ndarray
+    tiles: int
+
+
+@lru_cache(maxsize=64)
+def table(grids: Grids, row_tile: tuple[int, ...]) -> Table:
+    """The table of row tiles of this shape, of three axes."""
+    each = [(*(pad(part, 1) for part in grid), count) for grid, count in grids.runs]
+    *windows, counts = zip(*each, strict=True)
+    extents, *_, dilations = map(np.array, windows)
+    in_group = -(-extents // dilations)
+    tiles = (-(-in_group // np.array(row_tile)) * dilations).prod(1).repeat(counts)
+    tokens = extents.prod(1).repeat(counts)
+    rows = np.zeros((grids.number, 14), np.int32)
+    rows[:, :12] = np.concatenate(windows, 1).repeat(counts, 0)
+    rows[1:, 12], rows[1:, 13] = tiles.cumsum()[:-1], tokens.cumsum()[:-1]
+    owners = np.arange(grids.number, dtype=np.int32).repeat(tiles)
+    return Table(np.concatenate([owners, rows.ravel()]), len(owners))
+
+
+def _column_steps(problem: Problem, stride: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """How far neighboring columns of a dilation group lie apart along each axis; ``stride`` is
+    what `_strides` gives."""
+    if problem.grids is None:
+        return [tuple([d * s for d, s in zip(pad(problem.dilation, 1), stride[1:4])])]
+    token, found = stride[3], []
+    for grid, _ in problem.grids.runs:
+        (x, y, z), (_, rows, columns) = pad(grid.dilation, 1), pad(grid.extents, 1)
+        found.append((x * rows * columns * token, y * columns * token, z * token))
+    return found
 
 
 @dataclass(frozen=True)
@@ -290,9 +338,31 @@ class Common:
     options: dict[str, Any]
 
     def steps(self, stride: tuple[int, ...] | None) -> tuple[int, ...]:
-        """Strides of a tensor as kernels take them: in multiples of the unit; zeros for None."""
+        """Strides of a tensor of tokens as kernels take them: in multiples of the unit; zeros for
+        None."""
+        found = self.entry_steps(stride)
+        return self.over_grids(found) if self.variant.GRIDS else found
+
+    def entry_steps(self, stride: tuple[int, ...] | None) -> tuple[int, ...]:
+        """The same of a tensor of additional tokens, of which each grid has its own."""
         strides = NO_STRIDES if stride is None else _strides(stride)
         return unspecialized(tuple([s // self.variant.UNIT for s in strides]))
+
+    def statistics(self, problem: Problem, heads_last: bool) -> tuple[int, ...]:
+        """`statistic_strides` of the queries."""
+        found = statistic_strides(problem.tokens, problem.heads, heads_last)
+        return self.over_grids(found) if self.variant.GRIDS else found
+
+    def mask(self, stride: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Strides of a mask, `mask_strides`."""
+        return self.over_grids(stride) if self.variant.GRIDS and stride is not None else stride
+
+    @staticmethod
+    def over_grids(strides: tuple[int, ...]) -> tuple[int, ...]:
+        """Strides of packed grids: those of a token throughout, which kernels multiply with extents
+        that a table holds; batch entries are counted in tokens."""
+        token, head = strides[3:]
+        return (token, token, token, token, head)
 
 
 def common(
@@ -325,14 +395,22 @@ def common(
     if problem.varlen:
         # As many programs for each sequence as the longest needs.
         row_box = row_box[0], pad((problem.max_seqlen_kv if inverse else problem.max_seqlen_q,), 1)
-    tiles = _tile_counts(*row_box, dilations, row_tile)
-    _check_steps(problem, row_tile, column_tile)
+    if problem.grids is None:
+        tiles = _tile_counts(*row_box, dilations, row_tile)
+        programs = prod(tiles) * prod(dilations)
+        grids = [Grid(problem.grid, problem.kernel_size, problem.stride, problem.dilation)]
+    else:
+        programs = table(problem.grids, row_tile).tiles
+        tiles = (1, 1, programs)
+        grids = [grid for grid, _ in problem.grids.runs]
+    for grid in grids:
+        _check_steps(problem, grid, row_tile, column_tile)
     scale, negate = scales(problem)
     options: dict[str, Any] = {"num_warps": tiling.warps}
     if scale > _LARGEST_FUSED_SCALE:
         options["enable_fp_fusion"] = False
     return Common(
-        prod(tiles) * prod(dilations) * heads * sequences,
+        programs * heads * sequences,
         heads,
         Window(
             bias_paddings=unspecialized(bias_paddings),
@@ -362,11 +440,12 @@ def common(
             TMA=tiling.tma,
             UNIT=gcd(16, *(s for group in (*groups, *map(_strides, others)) for s in group)),
             WIDE=any(
-                sum(t * d * s for t, d, s in zip(column_tile, dilations, group[1:4], strict=True))
-                >= 2**31
+                sum(t * s for t, s in zip(column_tile, steps, strict=True)) >= 2**31
                 for group in columns_read
+                for steps in _column_steps(problem, group)
             ),
             VARLEN=problem.varlen,
+            GRIDS=problem.grids is not None,
             HAS_RPB=problem.has_rpb,
             HAS_ADDITIONAL=has_additional,
             HAS_QUERY_MASK=problem.has_query_mask,

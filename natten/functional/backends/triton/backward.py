@@ -20,11 +20,17 @@ from torch import Tensor
 from natten.functional.backend import Gradients, Inputs, Results
 from natten.functional.backends.triton import arguments, launcher
 from natten.functional.backends.triton.bias import bias_tables
+from natten.functional.backends.triton.grids import placed_ends, placed_table
 from natten.functional.backends.triton.key_value_gradient import key_value_gradient_launch
 from natten.functional.backends.triton.launcher import Launch, describable, descriptor, readable
 from natten.functional.backends.triton.primitives import base2_lse, ceil_div, load_rows
 from natten.functional.backends.triton.query_gradient import query_gradient_launch
-from natten.functional.backends.triton.tiles import BackwardTilings, Tiling, block, dense_problem
+from natten.functional.backends.triton.tiles import (
+    BackwardTilings,
+    Tiling,
+    additional_problem,
+    block,
+)
 from natten.functional.problem import Problem
 
 _ROWS = 64
@@ -176,13 +182,20 @@ class BackwardPass:
             )  # fmt: skip
         if needs[4] or needs[5]:
             # Every query sees every additional token: plain attention over flat queries.
-            tokens, context = self.problem.num_queries, self.problem.num_additional
-            additional_key, additional_value = self._key_value(
-                dense_problem(self.problem, tokens, context), self.tilings.additional,
-                self.tilings.splits, 0,
-                (self.query.flatten(1, -3), *self.additional, self.grad_out.flatten(1, -3)),
-                None, (None, None), (self.counts, None),
+            problem, additional = additional_problem(self.problem), self.additional
+            cumulative: tuple[Tensor | None, Tensor | None] = (None, None)
+            if self.problem.grids is not None:
+                context, device = self.problem.num_additional, self.query.device
+                cumulative = placed_ends(self.problem.grids, context, device)
+                additional = tuple([t.flatten(0, 1).unsqueeze(0) for t in additional])
+            found = self._key_value(
+                problem, self.tilings.additional, self.tilings.splits, 0,
+                (self.query.flatten(1, -3), *additional, self.grad_out.flatten(1, -3)),
+                None, cumulative, (self.counts, None),
             )  # fmt: skip
+            if self.problem.grids is not None:
+                found = (found[0].view_as(self.additional[0]), found[1].view_as(self.additional[1]))
+            additional_key, additional_value = found
         return query if needs[0] else None, key, value, bias, additional_key, additional_value
 
     def _destination(self, number: int, tensor: Tensor) -> Tensor:
@@ -220,7 +233,8 @@ class BackwardPass:
             descriptor(self.key, key_tile) if tiling.tma else self.key,
             descriptor(self.value, key_tile) if tiling.tma else self.value,
             self.grad_out, self.statistics, gradient, self.bias,
-            *(self.additional or (None, None)), *self.cumulative, self.counts,
+            *(self.additional or (None, None)), *self.cumulative,
+            placed_table(self.problem, launch.variant.QUERY_TILE, gradient.device), self.counts,
             *((self.out, self.lse, self.grad_lse) if with_statistics else (None, None, None)),
             sums, factor, arguments.as_bytes(self.key_mask),
         )  # fmt: skip
@@ -258,7 +272,7 @@ class BackwardPass:
         if splits > 1:
             gradients = gradients[0][1:], gradients[1][1:]
         launch = key_value_gradient_launch(
-            problem, tiling, self.sequences, self.precision,
+            problem, tiling, launcher.sequences(problem, cumulative[0]), self.precision,
             (query.stride(), key.stride(), value.stride(), grad_out.stride()), gradients,
             arguments.mask_strides(key_mask), self.bias_paddings, splits, persistent_programs,
         )  # fmt: skip
@@ -267,7 +281,8 @@ class BackwardPass:
             descriptor(query, query_tile) if tiling.tma else query,
             key, value,
             descriptor(grad_out, query_tile) if tiling.tma else grad_out,
-            self.statistics, key_gradient, value_gradient, bias, *cumulative, counts,
+            self.statistics, key_gradient, value_gradient, bias, *cumulative,
+            placed_table(problem, launch.variant.KEY_TILE, key.device), counts,
             arguments.as_bytes(key_mask),
         )  # fmt: skip
         if splits == 1:

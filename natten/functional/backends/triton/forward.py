@@ -18,6 +18,7 @@ from torch import Tensor
 from natten.functional.backend import Inputs
 from natten.functional.backends.triton import arguments, launcher
 from natten.functional.backends.triton.bias import bias_table
+from natten.functional.backends.triton.grids import placed_table
 from natten.functional.backends.triton.launcher import Launch, describable, descriptor, readable
 from natten.functional.backends.triton.primitives import (
     LN_2,
@@ -71,6 +72,7 @@ class Data(NamedTuple):
     additional_value: Any
     cumulative_query: Any
     cumulative_key: Any
+    grids: Any
     additional_counts: Any
     sink: Any
     key_mask: Any
@@ -101,7 +103,7 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
     KEY_TILE: tl.constexpr = V.KEY_TILE
     VALUE_BLOCK: tl.constexpr = V.VALUE_BLOCK
     PRECISION: tl.constexpr = V.PRECISION
-    strides, dilations = data.strides, data.window.dilations
+    strides = data.strides
     at, rows, box, grid = row_tile(program, tl.arange(0, ROWS), data, heads, False, V)
     memory_batch, head = at.memory_batch, at.head
     kv_head = head // V.HEADS_PER_KV
@@ -113,11 +115,12 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
         offset, all_exist, V.FEATURES, V.BLOCK,
     )  # fmt: skip
     key_source = column_source(
-        key, memory_batch, kv_head, grid.memory, strides.key, dilations, V.UNIT, V.RANK, V.TMA
+        key, memory_batch, kv_head, grid.memory, strides.key, grid.dilation, V.UNIT, V.RANK, V.TMA
     )
     value_source = column_source(
-        value, memory_batch, kv_head, grid.memory, strides.value, dilations, V.UNIT, V.RANK, V.TMA
-    )
+        value, memory_batch, kv_head, grid.memory, strides.value, grid.dilation, V.UNIT, V.RANK,
+        V.TMA,
+    )  # fmt: skip
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -132,7 +135,7 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
         valid = valid_rows(data.query_mask, at, rows, strides.query_mask, V)
         steps = tl.where(any_of(valid), steps, 0)
     if data.key_mask is not None:
-        key_valid = mask_source(data.key_mask, at, grid, strides.key_mask, dilations, V)
+        key_valid = mask_source(data.key_mask, at, grid, strides.key_mask, V)
     for t in tl.range(0, steps, num_stages=V.STAGES, warp_specialize=V.WARP_SPECIALIZE):
         tile = placed_tile(t, box, grid, KEY_TILE, V)
         columns = load_columns(
@@ -224,11 +227,11 @@ def _launch(
         key=common.steps(key),
         value=common.steps(value),
         out=common.steps(out),
-        lse=arguments.statistic_strides(problem.query_shape, problem.heads, True),
-        additional_key=common.steps(additional_key),
-        additional_value=common.steps(additional_value),
-        key_mask=masks[0],
-        query_mask=masks[1],
+        lse=common.statistics(problem, True),
+        additional_key=common.entry_steps(additional_key),
+        additional_value=common.entry_steps(additional_value),
+        key_mask=common.mask(masks[0]),
+        query_mask=common.mask(masks[1]),
     )
     return Launch(
         forward_kernel,
@@ -271,12 +274,13 @@ def forward(problem: Problem, tiling: Tiling, inputs: Inputs) -> tuple[Tensor, T
         arguments.precision(problem), (query.stride(), key.stride(), value.stride()), additional,
         out.stride(), tuple(map(arguments.mask_strides, masks)), paddings,
     )  # fmt: skip
-    key_tile = launch.variant.KEY_TILE
+    query_tile, key_tile = launch.variant.QUERY_TILE, launch.variant.KEY_TILE
     launch.run(
         query,
         descriptor(key, key_tile) if tiling.tma else key,
         descriptor(value, key_tile) if tiling.tma else value,
         out, lse, bias, additional_keys, additional_values, cumulative_query, cumulative_key,
+        placed_table(problem, query_tile, query.device),
         launcher.adjacent(inputs.additional_lengths), launcher.adjacent(inputs.sink),
         *map(arguments.as_bytes, masks),
     )  # fmt: skip

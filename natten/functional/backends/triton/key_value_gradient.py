@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple
 
 import triton
@@ -64,6 +63,7 @@ class Data(NamedTuple):
     bias: Any
     cumulative_query: Any
     cumulative_key: Any
+    grids: Any
     row_counts: Any
     key_mask: Any
     cap: Any
@@ -143,15 +143,15 @@ def key_value_gradient_tile(
     for member in tl.range(0, V.HEADS_PER_KV, num_stages=1):
         head = kv_head * V.HEADS_PER_KV + member
         query_source = column_source(
-            query, memory_batch, head, grid.memory, strides.query, window.dilations, V.UNIT, V.RANK,
+            query, memory_batch, head, grid.memory, strides.query, grid.dilation, V.UNIT, V.RANK,
             V.TMA,
         )  # fmt: skip
         gradient_source = column_source(
-            out_gradient, memory_batch, head, grid.memory, strides.out_gradient, window.dilations,
+            out_gradient, memory_batch, head, grid.memory, strides.out_gradient, grid.dilation,
             V.UNIT, V.RANK, V.TMA,
         )  # fmt: skip
         statistics = column_source(
-            0, memory_batch, head, grid.memory, strides.statistics, window.dilations, 1, V.RANK,
+            0, memory_batch, head, grid.memory, strides.statistics, grid.dilation, 1, V.RANK,
             False,
         )  # fmt: skip
         for t in tl.range(
@@ -166,7 +166,7 @@ def key_value_gradient_tile(
             )
             column_lse, column_delta = load_statistics(
                 data.statistics + 2 * statistics.data, tile[0], place, grid.extent,
-                statistics.steps, window.dilations[2], V,
+                statistics.steps, grid.dilation[2], V,
             )  # fmt: skip
             scores, slopes = tile_scores(
                 key_rows, query_columns, tile, place, rows, grid, data.bias, window, head, data.cap,
@@ -266,13 +266,13 @@ def key_value_gradient_launch(
         key=common.steps(key),
         value=common.steps(value),
         out_gradient=common.steps(out_gradient),
-        statistics=arguments.statistic_strides(problem.query_shape, problem.heads, False),
+        statistics=common.statistics(problem, False),
         key_gradient=common.steps(key_gradient),
         value_gradient=common.steps(value_gradient),
-        key_mask=key_mask,
+        key_mask=common.mask(key_mask),
     )
     variant = replace(common.variant, PERSISTENT=launched < programs)
-    rows = problem.batch * prod(problem.key_shape) * problem.heads_kv
+    rows = problem.batch * problem.num_keys * problem.heads_kv
     split_sizes = [
         rows * features // variant.UNIT for features in (problem.head_dim, problem.head_dim_v)
     ]

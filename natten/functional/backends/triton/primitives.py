@@ -29,6 +29,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Beyond all positions of a ring, unwrapped.
 FAR = tl.constexpr(2**30)
+# Integers that a table has of each grid, see `arguments.Table`.
+GRID_NUMBERS = tl.constexpr(14)
 # Whether kernels may contain PTX.
 INLINE = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
@@ -86,12 +88,14 @@ class Columns(NamedTuple):
         first: Position of the first.
         memory: Its coordinate in memory.
         extent: Their number.
+        dilation: Distance in memory of one to the next, in steps of the tensor.
         sequence: Only one number: the first token of their sequence.
     """
 
     first: Any
     memory: Any
     extent: Any
+    dilation: Any
     sequence: Any
 
 
@@ -548,10 +552,10 @@ def column_offsets(source, corner, columns, place, V: tl.constexpr):
 
 
 @triton.jit
-def mask_source(mask, at, grid, strides, dilations, V: tl.constexpr):
+def mask_source(mask, at, grid, strides, V: tl.constexpr):
     """Where the mask of the columns of one batch entry and dilation group comes from."""
     return column_source(
-        mask, at.memory_batch, at.head, grid.memory, strides, dilations, 1, V.RANK, False
+        mask, at.memory_batch, at.head, grid.memory, strides, grid.dilation, 1, V.RANK, False
     )
 
 
@@ -742,6 +746,37 @@ def sequence_of(cumulative, batch, tokens, VARLEN: tl.constexpr):
 
 
 @triton.jit
+def load_three(pointer):
+    """Three integers that follow each other."""
+    return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2)
+
+
+@triton.jit
+def grid_place(
+    program, table, programs, ROW_TILE: tl.constexpr, V: tl.constexpr, LAST_FIRST: tl.constexpr
+):  # fmt: skip
+    """The row tile of a program where grids differ in size, of so many programs for each head.
+
+    Returns its number along each axis, head, grid, and what `arguments.Table` has of the grid.
+    """
+    number = tl.load(table + program % programs)
+    grid = table + programs + number * GRID_NUMBERS
+    lengths, kernels = load_three(grid), load_three(grid + 3)
+    strides, dilations = load_three(grid + 6), load_three(grid + 9)
+    tiles = (
+        ceil_div(ceil_div(lengths[0], dilations[0]), ROW_TILE[0]),
+        ceil_div(ceil_div(lengths[1], dilations[1]), ROW_TILE[1]),
+        ceil_div(ceil_div(lengths[2], dilations[2]), ROW_TILE[2]),
+    )
+    in_grid = program % programs - tl.load(grid + 12)
+    tile, _head, _batch = program_place(in_grid, tiles, dilations, 1, V, LAST_FIRST)
+    first_token = tl.load(grid + 13)
+    return (
+        tile, program // programs, number, first_token, tiles, lengths, kernels, strides, dilations,
+    )  # fmt: skip
+
+
+@triton.jit
 def row_tile(program, row, data, heads, INVERSE: tl.constexpr, V: tl.constexpr):
     """The row tile of a program and the columns it has to visit, all axes together.
 
@@ -761,14 +796,22 @@ def row_tile(program, row, data, heads, INVERSE: tl.constexpr, V: tl.constexpr):
         cumulative_row, cumulative_column = data.cumulative_query, data.cumulative_key
         row_origins, row_extents = window.query_origins, window.query_extents
         column_origins, column_extents = window.key_origins, window.key_extents
-    strides, dilations = window.strides, window.dilations
-    lengths, kernels, tiles = decode(window.lengths), decode(window.kernels), decode(window.tiles)
-    row_origins, row_extents = decode(row_origins), decode(row_extents)
-    column_origins, column_extents = decode(column_origins), decode(column_extents)
     # In a causal problem the last queries and the first keys have most to do: start them first.
-    tile, head, batch = program_place(
-        program, tiles, dilations, heads, V, V.CAUSAL[2] and not INVERSE
-    )
+    LAST_FIRST: tl.constexpr = V.CAUSAL[2] and not INVERSE
+    if V.GRIDS:
+        tile, head, batch, first_token, tiles, lengths, kernels, strides, dilations = grid_place(
+            program, data.grids, decode(window.tiles)[2], ROW_TILE, V, LAST_FIRST
+        )
+        row_origins, column_origins = (0, 0, 0), (0, 0, 0)
+        row_extents, column_extents = lengths, lengths
+    else:
+        strides, dilations = window.strides, window.dilations
+        lengths, kernels, tiles = (
+            decode(window.lengths), decode(window.kernels), decode(window.tiles),
+        )  # fmt: skip
+        row_origins, row_extents = decode(row_origins), decode(row_extents)
+        column_origins, column_extents = decode(column_origins), decode(column_extents)
+        tile, head, batch = program_place(program, tiles, dilations, heads, V, LAST_FIRST)
     row_first, row_extent = sequence_of(cumulative_row, batch, row_extents[2], V.VARLEN)
     column_first, column_extent = sequence_of(cumulative_column, batch, column_extents[2], V.VARLEN)
     length, kernel, memory_batch = lengths[2], kernels[2], batch
@@ -776,6 +819,8 @@ def row_tile(program, row, data, heads, INVERSE: tl.constexpr, V: tl.constexpr):
         length = tl.maximum(tl.maximum(row_extent, column_extent), 1)
         kernel = length
         memory_batch = batch * 0
+    elif V.GRIDS:
+        memory_batch = first_token
 
     row = unravel(row, ROW_TILE)
     rows_x, box_x, columns_x = axis_rows(
@@ -796,6 +841,15 @@ def row_tile(program, row, data, heads, INVERSE: tl.constexpr, V: tl.constexpr):
         ROW_TILE[2], COLUMN_TILE[2], V.CAUSAL[2], V.CIRCULAR[2], V.UPSAMPLING[2],
         INVERSE, True,
     )  # fmt: skip
+    row_memory = rows_x[0], rows_y[0], rows_z[0] + row_first
+    column_memory = columns_x[1], columns_y[1], columns_z[1] + column_first
+    column_dilation = dilations
+    if V.GRIDS:
+        # Strides along all axes are those of a token.
+        plane = lengths[1] * lengths[2]
+        row_memory = row_memory[0] * plane, row_memory[1] * lengths[2], row_memory[2]
+        column_memory = column_memory[0] * plane, column_memory[1] * lengths[2], column_memory[2]
+        column_dilation = dilations[0] * plane, dilations[1] * lengths[2], dilations[2]
     inverses = (0, 0, 0)
     if V.RANK == 2:
         inverses = (0, 0, reciprocal(tl.maximum(box_z[1], 1)))
@@ -806,7 +860,7 @@ def row_tile(program, row, data, heads, INVERSE: tl.constexpr, V: tl.constexpr):
     return (
         Place(head, batch, memory_batch),
         Rows(
-            memory=(rows_x[0], rows_y[0], rows_z[0] + row_first),
+            memory=row_memory,
             exists=(rows_x[1], rows_y[1], rows_z[1]),
             position=(rows_x[2], rows_y[2], rows_z[2]),
             begin=(rows_x[3], rows_y[3], rows_z[3]),
@@ -822,8 +876,9 @@ def row_tile(program, row, data, heads, INVERSE: tl.constexpr, V: tl.constexpr):
         ),
         Columns(
             first=(columns_x[0], columns_y[0], columns_z[0]),
-            memory=(columns_x[1], columns_y[1], columns_z[1] + column_first),
+            memory=column_memory,
             extent=(columns_x[2], columns_y[2], columns_z[2]),
+            dilation=column_dilation,
             sequence=column_first,
         ),
     )

@@ -79,6 +79,7 @@ class Data(NamedTuple):
     additional_value: Any
     cumulative_query: Any
     cumulative_key: Any
+    grids: Any
     additional_counts: Any
     out: Any
     lse: Any
@@ -211,11 +212,11 @@ def query_gradient_kernel(
         tl.store(statistics + 2 * offset, row_lse, mask=all_exist)
         tl.store(statistics + 2 * offset + 1, row_delta, mask=all_exist)
     key_source = column_source(
-        key, memory_batch, kv_head, grid.memory, strides.key, window.dilations, V.UNIT, V.RANK,
+        key, memory_batch, kv_head, grid.memory, strides.key, grid.dilation, V.UNIT, V.RANK,
         V.TMA,
     )  # fmt: skip
     value_source = column_source(
-        value, memory_batch, kv_head, grid.memory, strides.value, window.dilations, V.UNIT, V.RANK,
+        value, memory_batch, kv_head, grid.memory, strides.value, grid.dilation, V.UNIT, V.RANK,
         V.TMA,
     )  # fmt: skip
 
@@ -229,7 +230,7 @@ def query_gradient_kernel(
         # Rows that see nothing, see `backward.BackwardPass`.
         steps = tl.where(any_of(row_lse < float("inf")), steps, 0)
     if data.key_mask is not None:
-        key_valid = mask_source(data.key_mask, at, grid, strides.key_mask, window.dilations, V)
+        key_valid = mask_source(data.key_mask, at, grid, strides.key_mask, V)
     for t in tl.range(0, steps, num_stages=V.STAGES):
         tile = placed_tile(t, box, grid, KEY_TILE, V)
         key_columns = load_columns(
@@ -318,12 +319,12 @@ def query_gradient_launch(
         key=common.steps(key),
         value=common.steps(value),
         out_gradient=common.steps(out_gradient),
-        statistics=arguments.statistic_strides(problem.query_shape, problem.heads, False),
-        lse=arguments.statistic_strides(problem.query_shape, problem.heads, True),
+        statistics=common.statistics(problem, False),
+        lse=common.statistics(problem, True),
         query_gradient=common.steps(gradient),
-        additional_key=common.steps(additional_key),
-        additional_value=common.steps(additional_value),
-        key_mask=key_mask,
+        additional_key=common.entry_steps(additional_key),
+        additional_value=common.entry_steps(additional_value),
+        key_mask=common.mask(key_mask),
     )
     options = common.options
     # AMD's compiler does not know the limit.

@@ -5,6 +5,7 @@ from triton import knobs
 from natten.functional.backends.triton.ahead import compile_backward
 from natten.functional.backends.triton.backward import BackwardPass
 from natten.functional.backends.triton.forward import forward
+from natten.functional.backends.triton.grids import can_place
 from natten.functional.backends.triton.launcher import (
     TooLargeError,
     for_any_order,
@@ -16,6 +17,7 @@ from natten.functional.backends.triton.replay import record
 __all__ = [
     "BackwardPass",
     "TooLargeError",
+    "can_place",
     "compile_backward",
     "for_any_order",
     "forward",

@@ -224,7 +224,7 @@ def _suits_gluon(problem: Problem) -> bool:
         and not problem.has_lengths
         and problem.num_keys > 0
         and not any(d > 1 for d in problem.dilation)
-        and not (problem.is_circular or problem.upsampling)
+        and not (problem.is_circular or problem.upsampling or problem.grids)
     )
 
 
@@ -320,6 +320,7 @@ def dense_problem(problem: Problem, num_queries: int, num_keys: int) -> Problem:
         is_causal=(False,),
         is_circular=(),
         upsampling=(),
+        grids=None,
         grid=length,
         query_origin=(0,),
         key_origin=(0,),
@@ -328,6 +329,16 @@ def dense_problem(problem: Problem, num_queries: int, num_keys: int) -> Problem:
         has_rpb=False,
         has_key_mask=False,
     )
+
+
+def additional_problem(problem: Problem) -> Problem:
+    """Attention of all queries to the additional keys; of grids of different sizes as of packed
+    sequences, the queries of each and its additional keys."""
+    grids, context = problem.grids, problem.num_additional
+    if grids is None:
+        return dense_problem(problem, problem.num_queries, context)
+    dense = dense_problem(problem, grids.tokens, grids.number * context)
+    return replace(dense, varlen=True, max_seqlen_q=grids.longest, max_seqlen_kv=context)
 
 
 class Work(NamedTuple):
@@ -511,7 +522,8 @@ def reuse(problem: Problem, kernel: Kernel, tiling: Tiling) -> Tiling:
         problem.rank, problem.is_causal, problem.is_circular, problem.upsampling,
         problem.head_dim, problem.head_dim_v, problem.dtype, problem.heads // problem.heads_kv,
         problem.num_additional > 0, problem.has_rpb, problem.softcap > 0, problem.has_sink,
-        problem.has_key_mask, problem.has_query_mask, problem.varlen, problem.device,
+        problem.has_key_mask, problem.has_query_mask, problem.varlen, problem.grids is None,
+        problem.device,
     )  # fmt: skip
     used = _used.setdefault(alike, [])
     best = kernel.cost(problem, tiling.query, tiling.key)
@@ -549,7 +561,7 @@ def _pays_to_mask_edges(problem: Problem, pair: tuple[Shape, Shape], inverse: bo
 
 def _whole(problem: Problem, tiling: Tiling, inverse: bool) -> bool:
     """Whether every tile is in full sight of its rows: counted for one dilation group only."""
-    if problem.varlen or any(d > 1 for d in problem.dilation):
+    if problem.varlen or problem.grids is not None or any(d > 1 for d in problem.dilation):
         return False
     covered, inside = work(problem, tiling.query, tiling.key, inverse)
     return inside == covered
@@ -734,7 +746,7 @@ def _make(
 ) -> Tiling:
     # Narrow heads gain nothing from descriptors; dilated boxes have none, nor do empty tensors.
     use_tma = tma and problem.head_dim > 32 and not any(d > 1 for d in problem.dilation)
-    use_tma = use_tma and problem.num_keys > 0
+    use_tma = use_tma and problem.num_keys > 0 and problem.grids is None
     is_ping_pong = kernel is PING_PONG
     return Tiling(*pair, size.warps, size.stages, mask_edges, tma=use_tma, ping_pong=is_ping_pong)
 
