@@ -1,9 +1,9 @@
 """Grids of different sizes in one batch: images at native resolution, clips of different lengths.
 
 Their tokens lie one grid after the other, ``[1, total, heads, head_dim]``, and a
-:class:`GridLayout` says where. Nothing is padded. On a GPU, the Triton backends compute all grids in
-one launch where `_pays_at_once` estimates that to take less time. Else grids of one size that follow
-each other, with one window, are one call of
+:class:`GridLayout` says where. Nothing is padded. On a GPU, the Triton backends compute all grids
+in one launch where that is estimated to take less time (`_pays_at_once`). Else grids of one size
+that follow each other, with one window, are one call of
 :func:`~natten.functional.neighborhood_attention_generic`, on a view of the packed tensors: sorted
 by size, a batch takes as many calls as it has sizes.
 
@@ -377,15 +377,19 @@ def _grids_parameters(
     are needed is left open."""
     scale, softcap = scores
     clips = validation.optional_bool("clip_window", clip_window)
-    found, rings = [], ()
+    found = []
     causal: tuple[bool, ...] = ()
-    for (size, *window), count in runs:
+    rings: tuple[bool, ...] = ()
+    for (size, kernel_size, stride, dilation), count in runs:
         if clips:
-            window = list(validation.clipped_window(size, *window))
-        *window, causal = validation.check_window(size, *window, is_causal)
-        rings = validation.check_circular(is_circular, size, *window, causal)
-        validation.check_rpb(tensors.rpb, tensors.query, window[0], causal)
-        found.append((Grid(size, *window), count))
+            kernel_size, stride, dilation = validation.clipped_window(
+                size, kernel_size, stride, dilation
+            )
+        *sizes, causal = validation.check_window(size, kernel_size, stride, dilation, is_causal)
+        grid = Grid(size, *sizes)
+        rings = validation.check_circular(is_circular, *grid, causal)
+        validation.check_rpb(tensors.rpb, tensors.query, grid.kernel_size, causal)
+        found.append((grid, count))
     scale = validation.check_scale(scale, tensors.query.shape[-1])
     encoded = encode_grids(Grids(tuple(found)), causal, rings)
     name = parse_name(backend, FNA)
@@ -402,9 +406,9 @@ def _attend_at_once(
     """out and logsumexp, by one call of the operator."""
     dtype = autocast_dtype(tensors.query)
     if dtype is not None:
-        query, key, value, rpb, *additional = tensors[:6]
-        query, key, value, *additional = autocast(dtype, query, key, value, *additional)
-        tensors = Tensors(query, key, value, rpb, *additional, *tensors[6:])
+        names = ("query", "key", "value", "additional_keys", "additional_values")
+        cast = autocast(dtype, *[getattr(tensors, name) for name in names])
+        tensors = tensors._replace(**dict(zip(names, cast, strict=True)))
     lengths, more_keys = tensors.additional_lengths, tensors.additional_keys
     if lengths is not None and more_keys is not None:
         validation.check_length_values("additional_lengths", lengths, more_keys.shape[1])

@@ -350,15 +350,15 @@ class Run(NamedTuple):
 
     def of(self, tensors: Sequence[Tensor | None]) -> Tensors:
         """Their part of a call's tensors, or of what is like them."""
-        parts = []
+        parts: dict[str, Any] = {}
         for name, tensor in zip(Tensors._fields, tensors, strict=False):
             if tensor is None or name in ("rpb", "sink"):
-                parts.append(tensor)
+                parts[name] = tensor
             elif name.startswith("additional"):
-                parts.append(tensor[self.entries])
+                parts[name] = tensor[self.entries]
             else:
-                parts.append(self.of_tokens(tensor))
-        return Tensors(*parts)
+                parts[name] = self.of_tokens(tensor)
+        return Tensors(**parts)
 
 
 def runs(call: Call, tensors: Tensors) -> Iterator[Run]:
@@ -368,8 +368,10 @@ def runs(call: Call, tensors: Tensors) -> Iterator[Run]:
     for grid, count in problem.grids.runs if problem.grids else ():
         tokens, entries = slice(token, token + count * grid.tokens), slice(entry, entry + count)
         token, entry = tokens.stop, entries.stop
-        _, *sizes = grid
-        window = encode_window(*sizes, problem.is_causal, is_circular=problem.is_circular)
+        window = encode_window(
+            grid.kernel_size, grid.stride, grid.dilation, problem.is_causal,
+            is_circular=problem.is_circular,
+        )  # fmt: skip
         run = Run(call, grid, tokens, entries)
         yield run._replace(call=make_call(run.of(tensors), parameters._replace(window=window)))
 
@@ -563,9 +565,10 @@ def _problem_of_grids(
         checked = validation.check_window(*grid, is_causal)
         validation.check_circular(is_circular, grid.extents, *checked)
     # Each grid has additional keys and values of its own.
-    of_grids = [t.expand(grids.number, -1, -1, -1) for t in (query, key, value)]
-    validation.check_additional(*of_grids, tensors.additional_keys, tensors.additional_values)
-    validation.check_lengths(tensors.additional_lengths, of_grids[0], tensors.additional_keys)
+    each, each_key, each_value = (t.expand(grids.number, -1, -1, -1) for t in (query, key, value))
+    more_keys, more_values = tensors.additional_keys, tensors.additional_values
+    validation.check_additional(each, each_key, each_value, more_keys, more_values)
+    validation.check_lengths(tensors.additional_lengths, each, more_keys)
     heaviest = grids.heaviest
     if tensors.rpb is not None:
         if len({grid.kernel_size for grid, _ in grids.runs}) > 1:
@@ -575,13 +578,24 @@ def _problem_of_grids(
     validation.check_mask("key_mask", tensors.key_mask, key)
     validation.check_mask("query_mask", tensors.query_mask, query)
     origin = (0,) * len(is_causal)
-    extents, *window = heaviest
     return Problem(
-        1, extents, extents, query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1],
-        *window, is_causal, extents, origin, origin,
+        batch=1,
+        query_shape=heaviest.extents,
+        key_shape=heaviest.extents,
+        heads=query.shape[-2],
+        heads_kv=key.shape[-2],
+        head_dim=query.shape[-1],
+        head_dim_v=value.shape[-1],
+        kernel_size=heaviest.kernel_size,
+        stride=heaviest.stride,
+        dilation=heaviest.dilation,
+        is_causal=is_causal,
+        grid=heaviest.extents,
+        query_origin=origin,
+        key_origin=origin,
         scale=validation.check_scale(parameters.scale, query.shape[-1]),
         softcap=validation.check_softcap(parameters.softcap),
-        num_additional=0 if tensors.additional_keys is None else tensors.additional_keys.shape[1],
+        num_additional=0 if more_keys is None else more_keys.shape[1],
         has_lengths=tensors.additional_lengths is not None,
         has_rpb=tensors.rpb is not None,
         has_sink=tensors.sink is not None,
@@ -592,7 +606,7 @@ def _problem_of_grids(
         dtype=query.dtype,
         device=query.device,
         requires_grad=parameters.requires_grad,
-    )  # fmt: skip
+    )
 
 
 def _wrapped(

@@ -321,7 +321,8 @@ class Explanation:
             ("packed sequences", p.varlen),
             (
                 f"{p.grids.number if p.grids else 0} grids of {p.num_queries} tokens, of which "
-                "this is the heaviest", p.grids is not None,
+                "this is the heaviest",
+                p.grids is not None,
             ),
         )
         if any(is_there for _, is_there in extras):

@@ -202,9 +202,11 @@ def _compute_backward_of_runs(
     """`_compute_backward` of these."""
     parts = []
     for run in runs(call, tensors):
-        grads = [None if g is None else run.of_tokens(g) for g in (grad_out, grad_lse)]
+        out_part = None if grad_out is None else run.of_tokens(grad_out)
+        lse_part = None if grad_lse is None else run.of_tokens(grad_lse)
         results = run.of_tokens(out), run.of_tokens(lse)
-        parts.append(_compute_backward(run.call, *grads, run.of(tensors), *results, needs))
+        own = run.of(tensors)
+        parts.append(_compute_backward(run.call, out_part, lse_part, own, *results, needs))
     return joined(call, tensors, parts)
 
 

@@ -107,8 +107,8 @@ class Problem:
         is_circular: Whether windows wrap around; () where they do along no axis.
         upsampling: Queries of each key along the axes, each in the window of its key; () where
             there are as many of both.
-        grids: All grids, where batch 1 holds several of different sizes, one after the other; shapes
-            and window are those of the heaviest then. None for one size.
+        grids: All grids, where batch 1 holds several of different sizes, one after the other:
+            shapes and window are those of the heaviest then. None for one size.
         varlen: Whether batch 1 holds packed sequences, each a problem of its own.
         max_seqlen_q: Longest packed query sequence; 0 if not varlen.
         max_seqlen_kv: Longest packed key sequence; 0 if not varlen.

@@ -310,7 +310,8 @@ def _column_steps(problem: Problem, stride: tuple[int, ...]) -> list[tuple[int, 
     what `_strides` gives."""
     if problem.grids is None:
         return [tuple([d * s for d, s in zip(pad(problem.dilation, 1), stride[1:4])])]
-    token, found = stride[3], []
+    token = stride[3]
+    found: list[tuple[int, ...]] = []
     for grid, _ in problem.grids.runs:
         (x, y, z), (_, rows, columns) = pad(grid.dilation, 1), pad(grid.extents, 1)
         found.append((x * rows * columns * token, y * columns * token, z * token))
