@@ -75,7 +75,7 @@ def draw(seed: int) -> dict[str, Any]:
     rank = random.randint(mesh.ndim, 3)
     most = {1: 400, 2: 40, 3: 16}[rank] if ON_GPU else {1: 60, 2: 20, 3: 11}[rank]
     window: dict[str, list[Any]] = {
-        "kernel_size": [], "stride": [], "dilation": [], "is_causal": []
+        "kernel_size": [], "stride": [], "dilation": [], "is_causal": [], "is_circular": []
     }  # fmt: skip
     grid = []
     for _ in range(rank):
@@ -89,6 +89,11 @@ def draw(seed: int) -> dict[str, Any]:
         window["stride"].append(random.choice([1, 1, random.randint(1, kernel)]))
         window["dilation"].append(dilation)
         window["is_causal"].append(random.random() < 0.3)
+        is_ring = not window["is_causal"][-1] and random.random() < 0.4
+        window["is_circular"].append(is_ring)
+        if is_ring:
+            unit = window["stride"][-1] * dilation
+            grid[-1] = -(-length // unit) * unit
     axes = random.sample(range(rank), mesh.ndim)
     heads_kv = random.randint(1, 3)
     heads_dim = None
@@ -109,6 +114,9 @@ def draw(seed: int) -> dict[str, Any]:
         additional=additional,
         lengths=bool(additional) and random.random() < 0.5,
         rpb=not any(window["is_causal"]) and random.random() < (0.2 if ON_GPU else 0.4),
+        softcap=random.choice([None, None, 1.5]),
+        sink=random.random() < 0.3,
+        masks=random.choice([(), (), ("key_mask",), ("query_mask", "key_mask")]),
         grad_lse=random.random() < 0.5,
         options=dict(
             method=random.choice(["auto", "halo", "halo", "merge", "ring"]),
@@ -145,7 +153,12 @@ def check_problem(problem: dict[str, Any], seed: int, dtype: torch.dtype = F64) 
         lengths = torch.randint(0, number + 1, (batch,), generator=generator).to(DEVICE)
     if problem["rpb"]:
         rpb = normal(heads, *[2 * k - 1 for k in window["kernel_size"]])
-    tensors = [query, key, value, keys, values, rpb]
+    sink = normal(heads) if problem["sink"] else None
+    masks = {
+        name: (torch.rand(batch, *grid, generator=generator) < 0.7).to(DEVICE)
+        for name in problem["masks"]
+    }
+    tensors = [query, key, value, keys, values, rpb, sink]
 
     def results(operation: Any, parts: list[Any], of: Any, to: torch.dtype, **more: Any) -> Any:
         leaves = [
@@ -153,9 +166,11 @@ def check_problem(problem: dict[str, Any], seed: int, dtype: torch.dtype = F64) 
         ]
         out, lse = operation(
             *leaves[:3], **window, additional_keys=leaves[3], additional_values=leaves[4],
-            rpb=leaves[5], additional_lengths=lengths, return_lse=True,
-            backend="reference" if to == F64 else BACKEND, **more,
+            rpb=leaves[5], sink=leaves[6], additional_lengths=lengths, return_lse=True,
+            softcap=problem["softcap"], backend="reference" if to == F64 else BACKEND,
+            **{name: of(mask) for name, mask in masks.items()}, **more,
         )  # fmt: skip
+        lse = lse.masked_fill(lse.isneginf(), 0) if masks else lse
         loss = (out * of(grad_out).to(to)).sum()
         if problem["grad_lse"]:
             loss = loss + (lse * of(grad_lse).to(lse.dtype)).sum()
@@ -175,7 +190,10 @@ def check_problem(problem: dict[str, Any], seed: int, dtype: torch.dtype = F64) 
     alone = exact
     if dtype != F64:
         alone = results(neighborhood_attention_generic, tensors, lambda t: t, dtype)
-    names = ("out", "lse", "query", "key", "value", "additional_keys", "additional_values", "rpb")
+    names = (
+        "out", "lse", "query", "key", "value", "additional_keys", "additional_values", "rpb",
+        "sink",
+    )  # fmt: skip
     for name, found, true, single in zip(names, local, exact, alone, strict=True):
         if found is None:
             continue
@@ -246,6 +264,10 @@ MISMATCHES: dict[str, Callable[[], Any]] = {
     "stride": lambda: call(stride=2),
     "dilation": lambda: call(dilation=2),
     "is_causal": lambda: call(is_causal=(False, True)),
+    "is_circular": lambda: call(is_circular=(False, True)),
+    "softcap": lambda: call(softcap=2.0),
+    "a sink": lambda: call(sink=torch.zeros(2, dtype=F64)),
+    "key_mask": lambda: call(masked=True),
     "scale": lambda: call(scale=0.7),
     "dtype": lambda: call(dtype=torch.float32),
     "the batch size": lambda: call(batch=2),
@@ -287,6 +309,7 @@ def call(
     kernel_size: Any = (5, 5),
     requires_grad: bool = True,
     cut: bool = False,
+    masked: bool = False,
     **options: Any,
 ) -> None:
     """A call and its backward pass."""
@@ -305,6 +328,8 @@ def call(
             options["additional_values"] = torch.randn(
                 batch, additional, heads_kv, dim_v, dtype=dtype
             )
+        if masked:
+            options["key_mask"] = torch.ones(batch, *extent, dtype=torch.bool)
         if lengths:
             options["additional_lengths"] = torch.ones(batch, dtype=torch.int64)
         if rpb:
@@ -368,9 +393,17 @@ def one_way_or_the_other(method: str, transport: str) -> None:
     problem = dict(
         mesh="backwards", grid=(23,), placements=(Shard(1),), splits=[None], window=window,
         batch=2, heads=4, heads_kv=2, dims=(4, 8), additional=3, lengths=True, rpb=True,
-        grad_lse=True, options=dict(method=method, transport=transport),
+        grad_lse=True, softcap=2.0, sink=True, masks=("key_mask",),
+        options=dict(method=method, transport=transport),
     )  # fmt: skip
     check_problem(problem, 1)
+    # Rings: windows of about all of it, and one token of each other.
+    for size, step, distance in ((11, 2, 2), (24, 1, 1), (1, 1, 3), (2, 1, 12)):
+        ring = dict(
+            kernel_size=(size,), stride=(step,), dilation=(distance,), is_causal=(False,),
+            is_circular=(True,),
+        )  # fmt: skip
+        check_problem({**problem, "grid": (24,), "window": ring}, size)
     # Fewer tokens than ranks, then all on one rank.
     few = {**problem, "grid": (2,), "window": {**window, "kernel_size": (2,)}}
     check_problem(few, 2)
@@ -637,24 +670,41 @@ def dtensors(layout: str, function: str) -> None:
 
 
 def windows_of_other_kinds(layout: str) -> None:
-    """Windows of groups of heads and of whole axes; the others decline by name."""
-    pairs = distributed(LAYOUTS[layout], meshes()["square"])[:3]
-    sizes: Any = [(5, 3), (-1, 2)]
-    out, true = (natten.na2d(*[pair[which] for pair in pairs], sizes) for which in (0, 1))
-    torch.testing.assert_close(out.full_tensor(), true, rtol=0, atol=1e-12)
-    for result in (out, true):
-        result.sin().sum().backward()
-    for dtensor, leaf in pairs:
-        torch.testing.assert_close(dtensor.grad.full_tensor(), leaf.grad, rtol=0, atol=1e-12)
+    """Each as one process computes it; the others decline by name."""
+    mesh = meshes()["square"]
+    generator = torch.Generator().manual_seed(5)
+    masks = {
+        name: torch.rand(2, 12, 9, generator=generator) < 0.7 for name in ("key_mask", "query_mask")
+    }
+    sink, rpb = (torch.randn(shape, generator=generator, dtype=F64) for shape in (4, (4, 29, 5)))
+    settings: list[dict[str, Any]] = [
+        {"kernel_size": [(5, 3), (-1, 2)]},
+        {"kernel_size": (5, 9), "is_circular": True, "stride": (2, 1), "dilation": (2, 1)},
+        {"kernel_size": (5, 3), "softcap": 2.0, "sink": sink, **masks},
+        {"kernel_size": [(15, 3), (3, 3)], "clip_window": True, "rpb": rpb},
+        {"kernel_size": (3, 4), "is_circular": (False, True), "key_mask": masks["key_mask"]},
+    ]
+    for options in settings:
+        pairs = distributed(LAYOUTS[layout], mesh)[:3]
+        results = []
+        for which in (0, 1):
+            given = {
+                name: distribute_tensor(t, mesh, [Replicate()] * 2, src_data_rank=None)
+                if isinstance(t, Tensor) and not which
+                else t
+                for name, t in options.items()
+            }
+            out = natten.na2d(*[pair[which] for pair in pairs], **given)
+            out.sin().sum().backward()
+            results.append(out)
+        torch.testing.assert_close(results[0].full_tensor(), results[1], rtol=0, atol=1e-12)
+        for dtensor, leaf in pairs:
+            torch.testing.assert_close(dtensor.grad.full_tensor(), leaf.grad, rtol=0, atol=1e-12)
     tensors = [pair[0] for pair in pairs]
-    valid = torch.ones(2, 12, 9, dtype=torch.bool)
-    declined: dict[str, Any] = {
-        "is_circular": (True, False), "upsampling": 2, "clip_window": True, "softcap": 2.0,
-        "sink": torch.zeros(4), "key_mask": valid, "query_mask": valid,
-    }  # fmt: skip
-    for name, value in declined.items():
-        with raises(NotImplementedError, f"{name} is not implemented where the grid is sharded"):
-            natten.na2d(*tensors, 3, **{name: value})
+    with raises(NotImplementedError, "upsampling is not implemented where the grid is sharded"):
+        natten.na2d(*tensors, 3, upsampling=2)
+    with raises(ValueError, "key_mask must be a DTensor"):
+        natten.na2d(*tensors, 3, key_mask=masks["key_mask"])
     packed = [t.detach().flatten(1, 2)[:1] for t in (pair[1] for pair in pairs)]
     mesh = meshes()["line"]
     with raises(NotImplementedError, "a layout of tokens that are sharded over ranks"):

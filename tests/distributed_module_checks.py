@@ -71,6 +71,18 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     ),
     "padded": lambda: NeighborhoodAttention2D(16, 2, (15, 3), pad=True, rotary=True),
     "a whole axis": lambda: NeighborhoodAttention2D(16, 2, (-1, 3), learned_scale=True),
+    "a ring": lambda: NeighborhoodAttention2D(
+        16, 2, (3, 5), is_circular=True, rotary=True, rel_pos_bias=True
+    ),
+    "scores": lambda: NeighborhoodAttention2D(
+        16, 2, (5, 3), softcap=2.0, sink=True, dilation=(2, 1), is_circular=(False, True)
+    ),
+    "clipped, of groups of heads": lambda: NeighborhoodAttention2D(
+        16, 4, [(15, 3), (3, 9)], num_kv_heads=1, clip_window=True, rel_pos_bias=True
+    ),
+    "groups of heads, padded": lambda: NeighborhoodAttention2D(
+        16, 2, [(15, 3), (3, 9)], pad=True, sink=True
+    ),
     "the other, padded": lambda: NeighborhoodAttention2D(16, 2, (15, -1), pad=True),
 }
 
@@ -97,6 +109,35 @@ def attention_module(name: str, in_context: bool) -> None:
         (out * sharding.shard(upstream)).sum().backward()
     torch.testing.assert_close(out, sharding.shard(single(x)), rtol=1e-10, atol=1e-10)
     compare(module, single, sharding.group)
+
+
+def masked() -> None:
+    """Valid tokens, of attention alone and beside registers, softly capped and with a sink."""
+    grid = (11, 7)
+    sharding = sharded(grid)
+    single = randomized(
+        NeighborhoodAttention2D(16, 2, (15, 3), pad=True, softcap=2.0, sink=True, rotary=True)
+    )
+    x, tokens = torch.randn(2, *grid, 16, dtype=F64), torch.randn(2, 3, 16, dtype=F64)
+    mask = torch.rand(2, *grid) < 0.7
+    for given, share in (({}, 1), ({"registers": tokens}, dist.get_world_size())):
+        module = copy.deepcopy(single)
+        module.zero_grad()
+        single.zero_grad()
+        parallelize_module(module, sharding.mesh, nd.NeighborhoodContextParallel(sharding))
+        local = module(sharding.shard(x), mask=sharding.shard(mask), **given)
+        true = single(x, mask=mask, **given)
+        out, more = (local, None) if torch.is_tensor(local) else local
+        whole, of_registers = (true, None) if torch.is_tensor(true) else true
+        torch.testing.assert_close(out, sharding.shard(whole), rtol=1e-10, atol=1e-10)
+        loss, expected = out.square().sum(), whole.square().sum()
+        if more is not None:
+            torch.testing.assert_close(more, of_registers, rtol=1e-10, atol=1e-10)
+            loss = loss + more.square().sum() / share
+            expected = expected + of_registers.square().sum()
+        loss.backward()
+        expected.backward()
+        compare(module, single, sharding.group)
 
 
 def registers() -> None:

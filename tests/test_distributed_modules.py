@@ -42,6 +42,7 @@ def test_head_parallel(ranks, name):
         "context_parallel_functions",
         "cross_attention",
         "head_parallel_cross_attention",
+        "masked",
         "refuses_modules",
         "registers",
         "video_nat",

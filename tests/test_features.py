@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -229,7 +229,12 @@ def dtensors(feature: str) -> None:
     try:
         mesh = init_device_mesh("cpu", (1,))
         placed = [distribute_tensor(t, mesh, [Shard(1)]) for t in tensors]
-        assert_close(attend(*placed).full_tensor(), attend(*tensors))
+        expected, options = attend(*tensors), FEATURES[feature]
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in options.items():
+                if isinstance(value, Tensor):
+                    patch.setitem(options, name, distribute_tensor(value, mesh, [Replicate()]))
+            assert_close(attend(*placed).full_tensor(), expected)
     finally:
         dist.destroy_process_group()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from natten import validation
 from natten._internals import has_tangents
 from natten.distributed import dtensors
-from natten.distributed.call import Inputs
+from natten.distributed.call import Inputs, as_mask, as_numbers
 from natten.distributed.exchange import agree, heads_to_tokens, tokens_to_heads
 from natten.distributed.operator import sharded_agreement, sharded_attention
 from natten.distributed.sharding import GridSharding, check_own
@@ -43,7 +43,7 @@ def _checked(
     rank: int | None,
     inputs: Inputs,
     window: tuple[Any, ...],
-    scale: Any,
+    scores: tuple[Any, Any],
     sharding: GridSharding,
     backend: Any,
     method: Any,
@@ -52,26 +52,34 @@ def _checked(
     save_halo: Any,
 ) -> tuple[Any, ...]:
     """The operator's parameters."""
-    query, key, value, rpb, additional_keys, additional_values, lengths = inputs
+    query, key, value, rpb, additional_keys, additional_values, *_ = inputs
+    lengths, (scale, softcap) = inputs.additional_lengths, scores
     rank = validation.check_qkv(query, key, value, rank)
     if len(sharding.grid) != rank:
         raise ValueError(f"query has {rank} axes of tokens, the sharded grid is {sharding.grid}")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_own(tensor, name, sharding.own)
     # A shard may be smaller than the window.
-    checked = validation.check_window(sharding.grid, *window)
+    *sizes, is_circular = window
+    checked = validation.check_window(sharding.grid, *sizes)
+    rings = validation.check_circular(is_circular, sharding.grid, *checked)
     validation.check_additional(query, key, value, additional_keys, additional_values)
     validation.check_lengths(lengths, query, additional_keys)
     if lengths is not None and additional_keys is not None:
         validation.check_length_values("additional_lengths", lengths, additional_keys.shape[1])
     validation.check_rpb(rpb, query, checked[0], checked[3])
+    validation.check_sink(inputs.sink, query)
+    validation.check_mask("key_mask", inputs.key_mask, key)
+    validation.check_mask("query_mask", inputs.query_mask, query)
     if head_chunks is None:
         head_chunks = _HEAD_CHUNKS
     validation.check_positive_int("head_chunks", head_chunks)
     return (
         sharding.key,
         *checked,
+        rings or (False,) * rank,
         validation.check_scale(scale, query.shape[-1]),
+        validation.check_softcap(softcap),
         parse_name(backend, FNA),
         _one_of("method", method, METHODS),
         _one_of("transport", transport, TRANSPORTS),
@@ -85,7 +93,7 @@ def _attend(
     rank: int | None,
     inputs: Inputs,
     window: tuple[Any, ...],
-    scale: Any,
+    scores: tuple[Any, Any],
     sharding: GridSharding,
     heads_dim: int | str | None,
     **options: Any,
@@ -97,7 +105,7 @@ def _attend(
             "forward mode is not implemented where the grid is sharded over ranks"
         )
     try:
-        parameters = _checked(rank, inputs, window, scale, sharding, **options)
+        parameters = _checked(rank, inputs, window, scores, sharding, **options)
         index = None if heads_dim is None else _heads_index(heads_dim, sharding, inputs)
     except (ValueError, NotImplementedError) as error:
         if not torch.compiler.is_compiling():
@@ -106,21 +114,26 @@ def _attend(
         raise
     with torch.autocast(inputs.query.device.type, enabled=False):
         if index is not None:
-            return _over_heads(inputs, window, scale, sharding, index, parameters, options)
+            return _over_heads(inputs, window, scores, sharding, index, parameters, options)
         out, lse, _ = sharded_attention(*inputs, *parameters)
     return out, lse
 
 
 def _alone(
-    rank: int | None, inputs: Inputs, window: tuple[Any, ...], scale: Any, backend: str | None
+    rank: int | None,
+    inputs: Inputs,
+    window: tuple[Any, ...],
+    scores: tuple[Any, Any],
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp where no tokens are sharded."""
     validation.check_qkv(*inputs[:3], rank)
-    query, key, value, rpb, keys, values, lengths = inputs
-    kernel_size, stride, dilation, is_causal = window
+    (*sizes, is_circular), (scale, softcap) = window, scores
+    kernel_size, stride, dilation, is_causal = sizes
     out, lse = neighborhood_attention_generic(
-        query, key, value, kernel_size, stride, dilation, is_causal, scale, keys, values,
-        rpb=rpb, additional_lengths=lengths, backend=backend, return_lse=True,
+        **inputs._asdict(), kernel_size=kernel_size, stride=stride, dilation=dilation,
+        is_causal=is_causal, is_circular=is_circular, scale=scale, softcap=softcap,
+        backend=backend, return_lse=True,
     )  # fmt: skip
     return out, lse
 
@@ -151,7 +164,7 @@ def _as_given(tensors: Tensors, *parameters: Any) -> Parameters:
 def _over_heads(
     inputs: Inputs,
     window: tuple[Any, ...],
-    scale: Any,
+    scores: tuple[Any, Any],
     sharding: GridSharding,
     index: int,
     parameters: tuple[Any, ...],
@@ -163,26 +176,39 @@ def _over_heads(
     if torch.compiler.is_compiling():
         inputs = inputs._replace(query=inputs.query + zero)
     line, dim = sharding.lines[index], sharding.axes[index] + 1
-    *grids, rpb, additional_keys, additional_values, lengths = inputs
-    query, key, value = [tokens_to_heads(t, dim, line) for t in grids]
+    ranks = len(line.lengths)
 
     def share(tensor: Tensor | None, heads: int) -> Tensor | None:
-        return None if tensor is None else tensor.chunk(len(line.lengths), heads)[line.own]
+        return None if tensor is None else tensor.chunk(ranks, heads)[line.own]
 
-    context = (share(additional_keys, -2), share(additional_values, -2), lengths)
-    moved = Inputs(query, key, value, share(rpb, 0), *context)
+    def whole_mask(mask: Tensor | None) -> Tensor | None:
+        if mask is None:
+            return None
+        each = as_numbers(mask, inputs.query).expand(*mask.shape, ranks, 1)
+        return as_mask(tokens_to_heads(each, dim, line))
+
+    query, key, value = [tokens_to_heads(t, dim, line) for t in inputs[:3]]
+    moved = Inputs(
+        query,
+        key,
+        value,
+        share(inputs.rpb, 0),
+        share(inputs.additional_keys, -2),
+        share(inputs.additional_values, -2),
+        share(inputs.sink, 0),
+        inputs.additional_lengths,
+        whole_mask(inputs.key_mask),
+        whole_mask(inputs.query_mask),
+    )
     inner = sharding.without[index]
     if inner is not None:
-        out, lse = _attend(None, moved, window, scale, inner, None, **options)
+        out, lse = _attend(None, moved, window, scores, inner, None, **options)
     else:
         # Each rank has the whole grid, of some heads.
-        kernel_size, stride, dilation, is_causal, factor, name = parameters[1:7]
-        encoded = encode_window(kernel_size, stride, dilation, is_causal)
-        given = Parameters(0, encoded, factor, 0.0, 0, 0, name, "", False)
-        tensors = Tensors(
-            query, key, value, moved.rpb, *context[:2], additional_lengths=lengths
-        )  # fmt: skip
-        out, lse = attend(tensors, given, _as_given)
+        *sizes, rings, factor, cap, name = parameters[1:9]
+        encoded = encode_window(*sizes, is_circular=rings if any(rings) else ())
+        given = Parameters(0, encoded, factor, cap, 0, 0, name, "", False)
+        out, lse = attend(Tensors(**moved._asdict()), given, _as_given)
     return heads_to_tokens(out, dim, line), heads_to_tokens(lse.unsqueeze(-1), dim, line).squeeze(
         -1
     )
@@ -192,7 +218,7 @@ def _attend_somewhere(
     rank: int | None,
     inputs: Inputs,
     window: tuple[Any, ...],
-    scale: float | None,
+    scores: tuple[Any, Any],
     sharding: GridSharding | None,
     heads_dim: int | str | None,
     return_lse: bool,
@@ -200,15 +226,18 @@ def _attend_somewhere(
 ) -> Tensor | tuple[Tensor, Tensor]:
     dtype = autocast_dtype(inputs.query)
     if dtype is not None:
-        # Before the exchange: half of its bytes. The bias keeps its own.
-        *others, lengths = autocast(dtype, *inputs)
-        inputs = Inputs._make([*others[:3], inputs.rpb, *others[4:], lengths])
+        # Before the exchange: half of its bytes. Bias and sink keep their own.
+        names = ("query", "key", "value", "additional_keys", "additional_values")
+        cast = autocast(dtype, *[getattr(inputs, name) for name in names])
+        inputs = inputs._replace(**dict(zip(names, cast, strict=True)))
     if sharded.is_dtensor(inputs.query):
         if sharded.current is not None:
             raise ValueError("tensors must be plain inside of context_parallel, got DTensors")
         out, lse = dtensors.attend(
-            lambda local, placed: _attend(rank, local, window, scale, placed, heads_dim, **options),
-            lambda local: _alone(rank, local, window, scale, options["backend"]),
+            lambda local, placed: _attend(
+                rank, local, window, scores, placed, heads_dim, **options
+            ),
+            lambda local: _alone(rank, local, window, scores, options["backend"]),
             inputs,
             sharding,
         )
@@ -220,7 +249,7 @@ def _attend_somewhere(
                     "DTensors, or call this inside of context_parallel"
                 )
             sharding = sharded.current.sharding
-        out, lse = _attend(rank, inputs, window, scale, sharding, heads_dim, **options)
+        out, lse = _attend(rank, inputs, window, scores, sharding, heads_dim, **options)
     return (out, lse) if return_lse else out
 
 
@@ -241,6 +270,11 @@ def _neighborhood_attention(
     return_lse: bool = False,
     rpb: Tensor | None = None,
     additional_lengths: Tensor | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    is_circular: BoolOrSequence | None = False,
     backend: str | None = None,
     method: str = "auto",
     transport: str = "all_to_all",
@@ -251,9 +285,20 @@ def _neighborhood_attention(
     """The functions below; ``rank`` is how many axes of tokens there must be, None for any."""
     return _attend_somewhere(
         rank,
-        Inputs(query, key, value, rpb, additional_keys, additional_values, additional_lengths),
-        (kernel_size, stride, dilation, is_causal),
-        scale,
+        Inputs(
+            query,
+            key,
+            value,
+            rpb,
+            additional_keys,
+            additional_values,
+            sink,
+            additional_lengths,
+            key_mask,
+            query_mask,
+        ),
+        (kernel_size, stride, dilation, is_causal, is_circular),
+        (scale, softcap),
         sharding,
         heads_dim,
         return_lse,
@@ -286,6 +331,11 @@ class Options(AttentionOptions, total=False):
 
     rpb: Tensor | None
     additional_lengths: Tensor | None
+    softcap: float | None
+    sink: Tensor | None
+    key_mask: Tensor | None
+    query_mask: Tensor | None
+    is_circular: BoolOrSequence | None
 
 
 class NeighborhoodAttention(Protocol):
@@ -331,20 +381,21 @@ def neighborhood_attention(*arguments: Any, **named: Any) -> Any:
     every rank has one box of it. All ranks of the sharding call it, with the same arguments but
     for their tensors. Tensors are either all DTensors, in true global shapes, or all plain ones:
 
-    - Plain tensors are this rank's box, and so are out and logsumexp. ``additional_*`` and ``rpb``
-      are the same on all ranks; their gradients are this rank's contribution: add them up, as DDP
-      and FSDP do.
+    - Plain tensors are this rank's box, masks as well, and so are out and logsumexp.
+      ``additional_*``, ``rpb`` and ``sink`` are the same on all ranks; their gradients are this
+      rank's contribution: add them up, as DDP and FSDP do.
     - DTensors are the grid, sharded along tokens, batch or heads, query, key and value alike; out
-      and logsumexp are placed as query. ``additional_*`` and ``rpb`` have any placements; gradients
-      of what is replicated over ranks with different tokens are ``Partial``.
+      and logsumexp are placed as query. All else has any placements; gradients of what is
+      replicated over ranks with different tokens are ``Partial``.
 
     Args:
         query: ``[batch, *tokens, heads, head_dim]``.
         key: ``[batch, *tokens, heads_kv, head_dim]``.
         value: ``[batch, *tokens, heads_kv, head_dim_v]``.
-        kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, rpb,
-            additional_lengths, backend: As there. A window may be larger than a shard, up to the
-            whole grid.
+        kernel_size, stride, dilation, is_causal, is_circular, scale, additional_keys,
+            additional_values, rpb, additional_lengths, softcap, sink, key_mask, query_mask,
+            backend: As there. A window may be larger than a shard, up to the whole grid, and a ring
+            may be sharded, too: then the halo wraps around.
         sharding: Which box is whose. Default: of DTensors their placements, of plain tensors what
             :func:`context_parallel` says. It is never derived from the shapes of shards.
         return_lse: Also return the logsumexp.
@@ -393,7 +444,11 @@ def na3d(*arguments: Any, **named: Any) -> Any:
 
 
 def attend_where_sharded(
-    rank: int | None, tensors: Sequence[Any], window: tuple[Any, ...], scale: Any, backend: Any
+    rank: int | None,
+    tensors: Sequence[Any],
+    window: tuple[Any, ...],
+    scores: tuple[Any, Any],
+    backend: Any,
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp of a call of natten's own functions, on DTensors or inside of
     `context_parallel`."""
@@ -404,7 +459,7 @@ def attend_where_sharded(
         options["backend"] = backend
     heads_dim = options.pop("heads_dim")
     out, lse = _attend_somewhere(
-        rank, Inputs._make(tensors), window, scale, None, heads_dim, True, **options
+        rank, Inputs._make(tensors), window, scores, None, heads_dim, True, **options
     )
     return out, lse
 
@@ -462,9 +517,9 @@ def attention(
     length = query.shape[1] if sharded.is_dtensor(query) or placed is None else placed.grid[0]
     return _attend_somewhere(
         1,
-        Inputs(query, key, value, None, None, None, None),
-        (length, 1, 1, is_causal),
-        scale,
+        Inputs(query, key, value),
+        (length, 1, 1, is_causal, False),
+        (scale, None),
         sharding,
         heads_dim,
         return_lse,

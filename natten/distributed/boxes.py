@@ -63,6 +63,17 @@ def whole(grid: Sequence[int]) -> Box:
     return Box((0,) * len(grid), tuple(grid))
 
 
+def moved(box: Box, offset: Iterable[int]) -> Box:
+    """The box somewhere else."""
+    return Box(tuple([o + n for o, n in zip(box.origin, offset)]), box.extent)
+
+
+def parts(boxes: Iterable[Box], of: Box) -> list[Box]:
+    """What boxes have in common with another, where that is any."""
+    common = [box.intersection(of) for box in boxes]
+    return [part for part in common if part.tokens]
+
+
 def chunk_lengths(length: int, parts: int) -> tuple[int, ...]:
     """Extents of the shards of an axis, as torch.chunk and DTensor cut it."""
     size = -(-length // parts)
@@ -95,6 +106,8 @@ def _along_axes(
 
 @lru_cache(maxsize=4096)
 def _needed_along(axis: Axis, origin: int, extent: int) -> tuple[int, int]:
+    if axis.is_circular:  # of which every box has all tokens
+        return 0, axis.length
     low, high = axis.length, 0
     # A range has tokens of at most as many groups as it has tokens.
     for group in {index % axis.dilation for index in range(origin, origin + extent)}:
@@ -113,6 +126,8 @@ def needed(axes: Sequence[Axis], queries: Box) -> Box:
 
 @lru_cache(maxsize=4096)
 def _viewers_along(axis: Axis, origin: int, extent: int, low: int, high: int) -> tuple[int, int]:
+    if axis.is_circular:
+        return 0, axis.length
     start, end = window.bounds_table(axis, origin, extent, low, high - low)
     seeing = (end > start).nonzero()
     if not len(seeing):
@@ -133,6 +148,8 @@ _TILE = 8
 @lru_cache(maxsize=4096)
 def _interior_along(axis: Axis, origin: int, extent: int) -> tuple[int, int]:
     """The longest range of queries that see keys of their own range alone, by whole tiles."""
+    if axis.is_circular:
+        return 0, axis.length
     start, end = window.bounds_table(axis, origin, extent)
     group = torch.arange(origin, origin + extent) % axis.dilation
     first, last = group + axis.dilation * start, group + axis.dilation * (end - 1)
@@ -158,15 +175,15 @@ def interior_first(axes: Sequence[Axis], own: Box) -> tuple[Box, ...]:
     inner = _along_axes(_interior_along, axes, own)
     if not inner.tokens:
         return (own,) if own.tokens else ()
-    parts, low, high = [inner], list(own.origin), list(own.end)
+    cut, low, high = [inner], list(own.origin), list(own.end)
     for i, cuts in enumerate(zip(inner.origin, inner.end)):
         for start, stop in ((low[i], cuts[0]), (cuts[1], high[i])):
             if stop > start:
-                parts.append(
+                cut.append(
                     between([*low[:i], start, *low[i + 1 :]], [*high[:i], stop, *high[i + 1 :]])
                 )
         low[i], high[i] = cuts
-    return tuple(parts)
+    return tuple(cut)
 
 
 __all__ = [
@@ -174,7 +191,9 @@ __all__ = [
     "between",
     "chunk_lengths",
     "interior_first",
+    "moved",
     "needed",
+    "parts",
     "shards",
     "viewers",
     "whole",

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, product
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from natten.distributed.boxes import Box, chunk_lengths, interior_first, needed
+from natten.distributed.boxes import Box, chunk_lengths, interior_first, moved, needed, parts
 from natten.distributed.exchange import Exchange
 from natten.distributed.sharding import Layout
-from natten.functional.call import Parameters, encode_window
+from natten.functional.call import Parameters, Tensors, encode_window
 from natten.functional.operators import neighborhood_attention, neighborhood_attention_backward
 from natten.functional.problem import accumulation_dtype
 from natten.window import Axis
 
 _ALL = slice(None)
+Block = tuple[Box, list[Tensor]]  # a box, and what `Inputs.keys` has of it
 
 
 class Inputs(NamedTuple):
@@ -29,27 +30,55 @@ class Inputs(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    rpb: Tensor | None
-    additional_keys: Tensor | None
-    additional_values: Tensor | None
-    additional_lengths: Tensor | None
+    rpb: Tensor | None = None
+    additional_keys: Tensor | None = None
+    additional_values: Tensor | None = None
+    sink: Tensor | None = None
+    additional_lengths: Tensor | None = None
+    key_mask: Tensor | None = None
+    query_mask: Tensor | None = None
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """What other ranks see of keys: keys, values, and which are valid, as numbers of theirs."""
+        if self.key_mask is None:
+            return [self.key, self.value]
+        return [self.key, self.value, as_numbers(self.key_mask, self.key)]
 
     def of_heads(self, heads: slice, heads_kv: slice) -> Inputs:
         """Some query heads and the key heads that they see."""
-        query, key, value, rpb, *additional, lengths = self
-        return Inputs._make(
-            [
-                query[..., heads, :],
-                *[t[..., heads_kv, :] for t in (key, value)],
-                None if rpb is None else rpb[heads],
-                *[None if t is None else t[..., heads_kv, :] for t in additional],
-                lengths,
-            ]
+
+        def part(tensor: Tensor | None, *where: Any) -> Tensor | None:
+            return None if tensor is None else tensor[where]
+
+        return self._replace(
+            query=self.query[..., heads, :],
+            key=self.key[..., heads_kv, :],
+            value=self.value[..., heads_kv, :],
+            rpb=part(self.rpb, heads),
+            additional_keys=part(self.additional_keys, ..., heads_kv, _ALL),
+            additional_values=part(self.additional_values, ..., heads_kv, _ALL),
+            sink=part(self.sink, heads),
         )
 
     def without_additional(self) -> Inputs:
-        """For all but one part of the keys: additional keys count once."""
-        return self._replace(additional_keys=None, additional_values=None, additional_lengths=None)
+        """For all but one part of the keys: additional keys and the sink count once."""
+        return self._replace(
+            additional_keys=None, additional_values=None, sink=None, additional_lengths=None
+        )
+
+
+NUM_TENSORS, NUM_DIFFERENTIABLE = len(Inputs._fields), 7
+
+
+def as_numbers(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask ``[batch, *tokens]`` as a tensor with heads and features."""
+    return mask.to(like.dtype)[..., None, None]
+
+
+def as_mask(numbers: Tensor) -> Tensor:
+    """The inverse of `as_numbers`."""
+    return numbers[..., 0, 0] != 0
 
 
 class Results(NamedTuple):
@@ -67,7 +96,7 @@ class Results(NamedTuple):
 
 
 class Gradients:
-    """The gradients of the six differentiable inputs. Those of query, key and value are written
+    """The gradients of the differentiable inputs. Those of query, key and value are written
     once; the others are sums of what is added."""
 
     def __init__(self, inputs: Inputs, needs: Sequence[bool]) -> None:
@@ -78,7 +107,7 @@ class Gradients:
             torch.zeros(t.shape, dtype=accumulation_dtype(t.dtype), device=t.device)
             if t is not None and need
             else None
-            for t, need in zip(inputs[3:6], needs[3:])
+            for t, need in zip(inputs[3:NUM_DIFFERENTIABLE], needs[3:])
         ]
 
     def of_keys(self, heads_kv: slice) -> list[Tensor]:
@@ -86,9 +115,10 @@ class Gradients:
         return [t[..., heads_kv, :] for t in (self.key, self.value)]
 
     def add_rest(self, got: Sequence[Tensor], heads: slice = _ALL, heads_kv: slice = _ALL) -> None:
-        """Add an operator's gradients of rpb and additional keys and values, of these heads."""
+        """Add an operator's gradients of what is no grid, of these heads."""
+        of_keys = (..., heads_kv, _ALL)
         for total, gradient, of_heads in zip(
-            self._rest, got[3:], ((heads,), (..., heads_kv, _ALL), (..., heads_kv, _ALL))
+            self._rest, got[3:], ((heads,), of_keys, of_keys, (heads,))
         ):
             if total is not None and gradient.numel():
                 total[of_heads] += gradient
@@ -99,20 +129,67 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Call:
-    """A call without its tensors, and this rank's part of it."""
+    """A call without its tensors, and this rank's part of it.
+
+    Boxes of queries and keys are those of a grid without rings: a ring that is sharded is unrolled,
+    with room on both sides for tokens of the other end, of which there are images then.
+
+    Attributes:
+        window: The axes as the call has them.
+    """
 
     layout: Layout
-    axes: tuple[Axis, ...]
+    window: tuple[Axis, ...]
     scale: float
+    softcap: float
     backend: str
     method: str
     transport: str
     head_chunks: int
     save_halo: bool
 
+    @cached_property
+    def margins(self) -> tuple[int, ...]:
+        """The room on both sides of each axis: whole windows, and a number of tokens that leaves
+        dilation and stride groups what they are; 0 where nothing is unrolled."""
+        shards = {box.extent for box in self.layout.boxes}
+        return tuple(
+            [
+                -(-(axis.kernel_size + axis.stride) // axis.stride) * axis.stride * axis.dilation
+                if axis.is_circular and any(extent[i] != axis.length for extent in shards)
+                else 0
+                for i, axis in enumerate(self.window)
+            ]
+        )
+
+    @cached_property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes that boxes are of."""
+        return tuple(
+            [
+                axis._replace(length=axis.length + 2 * margin, is_circular=False)
+                if margin
+                else axis
+                for axis, margin in zip(self.window, self.margins)
+            ]
+        )
+
+    @cached_property
+    def boxes(self) -> tuple[Box, ...]:
+        """The box of each rank."""
+        return tuple([moved(box, self.margins) for box in self.layout.boxes])
+
     @property
     def own(self) -> Box:
-        return self.layout.own
+        return self.boxes[self.layout.rank]
+
+    def images(self, box: Box) -> list[Box]:
+        """Where the tokens of a rank's box are: first there, then further around unrolled rings."""
+        turns = [
+            (0, -axis.length, axis.length) if margin else (0,)
+            for axis, margin in zip(self.window, self.margins)
+        ]
+        return [moved(box, offset) for offset in product(*turns)]
 
     @property
     def saves_halo(self) -> bool:
@@ -125,19 +202,33 @@ class Call:
         return needed(self.axes, self.own)
 
     @cached_property
-    def incoming(self) -> tuple[Box, ...]:
+    def incoming(self) -> tuple[tuple[Box, ...], ...]:
         """What each rank has of them; nothing of this one, whose part is there."""
-        return self._of_others([self.needed.intersection(box) for box in self.layout.boxes])
+        return tuple(
+            [
+                tuple(parts(self.images(box), self.needed)) if rank != self.layout.rank else ()
+                for rank, box in enumerate(self.boxes)
+            ]
+        )
 
     @cached_property
-    def outgoing(self) -> tuple[Box, ...]:
-        """What each rank needs of this one's keys."""
-        boxes = self.layout.boxes
-        return self._of_others([needed(self.axes, b).intersection(self.own) for b in boxes])
-
-    def _of_others(self, boxes: list[Box]) -> tuple[Box, ...]:
-        nothing = Box(self.own.origin, (0,) * len(self.axes))
-        return tuple([b if r != self.layout.rank else nothing for r, b in enumerate(boxes)])
+    def outgoing(self) -> tuple[tuple[Box, ...], ...]:
+        """What each rank needs of this one's keys, in the order in which it has them there."""
+        own = self.own
+        return tuple(
+            [
+                tuple(
+                    [
+                        moved(part, [a - b for a, b in zip(own.origin, image.origin)])
+                        for image in self.images(own)
+                        for part in parts([image], needed(self.axes, box))
+                    ]
+                )
+                if rank != self.layout.rank
+                else ()
+                for rank, box in enumerate(self.boxes)
+            ]
+        )
 
     def is_local(self, queries: Box) -> bool:
         """Whether queries of this rank see its own keys alone."""
@@ -170,74 +261,80 @@ class Call:
 
     def parameters(self, queries: Box, keys: Box) -> Parameters:
         """The operator's, for a box of queries and one of keys."""
-        _, kernel_size, stride, dilation, is_causal, *_ = zip(*self.axes)
-        boxes = (self.layout.grid, queries.origin, keys.origin)
-        window = encode_window(kernel_size, stride, dilation, is_causal, *boxes)
-        return Parameters(0, window, self.scale, 0.0, 0, 0, self.backend, "", True)
+        grid, kernel_size, stride, dilation, is_causal, is_circular, _ = zip(*self.axes)
+        rings = is_circular if any(is_circular) else ()
+        boxes = (grid, queries.origin, keys.origin)
+        window = encode_window(kernel_size, stride, dilation, is_causal, *boxes, is_circular=rings)
+        return Parameters(0, window, self.scale, self.softcap, 0, 0, self.backend, "", True)
 
     def attend(
         self, inputs: Inputs, queries: Box, keys: Box, pair: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Some of this rank's queries against a box of keys, which with its values is ``pair``:
-        output and logsumexp."""
-        query, (key, value) = inputs.query[queries.within(self.own)], pair
-        *bias_and_additional, lengths = inputs[3:]
-        return neighborhood_attention(
-            query, key, value, *bias_and_additional, None, None, None, lengths, None, None,
-            *self.parameters(queries, keys),
-        )  # fmt: skip
+        """Some of this rank's queries against a box of keys, of which ``pair`` holds what
+        `Inputs.keys` does: output and logsumexp."""
+        tensors = self._tensors(inputs, queries, pair)
+        return neighborhood_attention(*tensors, *self.parameters(queries, keys))
 
     def attend_backward(
         self, inputs: Inputs, results: Results, queries: Box, keys: Box, pair: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """The six gradients, by the logsumexp of all keys, whichever of them are given."""
-        where, (key, value) = queries.within(self.own), pair
+        """The gradients, by the logsumexp of all keys, whichever of them are given."""
+        where, tensors = queries.within(self.own), self._tensors(inputs, queries, pair)
         grad_out, grad_lse, out, lse = [None if t is None else t[where] for t in results]
-        *bias_and_additional, lengths = inputs[3:]
-        *gradients, _ = neighborhood_attention_backward(
-            grad_out, grad_lse, inputs.query[where], key, value, *bias_and_additional, None, None,
-            None, lengths, None, None, out, lse, *self.parameters(queries, keys), [*needs, False],
-        )  # fmt: skip
-        return tuple(gradients)
+        return tuple(
+            neighborhood_attention_backward(
+                grad_out, grad_lse, *tensors, out, lse, *self.parameters(queries, keys), [*needs]
+            )
+        )
+
+    def _tensors(self, inputs: Inputs, queries: Box, pair: Sequence[Tensor]) -> Tensors:
+        where, (key, value, *mask) = queries.within(self.own), pair
+        query_mask = inputs.query_mask
+        given = Tensors(inputs.query[where], key, value, *inputs[3:NUM_DIFFERENTIABLE])
+        return given._replace(
+            additional_lengths=inputs.additional_lengths,
+            key_mask=as_mask(mask[0]) if mask else None,
+            query_mask=None if query_mask is None else query_mask[where],
+        )
 
     # --- exchanges
 
-    def elements(self, inputs: Inputs, boxes: Sequence[Box]) -> list[int]:
-        """Numbers in the keys and values of each box."""
-        return [box.tokens * sum([_width(t) for t in inputs[1:3]]) for box in boxes]
+    def elements(self, tensors: Sequence[Tensor], boxes: Iterable[Sequence[Box]]) -> list[int]:
+        """Numbers in the parts of the tensors that are in the boxes of each rank."""
+        width = sum([_width(t) for t in tensors])
+        return [sum([box.tokens for box in of_rank]) * width for of_rank in boxes]
 
     def fetch(self, inputs: Inputs, halo: Tensor) -> Exchange:
         """Starts to fill ``halo`` with the keys and values of other ranks that this one needs."""
+        tensors = inputs.keys
         outgoing = [
-            [t[box.within(self.own)] for t in inputs[1:3]] if box.tokens else []
-            for box in self.outgoing
+            [t[box.within(self.own)] for box in boxes for t in tensors] for boxes in self.outgoing
         ]
-        sizes = self.elements(inputs, self.incoming)
+        sizes = self.elements(tensors, self.incoming)
         return Exchange(outgoing, halo, sizes, self.layout.group, self.transport)
 
-    def fetched(self, inputs: Inputs, parts: Sequence[Tensor]) -> list[tuple[Box, list[Tensor]]]:
-        """What came of each rank that this one needs something of."""
+    def fetched(self, inputs: Inputs, received: Sequence[Tensor]) -> list[list[Block]]:
+        """What came of each rank."""
+        tensors = inputs.keys
         return [
-            (box, unpacked(part, box, inputs[1:3]))
-            for box, part in zip(self.incoming, parts)
-            if box.tokens
+            unpacked_boxes(flat, boxes, tensors) for boxes, flat in zip(self.incoming, received)
         ]
 
     def give_back(self, inputs: Inputs, gradients: Sequence[Sequence[Tensor]]) -> Exchange:
         """Starts to return to each rank the gradients of what came from it, in the dtype of keys:
         half the bytes of float32."""
-        outgoing = [[g.to(inputs.key.dtype) for g in pair] for pair in gradients]
-        sizes = self.elements(inputs, self.outgoing)
+        outgoing = [[g.to(inputs.key.dtype) for g in of_rank] for of_rank in gradients]
+        sizes = self.elements(inputs[1:3], self.outgoing)
         received = inputs.key.new_empty(sum(sizes))
         return Exchange(outgoing, received, sizes, self.layout.group, self.transport)
 
     def add_returned(self, inputs: Inputs, totals: Sequence[Tensor], returned: Exchange) -> None:
         """Adds gradients that others had of this rank's keys: in the order of ranks, whenever they
         came."""
-        for box, part in zip(self.outgoing, returned.wait()):
-            if box.tokens:
-                for total, gradient in zip(totals, unpacked(part, box, inputs[1:3])):
+        for boxes, flat in zip(self.outgoing, returned.wait()):
+            for box, pair in unpacked_boxes(flat, boxes, inputs[1:3]):
+                for total, gradient in zip(totals, pair):
                     total[box.within(self.own)] += gradient
 
 
@@ -245,10 +342,11 @@ class Call:
 _RING_SHARE = 0.75
 
 
-def automatic_method(boxes: Sequence[Box], axes: tuple[Axis, ...]) -> str:
+def automatic_method(call: Call) -> str:
     """ "ring" where some rank of three or more needs about the whole grid, else "halo"."""
+    boxes = call.boxes
     total = sum([box.tokens for box in boxes])
-    missing = [needed(axes, box).tokens - box.tokens for box in boxes if box.tokens]
+    missing = [needed(call.axes, box).tokens - box.tokens for box in boxes if box.tokens]
     most = _RING_SHARE * total * (len(boxes) - 1) / len(boxes)
     return "ring" if len(boxes) > 2 and max(missing, default=0) > most else "halo"
 
@@ -265,11 +363,23 @@ def unpacked(flat: Tensor, box: Box, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(shape) for part, shape in zip(parts, shapes)]
 
 
+def unpacked_boxes(flat: Tensor, boxes: Sequence[Box], like: Sequence[Tensor]) -> list[Block]:
+    """Tensors of several boxes, sent one box after the other."""
+    width = sum([_width(t) for t in like])
+    each = flat.split([box.tokens * width for box in boxes])
+    return [(box, unpacked(part, box, like)) for box, part in zip(boxes, each)]
+
+
 __all__ = [
+    "NUM_DIFFERENTIABLE",
+    "NUM_TENSORS",
+    "Block",
     "Call",
     "Gradients",
     "Inputs",
     "Results",
+    "as_mask",
+    "as_numbers",
     "automatic_method",
     "unpacked",
 ]

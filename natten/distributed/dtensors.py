@@ -47,7 +47,9 @@ def attend(
                 f"mesh dimension {dim} shares out key heads among {mesh.size(dim)} ranks, got "
                 f"{heads_kv} heads"
             )
-    local = Inputs._make([_localized(n, t, roles) for n, t in zip(Inputs._fields, inputs)])
+    local = Inputs._make(
+        [_localized(name, t, roles, placements) for name, t in zip(Inputs._fields, inputs)]
+    )
     if "tokens" in roles:
         derived = _sharding(grid, mesh, tuple(placements))
         if sharding is not None and sharding != derived:
@@ -93,16 +95,26 @@ _DIMENSIONS: dict[str, dict[str, int]] = {
     "rpb": {"heads": 0},
     "additional_keys": {"batch": 0, "heads": 2},
     "additional_values": {"batch": 0, "heads": 2},
+    "sink": {"heads": 0},
     "additional_lengths": {"batch": 0},
 }
 
 
-def _localized(name: str, tensor: Any, roles: Sequence[str]) -> Any:
+def _localized(
+    name: str, tensor: Any, roles: Sequence[str], placements: Sequence[Placement]
+) -> Any:
     """This rank's part of an argument."""
     if tensor is None:
         return None
-    if name not in _DIMENSIONS:
+    if name in ("query", "key", "value"):
         return tensor.to_local()
+    if name.endswith("_mask"):
+        # Placed as query, which has heads.
+        as_query: _Placements = [
+            placement if role in ("batch", "tokens") else Replicate()
+            for placement, role in zip(placements, roles)
+        ]
+        return tensor.redistribute(placements=as_query).to_local()
     dimensions = _DIMENSIONS[name]
     placed: _Placements = [
         Shard(dimensions[role]) if role in dimensions else Replicate() for role in roles

@@ -96,11 +96,14 @@ class _Keys:
         if self._all or call.is_local(call.own):
             return
         extents = call.needed.extent
-        self._all = [t.new_empty((t.shape[0], *extents, *t.shape[-2:])) for t in part[1:3]]
+        own = part.keys
+        self._all = [t.new_empty((t.shape[0], *extents, *t.shape[-2:])) for t in own]
         with self._joining:
-            self._put(call.own, part[1:3])
-            for box, pair in call.fetched(part, self._wait()):
-                self._put(box, pair)
+            for image in call.images(call.own):
+                self._put(image, own)
+            for of_rank in call.fetched(part, self._wait()):
+                for box, pair in of_rank:
+                    self._put(box, pair)
 
     def _put(self, box: Box, pair: Sequence[Tensor]) -> None:
         common = box.intersection(self._call.needed)
@@ -110,7 +113,7 @@ class _Keys:
     def seen_by(self, queries: Box) -> tuple[Box, Sequence[Tensor]]:
         """A box that holds what these queries see, with its keys and values."""
         if self._call.is_local(queries):
-            return self._call.own, self._part[1:3]
+            return self._call.own, self._part.keys
         self._joining.wait()
         return self._call.needed, self._all
 
@@ -129,7 +132,7 @@ def _prepare(keys: Sequence[_Keys]) -> None:
 def _halos(call: Call, parts: Sequence[Inputs], saved: Tensor | None) -> tuple[Tensor, list[Wait]]:
     """What comes of other ranks for each chunk: as saved, or by exchanges, which are all started
     here and travel in order."""
-    sizes = [call.elements(part, call.incoming) for part in parts]
+    sizes = [call.elements(part.keys, call.incoming) for part in parts]
     totals = [sum(of_part) for of_part in sizes]
     if saved is not None:
         return saved, [partial(f.split, size) for f, size in zip(saved.split(totals), sizes)]
@@ -147,7 +150,8 @@ def _give_back(call: Call, part: Inputs, sums: dict[Box, list[Tensor]]) -> Excha
     """Starts to return the gradients of what was fetched."""
     total = sums.get(call.needed, [])
     return call.give_back(
-        part, [[t[box.within(call.needed)] for t in total] for box in call.incoming]
+        part,
+        [[t[box.within(call.needed)] for box in boxes for t in total] for boxes in call.incoming],
     )
 
 
@@ -161,9 +165,10 @@ def _add_up(
     """The gradients of this rank's keys: its own, then those that others return."""
     totals = [torch.zeros_like(g, dtype=accumulation_dtype(g.dtype)) for g in gradients]
     for box, pair in sums.items():
-        common = box.intersection(call.own)
-        for total, gradient in zip(totals, pair):
-            total[common.within(call.own)] += gradient[common.within(box)]
+        for image in call.images(call.own):
+            common = box.intersection(image)
+            for total, gradient in zip(totals, pair):
+                total[common.within(image)] += gradient[common.within(box)]
     call.add_returned(part, totals, returned)
     for gradient, total in zip(gradients, totals):
         gradient.copy_(total)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,7 +20,8 @@ from natten.distributed.boxes import Box
 from natten.distributed.exchange import gathered
 from natten.distributed.sharding import GridSharding, check_own
 from natten.functional import attention, merge_attentions
-from natten.nn.core import NeighborhoodModule
+from natten.functional.neighborhood import middle, of_groups
+from natten.nn.core import NeighborhoodModule, fit_mask, fitted
 
 
 @dataclass(frozen=True)
@@ -43,26 +45,35 @@ class Plan:
         return self
 
     def _padded_for(self, module: NeighborhoodModule) -> GridSharding:
-        if not module.pad or module.is_grouped:
-            return self.sharding
-        return self.sharding.padded([k * d for k, d in zip(module.kernel_size, module.dilation)])
+        sharding = self.sharding
+        for size, _, distance in module.head_windows() if module.pad else []:
+            sharding = sharding.padded([k * d for k, d in zip(size, distance)])
+        return sharding
 
     def self_attention(
-        self, module: Any, x: Tensor, registers: Tensor | None, origin: Any, grid: Any
+        self,
+        module: Any,
+        x: Tensor,
+        registers: Tensor | None,
+        origin: Any,
+        grid: Any,
+        mask: Tensor | None,
     ) -> Any:
         """What ``NeighborhoodAttention.forward`` returns, of this rank's box."""
         own, padded = self._boxes(module, origin, grid)
-        query, key, value = module._project(
-            _padded(x, "x", own, padded.own), list(padded.own.origin), True
+        x = _padded(x, "x", own, padded.own)
+        valid = None if mask is None else fit_mask(mask, x, list(own.extent))
+        query, key, value = module._separated(
+            module._heads(x), list(padded.own.origin), True, list(padded.grid)
         )
         if registers is None:
-            return module._output(self._attend(module, padded, query, key, value))
+            return module._output(self._attend(module, padded, query, key, value, mask=valid))
         module._check_registers(x, registers)
         query_r, key_r, value_r = module._project(registers, None, False)
-        out = self._attend(module, padded, query, key, value, key_r, value_r)
+        out = self._attend(module, padded, query, key, value, key_r, value_r, mask=valid)
         # Registers do not attend to the padding.
         key, value = _cropped(key, own), _cropped(value, own)
-        out_r = self._attend_registers(query_r, key, value, key_r, value_r, module.scale)
+        out_r = self._attend_registers(module, query_r, key, value, key_r, value_r, mask)
         return module._output(out), module._output(out_r)
 
     def cross_attention(
@@ -110,39 +121,55 @@ class Plan:
         additional_keys: Tensor | None = None,
         additional_values: Tensor | None = None,
         additional_lengths: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        whole = [n if k == -1 else k for k, n in zip(module.kernel_size, padded.grid)]
-        out = neighborhood_attention(
-            query,
-            key,
-            value,
-            whole,
-            module.stride,
-            module.dilation,
-            module.is_causal,
-            module.scale,
-            additional_keys,
-            additional_values,
-            additional_lengths=additional_lengths,
-            rpb=module._bias(whole),
-            sharding=padded,
-            **self.options,
-        )
+        grid = list(padded.grid)
+        windows = [
+            fitted(query, size, stride, dilation, module.clip_window, grid)
+            for size, stride, dilation in module.head_windows()
+        ]
+        of_heads = {
+            "query": (query, -2), "key": (key, -2), "value": (value, -2),
+            "additional_keys": (additional_keys, -2),
+            "additional_values": (additional_values, -2),
+            "rpb": (None if module.rpb is None else module._own_heads(module.rpb), 0),
+            "sink": (module._sink(), 0),
+        }  # fmt: skip
+        parts = {name: of_groups(t, len(windows), dim) for name, (t, dim) in of_heads.items()}
+        outs = []
+        for group, (kernel_size, stride, dilation) in enumerate(windows):
+            given: Any = {name: tensors[group] for name, tensors in parts.items()}
+            if given["rpb"] is not None:
+                given["rpb"] = middle(given["rpb"], list(kernel_size))
+            outs.append(
+                neighborhood_attention(
+                    **given, kernel_size=kernel_size, stride=stride, dilation=dilation,
+                    is_causal=module.is_causal, is_circular=module.is_circular,
+                    scale=module.scale, softcap=module.softcap,
+                    additional_lengths=additional_lengths, key_mask=mask, query_mask=mask,
+                    sharding=padded, **self.options,
+                )
+            )  # fmt: skip
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, -2)
         return _cropped(out, self.sharding.own)
 
     def _attend_registers(
         self,
+        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         key_r: Tensor,
         value_r: Tensor,
-        scale: float,
+        mask: Tensor | None,
     ) -> Tensor:
         """Attention of registers to the tokens of all ranks and to each other: every rank has the
         part of its tokens, and all join all parts."""
-        pairs = [(key.flatten(1, -3), value.flatten(1, -3)), (key_r, value_r)]
-        (out, lse), own = [attention(query, *pair, scale, return_lse=True) for pair in pairs]
+        options: Any = {"scale": module.scale, "softcap": module.softcap, "return_lse": True}
+        tokens = key.flatten(1, -3), value.flatten(1, -3)
+        valid = None if mask is None else mask.flatten(1)
+        out, lse = attention(query, *tokens, key_mask=valid, **options)
+        own = attention(query, key_r, value_r, sink=module._sink(), **options)
         outs, lses = [
             [*gathered(part, self.sharding.group).unbind(), of_registers]
             for part, of_registers in zip((out, lse), own)

@@ -207,21 +207,18 @@ def _attend_sharded(
     rank: int | None, tensors: Tensors, asked: _Asked, attention_kwargs: AttentionKwargs | None
 ) -> tuple[Tensor, Tensor]:
     """Where the grid is sharded over ranks."""
-    (*window, is_circular, upsampling, clip_window), (scale, softcap), backend, knobs, placed = (
-        asked
-    )
+    (*window, is_circular, upsampling, clip_window), scores, backend, knobs, placed = asked
     grid, query_origin, key_origin = placed
     named = zip(fields(DEFAULT_CONFIG), knobs, NO_KNOBS, strict=True)
     given = {f.name: None if knob == default else knob for f, knob, default in named}
     given |= dict(
         attention_kwargs=attention_kwargs, grid=grid, query_origin=query_origin,
-        key_origin=key_origin, softcap=validation.check_softcap(softcap) or None,
-        sink=tensors.sink, key_mask=tensors.key_mask, query_mask=tensors.query_mask,
-        is_circular=_unless(False, is_circular), upsampling=_unless(1, upsampling),
-        clip_window=clip_window or None,
+        key_origin=key_origin, upsampling=_unless(1, upsampling),
     )  # fmt: skip
-    parts = (*tensors[:6], tensors.additional_lengths)
-    return sharded.attend(rank, parts, tuple(window), scale, backend, given)
+    if validation.optional_bool("clip_window", clip_window):
+        window[:3] = validation.clipped_window(sharded.grid_of(tensors.query), *window[:3])
+    parts = (*tensors[:7], tensors.additional_lengths, tensors.key_mask, tensors.query_mask)
+    return sharded.attend(rank, parts, (*window, is_circular), scores, backend, given)
 
 
 def _neighborhood_attention(
@@ -339,7 +336,7 @@ def _neighborhood_attention(
 
 def _middle(rpb: Tensor, query: Tensor, key: Tensor, window: tuple[Any, ...], grid: Any) -> Tensor:
     """The biases of a window that is clipped, of those of the whole one."""
-    extents = tuple(key.shape[1:-2])
+    extents = sharded.grid_of(key)
     if grid is not None:
         extents = validation.int_tuple("grid", grid, len(extents), minimum=0)
     sizes = validation.int_tuple("kernel_size", window[0], len(extents))
@@ -405,7 +402,7 @@ def _biases(tensors: Tensors, windows: list[tuple[Any, ...]], options: dict[str,
     """The biases of all heads for the window of each group, of those of the largest window."""
     query, key, rpb = tensors.query, tensors.key, tensors.rpb
     grid = options["grid"]
-    extents = tuple((query if key is None else key).shape[1:-2])
+    extents = sharded.grid_of(query if key is None else key)
     if grid is not None:
         extents = validation.int_tuple("grid", grid, len(extents), minimum=0)
     is_causal = validation.bool_tuple("is_causal", options["is_causal"] or False, len(extents))

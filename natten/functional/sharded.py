@@ -27,11 +27,19 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def grid_of(tensor: Tensor) -> tuple[int, ...]:
+    """The extents of the whole grid of ``[batch, *tokens, heads, head_dim]``."""
+    if current is not None:
+        grid: tuple[int, ...] = current.sharding.grid
+        return grid
+    return tuple(tensor.shape[1:-2])
+
+
 def attend(
     rank: int | None,
     tensors: Sequence[Any],
     window: tuple[Any, ...],
-    scale: Any,
+    scores: tuple[Any, Any],
     backend: Any,
     given: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
@@ -39,8 +47,11 @@ def attend(
 
     Args:
         rank: Axes of tokens that there must be; None for any.
-        tensors: query, key, value, rpb, additional keys and values, and their lengths.
-        window, scale, backend: As the public functions take them.
+        tensors: query, key, value, rpb, additional keys and values, sink, lengths, and the masks of
+            keys and queries.
+        window: kernel_size, stride, dilation, is_causal and is_circular.
+        scores: scale and softcap.
+        backend: As the public functions take it.
         given: Arguments that are for calls of one process, by name; None for those not given.
     """
     for name, value in given.items():
@@ -49,7 +60,7 @@ def attend(
                 f"{name} is not implemented where the grid is sharded over ranks, got "
                 f"{validation.shown(value)}"
             )
-    return attend_where_sharded(rank, tensors, window, scale, backend)
+    return attend_where_sharded(rank, tensors, window, scores, backend)
 
 
-__all__ = ["attend", "attend_where_sharded", "current", "is_dtensor"]
+__all__ = ["attend", "attend_where_sharded", "current", "grid_of", "is_dtensor"]

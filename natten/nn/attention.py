@@ -25,7 +25,6 @@ from natten.nn.core import (
     left_out,
     plan_of,
     refuse_beside_layout,
-    refuse_circular,
     refuse_sharded,
 )
 from natten.nn.explicit import AttentionMap, attention_map
@@ -250,9 +249,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         if not torch.jit.is_scripting():
             plan = plan_of(self.plan)
             if plan is not None:
-                refuse_circular(self.is_circular)
-                self._refuse_sharded_scores(mask)
-                return plan.self_attention(self, x, registers, origin, grid)
+                return plan.self_attention(self, x, registers, origin, grid, mask)
         if registers is not None:
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript has no attention with registers")
@@ -420,7 +417,11 @@ class NeighborhoodAttention(NeighborhoodModule):
         return self._separated(self._heads(x), origin, is_grid)
 
     def _separated(
-        self, heads: Tensor, origin: list[int] | None, is_grid: bool
+        self,
+        heads: Tensor,
+        origin: list[int] | None,
+        is_grid: bool,
+        grid: list[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         kv = self.num_kv_heads
         query, key, value = heads.split([self.num_heads, kv, kv], -2)
@@ -429,7 +430,7 @@ class NeighborhoodAttention(NeighborhoodModule):
         if self.k_norm is not None:
             key = self.k_norm(key)
         if is_grid:
-            query, key = self._rotate(query, key, origin)
+            query, key = self._rotate(query, key, origin, grid)
         return self._scaled(query), key, value
 
     def _output(self, out: Tensor) -> Tensor:

@@ -581,15 +581,6 @@ def refuse_beside_layout(module: Any, layout: Any, **given: Any) -> None:
         refuse_sharded(module.plan, "a layout")
 
 
-def refuse_circular(is_circular: Sequence[bool]) -> None:
-    """For a grid whose tokens are sharded over ranks."""
-    if any(is_circular):
-        raise NotImplementedError(
-            f"is_circular={tuple(is_circular)} of a grid that is sharded over ranks is not "
-            "implemented"
-        )
-
-
 def check_heads_whole(name: str, projection: nn.Module, heads_mesh: Any) -> None:
     """Refuse rows of a packed projection that were cut regardless of heads."""
     weight = getattr(projection, "weight", None)
@@ -889,31 +880,20 @@ class NeighborhoodModule(nn.Module):
         )
         return place(x, kernel_size, dilation, self.pad, origin, grid, self.is_circular)
 
-    def _refuse_sharded_scores(self, mask: Tensor | None) -> None:
-        """For a grid whose tokens are sharded over ranks."""
-        given = {
-            "softcap": self.softcap,
-            "sink": self.sink is not None,
-            "mask": mask is not None,
-            "clip_window": self.clip_window,
-            "a list of windows for groups of heads": self.is_grouped,
-        }
-        for name, value in given.items():
-            if value:
-                raise NotImplementedError(
-                    f"{name} of a grid that is sharded over ranks is not implemented"
-                )
-
     def _rotate(
-        self, query: Tensor, key: Tensor, origin: list[int] | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        origin: list[int] | None,
+        grid: list[int] | None,
     ) -> tuple[Tensor, Tensor]:
         """By the positions in the grid that begin at origin."""
         if torch.jit.is_scripting():
             if self.rotary is not None:
-                cos, sin = self.rotary.rotation(query.shape[1:-2], origin)
+                cos, sin = self.rotary.rotation(query.shape[1:-2], origin, grid)
                 return rotate(query, cos, sin), rotate(key, cos, sin)
         elif isinstance(self.rotary, RotaryEmbedding):
-            cos, sin = self.rotary.rotation(query.shape[1:-2], origin)
+            cos, sin = self.rotary.rotation(query.shape[1:-2], origin, grid)
             return rotate(query, cos, sin), rotate(key, cos, sin)
         elif self.rotary is not None:
             rotary: Any = self.rotary

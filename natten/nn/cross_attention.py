@@ -21,7 +21,6 @@ from natten.nn.core import (
     left_out,
     plan_of,
     refuse_beside_layout,
-    refuse_circular,
 )
 from natten.nn.explicit import AttentionMap
 from natten.nn.stream import StreamState, attend_to_stream, check_stream, fit_frames
@@ -239,9 +238,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if not torch.jit.is_scripting():
             plan = plan_of(self.plan)
             if plan is not None:
-                refuse_circular(self.is_circular)
                 self._refuse_upsampling("a grid that is sharded over ranks")
-                self._refuse_sharded_scores(None)
                 return plan.cross_attention(self, x, context, context_lengths, source, origin, grid)
         if self.is_upsampled:
             if torch.jit.is_scripting():
@@ -341,7 +338,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         key, value = self._split(self.kv(source))
         if self.q_norm is not None:
             query = self.q_norm(query)
-        query, key = self._rotate(query, key, origin)
+        query, key = self._rotate(query, key, origin, grid)
         return self._scaled(query), key, value
 
     def _project_context(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,11 +107,14 @@ class RotaryEmbedding(nn.Module):
         self._recompute()
         return self
 
-    def rotation(self, extent: list[int], origin: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    def rotation(
+        self, extent: list[int], origin: list[int] | None = None, grid: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the angles of a grid, `[*extent, 1, head_dim // 2]`, for `rotate`;
-        `origin` is where it lies in a larger grid (default 0).
+        `origin` is where it lies in a larger grid (default 0), and `grid` the extents of that,
+        which rings of which it holds a part need.
         """
-        return rotation_of_grid(self.frequencies, extent, origin, self.is_circular)
+        return rotation_of_grid(self.frequencies, extent, origin, self.is_circular, grid)
 
     def forward(self, x: Tensor, origin: list[int] | None = None) -> Tensor:
         """Rotates `x`, `[B, *X, heads, head_dim]`, whose first token has the coordinates `origin`
@@ -130,7 +133,11 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotation_of_grid(
-    table: Tensor, extent: list[int], origin: list[int] | None, is_circular: list[bool]
+    table: Tensor,
+    extent: list[int],
+    origin: list[int] | None,
+    is_circular: list[bool],
+    grid: list[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """`RotaryEmbedding.rotation`, by its table of frequencies."""
     rank = len(extent)
@@ -145,7 +152,7 @@ def rotation_of_grid(
             coordinate = coordinate.unsqueeze(-1)
         frequency = table[axis]
         if is_circular[axis]:
-            once = 2.0 * math.pi / extent[axis]
+            once = 2.0 * math.pi / (extent[axis] if grid is None else grid[axis])
             around = (frequency / once).round().clamp(min=1.0)
             frequency = torch.where(frequency == 0.0, frequency, around * once)
         angles = angles + coordinate * frequency
