@@ -654,6 +654,52 @@ def random_plain_case(seed: int, rank: int | None, max_tokens: int) -> Case:
     return case
 
 
+def random_grids(number: int, seed: int, max_tokens: int = 900) -> list[Case]:
+    """Grids of different sizes for one call; what kernels are compiled for is drawn for a number
+    alone."""
+    random = Random(f"family of grids {number}")
+    rank = (2, 1, 3)[number % 3]
+    rings = tuple(random.random() < 0.2 for _ in range(rank))
+    causal = tuple(random.random() < 0.25 and not ring for ring in rings)
+    rpb = not any(causal) and random.random() < 0.4
+    heads_kv, head_dim = random.choice((1, 2, 3)), random.choice((16, 32, 32, 40, 64, 64, 128))
+    common: dict[str, Any] = {
+        "is_causal": causal, "batch": 1, "heads": heads_kv * random.choice((1, 1, 2)),
+        "heads_kv": heads_kv, "head_dim": head_dim,
+        "head_dim_v": random.choice((head_dim, head_dim, 24, 64)),
+        "additional": random.choice((0, 0, 5, 70)), "rpb": rpb,
+        "softcap": random.choice((0.0, 0.0, 0.0, 2.0)), "sink": random.random() < 0.25,
+        "key_mask": random.random() < 0.25, "query_mask": random.random() < 0.25,
+    }  # fmt: skip
+    has_lengths = random.random() < 0.5
+    random = Random(f"grids {number} {seed}")
+    common |= {"contiguous": random.random() < 0.6, "scale": random.choice((None, None, 0.3, -0.2))}
+    most = int(max_tokens ** (1 / rank) * 1.5)
+    shared = tuple(random.randint(1, max(most // 3, 1)) for _ in range(rank))
+    cases: list[Case] = []
+    for grid in range(random.randint(2, 6)):
+        kernel = shared if rpb or random.random() < 0.5 else tuple(
+            random.randint(1, k) for k in shared
+        )  # fmt: skip
+        tokens = tuple(random.randint(k, max(most, k)) for k in kernel)
+        case = Case(
+            f"grid_{number}_{seed}_{grid}", tokens, kernel,
+            tuple(random.choice((1, 1, random.randint(1, k))) for k in kernel),
+            tuple(random.choice((1, 1, random.randint(1, n // k)))
+                  for k, n in zip(kernel, tokens)),
+            **common,
+        )  # fmt: skip
+        if any(rings):
+            case = around_rings(case, rings)
+        if case.additional and has_lengths:
+            case = replace(case, additional_lengths=random_lengths(random, 1, case.additional))
+        # Some follow others of their size.
+        if cases and random.random() < 0.2:
+            case = replace(cases[-1], name=case.name)
+        cases.append(case)
+    return cases
+
+
 def random_attention(seed: int, max_tokens: int = 200) -> Case:
     """Attention: dense, causal, or of packed sequences, some of them empty."""
     random = Random(f"attention {seed}")

@@ -26,6 +26,7 @@ import natten
 import natten.utils.varlen
 from natten.functional import attention, neighborhood_attention_generic
 from natten.functional.neighborhood import packed_attention
+from natten.varlen import GridLayout, neighborhood_attention_varlen
 from natten.window import Axis, grid_mask
 
 # Where eager attention happens to be exact (a window of one key), others round: sums in float32,
@@ -551,6 +552,112 @@ def check_problem(
                 recomputed if name.startswith("gradient") else 0.0,
                 product_rounding * slack.get(name, 0.0),
             )
+
+
+def check_grids(
+    cases: Sequence[Case],
+    backend: str,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    factor: float = 2.0,
+    product_rounding: float = 0.0,
+) -> None:
+    """As `check_problem`, for grids of different sizes in one call. All cases are of batch 1 and
+    have but windows, sizes and lengths of their own."""
+    first, rank = cases[0], cases[0].rank
+    inputs = [make_inputs(case, dtype, device) for case in cases]
+    for own in inputs:
+        own.rpb, own.sink = inputs[0].rpb, inputs[0].sink
+    layout = GridLayout([case.tokens for case in cases])
+
+    def joined(tensors: Sequence[Tensor | None], axes: int) -> Tensor | None:
+        given = [t for t in tensors if t is not None]
+        return torch.cat([t.flatten(1, axes) for t in given], 1) if given else None
+
+    options = {
+        name: getattr(first, name) for name in ("softcap", "is_circular", "is_causal", "scale")
+    }
+    windows = {
+        f"{name}_list": [getattr(case, name) for case in cases]
+        for name in ("kernel_size", "stride", "dilation")
+    }
+    for name in ("key_mask", "query_mask"):
+        options[name] = joined([masks(case, device).get(name) for case in cases], rank)
+    for name in ("additional_keys", "additional_values"):
+        more = [t for t in [getattr(own, name) for own in inputs] if t is not None]
+        options[name] = torch.cat(more) if more else None
+    if first.additional_lengths is not None:
+        lengths = [case.additional_lengths[0] for case in cases if case.additional_lengths]
+        options["additional_lengths"] = torch.tensor(lengths, device=device)
+    query, key, value = (
+        torch.cat([getattr(own, name).flatten(1, rank) for own in inputs], 1)
+        for name in ("query", "key", "value")
+    )
+    with nan_filled_empties():
+        out, lse = neighborhood_attention_varlen(
+            query, key, value, layout, **windows, **options, rpb=inputs[0].rpb,
+            sink=inputs[0].sink, backend=f"{backend}-fna", return_lse=True,
+        )  # fmt: skip
+        ends = zip(layout.unpack(out), layout.unpack(lse), strict=True)
+        found = [(o.unsqueeze(0), s.unsqueeze(0)) for o, s in ends]
+        generator = torch.Generator().manual_seed(1)
+        grads = [
+            tuple(torch.randn(t.shape, generator=generator).to(t.dtype).to(device) for t in pair)
+            for pair in found
+        ]
+        got = _differentiated(inputs, found, grads)
+    exact_inputs, eager_inputs = _shared(inputs, torch.float64), _shared(inputs, dtype)
+    exact_found = [
+        run(case, own, "reference") for case, own in zip(cases, exact_inputs, strict=True)
+    ]
+    eager_found = [eager(case, own) for case, own in zip(cases, eager_inputs, strict=True)]
+    slack: dict[str, float] = {}
+    if product_rounding:
+        for case, own, pair, grad in zip(cases, exact_inputs, exact_found, grads, strict=True):
+            for name, size in _product_slack(case, own, *pair, grad[0]).items():
+                slack[name] = slack.get(name, 0.0) + size
+    exact = _differentiated(exact_inputs, exact_found, grads)
+    plain = _differentiated(eager_inputs, eager_found, grads)
+    finite = [pair[1][pair[1].isfinite()].abs() for pair in exact_found]
+    recomputed = torch.finfo(lse.dtype).eps * max(
+        float(t.detach().max()) for t in finite if t.numel()
+    )
+    for case, results, right, usual in zip(cases, got, exact, plain, strict=True):
+        for name, tensor in results.tensors().items():
+            assert_within_budget(
+                f"{case.name}: {name}", tensor, right.tensors()[name], usual.tensors()[name],
+                factor, recomputed if name.startswith("gradient") else 0.0,
+                product_rounding * slack.get(name, 0.0),
+            )  # fmt: skip
+
+
+def _shared(inputs: Sequence[Inputs], dtype: torch.dtype) -> list[Inputs]:
+    """`Inputs.to` for each, with one bias and one sink."""
+    found = [own.to(dtype) for own in inputs]
+    for own in found:
+        own.rpb, own.sink = found[0].rpb, found[0].sink
+    return found
+
+
+def _differentiated(
+    inputs: Sequence[Inputs],
+    found: Sequence[tuple[Tensor, Tensor]],
+    grads: Sequence[tuple[Tensor, ...]],
+) -> list[Results]:
+    """`differentiate`, of all grids at once: what they share has one gradient."""
+    losses = []
+    for (out, lse), (grad_out, grad_lse) in zip(found, grads, strict=True):
+        finite = lse.masked_fill(lse == -torch.inf, 0.0)
+        loss = (out * grad_out.to(out.dtype)).sum()
+        losses.append(loss + (finite * grad_lse.to(lse.dtype)).sum().to(loss.dtype))
+    leaves = [t for own in inputs for t in own.tensors().values()]
+    gradients = torch.autograd.grad(torch.stack(losses).sum(), leaves, allow_unused=True)
+    each = iter([torch.zeros_like(t) if g is None else g for g, t in zip(gradients, leaves)])
+    return [
+        Results(out.detach(), lse.detach(), {name: next(each) for name in own.tensors()})
+        for own, (out, lse) in zip(inputs, found, strict=True)
+    ]
 
 
 def check_packed(backends: Sequence[str], dtype: torch.dtype, device: str) -> None:

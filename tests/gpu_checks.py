@@ -22,11 +22,12 @@ from cases import (
     Case,
     around_rings,
     random_frozen,
+    random_grids,
     random_lengths,
     random_plain_case,
     upsampled,
 )
-from checks import check_packed, check_problem, make_inputs, run
+from checks import check_grids, check_packed, check_problem, make_inputs, run
 from invariance import check_batch_entries, check_packed_sequences, tiles_1d
 from invariance import tiles as shapes_2d
 from torch import Tensor
@@ -36,6 +37,7 @@ from natten.functional import neighborhood_attention_generic
 from natten.functional.backends.triton import arguments, tiles
 from natten.functional.backends.triton.launcher import Launch
 from natten.simulator import make_problem
+from natten.varlen import GridLayout, neighborhood_attention_varlen
 
 # Descriptors for small problems too, which by default are too small to be worth it.
 tiles.MIN_TMA_PRODUCTS = 0.0
@@ -430,6 +432,81 @@ def check_gluon_problem(number: int, seed: int) -> None:
     if not case.additional:
         wanted.add("hopper_gradients_kernel")
     assert wanted <= names, f"{wanted - names} did not run, but {names}"
+
+
+# Kernels for grids of different sizes are compiled for each of these.
+GRIDS_FAMILIES = 12
+
+
+def check_grids_problem(number: int, seed: int) -> None:
+    """Check grids of different sizes in one call, which launches each kernel once, unless one size
+    alone was drawn."""
+    cases = random_grids(number, seed)
+    dtype = DTYPES[("bfloat16", "float16", "bfloat16", "float32")[number % 4]]
+    backend = "cutlass"
+    if (
+        has_hopper()
+        and dtype != FP32
+        and {cases[0].head_dim, cases[0].head_dim_v} <= {*HOPPER_DIMS}
+    ):
+        backend = ("cutlass", "hopper")[number // 4 % 2]
+    rounding = TF32X3 if dtype == FP32 else 0.0
+    launches: list[str] = []
+    run = Launch.run
+
+    def noted(self: Launch, *tensors: Any) -> None:
+        launches.append(self.kernel.fn.__name__)
+        run(self, *tensors)
+
+    with mock.patch.object(Launch, "run", noted):
+        check_grids(cases, backend, dtype, "cuda", factor=FACTOR, product_rounding=rounding)
+    windows = {(c.tokens, c.kernel_size, c.stride, c.dilation) for c in cases}
+    if len(windows) > 1:
+        for name in ("forward_kernel", "query_gradient_kernel"):
+            assert launches.count(name) == 1, launches
+
+
+def check_grids_graph() -> None:
+    """Captured as a CUDA graph after the same call, and with nothing prepared, and replayed with
+    other numbers; tables that come later do not disturb it. In order, and so bit for bit."""
+
+    def step(leaves: list[Tensor], layout: GridLayout) -> list[Tensor]:
+        out = neighborhood_attention_varlen(*leaves, layout, kernel_size=5)
+        return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+    def tensors(layout: GridLayout) -> list[Tensor]:
+        shape = (1, layout.total, 2, 64)
+        return [torch.randn(shape, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3)]
+
+    for is_cold in (False, True):
+        layout = GridLayout([(9 + is_cold, 14), (30, 7), (17, 18)])
+        leaves = tensors(layout)
+        if not is_cold:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    step(leaves, layout)
+            torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            captured = step(leaves, layout)
+        for n in range(300):
+            # As many tables as are kept, and memory for them.
+            other = GridLayout([(5, 6 + n), (6, 5)])
+            step(tensors(other), other)
+        for _ in range(2):
+            with torch.no_grad():
+                for leaf in leaves:
+                    leaf.normal_()
+            graph.replay()
+            torch.cuda.synchronize()
+            for got, wanted in zip(captured, step(leaves, layout)):
+                if is_cold:
+                    torch.testing.assert_close(got, wanted, atol=2e-2, rtol=2e-2)
+                else:
+                    assert torch.equal(got, wanted)
 
 
 @contextmanager
@@ -1090,6 +1167,7 @@ SINGLE: dict[str, Check] = {
     "streams": check_streams,
     "graph": check_graph,
     "cold_graph": check_cold_graph,
+    "grids_graph": check_grids_graph,
     "compiling_again": check_compiling_again,
     "default_device": check_default_device,
 }

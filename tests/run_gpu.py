@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from workers import Unit, work  # noqa: E402
 
-PARTS = ("single", "larger", "listed", "named", "free", "random", "gluon")
+PARTS = ("single", "larger", "listed", "named", "free", "random", "gluon", "grids")
 
 
 def _checks(unit: Unit) -> Iterable[tuple[str, Callable[[], None]]]:
@@ -41,6 +41,11 @@ def _checks(unit: Unit) -> Iterable[tuple[str, Callable[[], None]]]:
         for seed in seeds:
             title = f"Gluon family {number} seed {seed}"
             yield title, partial(gpu_checks.check_gluon_problem, number, seed)
+    elif unit.part == "grids":
+        number, *seeds = unit.items
+        for seed in seeds:
+            title = f"grids {number} seed {seed}"
+            yield title, partial(gpu_checks.check_grids_problem, number, seed)
     elif unit.part == "pairs":
         for seed in unit.items:
             yield f"pair {seed}", partial(gpu_checks.check_listed_pair, seed)
@@ -84,6 +89,9 @@ def _plan(options: argparse.Namespace) -> list[Unit]:
         for number in range(options.gluon_families):
             first = options.seed + 20 * number
             units.append(Unit("gluon", (number, *range(first, first + 20))))
+    if "grids" in parts:
+        seeds = range(options.seed, options.seed + options.grids)
+        units += [Unit("grids", (n, *seeds)) for n in range(gpu_checks.GRIDS_FAMILIES)]
     if "random" in parts:
         per_family, rest = divmod(options.random, options.families)
         first = options.seed
@@ -115,6 +123,7 @@ def main() -> int:
     parser.add_argument("--random", type=int, default=2000, help="random problems, in families")
     parser.add_argument("--families", type=int, default=72, help="sets of compiled kernels")
     parser.add_argument("--gluon-families", type=int, default=18, help="of 20 problems each")
+    parser.add_argument("--grids", type=int, default=20, help="layouts of each set of kernels")
     parser.add_argument("--free", type=int, default=64, help="of all kinds, with default tiles")
     parser.add_argument(
         "--pairs", type=int, default=170, help="problems with two listed pairs each"

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import natten
-from natten.functional.problem import Config, Problem
+from natten.functional.problem import Config, Grid, Grids, Problem
 
 triton = pytest.importorskip("triton")
 
@@ -55,6 +55,7 @@ class Setting:
     is_causal: tuple[bool, ...] = ()
     is_circular: tuple[bool, ...] = ()
     upsampling: tuple[int, ...] = ()
+    others: tuple[tuple[int, ...], ...] = ()  # grids of other sizes, smaller ones
     additional: int = 0
     lengths: bool = False  # of the additional keys
     rpb: bool = False
@@ -66,6 +67,13 @@ class Setting:
     def title(self) -> str:
         return f"sm_{self.arch}/{self.name}"
 
+    def grids(self) -> Grids | None:
+        if not self.others:
+            return None
+        ones = (1,) * len(self.tokens)
+        sizes = (self.tokens, *self.others)
+        return Grids(tuple([(Grid(size, self.kernel_size, ones, ones), 1) for size in sizes]))
+
     def problem(self) -> Problem:
         rank = len(self.tokens)
         ones, zeros = (1,) * rank, (0,) * rank
@@ -76,8 +84,8 @@ class Setting:
             self.tokens, zeros, zeros, self.head_dim**-0.5, self.additional, self.lengths,
             self.rpb, is_circular=self.is_circular, upsampling=self.upsampling,
             softcap=30.0 * self.scores, has_sink=self.scores, has_key_mask=self.scores,
-            has_query_mask=self.scores, dtype=torch.bfloat16, device=torch.device("cuda"),
-            requires_grad=self.backward,
+            has_query_mask=self.scores, grids=self.grids(), dtype=torch.bfloat16,
+            device=torch.device("cuda"), requires_grad=self.backward,
         )  # fmt: skip
 
 
@@ -89,6 +97,7 @@ SETTINGS = [
     Setting("2d_k7_d32", 80, (56, 56), (7, 7), 32, batch=64),
     Setting("3d_d64", 80, (16, 32, 32), (9, 13, 13), 64),
     Setting("2d_d128", 100, (128, 128), (80, 80), 128),
+    Setting("2d_k7_d32_grids", 90, (28, 28), (7, 7), 32, others=((24, 32), (14, 50))),
 ]
 MORE_SETTINGS = [
     Setting("2d_d64_scores", 90, (128, 128), (13, 13), 64, scores=True),
@@ -123,6 +132,10 @@ MORE_SETTINGS = [
     Setting("2d_d64_up", 90, (32, 32), (9, 9), 64, upsampling=(14, 14)),
     Setting("2d_d64_up", 100, (32, 32), (9, 9), 64, upsampling=(14, 14)),
     Setting("1d_d64_ring", 100, (32768,), (2048,), 64, is_circular=(True,)),
+    Setting("2d_k7_d32_grids", 80, (28, 28), (7, 7), 32, others=((24, 32), (14, 50)), rpb=True),
+    Setting("2d_d128_grids", 90, (64, 48), (13, 13), 128, others=((50, 50),), additional=77),
+    Setting("3d_d64_grids", 90, (8, 16, 16), (3, 5, 5), 64, others=((4, 20, 20),), scores=True),
+    Setting("2d_d64_grids", 100, (64, 48), (13, 13), 64, others=((50, 50),)),
 ]  # fmt: skip
 
 

@@ -65,6 +65,12 @@ def test_random_for_gluon(number: int) -> None:
         gpu_checks.check_gluon_problem(number, seed)
 
 
+@pytest.mark.parametrize("number", range(gpu_checks.GRIDS_FAMILIES))
+def test_grids_of_different_sizes(number: int) -> None:
+    for seed in range(10):
+        gpu_checks.check_grids_problem(number, seed)
+
+
 @pytest.mark.parametrize("seed", range(48))
 def test_random_with_default_tiles(seed: int) -> None:
     gpu_checks.check_free_problem(seed)

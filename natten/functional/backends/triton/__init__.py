@@ -492,6 +492,9 @@ class _Blackwell(_Descriptors):
 
     def _new_forward_tiling(self, problem: Problem, config: Config) -> Tiling:
         """Tiles of 128 queries, a matrix instruction's rows, and specialized warps."""
+        if problem.grids is not None:
+            # Loads through pointers need more programs than stay.
+            return super()._new_forward_tiling(problem, config)
         if config.q_tile_shape is None:
             tiling = self._first_fitting(problem, ((128, 64), (128, 32)))
         else:
