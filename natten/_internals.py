@@ -1,14 +1,15 @@
 """Everything private of torch that this package touches, in one place.
 
 The dispatcher's way to a Python kernel and back costs more than all the rest of a call, so that
-calls which nobody but autograd watches go around it. :func:`is_plain` decides which those are.
+calls which nobody but autograd watches go around it. :func:`is_plain` decides which those are, and
+:func:`guard` which were made before.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
@@ -63,22 +64,12 @@ any_requires_grad = torch._C._any_requires_grad
 any_autocast = torch._C._is_any_autocast_enabled
 
 
-def is_plain(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether nobody but autograd watches what is done with these tensors, and all that they are is
-    in their memory: then the dispatcher has nothing to add.
-
-    Tracers, modes, the profiler, transforms and subclasses take its way.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN_TYPES
-            or torch._C._dispatch_keys(tensor).raw_repr() & _SPECIAL
-        ):
-            return False
-    return not (
-        torch._C._len_torch_dispatch_stack()
+def is_watched() -> bool:
+    """Whether anybody but autograd wants to see what is done here: tracers, modes, the profiler,
+    transforms."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
         or torch.autograd._profiler_enabled()
@@ -86,9 +77,49 @@ def is_plain(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
-def hooks_of_saved_tensors() -> bool:
-    """Whether something else may be handed back for a tensor that autograd saves now."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+def is_dense(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all that these tensors are is in their memory."""
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES
+            or torch._C._dispatch_keys(tensor).raw_repr() & _SPECIAL
+        ):
+            return False
+    return True
+
+
+def is_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether nobody but autograd watches what is done with these tensors, and all that they are is
+    in their memory: then the dispatcher has nothing to add."""
+    return not is_watched() and is_dense(tensors)
+
+
+def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """What tells whether as many other tensors are like these dense ones: type, sizes, strides,
+    dtype, device, requires_grad, what the dispatcher would do with them, and which are the same.
+
+    It is what compiled programs ask before they run: one call, where to read all that in Python
+    takes ten times as long.
+    """
+    first = {id(tensor): number for number, tensor in reversed([*enumerate(tensors)])}
+    places = [first[id(tensor)] for tensor in tensors]
+    numbers = sorted(set(places))
+    different = [tensors[number] for number in numbers]
+    # It crashes without its named arguments, whose types are not as torch declares them.
+    make: Any = torch._C._dynamo.guards.TensorGuards
+    sizes, strides = [list(t.shape) for t in different], [list(t.stride()) for t in different]
+    check: Callable[..., bool] = make(
+        *different, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
+    ).check
+    if len(different) == len(tensors):
+        return check
+
+    def check_same(*others: Tensor) -> bool:
+        # To torch's, no tensor may be given twice.
+        are_same = all(t is others[place] for t, place in zip(others, places, strict=True))
+        return are_same and check(*[others[number] for number in numbers])
+
+    return check_same
 
 
 def plain_apply(function: type[torch.autograd.Function]) -> Any:
@@ -310,13 +341,15 @@ __all__ = [
     "called_directly",
     "decompose",
     "empty_cuda",
+    "guard",
     "has_tangents",
-    "hooks_of_saved_tensors",
     "in_forward_mode",
     "in_outer_levels",
+    "is_dense",
     "is_exporting",
     "is_known",
     "is_plain",
+    "is_watched",
     "key_set",
     "library",
     "plain_apply",

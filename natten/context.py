@@ -36,12 +36,13 @@ class Preferences:
     flex_compile_backprop: bool = False
 
     def __hash__(self) -> int:
-        return self._hash
+        return hash(self.identity)
 
-    # Every call looks things up by its preferences, and hashes of enumerations are slow.
     @cached_property
-    def _hash(self) -> int:
-        return hash(astuple(self))
+    def identity(self) -> tuple[bool | str, ...]:
+        """What tells them apart. Every call looks things up by its preferences, and hashes of
+        enumerations, and those that are computed in Python, are slow."""
+        return tuple([v if isinstance(v, bool) else str(v) for v in astuple(self)])
 
 
 _lock = RLock()

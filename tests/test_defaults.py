@@ -90,7 +90,7 @@ def device_context() -> Iterator[None]:
 def forget() -> None:
     """Plans, masks and tables that earlier calls made."""
     natten.functional.dispatch.forget()
-    natten.functional.operators._calls.clear()
+    natten.functional.operators.forget()
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("natten."):
             for value in list(vars(module).values()):

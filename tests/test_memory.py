@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import natten
-from natten.functional import neighborhood_attention_generic, operators
+from natten.functional import known, neighborhood_attention_generic, operators
 from natten.functional.backends.cpu import plan
 
 pytest.importorskip("numba")
@@ -70,13 +70,25 @@ def test_caches_are_bounded() -> None:
 
 
 def test_calls_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dictionary of calls is emptied when it is full."""
+    """The dictionaries of calls are emptied when they are full."""
     monkeypatch.setattr(operators, "_MAX_CALLS", 20)
+    monkeypatch.setattr(known, "_MAX_KEYS", 30)
     operators.forget()
     for length in range(5, 60):
         query = torch.randn(1, length, 1, 8)
         natten.na1d(query, query, query, 3)
         assert 0 < len(operators._calls) <= 20
+        assert 0 < len(known._known) <= 30
+
+
+def test_layouts_of_calls_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known, "_MAX_KINDS", 20)
+    operators.forget()
+    for padding in range(30):
+        query = torch.randn(1, 9, 1, 8 + padding)[..., :8]
+        natten.na1d(query, query, query, 3)
+        (kinds,) = known._known.values()
+        assert 0 < len(kinds) <= 20
 
 
 def test_tables_of_long_axes_are_few() -> None:

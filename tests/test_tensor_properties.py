@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import natten
 from natten import _internals
@@ -188,6 +189,60 @@ def test_what_is_plain():
         torch.nested.nested_tensor([tensor]),
     ):
         assert not _internals.is_plain((tensor, special))
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        return function(*arguments, **(options or {}))
+
+
+def test_guard():
+    """What tells tensors that a call was made with before from others."""
+    a, b, c = (torch.randn(2, 3, 4) for _ in range(3))
+    check = _internals.guard((a, b))
+    assert check(b, a)
+    with torch.no_grad():
+        assert check(b, c)
+    for other in (
+        c[:, :2],
+        c.transpose(1, 2).contiguous().transpose(1, 2),
+        c.double(),
+        c.clone().requires_grad_(),
+        torch.nn.Parameter(c, False),
+        c.as_subclass(Watching),
+        c.to("meta"),
+        c.to_sparse(),
+        torch._neg_view(c),
+        torch._to_functional_tensor(c),
+        a,
+    ):
+        assert not check(a, other)
+        assert not check(other, a)
+    with _Mode():
+        assert not check(a, b)
+    with torch.autocast("cpu"):
+        assert not check(a, b)
+
+    def inside(x: Tensor) -> Tensor:
+        assert not check(a, b)
+        assert not check(x, b)
+        return x.sum()
+
+    for transform in (torch.vmap, torch.func.grad, torch.func.functionalize):
+        transform(inside)(c)
+
+
+def test_guard_of_a_tensor_that_is_given_twice():
+    a, b, c, d = (torch.randn(2, 3) for _ in range(4))
+    check = _internals.guard((a, b, a))
+    assert check(c, d, c)
+    assert not check(c, d, d)
+    assert not check(c, d, a)
+    assert not check(c, c, c)
+    assert not check(c, d.double(), c)
+    assert not check(c[:1], d, c[:1])
+    assert not _internals.guard((a, b, c))(a, b, a)
+    assert _internals.guard((a, a))(b, b)
 
 
 def test_inference_mode():

@@ -8,7 +8,7 @@ looked up.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -251,7 +251,6 @@ class Call:
         is_packed: Whether query, key and value are the heads of one tensor.
         is_flat: Whether the tokens are to be flattened.
         out_shape: Of the output.
-        replays: How to do it again, by layouts and settings; see `natten.functional.operators`.
     """
 
     parameters: Parameters
@@ -260,7 +259,6 @@ class Call:
     is_packed: bool
     is_flat: bool
     out_shape: tuple[int, ...]
-    replays: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def is_empty(self) -> bool:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from natten import _internals
-from natten._internals import is_plain, plain_apply, transformed, transforming
-from natten.context import preferences
+from natten._internals import is_dense, is_plain, is_watched, plain_apply, transformed, transforming
+from natten.functional import known as knowns
 from natten.functional import sink as sinks
 from natten.functional.backend import Inputs, Results
 from natten.functional.call import (
@@ -45,6 +45,7 @@ from natten.functional.call import (
 from natten.functional.decomposition import attention
 from natten.functional.derivatives import gradient_tangents, output_tangents
 from natten.functional.dispatch import resolve
+from natten.functional.known import Known
 from natten.functional.problem import accumulation_dtype
 from natten.tuned import with_profile
 
@@ -85,6 +86,7 @@ def _remembered(key: tuple[Any, ...], make: Callable[..., Call], *arguments: Any
 def forget() -> None:
     """Make calls anew: who runs them has changed."""
     _calls.clear()
+    knowns.forget()
 
 
 def _identity(tensors: tuple[Tensor | None, ...]) -> list[Any]:
@@ -105,61 +107,6 @@ def _planned(tensors: Tensors, parameters: Parameters) -> Call:
 def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # Even where there is nothing to do, to() takes as long as an allocation.
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-# Replays of one call, of which there is one for each pattern of strides. Beside replays: what has
-# been done once, and what has to be done as the first time for good.
-_MAX_REPLAYS = 64
-_ONCE, _NEVER = object(), object()
-# The passes of a call: this one, and backward ones by the gradients that are asked for.
-_FORWARD = 0
-
-
-def _again(
-    call: Call,
-    what: Any,
-    tensors: tuple[Tensor | None, ...],
-    compute: Callable[..., tuple[Tensor | None, ...]],
-    *arguments: Any,
-) -> Any:
-    """``compute(call, *arguments)``, on a GPU by what the backend recorded of an earlier call, if
-    it did.
-
-    Args:
-        call: Which call.
-        what: Which of its passes, and which of ``tensors`` are None that need not be.
-        tensors: All that are looked at.
-        compute: Computes the results.
-        arguments: More of its arguments.
-    """
-    if call.problem.device.type != "cuda":
-        return compute(call, *arguments)
-    present = [t for t in tensors if t is not None]
-    pointers = [t.data_ptr() for t in present]
-    key = (
-        what,
-        *[t.stride() for t in present],
-        *[p & 15 for p in pointers],
-        preferences(),
-        torch.get_float32_matmul_precision() if call.problem.dtype == torch.float32 else None,
-    )
-    if len(set(pointers)) < len(pointers):
-        # Which of them are the same, as both lengths of packed sequences often are.
-        key += tuple([pointers.index(p) for p in pointers])
-    found = call.replays.get(key)
-    if found is None:
-        # For all that is done once, such as compiling.
-        if len(call.replays) >= _MAX_REPLAYS:
-            call.replays.clear()
-        call.replays[key] = _ONCE
-        return compute(call, *arguments)
-    if found is _ONCE:
-        backend = resolve(call.problem, call.config, call.parameters.backend)
-        results, replay = backend.record(lambda: compute(call, *arguments), present)
-        call.replays[key] = replay or _NEVER
-        return results
-    found = None if found is _NEVER else found(present, pointers)
-    return compute(call, *arguments) if found is None else found
 
 
 def _compute(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -214,22 +161,51 @@ def _zeros(tensor: Tensor) -> Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _run_backward(
-    call: Call,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    tensors: Tensors,
-    out: Tensor,
-    lse: Tensor,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """The gradients of the differentiable tensors; None where none is asked for."""
-    what = (*needs, grad_out is None, grad_lse is None)
-    given = (*tensors, out, lse, grad_out, grad_lse)
-    found: tuple[Tensor | None, ...] = _again(
-        call, what, given, _compute_backward, grad_out, grad_lse, tensors, out, lse, needs
-    )
+def _present(arguments: Sequence[Tensor | None]) -> tuple[list[Tensor], list[bool]]:
+    """The tensors that there are, and which are missing."""
+    return [t for t in arguments if t is not None], [t is None for t in arguments]
+
+
+def _places(missing: Sequence[bool]) -> tuple[int, ...]:
+    """Where the tensors that there are stand among all."""
+    return tuple([place for place, is_missing in enumerate(missing) if not is_missing])
+
+
+def _spread(values: Sequence[Any], places: Sequence[int], count: int) -> list[Any]:
+    """Values in their places of so many, None in all others."""
+    found = [None] * count
+    for place, value in zip(places, values, strict=True):
+        found[place] = value
     return found
+
+
+def _known_forward(call: Call, tensors: Sequence[Tensor], places: tuple[int, ...]) -> Known:
+    """The forward pass of a call on tensors such as these, which stand at these places among the
+    operator's."""
+
+    def compute(given: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        return _compute(call, Tensors(*_spread(given, places, NUM_TENSORS)))
+
+    return Known(call, places, tensors, compute)
+
+
+def _known_backward(
+    call: Call,
+    tensors: Sequence[Tensor],
+    places: tuple[int, ...],
+    needs: tuple[bool, ...],
+    returned: Sequence[int],
+) -> Known:
+    """The backward pass; behind the operator's tensors come out, logsumexp and their gradients.
+    Which gradients are ``returned``, by number; that of the last is None."""
+
+    def compute(given: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        *all_tensors, out, lse, grad_out, grad_lse = _spread(given, places, NUM_TENSORS + 4)
+        tensors = Tensors(*all_tensors)
+        found = _compute_backward(call, grad_out, grad_lse, tensors, out, lse, needs)
+        return tuple([(*found, None)[number] for number in returned])
+
+    return Known(call, places, tensors, compute)
 
 
 def _compute_backward(
@@ -293,24 +269,46 @@ def _compute_backward(
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    tensors = Tensors(*arguments[:NUM_TENSORS])
-    call = _planned(tensors, Parameters(*arguments[NUM_TENSORS:]))
-    out, lse = _again(call, _FORWARD, tensors, _compute, tensors)
-    return out, lse
+    tensors, parameters = Tensors(*arguments[:NUM_TENSORS]), Parameters(*arguments[NUM_TENSORS:])
+    parameters = parameters._replace(window=tuple(parameters.window))
+    present, missing = _present(tensors)
+    key = (_forward, parameters, tensors.query.shape, *missing)
+    known = knowns.find(key, present)
+    if known is None:
+        call = _planned(tensors, parameters)
+        if not is_dense(present):
+            return _compute(call, tensors)
+        known = knowns.add(key, _known_forward(call, present, _places(missing)))
+    out, lse = known.run(present)
+    return out, lse  # type: ignore[return-value]
 
 
 def _backward(
     grad_out: Tensor | None, grad_lse: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
     tensors = Tensors(*arguments[:NUM_TENSORS])
-    out, lse, *parameters, needs = arguments[NUM_TENSORS:]
-    call = _planned(tensors, Parameters(*parameters))
-    call.check_results(out, lse, grad_out, grad_lse)
-    if len(needs) != NUM_DIFFERENTIABLE:
-        raise ValueError(
-            f"needs must hold {NUM_DIFFERENTIABLE} flags, one for each gradient, got {len(needs)}"
-        )
-    gradients = _run_backward(call, grad_out, grad_lse, tensors, out, lse, tuple(needs))
+    out, lse, *others, needs = arguments[NUM_TENSORS:]
+    parameters, needs = Parameters(*others), tuple(needs)
+    parameters = parameters._replace(window=tuple(parameters.window))
+    present, missing = _present((*tensors, out, lse, grad_out, grad_lse))
+    key = (_backward, parameters, needs, tensors.query.shape, *missing)
+    known = knowns.find(key, present)
+    if known is None:
+        call = _planned(tensors, parameters)
+        call.check_results(out, lse, grad_out, grad_lse)
+        if len(needs) != NUM_DIFFERENTIABLE:
+            raise ValueError(
+                f"needs must hold {NUM_DIFFERENTIABLE} flags, one for each gradient, got "
+                f"{len(needs)}"
+            )
+        if is_dense(present):
+            places, returned = _places(missing), range(NUM_DIFFERENTIABLE)
+            known = knowns.add(key, _known_backward(call, present, places, needs, returned))
+    gradients = (
+        _compute_backward(call, grad_out, grad_lse, tensors, out, lse, needs)
+        if known is None
+        else known.run(present)
+    )
     return tuple([tensors.query.new_empty(0) if g is None else g for g in gradients])
 
 
@@ -370,14 +368,17 @@ class _Attention(torch.autograd.Function):
         saved = (*inputs[:NUM_TENSORS], *output)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
-        ctx.parameters, ctx.call = inputs[NUM_TENSORS:], None
+        ctx.parameters = inputs[NUM_TENSORS:]
         # A gradient that nobody asks for stays None: filling it with zeros would cost a kernel.
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[:NUM_DIFFERENTIABLE]
-        gradients = _gradients(ctx, grad_out, grad_lse, needs)
+        needs = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])
+        # Once: hooks on saved tensors, as of checkpointing, may compute them.
+        arguments = (grad_out, grad_lse, *ctx.saved_tensors, *ctx.parameters, needs)
+        found = neighborhood_attention_backward(*arguments)
+        gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
         return (*gradients, *[None] * (len(ctx.needs_input_grad) - NUM_DIFFERENTIABLE))
 
     @staticmethod
@@ -388,47 +389,61 @@ class _Attention(torch.autograd.Function):
             return output_tangents(call, tensors, tangents)
 
 
-def _gradients(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, needs: tuple[bool, ...]
-) -> Sequence[Tensor | None]:
-    """The gradients, on the shortest way that autograd, compilers and torch.func allow."""
-    # Once: hooks on saved tensors, as of checkpointing, may compute them.
-    saved = ctx.saved_tensors
-    if (
-        ctx.call is not None
-        and not torch.is_grad_enabled()
-        and is_plain((grad_out, grad_lse, *saved) if ctx.may_differ else (grad_out, grad_lse))
-    ):
-        tensors = Tensors(*saved[:NUM_TENSORS])
-        out, lse = saved[NUM_TENSORS:]
-        return _run_backward(ctx.call, grad_out, grad_lse, tensors, out, lse, needs)
-    arguments = (grad_out, grad_lse, *saved, *ctx.parameters, list(needs))
-    found = neighborhood_attention_backward(*arguments)
-    return [g if need else None for g, need in zip(found, needs, strict=True)]
-
-
 class _PlainAttention(torch.autograd.Function):
-    """`_Attention` where nobody but autograd watches.
+    """`_Attention` where nobody but autograd watches, of the tensors that there are.
 
     torch spends 25 microseconds on a Function whose context is set up apart from its forward pass,
     which its transforms need, and 6 on one like this.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Any) -> tuple[Tensor, Tensor]:
-        output: tuple[Tensor, Tensor] = _again(call, _FORWARD, tensors, _compute, Tensors(*tensors))
+    def forward(ctx: Any, known: Known, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        output = known.run(tensors)
         ctx.save_for_backward(*tensors, *output)
-        ctx.parameters, ctx.call = call.parameters, call
-        # Otherwise what was saved is as plain as it was.
-        ctx.may_differ = _internals.hooks_of_saved_tensors()
+        ctx.known = known
         ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[1 : 1 + NUM_DIFFERENTIABLE]
-        gradients = _gradients(ctx, grad_out, grad_lse, needs)
-        return (None, *gradients, *[None] * (NUM_TENSORS - NUM_DIFFERENTIABLE))
+        forward: Known = ctx.known
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled() and not is_watched():
+            given = [t for t in (*saved, grad_out, grad_lse) if t is not None]
+            key = (forward, ctx.needs_input_grad, grad_out is None, grad_lse is None)
+            known = knowns.find(key, given)
+            if known is None and is_dense(given):
+                known = knowns.add(key, _gradients(given, *key))
+            if known is not None:
+                return known.run(given)
+        tensors = _spread(saved[:-2], forward.places, NUM_TENSORS)
+        needs = _needs(forward, ctx.needs_input_grad)
+        found = neighborhood_attention_backward(
+            grad_out, grad_lse, *tensors, *saved[-2:], *forward.call.parameters, list(needs)
+        )
+        is_asked = (*needs, *[False] * (NUM_TENSORS - NUM_DIFFERENTIABLE))
+        return None, *[found[p] if is_asked[p] else None for p in forward.places]
+
+
+def _needs(forward: Known, needs_input_grad: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Which gradients the operator is to compute for `_PlainAttention`."""
+    found = _spread(needs_input_grad[1:], forward.places, NUM_TENSORS)
+    return tuple([bool(need) for need in found[:NUM_DIFFERENTIABLE]])
+
+
+def _gradients(
+    tensors: Sequence[Tensor],
+    forward: Known,
+    needs_input_grad: tuple[bool, ...],
+    no_grad_out: bool,
+    no_grad_lse: bool,
+) -> Known:
+    """The backward pass of `_PlainAttention` on tensors such as these."""
+    missing = [place not in forward.places for place in range(NUM_TENSORS)]
+    places = _places((*missing, False, False, no_grad_out, no_grad_lse))
+    returned = [min(place, NUM_DIFFERENTIABLE) for place in (NUM_TENSORS, *forward.places)]
+    needs = _needs(forward, needs_input_grad)
+    return _known_backward(forward.call, tensors, places, needs, returned)
 
 
 _apply_plainly = plain_apply(_PlainAttention)
@@ -704,6 +719,41 @@ def _make(
     return make_call(tensors, check(tensors, *arguments)._replace(requires_grad=needs))
 
 
+def _validated(
+    tensors: Tensors, arguments: tuple[Any, ...], check: Callable[..., Parameters]
+) -> Call | None:
+    """The call of a public function's arguments; None where they are checked on another way."""
+    try:
+        needs = needs_grad(tensors)
+        key = (check, *_identity(tensors), _text(arguments), needs)
+        return _remembered(key, _make, tensors, arguments, check, needs)
+    except (AttributeError, RuntimeError, TypeError):
+        # What is no tensor has no shape, nested tensors have none, and symbolic sizes are not
+        # hashable: the first two are told so where the last know their way.
+        return None
+
+
+def _known(
+    present: list[Tensor],
+    tensors: Tensors,
+    arguments: tuple[Any, ...],
+    check: Callable[..., Parameters],
+) -> Known | None:
+    """What is known of a public function's call; None if it is not one on dense tensors."""
+    try:
+        missing = [t is None for t in tensors]
+        key = (check, _text(arguments), torch.is_grad_enabled(), tensors[0].shape, *missing)
+        known = knowns.find(key, present)
+    except (AttributeError, RuntimeError, TypeError):
+        # What is no tensor has no shape, nested tensors have none.
+        return None
+    if known is None:
+        call = _validated(tensors, arguments, check)
+        if call is not None and is_dense(present):
+            known = knowns.add(key, _known_forward(call, present, _places(missing)))
+    return known
+
+
 def attend(
     tensors: Tensors, arguments: tuple[Any, ...], check: Callable[..., Parameters]
 ) -> tuple[Tensor, Tensor]:
@@ -716,27 +766,23 @@ def attend(
         check: Checks tensors and arguments, and makes the operator's parameters of them; whether
             gradients are needed is seen to here. Once for each kind of call.
     """
-    if "torch._dynamo" in sys.modules and _internals.in_forward_mode():
+    if not is_watched():
+        present = [t for t in tensors if t is not None]
+        known = _known(present, tensors, arguments, check)
+        if known is not None:
+            if known.call.parameters.requires_grad:
+                return _apply_plainly(known, *present)
+            out, lse = known.run(present)
+            return out, lse  # type: ignore[return-value]
+    elif "torch._dynamo" in sys.modules and _internals.in_forward_mode():
         # The compiler knows no tangents of operators: this part of a program runs without it.
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg=_NO_TANGENTS)
         return _internals.uncompiled(_dispatched)(tensors, arguments, check)
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        try:
-            needs = needs_grad(tensors)
-            key = (check, *_identity(tensors), _text(arguments), needs)
-            call = _remembered(key, _make, tensors, arguments, check, needs)
-        except (AttributeError, RuntimeError, TypeError):
-            # What is no tensor has no shape, nested tensors have none, and symbolic sizes are not
-            # hashable: the first two are told so below, the last know their way.
-            pass
-        else:
-            if not is_plain(tensors):
-                return neighborhood_attention(*tensors, *call.parameters)
-            if needs:
-                return _apply_plainly(call, *tensors)
-            out, lse = _again(call, _FORWARD, tensors, _compute, tensors)
-            return out, lse
+        call = _validated(tensors, arguments, check)
+        if call is not None:
+            return neighborhood_attention(*tensors, *call.parameters)
     return _dispatched(tensors, arguments, check)
 
 

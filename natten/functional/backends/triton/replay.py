@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -115,8 +116,9 @@ _here = _Here()
 
 def observed() -> bool:
     """Whether a profiler has asked Triton to tell it of launches."""
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    runtime = knobs.runtime
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 def note(compiled: Any, programs: int, arguments: tuple[Any, ...]) -> None:
@@ -239,10 +241,15 @@ def flat(signature: Any, argument: Any) -> list[tuple[str, Any]]:
 
 @cache
 def _driver() -> Any:
-    """The driver's function that launches kernels."""
-    launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
-    launch.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
-    return launch
+    """The driver's function that launches kernels. Without declared types, what it is given is
+    handed on as it is, in a quarter of the time."""
+    return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+
+
+# The driver's CUlaunchConfig: three extents of the grid, three of a block, bytes of shared memory;
+# then the stream, the address of attributes and how many there are.
+_EXTENTS, _REST = "7I4x", "3Q"
+_STREAM, _CONFIG = struct.calcsize(_EXTENTS), struct.calcsize(_EXTENTS + _REST)
 
 
 class _DriverLaunch:
@@ -254,36 +261,54 @@ class _DriverLaunch:
     def __init__(self, launch: Launched, leaves: list[tuple[str, Any]]) -> None:
         self.compiled = launch.compiled  # which owns the function
         metadata = launch.compiled.metadata
-        self.before = (launch.programs, 1, 1, 32 * metadata.num_warps, 1, 1, metadata.shared)
-        # And two scratch buffers, which the kernel does not use.
-        self.values = [0] * (len(leaves) + 2)
-        self.addresses = []
-        for number, (kind, value) in enumerate(leaves):
+        self.extents = (launch.programs, 1, 1, 32 * metadata.num_warps, 1, 1, metadata.shared)
+        # In memory, addresses come before all other values: every launch writes them anew.
+        addresses = list(dict.fromkeys(v for _, v in leaves if isinstance(v, _Address)))
+        self.values: list[bytes] = []
+        self.places: list[int] = []
+        # The last two are scratch buffers, which the kernel does not use.
+        for kind, value in (*leaves, ("*", None), ("*", None)):
             if isinstance(value, _Address):
-                self.addresses.append((number, value.tensor, value.offset))
-            elif not kind.startswith("*"):
-                packed = struct.pack("<" + _FORMATS[kind], value).ljust(8, b"\0")
-                self.values[number] = int.from_bytes(packed, "little")
+                self.places.append(addresses.index(value))
+            else:
+                self.places.append(len(addresses) + len(self.values))
+                is_null = kind.startswith("*")
+                self.values.append(b"" if is_null else struct.pack("<" + _FORMATS[kind], value))
+        self.write = struct.Struct(f"{_REST}{len(addresses)}Q").pack_into
+        self.first_value = _CONFIG + 8 * len(addresses)
+        self.select = _selecting(addresses)
         # Threads must not write into each other's arguments.
         self.memory = threading.local()
 
-    def _memory(self) -> tuple[Any, Any]:
-        size = len(self.values)
-        values = (ctypes.c_uint64 * size)(*self.values)
-        start = ctypes.addressof(values)
-        places = (ctypes.c_uint64 * size)(*[start + 8 * i for i in range(size)])
-        self.memory.found = values, places
-        return values, places
+    def _memory(self) -> tuple[bytearray, tuple[Any, ...], Any]:
+        memory = bytearray(self.first_value + 8 * len(self.values))
+        struct.pack_into(_EXTENTS, memory, 0, *self.extents)
+        for number, value in enumerate(self.values):
+            start = self.first_value + 8 * number
+            memory[start : start + len(value)] = value
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        places = [start + _CONFIG + 8 * place for place in self.places]
+        table = (ctypes.c_void_p * len(places))(*places)
+        pointers = (start, self.compiled.function, ctypes.addressof(table), None)
+        return memory, tuple(map(ctypes.c_void_p, pointers)), table
 
-    def bound(self, pointers: list[int]) -> Any:
-        """Where its arguments lie, with these addresses among them."""
+    def bound(self, pointers: list[int], stream: int) -> tuple[Any, ...]:
+        """What the driver is given, with these addresses among the arguments."""
         try:
-            values, places = self.memory.found
+            memory, given, _ = self.memory.found
         except AttributeError:
-            values, places = self._memory()
-        for number, tensor, offset in self.addresses:
-            values[number] = pointers[tensor] + offset
-        return places
+            memory, given, _ = self.memory.found = self._memory()
+        self.write(memory, _STREAM, stream, 0, 0, *self.select(pointers))
+        return given
+
+
+def _selecting(addresses: list[_Address]) -> Callable[[list[int]], Sequence[int]]:
+    """What makes these addresses of those of a call's tensors."""
+    if len(addresses) > 1 and not any(address.offset for address in addresses):
+        found: Callable[[list[int]], Sequence[int]] = itemgetter(*[a.tensor for a in addresses])
+        return found
+    pairs = [(address.tensor, address.offset) for address in addresses]
+    return lambda pointers: [pointers[tensor] + offset for tensor, offset in pairs]
 
 
 class _TritonLaunch:
@@ -380,6 +405,10 @@ def _needed(
     return found[::-1], operands
 
 
+# The number of the result that is None: behind all tensors.
+_NONE = -1
+
+
 class Replay:
     """What a call does, given its tensors.
 
@@ -388,8 +417,8 @@ class Replay:
         launch: The driver's function.
         allocations: Size, stride and dtype of the memory that it needs.
         steps: Launches, and operations.
-        others: How many tensors the operations return.
-        results: Which of all its tensors it returns; None for what is None.
+        others: Places of the tensors that operations return, and behind them of None.
+        results: Which of all its tensors it returns.
     """
 
     def __init__(
@@ -398,8 +427,8 @@ class Replay:
         self.device, self.launch = inputs[0].device.index, _driver()
         tensors = _Tensors(inputs, watch)
         self.allocations = [(tuple(t.shape), t.stride(), t.dtype) for t in watch.allocated]
-        self.results = [None if r is None else tensors.number(r) for r in results]
-        returned = [n for n in self.results if n is not None]
+        self.results = [_NONE if r is None else tensors.number(r) for r in results]
+        returned = [n for n in self.results if n != _NONE]
         owners = [tensors.owners[n] for n in returned]
         if any(owner < tensors.first_memory for owner in owners):
             raise _UnknownTensorError
@@ -407,7 +436,7 @@ class Replay:
         operands = _needed(watch.steps, tensors, operated)[1]
         seen = {tensors.owners[n] for n in operands}
         for place, number in enumerate(self.results):
-            if number is None:
+            if number == _NONE:
                 continue
             result, owner = tensors.all[number], tensors.owners[number]
             is_all = result.untyped_storage().nbytes() == result.nbytes
@@ -421,35 +450,33 @@ class Replay:
                 shape = tuple(result.shape), result.stride(), result.dtype
                 self.allocations[owner - tensors.first_memory] = shape
                 self.results[place] = owner
-        wanted = {n for n in self.results if n is not None}
+        wanted = {n for n in self.results if n != _NONE}
         steps, _ = _needed(watch.steps, tensors, wanted)
         self.steps = [
             _prepared(step, tensors) if isinstance(step, Launched) else _Operation(step, tensors)
             for step in steps
         ]
         operates = any(isinstance(step, _Operation) for step in self.steps)
-        self.others = len(tensors.all) - tensors.first_result if operates else 0
+        self.others = [None] * (1 + (len(tensors.all) - tensors.first_result if operates else 0))
 
     def __call__(
-        self, inputs: list[Tensor], pointers: list[int]
+        self, inputs: Sequence[Tensor], pointers: list[int]
     ) -> tuple[Tensor | None, ...] | None:
         if torch._C._cuda_getDevice() != self.device or observed():
             return None
         memory = [empty_cuda(*allocation) for allocation in self.allocations]
         # Operations fill in the rest.
-        tensors: list[Any] = [*inputs, *memory, *[None] * self.others]
-        pointers = [*pointers, *[t.data_ptr() for t in memory], *[0] * self.others]
+        tensors: list[Any] = [*inputs, *memory, *self.others]
+        pointers = [*pointers, *[t.data_ptr() for t in memory], *[0] * len(self.others)]
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         for step in self.steps:
             if not isinstance(step, _DriverLaunch):
                 step(tensors, pointers, stream)
-            elif error := self.launch(
-                step.compiled.function, *step.before, stream, step.bound(pointers), None
-            ):
+            elif error := self.launch(*step.bound(pointers, stream)):
                 raise RuntimeError(
                     f"CUDA error {error} when the kernel {step.compiled.name} was launched"
                 )
-        return tuple([None if number is None else tensors[number] for number in self.results])
+        return tuple([tensors[number] for number in self.results])
 
 
 def record(
