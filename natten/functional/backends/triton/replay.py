@@ -217,18 +217,34 @@ def _open(argument: Any, tensors: _Tensors) -> Any:
     return argument
 
 
-def _filled(argument: Any, pointers: Sequence[int]) -> Any:
-    """An argument with pointers in place of addresses."""
+def _filling(argument: Any) -> Callable[[Sequence[int]], Any] | None:
+    """What makes an argument with pointers in place of addresses; None if there are none in it."""
     if isinstance(argument, _Address):
-        return pointers[argument.tensor] + argument.offset
+        tensor, offset = argument.tensor, argument.offset
+        return lambda pointers: pointers[tensor] + offset
     if isinstance(argument, tuple):
-        parts = [_filled(part, pointers) for part in argument]
-        return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
+        parts = [(place, _filling(part)) for place, part in enumerate(argument)]
+        open_parts = [(place, fill) for place, fill in parts if fill is not None]
+
+        def filled(pointers: Sequence[int]) -> tuple[Any, ...]:
+            found = list(argument)
+            for place, fill in open_parts:
+                found[place] = fill(pointers)
+            return tuple(found)
+
+        return filled if open_parts else None
     if hasattr(argument, "base"):
-        found = copy(argument)
-        found.base = _Base(_filled(argument.base, pointers))
-        return found
-    return argument
+        kind, fields = type(argument), vars(argument)
+        tensor, offset = argument.base.tensor, argument.base.offset
+
+        def described(pointers: Sequence[int]) -> Any:
+            # The class checks its arguments at every construction.
+            found = object.__new__(kind)
+            vars(found).update(fields, base=_Base(pointers[tensor] + offset))
+            return found
+
+        return described
+    return None
 
 
 def flat(signature: Any, argument: Any) -> list[tuple[str, Any]]:
@@ -315,13 +331,14 @@ class _TritonLaunch:
     """A launch by Triton's launcher, which makes tensor maps of descriptors."""
 
     def __init__(self, launch: Launched, arguments: tuple[Any, ...]) -> None:
-        self.compiled, self.programs, self.arguments = launch.compiled, launch.programs, arguments
+        self.compiled, self.programs = launch.compiled, launch.programs
+        self.filled: Any = _filling(arguments)
 
     def __call__(self, tensors: list[Any], pointers: list[int], stream: int) -> None:
         compiled = self.compiled
         compiled.run(
             self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None,
-            None, *_filled(self.arguments, pointers),
+            None, *self.filled(pointers),
         )  # fmt: skip
 
 
@@ -467,12 +484,12 @@ class Replay:
         memory = [empty_cuda(*allocation) for allocation in self.allocations]
         # Operations fill in the rest.
         tensors: list[Any] = [*inputs, *memory, *self.others]
-        pointers = [*pointers, *[t.data_ptr() for t in memory], *[0] * len(self.others)]
+        places: list[Any] = [*pointers, *[t.data_ptr() for t in memory], *self.others]
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         for step in self.steps:
             if not isinstance(step, _DriverLaunch):
-                step(tensors, pointers, stream)
-            elif error := self.launch(*step.bound(pointers, stream)):
+                step(tensors, places, stream)
+            elif error := self.launch(*step.bound(places, stream)):
                 raise RuntimeError(
                     f"CUDA error {error} when the kernel {step.compiled.name} was launched"
                 )
