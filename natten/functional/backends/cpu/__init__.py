@@ -67,7 +67,7 @@ def _alone(
     for entry in entries:
         place = slice(entry, entry + 1)
         tensors = {
-            name: tensor if name == "sink" or tensor is None else tensor[place]
+            name: tensor if name in ("rpb", "sink") or tensor is None else tensor[place]
             for name, tensor in inputs._asdict().items()
         }
         yield place, alone, Inputs(**tensors)
@@ -189,15 +189,15 @@ class CpuBackend(Backend):
         query, key, value, rpb, additional_keys, additional_values, *_ = inputs
         out, lse, grad_out, grad_lse = results
         if problem.varlen:
-            gradients = [t.new_zeros(t.shape) for t in (query, key, value)]
+            wholes = [t.new_zeros(t.shape) for t in (query, key, value)]
             for part in sequences(problem, inputs):
                 own = (part.inputs(inputs), part.results(results))
-                found = self.backward(part.problem, config, *own, needs)
+                pieces = self.backward(part.problem, config, *own, needs)
                 places = (part.queries, part.keys, part.keys)
-                for gradient, place, piece in zip(gradients, places, found):
+                for whole, place, piece in zip(wholes, places, pieces):
                     if piece is not None:
-                        gradient[:, place] = piece
-            return gradients[0], gradients[1], gradients[2], None, None, None
+                        whole[:, place] = piece
+            return wholes[0], wholes[1], wholes[2], None, None, None
         _check(
             problem, query=query, key=key, value=value, rpb=rpb,
             additional_keys=additional_keys, additional_values=additional_values,
@@ -207,8 +207,8 @@ class CpuBackend(Backend):
         if dense.covers(problem):
             tame = dense.tame(problem, query, key, value, grad_out, grad_lse)
             if all(tame):
-                whole = dense.backward(problem, grad_out, grad_lse, query, key, value, out, lse)
-                return (*whole, None, None, None)
+                found = dense.backward(problem, grad_out, grad_lse, query, key, value, out, lse)
+                return (*found, None, None, None)
             if any(tame):
                 alone = replace(problem, batch=1)
                 entries = [
@@ -223,14 +223,18 @@ class CpuBackend(Backend):
 
         if not blocks.pays(problem, True):
             return rows.backward(problem, inputs, results, needs)
-        whole, failed = blocks.backward(problem, inputs, results, needs)
+        gradients, failed = blocks.backward(problem, inputs, results, needs)
         for entry, alone, tensors in _alone(problem, inputs, failed):
             last = None if grad_lse is None else grad_lse[entry]
             given = Results(out[entry], lse[entry], grad_out[entry], last)
-            for gradient, piece in zip(whole, rows.backward(alone, tensors, given, needs)):
-                if piece is not None:
-                    gradient[entry] = piece
-        return (*whole, None, None, None)
+            pieces = rows.backward(alone, tensors, given, needs)
+            for name, gradient, piece in zip(Inputs._fields, gradients, pieces):
+                if gradient is not None and piece is not None:
+                    if name == "rpb":
+                        gradient += piece
+                    else:
+                        gradient[entry] = piece
+        return gradients
 
 
 CPU = CpuBackend()

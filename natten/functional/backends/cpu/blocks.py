@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from natten.functional.backend import Inputs, Results
+from natten.functional.backend import Gradients, Inputs, Results
 from natten.functional.backends.cpu import plan
 from natten.functional.backends.cpu.boxes import (
     ADDRESS,
@@ -48,17 +48,19 @@ from natten.functional.backends.cpu.boxes import (
     locate_row,
     locations,
     open_unit,
+    pack_extras,
     pack_keys,
     pack_queries,
     put_row,
     seen,
-    steepen,
     with_sink,
 )
 from natten.functional.backends.cpu.launch import (
+    Locations,
     backward_tensors,
     forward_tensors,
     launch,
+    lengths,
     numbers,
     numpy_type,
     precise,
@@ -66,7 +68,9 @@ from natten.functional.backends.cpu.launch import (
 )
 from natten.functional.backends.cpu.plan import (
     Patches,
+    additional_patches,
     array_of,
+    bias_extents,
     chunk_of,
     key_patches,
     query_patches,
@@ -113,12 +117,22 @@ from natten.functional.backends.cpu.vectors import (
 from natten.functional.problem import Problem
 
 # A patch and a chunk: the first token of the chunk and one past the last that the patch sees along
-# each axis; the lanes that hold rows; the place of each lane's row; and for each axis and token
-# along it the lanes that see it.
-SIGHT, ACTIVE, PLACES = 0, 6, 7
+# each axis; the lanes that hold rows, and of them the valid ones; where the bias vectors of the
+# axes' tokens zero are; the place of each lane's row; and for each axis and token along it the
+# lanes that see it.
+SIGHT, ACTIVE, VALID, NEAREST, PLACES = 0, 6, 7, 8, 11
 SEERS = PLACES + 3 * WIDE
 # What open_patch writes behind the seers.
 PATCH_SIZE = SEERS + 6 + 3 * WIDE
+# Of the vectors of a head's biases, one for the lanes of a patch at each distance of the first lane
+# from a token: extents, where distance zero of the positions' counts is, and the sign of those.
+SPAN, ORIGIN, SIGN = 0, 3, 6
+
+
+@inner
+def span_of(slants: Ints) -> int:
+    """Numbers of a head's vectors of biases."""
+    return slants[SPAN] * slants[SPAN + 1] * slants[SPAN + 2] * WIDE
 
 
 @inner
@@ -152,7 +166,7 @@ def chunk_bounds(box: Ints, begin: int, end: int, bounds: Ints) -> None:
 @inner
 def open_patch(
     index: int, extents: Ints, axes: Ints, items: Ints, box: Ints, begin: int, end: int,
-    tensor: Ints, batch: int, reach: int, patch: Ints,
+    tensor: Ints, batch: int, reach: int, slants: Ints, patch: Ints,
 ) -> None:  # fmt: skip
     """Fill `patch`. `tensor`, if there is one, says which rows are valid; others see nothing.
     `reach` is the most tokens that a patch sees along an axis, and one."""
@@ -168,7 +182,7 @@ def open_patch(
         index = index // number
         counts[axis] = min(extents[axis], block[COUNT] - first)
         starts[axis] = block[FIRST] + axes[AXIS_SIZE * axis + DILATION] * first
-    patch[ACTIVE] = 0
+    patch[ACTIVE] = patch[VALID] = 0
     for i in range(counts[0]):
         for j in range(counts[1]):
             for k in range(counts[2]):
@@ -180,6 +194,7 @@ def open_patch(
                 place[2] = starts[2] + k * axes[2 * AXIS_SIZE + DILATION]
                 patch[ACTIVE] |= bit
                 if flag(tensor, batch, place):
+                    patch[VALID] |= bit
                     by_row[i] |= bit
                     by_row[WIDE + j] |= bit
                     by_row[2 * WIDE + k] |= bit
@@ -187,6 +202,7 @@ def open_patch(
         seers, sight = after(patch, SEERS + axis * reach), after(patch, SIGHT + 2 * axis)
         step = 3 * axes[AXIS_SIZE * axis + DILATION]
         item = after(items, 3 * (axes[AXIS_SIZE * axis + ITEM] + starts[axis]))
+        patch[NEAREST + axis] = slants[ORIGIN + axis] - slants[SIGN] * item[2]
         low = max(sight[0], item[0])
         high = max(low, min(sight[1], after(item, step * (counts[axis] - 1))[1]))
         sight[0], sight[1] = low, high
@@ -208,11 +224,11 @@ def open_patch(
 @inner
 def list_seen(
     patch: Ints, reach: int, box: Ints, begin: int, end: int, flagged: bool, flags: Floats,
-    none: float, picks: Ints, bits: Ints,
+    none: float, slants: Ints, picks: Ints, bits: Ints, places: Ints,
 ) -> int:  # fmt: skip
-    """Of a chunk, from `begin` to `end` of the box's tokens, those that a patch sees, and the lanes
-    that see each. The last is repeated for no lane up to whole FEW_DOTS. Leaves out those whose
-    flag is `none`."""
+    """Of a chunk, from `begin` to `end` of the box's tokens, those that a patch sees, the lanes
+    that see each, and its vector of biases. The last is repeated for no lane up to whole FEW_DOTS.
+    Leaves out those whose flag is `none`."""
     deep, row = seen(box, 1), seen(box, 2)
     low_x, low_y, low_z = box[LOW], box[BLOCK_SIZE + LOW], box[2 * BLOCK_SIZE + LOW]
     seers_y = after(patch, SEERS + reach - patch[SIGHT + 2])
@@ -223,19 +239,65 @@ def list_seen(
         for y in range(patch[SIGHT + 2], patch[SIGHT + 3]):
             see = see_x & seers_y[y]
             line = ((x - low_x) * deep + y - low_y) * row - low_z - begin
+            place = (patch[NEAREST] - x) * slants[SPAN + 1] + patch[NEAREST + 1] - y
+            place = place * slants[SPAN + 2] + patch[NEAREST + 2]
             first = max(patch[SIGHT + 4], -line)
             last = min(patch[SIGHT + 5], end - begin - line)
             if flagged:
                 for z in range(first, last):
                     picks[count], bits[count] = line + z, see & seers_z[z]
+                    places[count] = place - z
                     count += flags[line + z] != none
             else:
                 for z in range(first, last):
                     picks[count], bits[count] = line + z, see & seers_z[z]
+                    places[count] = place - z
                     count += 1
     for i in range(count, (count + FEW_DOTS - 1) // FEW_DOTS * FEW_DOTS):
         picks[i], bits[i] = picks[count - 1], 0
     return count
+
+
+@inner
+def list_extras(count: int, patch: Ints, picks: Ints, bits: Ints) -> int:
+    """The same of additional keys, which every lane sees."""
+    for i in range(count):
+        picks[i], bits[i] = i, patch[VALID]
+    for i in range(count, (count + FEW_DOTS - 1) // FEW_DOTS * FEW_DOTS):
+        picks[i], bits[i] = count - 1, 0
+    return count
+
+
+@inner
+def see(
+    index: int, extents: Ints, axes: Ints, items: Ints, box: Ints, every: int, begin: int, end: int,
+    tensor: Ints, batch: int, reach: int, slants: Ints, flagged: bool, flags: Floats, none: float,
+    patch: Ints, picks: Ints, bits: Ints, places: Ints,
+) -> int:  # fmt: skip
+    """Open a patch, and list what it sees of a chunk; `every` token of the box comes before the
+    additional keys."""
+    inside = min(end, every)
+    open_patch(index, extents, axes, items, box, begin, inside, tensor, batch, reach, slants, patch)
+    if begin >= every:
+        return list_extras(end - begin, patch, picks, bits)
+    return list_seen(
+        patch, reach, box, begin, end, flagged, flags, none, slants, picks, bits, places
+    )
+
+
+@inner
+def pack_chunk(
+    at: Locations, batch: int, head: int, axes: Ints, box: Ints, every: int, begin: int, end: int,
+    kind: int, dim: int, dim_v: int, one: float, keys: Floats, values: Floats, flags: Floats,
+) -> None:  # fmt: skip
+    """Keys and values of a chunk."""
+    if begin >= every:
+        first, last = begin - every, end - every
+        pack_extras(at, batch, head, first, last, kind, dim, dim_v, one, keys, values)
+    else:
+        pack_keys(
+            at, batch, head, axes, box, begin, end, kind, dim, dim_v, one, keys, values, flags
+        )
 
 
 @inner
@@ -318,12 +380,26 @@ def all_finite(numbers: Floats, count: int, zero: float) -> bool:
 
 
 @inner
-def bend(scores: Floats, count: int, scale: float, limit: float, slopes: Floats) -> None:
-    """Scale and cap `count` vectors of scores."""
+def bend(
+    scores: Floats, count: int, scale: float, one: float, limit: float, slopes: Floats,
+    biased: bool, biases: Floats, places: Ints,
+) -> float:  # fmt: skip
+    """Scale `count` vectors of scores, cap them and add biases, where there is one of both to do.
+
+    Returns the factor that they still lack.
+    """
+    if limit == 0 and not biased:
+        return scale
     factors = splat(scores, scale)
     for i in range(0, count * WIDE, LANES):
         store(scores, i, multiply(load(scores, i), factors))
-    cap(scores, count * WIDE, limit, slopes)
+    if limit > 0:
+        cap(scores, count * WIDE, limit, slopes)
+    if biased:
+        for j in range(count):
+            bias = load_wide(biases, places[j] * WIDE)
+            store(scores, j * WIDE, add(load_wide(scores, j * WIDE), bias))
+    return one
 
 
 @inner
@@ -377,7 +453,8 @@ def weigh(
 def forward_loop(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
     scale: float, limit: float, heads: int, group: int, dim: int, dim_v: int, extents: Ints,
-    reach: int, capacity: int, failed: Ints, shift: float, sinks: Floats, work: Floats, lists: Ints,
+    reach: int, capacity: int, failed: Ints, slants: Ints, biases: Floats, extras: Ints,
+    shift: float, sinks: Floats, work: Floats, lists: Ints,
 ) -> None:  # fmt: skip
     """Attention of every unit that this thread gets.
 
@@ -392,7 +469,9 @@ def forward_loop(
     limit, infinity = work.dtype.type(limit), work.dtype.type(np.inf)
     shift, sunk, sinks = work.dtype.type(shift), sinks.size > 0, start_of(sinks)
     axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
-    extents = start_of(extents)
+    extents, slants = start_of(extents), start_of(slants)
+    biased, biases, span = biases.size > 0, start_of(biases), span_of(slants)
+    extras = start_of(extras)
 
     at = locations(tensors)
     flagged = at.key_mask[ADDRESS] != 0
@@ -408,7 +487,8 @@ def forward_loop(
 
     picks = start_of(lists)
     bits = after(picks, capacity + FEW_DOTS)
-    box = after(bits, capacity + FEW_DOTS)
+    places = after(bits, capacity + FEW_DOTS)
+    box = after(places, capacity)
     patch = after(box, 3 * BLOCK_SIZE)
 
     while True:
@@ -417,20 +497,20 @@ def forward_loop(
             break
         batch, head_kv = open_unit(unit, axes, blocks, heads, box)
         every, patches = all_seen(box), patches_of(box, extents)
-        begin = np.int64(0)
-        while begin == 0 or begin < every:
-            end = min(begin + capacity, every)
-            pack_keys(
-                at, batch, head_kv, axes, box, begin, end, kind, dim, dim_v, one, keys, values,
-                flags,
+        tokens, begin = every + extras[batch], np.int64(0)
+        while begin == 0 or begin < tokens:
+            end = min(begin + capacity, every if begin < every else tokens)
+            pack_chunk(
+                at, batch, head_kv, axes, box, every, begin, end, kind, dim, dim_v, one, keys,
+                values, flags,
             )  # fmt: skip
             if not all_finite(values, (end - begin) * width_v, zero):
                 failed[batch] = 1
             for index in range(patches):
-                open_patch(
-                    index, extents, axes, items, box, begin, end, at.query_mask, batch, reach, patch
-                )
-                count = list_seen(patch, reach, box, begin, end, flagged, flags, zero, picks, bits)
+                count = see(
+                    index, extents, axes, items, box, every, begin, end, at.query_mask, batch,
+                    reach, slants, flagged, flags, zero, patch, picks, bits, places,
+                )  # fmt: skip
                 for part in range(group):
                     head = head_kv * group + part
                     query = after(states, (index * group + part) * state_size)
@@ -444,16 +524,16 @@ def forward_loop(
                         fill(total, WIDE, zero)
                     if count > 0:
                         dots(keys, width, picks, count, query, scores)
-                        factor = scale
-                        if limit > 0:
-                            bend(scores, count, scale, limit, slopes)
-                            factor = one
+                        factor = bend(
+                            scores, count, scale, one, limit, slopes, biased and begin < every,
+                            after(biases, head * span), places,
+                        )  # fmt: skip
                         weigh(
                             scores, bits, count, factor, infinity, shift, best, total, result,
                             width_v,
                         )  # fmt: skip
                         accumulate(scores, values, width_v, picks, count, result)
-                    if end == every:
+                    if end == tokens:
                         for lane in range(WIDE):
                             logsumexp, share = -infinity, zero
                             if total[lane] != 0:
@@ -491,11 +571,50 @@ def differentiate(
     store(grads, at, masked(bits[j], grad, zeros))
 
 
+@inner
+def steepen(grads: Floats, bits: Ints, count: int, slopes: Floats, zero: float) -> None:
+    """Gradients of products from those of their capped scores."""
+    zeros = splat_wide(grads, zero)
+    for j in range(count):
+        grad = multiply(load_wide(grads, j * WIDE), load_wide(slopes, j * WIDE))
+        store(grads, j * WIDE, masked(bits[j], grad, zeros))
+
+
+@inner
+def numbers_of(slants: Ints, extents: Ints) -> int:
+    """Biases of a head."""
+    total = 1
+    for axis in range(3):
+        total *= slants[SPAN + axis] - extents[axis] + 1
+    return total
+
+
+@inner
+def fold(sums: Floats, slants: Ints, extents: Ints, out: Floats) -> None:
+    """The gradients of a head's biases from those of their vectors for patches of queries."""
+    u1, u2 = slants[SPAN + 1], slants[SPAN + 2]
+    n0, n1, n2 = slants[SPAN] - extents[0] + 1, u1 - extents[1] + 1, u2 - extents[2] + 1
+    for i in range(extents[0]):
+        for j in range(extents[1]):
+            for k in range(extents[2]):
+                lane = (i * extents[1] + j) * extents[2] + k
+                for x in range(n0):
+                    for y in range(n1):
+                        at = (
+                            (slants[ORIGIN] - i - x) * slants[SPAN + 1] + slants[ORIGIN + 1] - j - y
+                        )
+                        at = at * slants[SPAN + 2] + slants[ORIGIN + 2] - k
+                        row = after(out, (x * n1 + y) * n2)
+                        for z in range(n2):
+                            row[z] += sums[(at - z) * WIDE + lane]
+
+
 @entry
 def backward_queries(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
     scale: float, limit: float, heads: int, group: int, dim: int, dim_v: int, extents: Ints,
-    reach: int, capacity: int, failed: Ints, grad_scale: float, work: Floats, lists: Ints,
+    reach: int, capacity: int, failed: Ints, slants: Ints, biases: Floats, extras: Ints,
+    grad_scale: float, bias_grads: Floats, work: Floats, lists: Ints,
 ) -> None:  # fmt: skip
     """The gradients of queries, and each row's `delta` for backward_keys.
 
@@ -508,7 +627,9 @@ def backward_queries(
     limit, infinity = work.dtype.type(limit), work.dtype.type(np.inf)
     grad_scale = work.dtype.type(grad_scale)
     axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
-    extents = start_of(extents)
+    extents, slants = start_of(extents), start_of(slants)
+    biased, biases, span = biases.size > 0, start_of(biases), span_of(slants)
+    extras, summed, bias_grads = start_of(extras), bias_grads.size > 0, start_of(bias_grads)
 
     at = locations(tensors)
     flagged = at.key_mask[ADDRESS] != 0
@@ -521,12 +642,14 @@ def backward_queries(
     slopes = after(grads, (capacity + FEW_DOTS) * WIDE)
     rows = after(slopes, (capacity + FEW_DOTS) * WIDE)
     outs = after(rows, WIDE * max(width, width_v))
-    states = after(outs, WIDE * max(width, width_v))
+    bias_sums = after(outs, WIDE * max(width, width_v))
+    states = after(bias_sums, group * span if summed else 0)
     state_size = (2 * width + width_v + 2) * WIDE
 
     picks = start_of(lists)
     bits = after(picks, capacity + FEW_DOTS)
-    box = after(bits, capacity + FEW_DOTS)
+    places = after(bits, capacity + FEW_DOTS)
+    box = after(places, capacity)
     patch = after(box, 3 * BLOCK_SIZE)
 
     while True:
@@ -535,30 +658,22 @@ def backward_queries(
             break
         batch, head_kv = open_unit(unit, axes, blocks, heads, box)
         every, patches = all_seen(box), patches_of(box, extents)
-        begin = np.int64(0)
-        while begin == 0 or begin < every:
-            end = min(begin + capacity, every)
-            pack_keys(
-                at, batch, head_kv, axes, box, begin, end, kind, dim, dim_v, one, keys, values,
-                flags,
+        if summed:
+            fill(bias_sums, group * span, zero)
+        tokens, begin = every + extras[batch], np.int64(0)
+        while begin == 0 or begin < tokens:
+            end = min(begin + capacity, every if begin < every else tokens)
+            pack_chunk(
+                at, batch, head_kv, axes, box, every, begin, end, kind, dim, dim_v, one, keys,
+                values, flags,
             )  # fmt: skip
             if not all_finite(keys, (end - begin) * width, zero):
                 failed[batch] = 1
             for index in range(patches):
-                open_patch(
-                    index,
-                    extents,
-                    axes,
-                    items,
-                    box,
-                    begin,
-                    end,
-                    at.query_mask,
-                    batch,
-                    reach,
-                    patch,
-                )
-                count = list_seen(patch, reach, box, begin, end, flagged, flags, zero, picks, bits)
+                count = see(
+                    index, extents, axes, items, box, every, begin, end, at.query_mask, batch,
+                    reach, slants, flagged, flags, zero, patch, picks, bits, places,
+                )  # fmt: skip
                 for part in range(group):
                     head = head_kv * group + part
                     query = after(states, (index * group + part) * state_size)
@@ -587,36 +702,50 @@ def backward_queries(
                                 place = after(patch, PLACES + 3 * lane)
                                 address = locate_row(at.delta, batch, head, place)
                                 numbers_at(address, keys)[0] = delta[lane]
-                            # Those without weights get none.
+                            # Those without weights get none, whatever they and their gradients
+                            # hold.
                             if lse[lane] == -infinity:
-                                lse[lane] = infinity
+                                lse[lane], delta[lane] = infinity, zero
+                                for i in range(width):
+                                    query[i * WIDE + lane] = zero
+                                for i in range(width_v):
+                                    grad_out[i * WIDE + lane] = zero
                         fill(grad_query, width * WIDE, zero)
                     if count > 0:
                         dots(keys, width, picks, count, query, scores)
                         dots(values, width_v, picks, count, grad_out, grads)
-                        factor = scale
-                        if limit > 0:
-                            bend(scores, count, scale, limit, slopes)
-                            factor = one
+                        factor = bend(
+                            scores, count, scale, one, limit, slopes, biased and begin < every,
+                            after(biases, head * span), places,
+                        )  # fmt: skip
                         lses, deltas = load_wide(lse, 0), load_wide(delta, 0)
                         for j in range(count):
                             differentiate(scores, grads, j, bits, factor, lses, deltas)
+                        if summed and begin < every:
+                            sums = after(bias_sums, part * span)
+                            for j in range(count):
+                                place, grad = places[j] * WIDE, load_wide(grads, j * WIDE)
+                                store(sums, place, add(load_wide(sums, place), grad))
                         if limit > 0:
-                            steepen(grads, count * WIDE, slopes)
+                            steepen(grads, bits, count, slopes, zero)
                         accumulate(grads, keys, width, picks, count, grad_query)
-                    if end == every:
+                    if end == tokens:
                         put_rows(
                             at.grad_query, batch, head, patch, kind, dim, width, grad_scale,
                             grad_query, rows,
                         )  # fmt: skip
             begin = max(end, np.int64(1))
+        for part in range(group if summed else 0):
+            at_unit = after(bias_grads, (unit * group + part) * numbers_of(slants, extents))
+            fold(after(bias_sums, part * span), slants, extents, at_unit)
 
 
 @entry
 def backward_keys(
     counter: Ints, units: int, axes: Ints, items: Ints, blocks: Ints, tensors: Ints, kind: int,
     scale: float, limit: float, heads: int, group: int, dim: int, dim_v: int, extents: Ints,
-    reach: int, capacity: int, failed: Ints, grad_scale: float, work: Floats, lists: Ints,
+    reach: int, capacity: int, failed: Ints, slants: Ints, biases: Floats, grad_scale: float,
+    work: Floats, lists: Ints,
 ) -> None:  # fmt: skip
     """The gradients of keys and values, summed over the queries that see them.
 
@@ -629,7 +758,8 @@ def backward_keys(
     limit, infinity = work.dtype.type(limit), work.dtype.type(np.inf)
     grad_scale = work.dtype.type(grad_scale)
     axes, items, blocks = start_of(axes), start_of(items), start_of(blocks)
-    extents = start_of(extents)
+    extents, slants = start_of(extents), start_of(slants)
+    biased, biases, span = biases.size > 0, start_of(biases), span_of(slants)
 
     at = locations(tensors)
 
@@ -646,7 +776,8 @@ def backward_keys(
 
     picks = start_of(lists)
     bits = after(picks, capacity + FEW_DOTS)
-    box = after(bits, capacity + FEW_DOTS)
+    places = after(bits, capacity + FEW_DOTS)
+    box = after(places, capacity)
     patch = after(box, 3 * BLOCK_SIZE)
 
     while True:
@@ -671,13 +802,10 @@ def backward_keys(
                 ):
                     failed[batch] = 1
                 for index in range(patches):
-                    open_patch(
-                        index, extents, axes, items, box, begin, end, at.key_mask, batch, reach,
-                        patch,
+                    count = see(
+                        index, extents, axes, items, box, every, begin, end, at.key_mask, batch,
+                        reach, slants, True, lse, -infinity, patch, picks, bits, places,
                     )  # fmt: skip
-                    count = list_seen(
-                        patch, reach, box, begin, end, True, lse, -infinity, picks, bits
-                    )
                     key = after(states, index * state_size)
                     value = after(key, width * WIDE)
                     grad_key = after(value, width_v * WIDE)
@@ -691,16 +819,16 @@ def backward_keys(
                     if count > 0:
                         dots(queries, width, picks, count, key, scores)
                         dots(grad_rows, width_v, picks, count, value, grads)
-                        factor = scale
-                        if limit > 0:
-                            bend(scores, count, scale, limit, slopes)
-                            factor = one
+                        factor = bend(
+                            scores, count, scale, one, limit, slopes, biased,
+                            after(biases, head * span), places,
+                        )  # fmt: skip
                         for j in range(count):
                             lses = splat_wide(lse, lse[picks[j]])
                             deltas = splat_wide(delta, delta[picks[j]])
                             differentiate(scores, grads, j, bits, factor, lses, deltas)
                         if limit > 0:
-                            steepen(grads, count * WIDE, slopes)
+                            steepen(grads, bits, count, slopes, zero)
                         accumulate(grads, queries, width, picks, count, grad_key)
                         accumulate(scores, grad_rows, width_v, picks, count, grad_value)
                     if end == every and part == group - 1:
@@ -735,15 +863,19 @@ BY_ROW = Costs(84, 0.77, 1.0, 0.04), Costs(170, 2.5, 4.8, 0.14)
 BY_BLOCK = Costs(470, 10.7, 4.0, 0.46), Costs(670, 15.5, 3.4, 0.79)
 
 
+# Biases of all heads: each becomes about two vectors.
+MAX_BIASES = 1 << 20
+
+
 def covers(problem: Problem) -> bool:
     """Whether the loops by block compute this problem.
 
-    A bias is a table that rows look up in windows of their own, and additional keys are not part
-    of the grid that patches are laid on. Where scores may be too large for their type, and it
-    matters which product is rounded first, rows do as the reference does.
+    Where scores may be too large for their type, and it matters which product is rounded first,
+    rows do as the reference does. They also take biases whose vectors would be many.
     """
     is_tame = abs(problem.scale) < torch.finfo(problem.accumulation_dtype).max ** 0.5
-    return is_tame and not (problem.has_rpb or problem.num_additional)
+    biases = problem.heads * int(bias_extents(problem).prod()) * problem.has_rpb
+    return is_tame and biases <= MAX_BIASES
 
 
 @lru_cache(maxsize=256)
@@ -757,42 +889,85 @@ def pays(problem: Problem, backward: bool) -> bool:
         return False
     features = plan.padded(problem.head_dim) + plan.padded(problem.head_dim_v)
     pairs = prod(int((s.items[:, 1] - s.items[:, 0]).sum()) for s in sides_of(problem).queries)
+    pairs += problem.num_queries * problem.num_additional
     by_row = BY_ROW[backward].of(problem.num_queries, pairs, features)
     sides = [query_patches(problem, WIDE, 1)]
+    steps = sides[0].count * problem.num_additional
     if backward:
         sides.append(key_patches(problem, WIDE, 1))
-    steps, patches = sum(side.steps for side in sides), sum(side.count for side in sides)
+        if problem.num_additional:
+            sides.append(additional_patches(problem, WIDE, 1))
+    steps += sum(side.steps for side in sides)
+    patches = sum(side.count for side in sides)
     return BY_BLOCK[backward].of(patches, steps, features) < by_row
+
+
+class Biases(NamedTuple):
+    """A relative position bias as the loops take it.
+
+    Attributes:
+        slants: Described above; of zeros if there is no bias.
+        vectors: For each head and distance, the biases of a patch's lanes; empty if there is none.
+    """
+
+    slants: np.ndarray
+    vectors: Tensor
+
+
+def _biases(problem: Problem, rpb: Tensor | None, patches: Patches, sign: int) -> Biases:
+    """The biases of patches of queries (sign 1) or of keys (-1)."""
+    table = precise(problem, rpb)
+    if rpb is None:
+        return Biases(np.zeros(7, np.int64), table)
+    extents, sizes = patches.extents, bias_extents(problem)
+    table = table.view(problem.heads, *sizes.tolist())
+    if sign > 0:
+        # The next query is one further from a token in the other direction than the next key.
+        table = table.flip(1, 2, 3)
+    last = (extents - 1).tolist()
+    table = torch.nn.functional.pad(table, [n for side in last[::-1] for n in (side, side)])
+    for axis, extent in enumerate(extents.tolist()):
+        table = table.unfold(axis + 1, extent, 1)
+    lanes = table.flatten(-3)
+    vectors = lanes.new_zeros(*lanes.shape[:-1], WIDE)
+    vectors[..., : lanes.shape[-1]] = lanes
+    origin = extents - 1 if sign < 0 else sizes + extents - 2
+    return Biases(np.array([*(sizes + extents - 1), *origin, sign], np.int64), vectors.view(-1))
 
 
 def _run(
     kernel: Callable[..., None],
     problem: Problem,
     patches: Patches,
-    tensors: np.ndarray,
+    tensors: Locations,
+    biases: Biases,
     own: tuple[Any, ...],
     features: int,
     buffers: int,
+    sums: int = 0,
 ) -> list[int]:
     """Launch a loop; returns the batch entries that it fails on.
 
     Args:
         kernel: The loop.
         problem, patches: What it computes, in which order.
-        tensors: Their table.
+        tensors, biases: Of what.
         own: Arguments that the others do not have.
         features: Vectors of the state of a patch.
         buffers: Scratch arrays of scores.
+        sums: Numbers of scratch memory for gradients of biases.
     """
     width, width_v = plan.padded(problem.head_dim), plan.padded(problem.head_dim_v)
-    chunk = min(chunk_of(problem), plan.padded(patches.sweep.capacity))
+    most = plan.padded(max(patches.sweep.capacity, problem.num_additional))
+    chunk = min(chunk_of(problem), most)
     failed = np.zeros(problem.batch, np.int64)
     arguments = (
-        tensors, *numbers(problem), patches.extents, patches.reach, chunk, failed, *own
+        table(tensors), *numbers(problem), patches.extents, patches.reach, chunk, failed,
+        biases.slants, array_of(biases.vectors), *own,
     )  # fmt: skip
     vectors = buffers * (chunk + FEW_DOTS) + 2 * max(width, width_v) + patches.members * features
-    scratch = chunk * (width + width_v + 2) + vectors * WIDE
-    lists = 2 * chunk + 2 * FEW_DOTS + 3 * BLOCK_SIZE + PATCH_SIZE + 3 * patches.reach
+    scratch = chunk * (width + width_v + 2) + vectors * WIDE + sums
+    lists = 3 * chunk + 2 * FEW_DOTS + 3 * BLOCK_SIZE + PATCH_SIZE + 3 * patches.reach
     launch(kernel, patches.sweep, arguments, scratch, lists, numpy_type(problem))
     return [int(entry) for entry in np.flatnonzero(failed)]
 
@@ -801,28 +976,58 @@ def forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor, list[int]
     """The output, the logsumexp, and the batch entries that have to be computed otherwise."""
     tensors, sinks = forward_tensors(problem, inputs), precise(problem, inputs.sink)
     patches = query_patches(problem, WIDE, torch.get_num_threads())
-    own = (math.log(max(patches.sweep.longest, 1)), array_of(sinks))
+    biases = _biases(problem, inputs.rpb, patches, 1)
+    shift = math.log(max(patches.sweep.longest + problem.num_additional, 1))
+    own = (lengths(problem, inputs), shift, array_of(sinks))
     features = plan.padded(problem.head_dim) + plan.padded(problem.head_dim_v) + 2
-    failed = _run(forward_loop, problem, patches, table(tensors), own, features, 2)
+    failed = _run(forward_loop, problem, patches, tensors, biases, own, features, 2)
     return tensors.out, tensors.lse, failed
 
 
 def backward(
     problem: Problem, inputs: Inputs, results: Results, needs: tuple[bool, ...]
-) -> tuple[tuple[Tensor, Tensor, Tensor], list[int]]:
-    """The gradients of query, key and value, and the batch entries that have to be computed
-    otherwise."""
+) -> tuple[Gradients, list[int]]:
+    """The gradients of the six differentiable inputs, and the batch entries that have to be
+    computed otherwise, which that of the bias is without."""
+    rpb, extra_keys, extra_values = inputs[3:6]
     tensors, threads = backward_tensors(problem, inputs, results), torch.get_num_threads()
-    places, own = table(tensors), (problem.gradient_scale,)
     width, width_v = plan.padded(problem.head_dim), plan.padded(problem.head_dim_v)
+    extras, factor = lengths(problem, inputs), problem.gradient_scale
     patches = query_patches(problem, WIDE, threads)
+    biases = _biases(problem, rpb, patches, 1)
+    group, needs_bias = problem.heads // problem.heads_kv, rpb is not None and needs[3]
+    size = group * int(bias_extents(problem).prod())
+    bias_grads = biases.vectors.new_zeros(patches.sweep.units * size * needs_bias)
+    sums = biases.vectors.numel() // problem.heads_kv * needs_bias
+    own: tuple[Any, ...] = (extras, factor, array_of(bias_grads))
     features = 2 * width + width_v + 2
-    failed = _run(backward_queries, problem, patches, places, own, features, 3)
+    failed = _run(backward_queries, problem, patches, tensors, biases, own, features, 3, sums)
+    features = 2 * (width + width_v)
     if needs[1] or needs[2]:
         patches = key_patches(problem, WIDE, threads)
-        features = 2 * (width + width_v)
-        failed += _run(backward_keys, problem, patches, places, own, features, 3)
-    return (tensors.grad_query, tensors.grad_key, tensors.grad_value), sorted(set(failed))
+        biases = _biases(problem, rpb, patches, -1)
+        failed += _run(backward_keys, problem, patches, tensors, biases, (factor,), features, 3)
+    grad_extra_keys = grad_extra_values = None
+    if extra_keys is not None and extra_values is not None and (needs[4] or needs[5]):
+        # Keys that all queries see, and that are there or not.
+        grad_extra_keys, grad_extra_values = map(torch.empty_like, (extra_keys, extra_values))
+        numbered = torch.arange(problem.num_additional, device="cpu")
+        extra = tensors._replace(
+            key=extra_keys, value=extra_values, grad_key=grad_extra_keys,
+            grad_value=grad_extra_values, key_mask=numbered < torch.from_numpy(extras)[:, None],
+        )  # fmt: skip
+        patches = additional_patches(problem, WIDE, threads)
+        biases = _biases(problem, None, patches, -1)
+        failed += _run(backward_keys, problem, patches, extra, biases, (factor,), features, 3)
+    entries = sorted(set(failed))
+    grad_rpb = None
+    if rpb is not None and needs[3]:
+        of_units = bias_grads.view(problem.batch, -1, problem.heads_kv, size)
+        kept = [entry for entry in range(problem.batch) if entry not in entries]
+        # The sum runs over batch entries and boxes, always in this order.
+        grad_rpb = of_units[kept].sum((0, 1)).view(rpb.shape).to(rpb.dtype)
+    gradients = tensors.grad_query, tensors.grad_key, tensors.grad_value
+    return (*gradients, grad_rpb, grad_extra_keys, grad_extra_values), entries
 
 
 __all__ = ["backward", "covers", "forward", "pays"]

@@ -184,13 +184,6 @@ def cap(scores: Floats, count: int, limit: float, slopes: Floats) -> None:
 
 
 @inner
-def steepen(grads: Floats, count: int, slopes: Floats) -> None:
-    """Gradients of products from those of their capped scores; `count` is rounded up to LANES."""
-    for j in range(0, count, LANES):
-        store(grads, j, multiply(load(grads, j), load(slopes, j)))
-
-
-@inner
 def fill(start: Floats, count: int, value: float) -> None:
     for i in range(count):
         start[i] = value

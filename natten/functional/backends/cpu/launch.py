@@ -85,6 +85,19 @@ def numbers(problem: Problem) -> tuple[Any, ...]:
     return KINDS[problem.dtype], problem.scale, problem.softcap, *sizes
 
 
+def lengths(problem: Problem, inputs: Inputs) -> np.ndarray:
+    """How many additional keys each batch entry has."""
+    most, given = problem.num_additional, inputs.additional_lengths
+    if given is None:
+        return np.full(problem.batch, most, np.int64)
+    if given.shape != (problem.batch,):
+        raise ValueError(
+            f"additional_lengths must have shape {(problem.batch,)} for this problem, got "
+            f"{tuple(given.shape)}"
+        )
+    return np.array(given.tolist(), np.int64).clip(0, most)
+
+
 def launch(
     kernel: Callable[..., None],
     sweep: Sweep,
@@ -116,6 +129,6 @@ def numpy_type(problem: Problem) -> np.dtype[Any]:
 
 
 __all__ = [
-    "KINDS", "Locations", "backward_tensors", "forward_tensors", "launch", "numbers", "numpy_type",
-    "precise", "table",
+    "KINDS", "Locations", "backward_tensors", "forward_tensors", "launch", "lengths", "numbers",
+    "numpy_type", "precise", "table",
 ]  # fmt: skip

@@ -395,6 +395,25 @@ def key_patches(problem: Problem, lanes: int, threads: int) -> Patches:
     )
 
 
+@remembered
+def additional_patches(problem: Problem, lanes: int, threads: int) -> Patches:
+    """The patches of additional keys, for their gradients: all queries see them."""
+    extra = problem.num_additional
+    extents = (*(1,) * (3 - problem.rank), *problem.query_shape)
+    sides = tuple(
+        Side(np.array([(0, extent, 0)] * rows), (Residue(0, rows, 0),), 1)
+        for extent, rows in zip(extents, (1, 1, extra), strict=True)
+    )
+    return make_patches(
+        sides,
+        problem.batch * problem.heads_kv,
+        1,
+        2 * (problem.head_dim + problem.head_dim_v) * problem.heads // problem.heads_kv,
+        lanes,
+        threads,
+    )
+
+
 def chunk_of(problem: Problem) -> int:
     """Tokens of a chunk."""
     return max(CHUNK_BYTES // scratch_bytes(problem) // 8, 4) * 8

@@ -40,13 +40,13 @@ from natten.functional.backends.cpu.boxes import (
     put_row,
     rows_of,
     seen,
-    steepen,
     with_sink,
 )
 from natten.functional.backends.cpu.launch import (
     backward_tensors,
     forward_tensors,
     launch,
+    lengths,
     numbers,
     numpy_type,
     precise,
@@ -221,6 +221,13 @@ def score_gradients(scores: Floats, grads: Floats, count: int, lse: float, delta
         weight = exp(capped(subtract(load(scores, j), lses), most))
         store(scores, j, weight)
         store(grads, j, multiply(weight, subtract(load(grads, j), deltas)))
+
+
+@inner
+def steepen(grads: Floats, count: int, slopes: Floats) -> None:
+    """Gradients of products from those of their capped scores; `count` is rounded up to LANES."""
+    for j in range(0, count, LANES):
+        store(grads, j, multiply(load(grads, j), load(slopes, j)))
 
 
 @inner
@@ -627,19 +634,6 @@ def backward_keys(
             )  # fmt: skip
 
 
-def _extras(problem: Problem, lengths: Tensor | None) -> np.ndarray:
-    """How many additional keys each batch entry has."""
-    most = problem.num_additional
-    if lengths is None:
-        return np.full(problem.batch, most, np.int64)
-    if lengths.shape != (problem.batch,):
-        raise ValueError(
-            f"additional_lengths must have shape {(problem.batch,)} for this problem, got "
-            f"{tuple(lengths.shape)}"
-        )
-    return np.array(lengths.tolist(), np.int64).clip(0, most)
-
-
 def forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The output and the logsumexp."""
     tensors = forward_tensors(problem, inputs)
@@ -647,7 +641,7 @@ def forward(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     bias, sinks = precise(problem, inputs.rpb), precise(problem, inputs.sink)
     arguments = (
         table(tensors), *numbers(problem), problem.num_additional,
-        _extras(problem, inputs.additional_lengths), array_of(sinks), array_of(bias),
+        lengths(problem, inputs), array_of(sinks), array_of(bias),
         bias_extents(problem), sweep.capacity, sweep.longest,
     )  # fmt: skip
     launch(forward_loop, sweep, arguments, *_memory(problem, sweep, 1, 2), numpy_type(problem))
@@ -684,7 +678,7 @@ def backward(
     bias_grads = bias.new_zeros(sweep.units * biases * needs_bias)
     extra_grads = bias.new_zeros(sweep.units * extra * (width + width_v) * needs_extra)
     arguments = (
-        *shared, extra, _extras(problem, inputs.additional_lengths), array_of(bias), extents,
+        *shared, extra, lengths(problem, inputs), array_of(bias), extents,
         sweep.capacity, sweep.longest, not needs_queries, array_of(bias_grads),
         array_of(extra_grads),
     )  # fmt: skip
