@@ -62,7 +62,8 @@ def seconds(case: tuple[object, ...], what: str, cache: str) -> list[float]:
     """Between the points that the program notes, in a process of its own."""
     finished = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps([*case, what])],
-        env={**os.environ, "TRITON_CACHE_DIR": cache},
+        # With bytecode, as an installed package has it.
+        env={**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONDONTWRITEBYTECODE": ""},
         stdout=subprocess.PIPE,
         check=True,
         text=True,

@@ -414,10 +414,13 @@ class _Hopper(_Descriptors):
         """
         schedule = config.kernel_schedule
         query, key = config.q_tile_shape, config.kv_tile_shape
+        if schedule is None:
+            tiling = self._choose(problem, tiles.PING_PONG, query, key)
+            # Whether there is such a kernel is asked last: that imports Gluon.
+            if not tiling.ping_pong or self._has_ping_pong():
+                return tiling
         if schedule in (None, "non"):
-            ping_pong = self._has_ping_pong() and schedule is None
-            kernel = tiles.PING_PONG if ping_pong else tiles.FORWARD
-            return self._choose(problem, kernel, query, key)
+            return self._choose(problem, tiles.FORWARD, query, key)
         ping_pong = self._has_ping_pong() and schedule == "pp" and tiles.PING_PONG.suits(problem)
         kernel = tiles.PING_PONG if ping_pong else tiles.FORWARD
         if query is None and ping_pong:
@@ -444,8 +447,6 @@ class _Hopper(_Descriptors):
             now.deterministic
             or now.memory == "strict"
             or config.backward_kv_splits is not None
-            or not self._has_ping_pong()
-            or not _has_gluon("hopper_backward")
             or not tiles.FUSED.suits(problem)
         ):
             return None
@@ -458,7 +459,7 @@ class _Hopper(_Descriptors):
             found = tiles.fused_tiling(problem, rows, columns) if suits else None
         if found is None or not tiles.fits(found, problem, tiles.FUSED, _chip(problem)):
             return None
-        return found
+        return found if self._has_ping_pong() and _has_gluon("hopper_backward") else None
 
     def configs(self, problem: Problem) -> list[Any]:
         """((query tile, key tile), schedule) of the forward pass; the default first."""

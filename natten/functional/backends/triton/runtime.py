@@ -4,6 +4,7 @@ from triton import knobs
 
 from natten.functional.backends.triton.ahead import compile_backward
 from natten.functional.backends.triton.backward import BackwardPass
+from natten.functional.backends.triton.fingerprint import remember
 from natten.functional.backends.triton.forward import forward
 from natten.functional.backends.triton.grids import can_place
 from natten.functional.backends.triton.launcher import (
@@ -13,6 +14,8 @@ from natten.functional.backends.triton.launcher import (
     is_collecting,
 )
 from natten.functional.backends.triton.replay import record
+
+remember()
 
 __all__ = [
     "BackwardPass",
