@@ -513,8 +513,12 @@ def autocast_dtype(tensor: Any) -> torch.dtype | None:
 def autocast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
     """Cast as torch's attention does: every floating-point tensor but float64."""
     return [
-        _of_dtype(t, dtype)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        t.to(dtype)
+        if isinstance(t, Tensor)
+        # Most often there is nothing to do, and to() takes as long as an allocation.
+        and t.dtype != dtype
+        and t.is_floating_point()
+        and t.dtype != torch.float64
         else t
         for t in tensors
     ]

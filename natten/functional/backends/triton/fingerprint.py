@@ -2,8 +2,8 @@
 
 What Triton calls a compiled kernel in its cache depends on a hash of Triton, which is half a
 gigabyte: to read all that took more than half of the first call of a process whose kernels were
-compiled already. Whether files have changed, their sizes and times tell as well, as they tell
-Python of its bytecode.
+compiled already. Whether files have changed, their sizes and times tell as well; one of the times
+is that of the last change of any kind, which nobody can set.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ _FOLDERS = ("_C", "backends", "compiler", "language", "runtime")
 _SUFFIXES = (".py", ".so", ".pyd")
 
 
-def _files() -> list[tuple[str, int, int]]:
+def _files() -> list[tuple[str | int, ...]]:
     """Paths, sizes and times."""
     root = os.path.dirname(triton.__file__)
-    found = []
+    found: list[tuple[str | int, ...]] = []
     for folder in _FOLDERS:
         for path, _, names in os.walk(os.path.join(root, folder)):
             for name in names:
                 if name.endswith(_SUFFIXES):
                     file = os.path.join(path, name)
-                    status = os.stat(file)
-                    found.append((file, status.st_size, status.st_mtime_ns))
+                    is_now = os.stat(file)
+                    times = is_now.st_mtime_ns, is_now.st_ctime_ns
+                    found.append((file, is_now.st_size, *times))
     return sorted(found)
 
 
