@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from unittest import mock
 
 import pytest
@@ -128,6 +129,18 @@ def int32(*values):
         ),
         ({"max_seqlen_Q": 10}, "must both be tensors"),
         (
+            {"seqlens_Q": int32(4, 6), "seqlens_KV": int32(5, 5), "max_seqlen_Q": 5},
+            "max_seqlen_Q must be at least the longest sequence 6, got 5",
+        ),
+        (
+            {"seqlens_Q": int32(4, 6), "seqlens_KV": int32(5, 5), "max_seqlen_KV": 0},
+            "max_seqlen_KV must be at least the longest sequence 5, got 0",
+        ),
+        (
+            {"seqlens_Q": int32(4, 6), "seqlens_KV": int32(5, 5), "max_seqlen_KV": "5"},
+            "max_seqlen_KV",
+        ),
+        (
             {
                 "seqlens_Q": int32(10),
                 "seqlens_KV": int32(10),
@@ -141,6 +154,19 @@ def test_bad_varlen(arguments, message):
     query, key, value = qkv(10, 10, batch=1)
     with pytest.raises(ValueError, match=message):
         natten.attention(query, key, value, **arguments)
+
+
+def test_longest_beside_all_lengths():
+    """Which only may be more than needed."""
+    query, key, value = qkv(10, 10, batch=1)
+    lengths = {"seqlens_Q": int32(4, 6), "seqlens_KV": int32(5, 5)}
+    expected = natten.attention(query, key, value, **lengths)
+    module = sys.modules["natten.functional.attention"]  # its function has the same name
+    with mock.patch.object(module, "attend", wraps=module.attend) as attend:
+        out = natten.attention(query, key, value, **lengths, max_seqlen_Q=6, max_seqlen_KV=9)
+    assert out.equal(expected)
+    _, asked, _ = attend.call_args.args
+    assert asked[-2:] == (6, 9)
 
 
 @pytest.mark.parametrize(

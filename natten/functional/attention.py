@@ -26,6 +26,16 @@ def _max_seqlen(name: str, value: Any) -> int:
     return number
 
 
+def _at_least(name: str, given: Any, longest: int) -> int:
+    """The length that is given beside those of all sequences, if any, or of the longest."""
+    if given is None:
+        return longest
+    number = _max_seqlen(name, given)
+    if number < longest:
+        raise ValueError(f"{name} must be at least the longest sequence {longest}, got {number}")
+    return number
+
+
 def _longest(tensors: Tensors, max_seqlen_Q: Any, max_seqlen_KV: Any) -> tuple[int, int]:
     """The checked lengths of the longest packed sequences; (0, 0) for plain batches."""
     query, cumulative_q, cumulative_kv = tensors.query, *tensors[7:9]
@@ -188,8 +198,8 @@ def attention(
         cumulative_seqlen_Q: int32 ``[sequences + 1]``, where each sequence starts, and the end;
             tokens behind the end attend to nothing. What it holds is checked on the CPU only.
         cumulative_seqlen_KV: Likewise, of the keys.
-        max_seqlen_Q: Longest query sequence.
-        max_seqlen_KV: Longest key sequence.
+        max_seqlen_Q: Longest query sequence, or more; None with ``seqlens_*``, which say it.
+        max_seqlen_KV: Longest key sequence, likewise.
 
     Returns:
         ``[batch, seqlen, heads, head_dim_v]`` in query's dtype, and with ``return_lse`` the
@@ -224,9 +234,11 @@ def attention(
                 "cumulative_seqlen_KV, not both"
             )
         validation.check_qkv(query, key, value, 1)
-        cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV = (
-            generate_varlen_parameters(query, key, value, seqlens_Q, seqlens_KV)
+        cumulative_seqlen_Q, cumulative_seqlen_KV, *longest = generate_varlen_parameters(
+            query, key, value, seqlens_Q, seqlens_KV
         )
+        max_seqlen_Q = _at_least("max_seqlen_Q", max_seqlen_Q, longest[0])
+        max_seqlen_KV = _at_least("max_seqlen_KV", max_seqlen_KV, longest[1])
     tensors = Tensors(
         query, key, value, None, None, None, sink, cumulative_seqlen_Q, cumulative_seqlen_KV,
         key_mask=key_mask, query_mask=query_mask,
