@@ -139,6 +139,16 @@ def in_forward_mode() -> bool:
 in_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def only_forward_mode() -> bool:
+    """Whether forward mode, once, is all that torch.func differentiates with now."""
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    types = torch._C._functorch.TransformType
+    return kinds.count(types.Jvp) <= 1 and types.Grad not in kinds
+
+
+only_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def has_tangents(tensors: Iterable[Tensor | None]) -> bool:
     """Whether forward mode differentiates some of these tensors now."""
     if not in_forward_mode():
@@ -352,6 +362,7 @@ __all__ = [
     "is_watched",
     "key_set",
     "library",
+    "only_forward_mode",
     "plain_apply",
     "scripted",
     "transformed",

@@ -318,34 +318,89 @@ def test_memory_on_a_gpu():
     assert torch.cuda.max_memory_allocated() - before <= 60 * size + (4 << 30)
 
 
-@pytest.mark.parametrize("place", ["inside", "outside", "dual tensors"])
-def test_forward_mode_and_torch_compile(place: str) -> None:
-    """Runs between compiled parts; as one program it says that it cannot."""
+def _of_random(count: int) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(1, 6, 8, 2, 8, dtype=torch.float64) for _ in range(count))
+
+
+def _attend(*tensors: Tensor) -> Tensor:
+    return 2 * natten.na2d(*tensors, kernel_size=3)
+
+
+@pytest.mark.parametrize("place", ["jvp", "query alone", "dual tensors", "jacfwd", "nested"])
+def test_forward_mode_is_compiled(place: str) -> None:
     torch.manual_seed(0)
-    tensors = tuple(torch.randn(1, 6, 8, 2, 8, dtype=torch.float64) for _ in range(3))
-    tangents = tuple(torch.randn_like(t) for t in tensors)
+    query, *others = tensors = _of_random(3)
+    tangents = _of_random(3)
+    mask = torch.arange(48).view(1, 6, 8) % 5 > 0
 
-    def attend(*tensors: Tensor) -> Tensor:
-        return 2 * natten.na2d(*tensors, kernel_size=3)
-
-    def slope(*tensors: Tensor) -> Tensor:
-        return torch.func.jvp(attend, tensors, tangents)[1]
+    def scored(query: Tensor) -> Any:
+        sink = query[0, 0, 0, :, 0]
+        return natten.na2d(
+            query, *others, 3, key_mask=mask, softcap=2.0, sink=sink, return_lse=True
+        )
 
     def of_duals(*tensors: Tensor) -> Tensor:
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(*pair) for pair in zip(tensors, tangents)]
-            tangent: Tensor = forward_ad.unpack_dual(attend(*duals)).tangent
+            tangent: Tensor = forward_ad.unpack_dual(_attend(*duals)).tangent
             return tangent
 
-    expected = slope(*tensors)
-    function = of_duals if place == "dual tensors" else slope
-    if place == "outside":
-        attend = torch.compile(attend, backend="aot_eager")
-        torch.testing.assert_close(slope(*tensors), expected)
+    def scaled(scale: Tensor) -> Tensor:
+        return _attend(scale * query, *others).sum((1, 2))
+
+    def slope(*tensors: Tensor) -> Tensor:
+        return torch.func.jvp(_attend, tensors, tangents)[1]
+
+    functions: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
+        "jvp": (lambda *t: torch.func.jvp(_attend, t, tangents), tensors),
+        "query alone": (lambda q: torch.func.jvp(scored, (q,), tangents[:1]), (query,)),
+        "dual tensors": (of_duals, tensors),
+        "jacfwd": (torch.func.jacfwd(scaled), (query.new_ones(()),)),
+        "nested": (lambda *t: torch.func.jvp(slope, t, tangents)[1], tensors),
+    }
+    function, given = functions[place]
+    expected = function(*given)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    if place == "nested":
+        with pytest.raises(RuntimeError, match=r"beside another derivative is not compiled"):
+            compiled(*given)
         torch.compiler.reset()
-        return
-    torch.testing.assert_close(torch.compile(function, backend="aot_eager")(*tensors), expected)
+        # Between two compiled parts.
+        compiled = torch.compile(function, backend="aot_eager")
+    torch.testing.assert_close(compiled(*given), expected)
     torch.compiler.reset()
-    with pytest.raises(RuntimeError, match=r"in forward mode \(torch.func.jvp\) is not compiled"):
-        torch.compile(function, backend="aot_eager", fullgraph=True)(*tensors)
+
+
+@pytest.mark.parametrize("is_target", [True, False])
+def test_training_with_compiled_tangents(is_target: bool) -> None:
+    """Of results, as of consistency models, whose targets have tangents, and of tangents."""
+    torch.manual_seed(0)
+    tensors, tangents = _of_random(3), _of_random(3)
+    sink = torch.randn(2, dtype=torch.float64)
+
+    def attend(*tensors: Tensor) -> Any:
+        *grids, sink = tensors
+        return natten.na2d(*grids, 3, softcap=3.0, sink=sink, return_lse=True)
+
+    def loss(sink: Tensor, *both: Tensor) -> Tensor:
+        given = (*both[:3], sink), (*both[3:], sink.cos())
+        (out, lse), (slope, lse_slope) = torch.func.jvp(attend, *given)
+        if is_target:
+            return (out - slope.detach()).square().sum() + lse.sin().sum()
+        return (out - slope).square().sum() + (lse * lse_slope.sin()).sum()
+
+    found = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for t in (sink, *tensors, *tangents)]
+        found.append(torch.autograd.grad(function(*leaves), leaves, materialize_grads=True))
+    torch.testing.assert_close(*found)
+    torch.compiler.reset()
+
+
+def test_compiled_attention_in_forward_mode() -> None:
+    torch.manual_seed(0)
+    tensors, tangents = _of_random(3), _of_random(3)
+    _, expected = torch.func.jvp(_attend, tensors, tangents)
+    compiled = torch.compile(_attend, backend="aot_eager")
+    torch.testing.assert_close(torch.func.jvp(compiled, tensors, tangents)[1], expected)
     torch.compiler.reset()

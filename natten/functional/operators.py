@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from natten import _internals
 from natten._internals import is_dense, is_plain, is_watched, plain_apply, transformed, transforming
@@ -779,9 +780,11 @@ def attend(
             out, lse = known.run(present)
             return out, lse  # type: ignore[return-value]
     elif "torch._dynamo" in sys.modules and _internals.in_forward_mode():
-        # The compiler knows no tangents of operators: this part of a program runs without it.
         if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(msg=_NO_TANGENTS)
+            if _internals.only_forward_mode():
+                return _dispatched_duals(tensors, arguments, check)
+            # The compiler knows no derivatives of these: this part of a program runs without it.
+            torch._dynamo.graph_break(msg=_NESTED)
         return _internals.uncompiled(_dispatched)(tensors, arguments, check)
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         call = _validated(tensors, arguments, check)
@@ -790,9 +793,9 @@ def attend(
     return _dispatched(tensors, arguments, check)
 
 
-_NO_TANGENTS = (
-    "neighborhood attention in forward mode (torch.func.jvp) is not compiled: leave out "
-    "fullgraph=True, or the compilation of what is around it"
+_NESTED = (
+    "neighborhood attention in forward mode (torch.func.jvp) beside another derivative is not "
+    "compiled: leave out fullgraph=True, or the compilation of what is around it"
 )
 
 
@@ -803,6 +806,114 @@ def _dispatched(
     if torch.jit.is_tracing():
         return torch.ops.natten.neighborhood_attention_traced(*tensors, *parameters)
     return neighborhood_attention(*tensors, *parameters)
+
+
+# What torch.func.jvp makes of attention in a compiled program, as one node of it, and the gradients
+# of its tangents: the compiler has duals, and knows no tangents of operators.
+_NUM_DUALS = NUM_TENSORS + NUM_DIFFERENTIABLE
+_DUALS = ", ".join([_TENSORS, *(f"Tensor? tangent_{i}" for i in range(NUM_DIFFERENTIABLE))])
+library.define(
+    f"neighborhood_attention_duals({_DUALS}, {_PARAMETERS}) "
+    "-> (Tensor out, Tensor logsumexp, Tensor out_tangent, Tensor logsumexp_tangent)"
+)
+library.define(
+    "neighborhood_attention_duals_backward(Tensor? grad_out_tangent, "
+    f"Tensor? grad_logsumexp_tangent, {_DUALS}, {_PARAMETERS}, bool[] needs) "
+    f"-> ({', '.join(['Tensor'] * NUM_DIFFERENTIABLE)})"
+)
+
+
+def _forward_duals(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, parameters = Tensors(*arguments[:NUM_TENSORS]), Parameters(*arguments[_NUM_DUALS:])
+    tangents = arguments[NUM_TENSORS:_NUM_DUALS]
+    results = _forward(*tensors, *parameters)
+    return *results, *output_tangents(_traceable(tensors, parameters), tensors, tangents)
+
+
+def _forward_duals_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    given = *arguments[:NUM_TENSORS], *arguments[_NUM_DUALS:]
+    return *_forward_fake(*given), *_forward_fake(*given)
+
+
+def _backward_duals(*arguments: Any) -> tuple[Tensor, ...]:
+    # The gradient of <g, J x'>, of the derivative J of the results and any x', is what changes of
+    # the gradient J^T g along x'.
+    tensors, tangents = Tensors(*arguments[2 : 2 + NUM_TENSORS]), arguments[2 + NUM_TENSORS :]
+    call = _traceable(tensors, Parameters(*arguments[2 + _NUM_DUALS : -1]))
+    _, _, gradients = gradient_tangents(
+        call, tensors, tangents[:NUM_DIFFERENTIABLE], arguments[:2], (None, None)
+    )
+    return tuple(
+        tensors.query.new_empty(0) if g is None or not need else g
+        for g, need in zip(gradients, arguments[-1], strict=True)
+    )
+
+
+def _backward_duals_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        arguments[2].new_empty(0) if t is None or not need
+        else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t, need in zip(arguments[2:], arguments[-1], strict=False)
+    )  # fmt: skip
+
+
+def _set_up_duals(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:_NUM_DUALS], *output[:2])
+    ctx.parameters = inputs[_NUM_DUALS:]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_duals(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    *saved, out, lse = ctx.saved_tensors
+    tensors, of_results, of_tangents = saved[:NUM_TENSORS], gradients[:2], gradients[2:]
+    needs = [*ctx.needs_input_grad[:NUM_DIFFERENTIABLE]]
+    needs_tangents = [*ctx.needs_input_grad[NUM_TENSORS:_NUM_DUALS]]
+
+    def first_order(given: Sequence[Tensor | None], needs: list[bool]) -> Sequence[Any]:
+        if not any(needs) or all(gradient is None for gradient in given):
+            return [None] * len(needs)
+        return neighborhood_attention_backward(*given, *tensors, out, lse, *ctx.parameters, needs)
+
+    found = list(first_order(of_results, needs))
+    if any(needs) and any(gradient is not None for gradient in of_tangents):
+        more = torch.ops.natten.neighborhood_attention_duals_backward(
+            *of_tangents, *saved, *ctx.parameters, needs
+        )
+        found = [b if a is None else a + b for a, b in zip(found, more, strict=True)]
+    kept = [g if need else None for g, need in zip(found, needs, strict=True)]
+    along = first_order(of_tangents, needs_tangents)
+    kept_along = [g if need else None for g, need in zip(along, needs_tangents, strict=True)]
+    between, after = NUM_TENSORS - NUM_DIFFERENTIABLE, len(ctx.parameters)
+    return *kept, *[None] * between, *kept_along, *[None] * after
+
+
+for _name, _compute_duals, _fake_duals in (
+    ("neighborhood_attention_duals", _forward_duals, _forward_duals_fake),
+    ("neighborhood_attention_duals_backward", _backward_duals, _backward_duals_fake),
+):
+    library.impl(_name, _compute_duals, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"natten::{_name}", _fake_duals, lib=library)
+torch.library.register_autograd(
+    "natten::neighborhood_attention_duals",
+    _differentiate_duals,
+    setup_context=_set_up_duals,
+    lib=library,
+)
+
+
+def _dispatched_duals(
+    tensors: Tensors, arguments: tuple[Any, ...], check: Callable[..., Parameters]
+) -> tuple[Tensor, Tensor]:
+    """`_dispatched`, with duals as a compiler is to see them."""
+    duals = [None if t is None else forward_ad.unpack_dual(t) for t in tensors[:NUM_DIFFERENTIABLE]]
+    tangents = [None if dual is None else dual.tangent for dual in duals]
+    primals: list[Any] = [None if dual is None else dual.primal for dual in duals]
+    own = Tensors(*primals, *tensors[NUM_DIFFERENTIABLE:])
+    parameters = check(own, *arguments)._replace(requires_grad=needs_grad(own))
+    out, lse, out_tangent, lse_tangent = torch.ops.natten.neighborhood_attention_duals(
+        *own, *tangents, *parameters
+    )
+    return forward_ad.make_dual(out, out_tangent), forward_ad.make_dual(lse, lse_tangent)
 
 
 __all__ = [
