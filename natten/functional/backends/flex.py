@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -378,17 +378,20 @@ def _attend(
             )
     attend: Any = _compiled() if config.torch_compile else flex_attention
     score_mod = _score_mod(problem, rpb, orders)
-    out, aux = attend(
-        q,
-        k,
-        v,
-        score_mod=score_mod if weigh is None else weigh(score_mod, orders),
-        block_mask=block_mask,
-        scale=problem.scale,
-        enable_gqa=problem.heads != problem.heads_kv,
-        kernel_options=_kernel_options(blocks),
-        return_aux=AuxRequest(lse=True),
-    )
+    # Programs of torch 2.10 read numbers out of tensors that they make on the default device.
+    is_elsewhere = torch.get_default_device() not in (torch.device("cpu"), problem.device)
+    with torch.device(problem.device) if is_elsewhere else nullcontext():
+        out, aux = attend(
+            q,
+            k,
+            v,
+            score_mod=score_mod if weigh is None else weigh(score_mod, orders),
+            block_mask=block_mask,
+            scale=problem.scale,
+            enable_gqa=problem.heads != problem.heads_kv,
+            kernel_options=_kernel_options(blocks),
+            return_aux=AuxRequest(lse=True),
+        )
     tokens = problem.query_shape
     lse = aux.lse.to(problem.accumulation_dtype)
     if orders is not None:
