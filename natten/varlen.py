@@ -12,8 +12,9 @@ The names of the last two functions, and their arguments, are those of NATTEN's 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple, TypeVar
 
@@ -66,6 +67,18 @@ class GridLayout:
             raise ValueError(f"sizes must have 1, 2 or 3 extents each, got {first}")
         self.sizes = tuple([validation.int_tuple("sizes", size, rank, minimum=0) for size in sizes])
         self.tokens = tuple(map(prod, self.sizes))
+        # Windows of calls.
+        self._known: dict[str, PackedWindows] = {}
+
+    def _configured(self, arguments: dict[str, Any]) -> PackedWindows:
+        """`configure_varlen` with these arguments, looked up: a layout serves many layers."""
+        if torch.compiler.is_compiling():
+            return configure_varlen(self, **arguments)
+        text = repr(arguments)
+        found = self._known.get(text)
+        if found is None:
+            found = self._known[text] = configure_varlen(self, **arguments)
+        return found
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GridLayout) and self.sizes == other.sizes
@@ -239,6 +252,24 @@ class _Window(NamedTuple):
     dilation: Any
 
 
+class _AllGrids(NamedTuple):
+    """A layout and its windows, checked, for one call of the operator.
+
+    Attributes:
+        grids: The grids.
+        encoded: The operator's window.
+        packed: The same as bytes, which are looked up faster than numbers; none in a program.
+    """
+
+    grids: Grids
+    encoded: tuple[int, ...]
+    packed: bytes
+
+    @property
+    def window(self) -> tuple[int, ...] | bytes:
+        return self.packed or self.encoded
+
+
 @dataclass(frozen=True)
 class PackedWindows:
     """What :func:`configure_varlen` returns: a layout, and a window for each of its grids."""
@@ -247,6 +278,35 @@ class PackedWindows:
     windows: tuple[_Window, ...]
     is_causal: BoolOrSequence | None
     knobs: dict[str, Any]
+    # What follows from all this. Not in a program: there it would be one more thing to guard.
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def _once(self, what: Any, make: Callable[..., Any], *arguments: Any) -> Any:
+        """``make(*arguments)``, made once for each ``what``."""
+        if torch.compiler.is_compiling():
+            return make(*arguments)
+        if what not in self._known:
+            self._known[what] = make(*arguments)
+        return self._known[what]
+
+    def _runs(self) -> list[tuple[_Window, int]]:
+        """Grids of one size and window that follow each other."""
+        found: list[tuple[_Window, int]] = self._once("runs", _runs, self.windows)
+        return found
+
+    def _all_grids(self, is_circular: Any, clip_window: Any) -> _AllGrids:
+        """All grids as one call takes them.
+
+        Raises:
+            ValueError: A window that does not fit its grid.
+        """
+        given = (self._runs(), self.is_causal, is_circular, clip_window)
+        found: _AllGrids = self._once(repr((is_circular, clip_window)), _checked_grids, *given)
+        return found
+
+    def _pays_at_once(self, grids: Grids, features: int) -> bool:
+        """`_pays_at_once`, looked up."""
+        return bool(self._once((grids, features), _pays_at_once, grids, features))
 
 
 def _each(name: str, one: Any, many: _Sizes | None, layout: GridLayout) -> tuple[Any, ...]:
@@ -320,24 +380,46 @@ _NO_KNOBS = {
 }  # fmt: skip
 
 
-def _pays_at_once(query: Tensor, runs: Sequence[tuple[_Window, int]]) -> bool:
-    """Whether one launch for all grids is estimated to take less time than a call for each run.
+def _pays_at_once(grids: Grids, features: int) -> bool:
+    """Whether one launch for all grids is estimated to take less time than a call for each run of
+    them; ``features`` are those of all heads.
 
     A call takes the time of ``_CALL`` products at least. Those of calls for grids that are large
     enough take less time each, in kernels for one size.
     """
-    *_, heads, head_dim = query.shape
     together = apart = 0.0
-    for window, grids in runs:
-        pairs = grids
-        for axis, length in enumerate(window.size):
-            size = window.kernel_size
-            size = size[axis] if isinstance(size, tuple) else size
-            pairs *= length * (length if size is None or size == -1 else min(size, length))
-        products = pairs * heads * head_dim
+    for grid, count in grids.runs:
+        products = count * grid.tokens * prod(grid.kernel_size) * features
         together += products
         apart += max(products * (_LARGE_TIME if products >= _LARGE else 1.0), _CALL)
     return together + _CALL < apart
+
+
+def _checked_grids(
+    runs: list[tuple[_Window, int]], is_causal: Any, is_circular: Any, clip_window: Any
+) -> _AllGrids:
+    """The grids of a layout as the operator takes them.
+
+    Raises:
+        ValueError: A window that does not fit its grid.
+    """
+    clips = validation.optional_bool("clip_window", clip_window)
+    found = []
+    causal: tuple[bool, ...] = ()
+    rings: tuple[bool, ...] = ()
+    for (size, kernel_size, stride, dilation), count in runs:
+        if clips:
+            kernel_size, stride, dilation = validation.clipped_window(
+                size, kernel_size, stride, dilation
+            )
+        *sizes, causal = validation.check_window(size, kernel_size, stride, dilation, is_causal)
+        grid = Grid(size, *sizes)
+        rings = validation.check_circular(is_circular, *grid, causal)
+        found.append((grid, count))
+    grids = Grids(tuple(found))
+    encoded = encode_grids(grids, causal, rings)
+    packed = b"" if torch.compiler.is_compiling() else array("q", encoded).tobytes()
+    return _AllGrids(grids, encoded, packed)
 
 
 def _is_at_once(tensors: Tensors, plan: PackedWindows, options: dict[str, Any]) -> bool:
@@ -353,9 +435,7 @@ def _is_at_once(tensors: Tensors, plan: PackedWindows, options: dict[str, Any]) 
         and all(knob == _NO_KNOBS.get(name, NotImplemented) for name, knob in knobs.items())
         and options.keys() <= {"rpb", "sink", "softcap", "is_circular", "clip_window"}
         and query.dtype != torch.float64
-        and not any(
-            validation.head_windows(*window[1:]) is not None for window, _ in _runs(plan.windows)
-        )
+        and not plan._once("groups", _has_head_windows, plan.windows)
         and not (tensors.rpb is not None and options.get("clip_window"))
         and not torch.jit.is_tracing()
         and not torch.compiler.is_exporting()
@@ -364,44 +444,25 @@ def _is_at_once(tensors: Tensors, plan: PackedWindows, options: dict[str, Any]) 
     )
 
 
+def _has_head_windows(windows: tuple[_Window, ...]) -> bool:
+    """Whether groups of heads have windows of their own."""
+    return any(validation.head_windows(*window[1:]) is not None for window in windows)
+
+
 def _grids_parameters(
-    tensors: Tensors,
-    runs: tuple[tuple[_Window, int], ...],
-    is_causal: Any,
-    is_circular: Any,
-    clip_window: Any,
-    scores: tuple[Any, Any],
-    backend: str | None,
+    tensors: Tensors, window: tuple[int, ...] | bytes, scale: Any, softcap: Any, backend: str | None
 ) -> Parameters:
-    """The operator's parameters for grids of different sizes, which are checked; whether gradients
-    are needed is left open."""
-    scale, softcap = scores
-    clips = validation.optional_bool("clip_window", clip_window)
-    found = []
-    causal: tuple[bool, ...] = ()
-    rings: tuple[bool, ...] = ()
-    for (size, kernel_size, stride, dilation), count in runs:
-        if clips:
-            kernel_size, stride, dilation = validation.clipped_window(
-                size, kernel_size, stride, dilation
-            )
-        *sizes, causal = validation.check_window(size, kernel_size, stride, dilation, is_causal)
-        grid = Grid(size, *sizes)
-        rings = validation.check_circular(is_circular, *grid, causal)
-        validation.check_rpb(tensors.rpb, tensors.query, grid.kernel_size, causal)
-        found.append((grid, count))
+    """The operator's parameters for grids of different sizes; whether gradients are needed is left
+    open."""
+    if isinstance(window, bytes):
+        window = tuple(array("q", window))
     scale = validation.check_scale(scale, tensors.query.shape[-1])
-    encoded = encode_grids(Grids(tuple(found)), causal, rings)
-    name = parse_name(backend, FNA)
-    return Parameters(0, encoded, scale, validation.check_softcap(softcap), 0, 0, name, "", False)
+    softcap = validation.check_softcap(softcap)
+    return Parameters(0, window, scale, softcap, 0, 0, parse_name(backend, FNA), "", False)
 
 
 def _attend_at_once(
-    tensors: Tensors,
-    plan: PackedWindows,
-    runs: Sequence[tuple[_Window, int]],
-    scale: float | None,
-    options: dict[str, Any],
+    tensors: Tensors, window: tuple[int, ...] | bytes, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     """out and logsumexp, by one call of the operator."""
     dtype = autocast_dtype(tensors.query)
@@ -412,11 +473,7 @@ def _attend_at_once(
     lengths, more_keys = tensors.additional_lengths, tensors.additional_keys
     if lengths is not None and more_keys is not None:
         validation.check_length_values("additional_lengths", lengths, more_keys.shape[1])
-    arguments = (
-        tuple(runs), plan.is_causal, options.get("is_circular", False),
-        options.get("clip_window", False), (scale, options.get("softcap")), plan.knobs["backend"],
-    )  # fmt: skip
-    return attend(tensors, arguments, _grids_parameters)
+    return attend(tensors, (window, *arguments), _grids_parameters)
 
 
 def neighborhood_attention_varlen(
@@ -500,11 +557,13 @@ def neighborhood_attention_varlen(
         sizes = metadata if token_layout_list is None else token_layout_list
         if sizes is None or (metadata is not None and token_layout_list is not None):
             raise ValueError("either metadata or token_layout_list must be given")
-        plan = configure_varlen(
-            sizes, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal,
-            kernel_size_list=kernel_size_list, stride_list=stride_list,
-            dilation_list=dilation_list, backend=backend, **knobs,
-        )  # fmt: skip
+        knobs |= {
+            "kernel_size": kernel_size, "stride": stride, "dilation": dilation,
+            "is_causal": is_causal, "kernel_size_list": kernel_size_list,
+            "stride_list": stride_list, "dilation_list": dilation_list, "backend": backend,
+        }  # fmt: skip
+        layout = sizes if isinstance(sizes, GridLayout) else GridLayout(sizes)
+        plan = layout._configured(knobs)
     layout = plan.layout
     if sharded.current is not None or sharded.is_dtensor(query):
         raise NotImplementedError(
@@ -526,15 +585,19 @@ def neighborhood_attention_varlen(
                 f"{name} must have one entry for each of {len(layout.sizes)} grids, got shape "
                 f"{tuple(tensor.shape)}"
             )
-    runs = _runs(plan.windows)
     tensors = Tensors(
         query, key, value, options.get("rpb"), additional_keys, additional_values,
         options.get("sink"), additional_lengths=additional_lengths, key_mask=key_mask,
         query_mask=query_mask,
     )  # fmt: skip
-    if _is_at_once(tensors, plan, options) and _pays_at_once(query, runs):
-        out, lse = _attend_at_once(tensors, plan, runs, scale, options)
-        return (out, lse) if return_lse else out
+    if _is_at_once(tensors, plan, options):
+        everything = plan._all_grids(options.get("is_circular"), options.get("clip_window", False))
+        if plan._pays_at_once(everything.grids, query.shape[-2] * query.shape[-1]):
+            out, lse = _attend_at_once(
+                tensors, everything.window, scale, options.get("softcap"), plan.knobs["backend"]
+            )
+            return (out, lse) if return_lse else out
+    runs = plan._runs()
     counts = [grids for _, grids in runs]
     lengths = [grids * prod(window.size) for window, grids in runs]
     # One node of autograd each, whose gradient is one concatenation.

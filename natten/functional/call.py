@@ -568,10 +568,8 @@ def _problem_of_grids(
     validation.check_additional(each, each_key, each_value, more_keys, more_values)
     validation.check_lengths(tensors.additional_lengths, each, more_keys)
     heaviest = grids.heaviest
-    if tensors.rpb is not None:
-        if len({grid.kernel_size for grid, _ in grids.runs}) > 1:
-            raise ValueError("rpb goes with grids of different sizes that have one kernel_size")
-        validation.check_rpb(tensors.rpb, query, heaviest.kernel_size, is_causal)
+    for kernel_size in {grid.kernel_size for grid, _ in grids.runs}:
+        validation.check_rpb(tensors.rpb, query, kernel_size, is_causal)
     validation.check_sink(tensors.sink, query)
     validation.check_mask("key_mask", tensors.key_mask, key)
     validation.check_mask("query_mask", tensors.query_mask, query)
