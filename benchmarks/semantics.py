@@ -262,16 +262,35 @@ def sink(device: str) -> Case:
     )  # fmt: skip
 
 
+def one_by_one(layout: GridLayout, size: int) -> Attention:
+    """A call for each of some packed images."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        grids = zip(*map(layout.unpack, (query, key, value)), strict=True)
+        return layout.pack([na2d(*(t[None] for t in grid), size)[0] for grid in grids])
+
+    return attend
+
+
+def many_sizes(device: str) -> Case:
+    """Photographs at native resolution, no two of one size."""
+    images, least, step = (12, 12, 2) if device == "cpu" else (64, 28, 4)
+    layout = GridLayout([(least + n % 8 * step, 2 * least - n // 8 * step) for n in range(images)])
+    size = 7
+    return Case(
+        f"many sizes: {images} grids, {layout.total} tokens, window {size}",
+        (layout.total,), (layout.total,),
+        lambda *t: neighborhood_attention_varlen(*t, layout, kernel_size=size),
+        {"one by one": one_by_one(layout, size)},
+    )  # fmt: skip
+
+
 def packed_grids(device: str) -> Case:
     """Images at native resolution: a call for those of one size, or for each, or all pairs."""
     scale = 1 if device == "cpu" else 2
     sizes = [(24, 32)] * 2 + [(28, 28)] * 2 + [(20, 40)] * 2
     layout = GridLayout([(scale * rows, scale * columns) for rows, columns in sizes])
     size = 7
-
-    def one_by_one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        grids = zip(*map(layout.unpack, (query, key, value)), strict=True)
-        return layout.pack([na2d(*(t[None] for t in grid), size)[0] for grid in grids])
 
     def mask() -> Tensor:
         masks = [grid_mask([Axis(n, size) for n in grid]) for grid in layout.sizes]
@@ -281,7 +300,7 @@ def packed_grids(device: str) -> Case:
         f"grids of different sizes: {len(sizes)}, {layout.total} tokens, window {size}",
         (layout.total,), (layout.total,),
         lambda *t: neighborhood_attention_varlen(*t, layout, kernel_size=size),
-        {"one by one": one_by_one, "dense with a mask": dense(mask)},
+        {"one by one": one_by_one(layout, size), "dense with a mask": dense(mask)},
     )  # fmt: skip
 
 
@@ -290,7 +309,7 @@ def cases(device: str) -> list[Callable[[str], Case]]:
     upsamplers = [(16, 4, 7)] if device == "cpu" else [(32, 8, 9), (32, 14, 7)]
     return [
         ring, *[partial(finer_queries, *sizes) for sizes in upsamplers], head_groups, packed_grids,
-        padded_image, sea, soft_cap, sink,
+        many_sizes, padded_image, sea, soft_cap, sink,
     ]  # fmt: skip
 
 

@@ -70,8 +70,8 @@ class GridLayout:
         # Windows of calls.
         self._known: dict[str, PackedWindows] = {}
 
-    def _configured(self, arguments: dict[str, Any]) -> PackedWindows:
-        """`configure_varlen` with these arguments, looked up: a layout serves many layers."""
+    def configured(self, arguments: dict[str, Any]) -> PackedWindows:
+        """:func:`configure_varlen` with these arguments, looked up: a layout serves many layers."""
         if torch.compiler.is_compiling():
             return configure_varlen(self, **arguments)
         text = repr(arguments)
@@ -433,7 +433,9 @@ def _is_at_once(tensors: Tensors, plan: PackedWindows, options: dict[str, Any]) 
     return (
         (backend in _AT_ONCE or (backend is None and query.is_cuda))
         and all(knob == _NO_KNOBS.get(name, NotImplemented) for name, knob in knobs.items())
-        and options.keys() <= {"rpb", "sink", "softcap", "is_circular", "clip_window"}
+        and options.keys() <= {"softcap", "is_circular", "clip_window"}
+        and sharded.current is None
+        and not sharded.is_dtensor(query)
         and query.dtype != torch.float64
         and not plan._once("groups", _has_head_windows, plan.windows)
         and not (tensors.rpb is not None and options.get("clip_window"))
@@ -461,10 +463,26 @@ def _grids_parameters(
     return Parameters(0, window, scale, softcap, 0, 0, parse_name(backend, FNA), "", False)
 
 
-def _attend_at_once(
-    tensors: Tensors, window: tuple[int, ...] | bytes, *arguments: Any
-) -> tuple[Tensor, Tensor]:
-    """out and logsumexp, by one call of the operator."""
+def attend_at_once(
+    tensors: Tensors, plan: PackedWindows, scale: float | None, **options: Any
+) -> tuple[Tensor, Tensor] | None:
+    """out and logsumexp of packed grids, by one call of the operator; None where there is none, or
+    a call for each size is estimated to take less time.
+
+    Args:
+        tensors: Packed, and additional ones and their lengths of each grid.
+        plan: The layout and the windows.
+        scale: As in :func:`natten.na2d`.
+        options: ``softcap``, ``is_circular`` and ``clip_window``, as there.
+
+    Raises:
+        ValueError: As there.
+    """
+    if not _is_at_once(tensors, plan, options):
+        return None
+    all_grids = plan._all_grids(options.get("is_circular"), options.get("clip_window", False))
+    if not plan._pays_at_once(all_grids.grids, prod(tensors.query.shape[-2:])):
+        return None
     dtype = autocast_dtype(tensors.query)
     if dtype is not None:
         names = ("query", "key", "value", "additional_keys", "additional_values")
@@ -473,7 +491,8 @@ def _attend_at_once(
     lengths, more_keys = tensors.additional_lengths, tensors.additional_keys
     if lengths is not None and more_keys is not None:
         validation.check_length_values("additional_lengths", lengths, more_keys.shape[1])
-    return attend(tensors, (window, *arguments), _grids_parameters)
+    arguments = (all_grids.window, scale, options.get("softcap"), plan.knobs["backend"])
+    return attend(tensors, arguments, _grids_parameters)
 
 
 def neighborhood_attention_varlen(
@@ -563,7 +582,7 @@ def neighborhood_attention_varlen(
             "stride_list": stride_list, "dilation_list": dilation_list, "backend": backend,
         }  # fmt: skip
         layout = sizes if isinstance(sizes, GridLayout) else GridLayout(sizes)
-        plan = layout._configured(knobs)
+        plan = layout.configured(knobs)
     layout = plan.layout
     if sharded.current is not None or sharded.is_dtensor(query):
         raise NotImplementedError(
@@ -590,13 +609,10 @@ def neighborhood_attention_varlen(
         options.get("sink"), additional_lengths=additional_lengths, key_mask=key_mask,
         query_mask=query_mask,
     )  # fmt: skip
-    if _is_at_once(tensors, plan, options):
-        everything = plan._all_grids(options.get("is_circular"), options.get("clip_window", False))
-        if plan._pays_at_once(everything.grids, query.shape[-2] * query.shape[-1]):
-            out, lse = _attend_at_once(
-                tensors, everything.window, scale, options.get("softcap"), plan.knobs["backend"]
-            )
-            return (out, lse) if return_lse else out
+    others = {name: value for name, value in options.items() if name not in ("rpb", "sink")}
+    at_once = attend_at_once(tensors, plan, scale, **others)
+    if at_once is not None:
+        return at_once if return_lse else at_once[0]
     runs = plan._runs()
     counts = [grids for _, grids in runs]
     lengths = [grids * prod(window.size) for window, grids in runs]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import natten
+from natten.functional import operators
 from natten.varlen import GridLayout, configure_varlen, neighborhood_attention_varlen
 from natten.window import Axis, grid_mask
 
@@ -215,3 +216,83 @@ def test_modules_of_packed_grids() -> None:
         torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="as many tokens as it is given"):
         layout.map(lambda grids: grids[:, 1:], x)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rel_pos_bias": True, "num_kv_heads": 1}, {"sink": True}], ids=str
+)
+def test_modules_attend_at_once(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one call of the operator, where there is a kernel for that; else the operator itself goes
+    from size to size, as here."""
+    layout = GridLayout([(5, 8), (9, 4), (9, 4), (6, 6)])
+    torch.manual_seed(0)
+    module = natten.nn.NeighborhoodAttention2D(16, 2, kernel_size=3, **options)
+    x = torch.randn(1, layout.total, 16, requires_grad=True)
+    valid = torch.rand(1, layout.total) > 0.3
+    inputs = (x, *module.parameters())
+    problems = []
+    compute = operators._compute
+
+    def noted(call: Any, tensors: Any) -> Any:
+        problems.append(call.problem)
+        return compute(call, tensors)
+
+    monkeypatch.setattr(operators, "_compute", noted)
+    for mask in (None, valid):
+        apart = module(x, layout=layout, mask=mask)
+        expected = torch.autograd.grad(apart.sin().sum(), inputs)
+        problems.clear()
+        with monkeypatch.context() as context:
+            context.setattr(natten.varlen, "_AT_ONCE", (None,))
+            together = module(x, layout=layout, mask=mask)
+        assert [p.grids is None for p in problems] == [False, True, True, True]
+        torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
+        found = torch.autograd.grad(together.sin().sum(), inputs)
+        for mine, true in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-5)
+
+
+def test_flops_of_all_grids_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as those of the calls for each size."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layout = GridLayout([(7, 8), (9, 4), (9, 4), (0, 6)])
+    tensors = [t.float().detach().requires_grad_() for t in _tensors(layout)]
+    more = [torch.randn(4, 3, 2, n) for n in (8, 6)]
+    counts = []
+    for names in ((), (None,)):
+        monkeypatch.setattr(natten.varlen, "_AT_ONCE", names)
+        with FlopCounterMode(display=False) as counter:
+            out = neighborhood_attention_varlen(
+                *tensors, layout, kernel_size=3, dilation=(1, 1), additional_keys=more[0],
+                additional_values=more[1], additional_lengths=torch.tensor([3, 0, 2, 1]),
+                is_causal=(True, False),
+            )  # fmt: skip
+            out.sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_the_operator_checks_layouts() -> None:
+    """Whoever calls it."""
+    query = torch.randn(1, 6, 2, 8)
+
+    def call(window: list[int], heads_kv: int = 0, query: Tensor = query) -> Any:
+        key = None if heads_kv else query
+        numbers = (heads_kv, window, 0.3, 0.0, 0, 0, "", "", False)
+        return torch.ops.natten.neighborhood_attention(query, key, key, *[None] * 9, *numbers)
+
+    out, _ = call([-1, 0, 2, 3, 2, 1, 1])
+    assert out.shape == query.shape
+    for window, message in (
+        ([-1, 0, 2, 3, 2, 1], "must hold a negative rank"),
+        ([-4, 0, 0, 0, 0], "must hold a negative rank"),
+        ([-1, 3, 2, 3, 2, 1, 1], "must hold 0"),
+        ([-1, 0, 0, 3, 2, 1, 1], "number of grids"),
+        ([-1, 0, 2, 4, 2, 1, 1], "must hold the tokens of all grids, .1, 8,"),
+        ([-1, 0, 2, 3, 4, 1, 1], "kernel_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(window)
+    with pytest.raises(ValueError, match="no packed query"):
+        call([-1, 0, 2, 3, 2, 1, 1], 1, torch.randn(1, 6, 4, 8))

@@ -122,6 +122,15 @@ def encode_window(
     return window
 
 
+def _check_kinds(kinds: Sequence[int]) -> None:
+    for kind in kinds:
+        if kind not in (PLAIN, CAUSAL, CIRCULAR):
+            raise ValueError(
+                "window must hold 0 (plain), 1 (causal) or 2 (circular) for each axis, got "
+                f"{list(kinds)}"
+            )
+
+
 def decode_window(
     window: Sequence[int], query_shape: Sequence[int], key_shape: Sequence[int]
 ) -> Window:
@@ -139,12 +148,7 @@ def decode_window(
     parts = [tuple(window[i : i + rank]) for i in range(0, len(window), rank)]
     kernel_size, stride, dilation, kinds = parts[:4]
     kernel_size = validation.int_tuple("kernel_size", kernel_size, rank, minimum=EVERYTHING)
-    for kind in kinds:
-        if kind not in (PLAIN, CAUSAL, CIRCULAR):
-            raise ValueError(
-                "window must hold 0 (plain), 1 (causal) or 2 (circular) for each axis, got "
-                f"{list(kinds)}"
-            )
+    _check_kinds(kinds)
     is_causal = tuple([kind == CAUSAL for kind in kinds])
     is_circular = tuple([kind == CIRCULAR for kind in kinds]) if CIRCULAR in kinds else ()
     zeros = (0,) * rank
@@ -206,6 +210,7 @@ def decode_grids(window: Sequence[int]) -> tuple[Grids, tuple[bool, ...], tuple[
             "window of grids of different sizes must hold a negative rank, a kind for each axis, "
             f"and {size} values for each run of them, got {validation.shown(list(window))}"
         )
+    _check_kinds(kinds)
     runs = []
     for start in range(0, len(numbers), size):
         count, *rest = numbers[start : start + size]

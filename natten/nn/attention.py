@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from natten.functional.call import Tensors, unpacked
 from natten.nn.core import (
     NeighborhoodModule,
     Rotary,
@@ -31,7 +32,7 @@ from natten.nn.explicit import AttentionMap, attention_map
 from natten.nn.stream import StreamState, attend_to_stream, check_stream, fit_frames
 from natten.older.modules import accepts_older_arguments
 from natten.types import IntOrWindows, KernelSizes
-from natten.varlen import GridLayout, check_packed
+from natten.varlen import GridLayout, attend_at_once, check_packed
 
 # Control flow on shapes cannot be traced symbolically: in an fx graph each is one call.
 torch.fx.wrap("attend_packed")
@@ -320,7 +321,11 @@ class NeighborhoodAttention(NeighborhoodModule):
             def attend(heads: Tensor, valid: Tensor | None = None) -> Tensor:
                 return self._attend_heads(heads, None, None, valid)
 
-            return self._output(layout.map(attend, self._heads(x), *masks))
+            projected = self._heads(x)
+            out = self._attend_at_once(projected, layout, mask)
+            if out is None:
+                out = layout.map(attend, projected, *masks)
+            return self._output(out)
         check_sequence(registers, len(layout.sizes), self.embed_dim, "registers")
         if self.pad:
             return layout.map_both(
@@ -337,6 +342,27 @@ class NeighborhoodAttention(NeighborhoodModule):
         heads = self._heads(x), *masks
         out, out_r = layout.map_both(attend_both, *heads, each=[self._heads(registers)])
         return self._output(out), self._output(out_r)
+
+    def _attend_at_once(
+        self, heads: Tensor, layout: GridLayout, mask: Tensor | None
+    ) -> Tensor | None:
+        """Attention of all grids by one launch of a kernel; None where there is none, or a call for
+        each size is estimated to take less time."""
+        # Of a window as wide as the grid, each has a table of biases of its own.
+        if not self._is_packed() or (self.rpb is not None and -1 in self.kernel_size):
+            return None
+        query, key, value = unpacked(heads, self.num_kv_heads)
+        rpb = None if self.rpb is None else self._bias(self.kernel_size)
+        tensors = Tensors(query, key, value, rpb, sink=self._sink(), key_mask=mask, query_mask=mask)
+        windows = {
+            "kernel_size": self.kernel_size, "stride": self.stride, "dilation": self.dilation,
+            "is_causal": self.is_causal,
+        }  # fmt: skip
+        found = attend_at_once(
+            tensors, layout.configured(windows), self.scale, softcap=self.softcap,
+            is_circular=self.is_circular, clip_window=self.clip_window,
+        )  # fmt: skip
+        return None if found is None else found[0]
 
     def _forward_with_registers(
         self,
