@@ -302,6 +302,30 @@ def test_on_a_gpu(dtype):
 
 
 @pytest.mark.gpu
+def test_compiled_tangents_on_a_gpu() -> None:
+    """A loss of results and tangents and its gradients, by Inductor, as in eager mode."""
+    generator = torch.Generator().manual_seed(0)
+    tensors, tangents = (
+        [torch.randn(1, 24, 20, 4, 64, generator=generator).cuda() for _ in range(3)]
+        for _ in range(2)
+    )
+
+    def loss(*tensors: Tensor) -> Tensor:
+        attend = partial(natten.na2d, kernel_size=(7, 5))
+        out, slope = torch.func.jvp(attend, tensors, tuple(tangents))
+        return (out - slope).square().sum()
+
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        value = function(*leaves)
+        found.append((value, *torch.autograd.grad(value, leaves)))
+    for mine, true in zip(found[1], found[0], strict=True):
+        assert (mine - true).abs().max() <= 1e-3 * true.abs().max()
+    torch.compiler.reset()
+
+
+@pytest.mark.gpu
 def test_memory_on_a_gpu():
     """Linear in the number of tokens: a million of them."""
     query = torch.randn(1, 1024, 1024, 1, 32, device="cuda", dtype=torch.bfloat16)

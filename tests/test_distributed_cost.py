@@ -15,9 +15,10 @@ from natten.window import Axis, attended
 VIDEO = dict(grid=(30, 48, 80), kernel_size=(18, 24, 24), heads=24)
 
 
-def received(grid, kernel_size, dilation, causal, shards):
+def received(grid, kernel_size, dilation, causal, shards, rings=(False, False)):
     """Keys that each rank of a small grid needs of others, counted one by one."""
-    axes = [Axis(n, k, 1, d, c) for n, k, d, c in zip(grid, kernel_size, dilation, causal)]
+    axes = [Axis(n, k, 1, d, c, r) for n, k, d, c, r in zip(
+        grid, kernel_size, dilation, causal, rings)]  # fmt: skip
     counts = []
     splits = [chunk_lengths(n, s) for n, s in zip(grid, shards)]
     for place in product(*map(range, shards)):
@@ -39,6 +40,20 @@ def test_bytes_are_those_that_are_needed(shards, causal):
     assert report.best.halo_bytes == max(counts) * 3 * 2 * 16 * 2
     assert report.best.far_bytes == 0
     assert report.best.heads_bytes == 0
+
+
+@pytest.mark.parametrize("shards", [(2, 1), (1, 3), (2, 2), (4, 1)])
+def test_bytes_of_rings(shards):
+    """All ranks have neighbors on both sides there."""
+    grid, kernel_size, rings = (12, 9), (5, 4), (True, True)
+    report = explain(
+        grid, kernel_size, is_circular=rings, ranks=prod(shards), heads=3, head_dim=16,
+        shards=shards,
+    )  # fmt: skip
+    counts = received(grid, kernel_size, (1, 1), (False, False), shards, rings)
+    assert report.best.halo_bytes == max(counts) * 3 * 2 * 16 * 2
+    if shards == (4, 1):
+        assert report.best.peers == 2
 
 
 def test_heads_bytes_and_nodes():

@@ -68,6 +68,22 @@ def moved(box: Box, offset: Iterable[int]) -> Box:
     return Box(tuple([o + n for o, n in zip(box.origin, offset)]), box.extent)
 
 
+def margin(axis: Axis) -> int:
+    """Room on both sides of a ring that is unrolled: whole windows, and a number of tokens that
+    leaves dilation and stride groups what they are."""
+    return -(-(axis.kernel_size + axis.stride) // axis.stride) * axis.stride * axis.dilation
+
+
+def unrolled(axis: Axis) -> Axis:
+    """A ring as an axis with borders, and room beyond them for tokens of the other end."""
+    return axis._replace(length=axis.length + 2 * margin(axis), is_circular=False)
+
+
+def turns(axis: Axis) -> tuple[int, ...]:
+    """How far a token of an unrolled ring is from where it is, and is again."""
+    return 0, -axis.length, axis.length
+
+
 def parts(boxes: Iterable[Box], of: Box) -> list[Box]:
     """What boxes have in common with another, where that is any."""
     common = [box.intersection(of) for box in boxes]
@@ -191,10 +207,13 @@ __all__ = [
     "between",
     "chunk_lengths",
     "interior_first",
+    "margin",
     "moved",
     "needed",
     "parts",
     "shards",
+    "turns",
+    "unrolled",
     "viewers",
     "whole",
 ]

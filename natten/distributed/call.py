@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from natten.distributed.boxes import Box, chunk_lengths, interior_first, moved, needed, parts
+from natten.distributed.boxes import (
+    Box,
+    chunk_lengths,
+    interior_first,
+    margin,
+    moved,
+    needed,
+    parts,
+    turns,
+    unrolled,
+)
 from natten.distributed.exchange import Exchange
 from natten.distributed.sharding import Layout
 from natten.functional.call import Parameters, Tensors, encode_window
@@ -150,12 +160,11 @@ class Call:
 
     @cached_property
     def margins(self) -> tuple[int, ...]:
-        """The room on both sides of each axis: whole windows, and a number of tokens that leaves
-        dilation and stride groups what they are; 0 where nothing is unrolled."""
+        """The room on both sides of each axis; 0 where nothing is unrolled."""
         shards = {box.extent for box in self.layout.boxes}
         return tuple(
             [
-                -(-(axis.kernel_size + axis.stride) // axis.stride) * axis.stride * axis.dilation
+                margin(axis)
                 if axis.is_circular and any(extent[i] != axis.length for extent in shards)
                 else 0
                 for i, axis in enumerate(self.window)
@@ -165,14 +174,7 @@ class Call:
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
         """The axes that boxes are of."""
-        return tuple(
-            [
-                axis._replace(length=axis.length + 2 * margin, is_circular=False)
-                if margin
-                else axis
-                for axis, margin in zip(self.window, self.margins)
-            ]
-        )
+        return tuple([unrolled(a) if room else a for a, room in zip(self.window, self.margins)])
 
     @cached_property
     def boxes(self) -> tuple[Box, ...]:
@@ -185,11 +187,8 @@ class Call:
 
     def images(self, box: Box) -> list[Box]:
         """Where the tokens of a rank's box are: first there, then further around unrolled rings."""
-        turns = [
-            (0, -axis.length, axis.length) if margin else (0,)
-            for axis, margin in zip(self.window, self.margins)
-        ]
-        return [moved(box, offset) for offset in product(*turns)]
+        around = [turns(a) if room else (0,) for a, room in zip(self.window, self.margins)]
+        return [moved(box, offset) for offset in product(*around)]
 
     @property
     def saves_halo(self) -> bool:

@@ -20,11 +20,21 @@ import torch
 
 from natten import devices, validation
 from natten.devices import Device
-from natten.distributed.boxes import Box, chunk_lengths, interior_first, needed, whole
+from natten.distributed.boxes import (
+    Box,
+    chunk_lengths,
+    interior_first,
+    margin,
+    needed,
+    turns,
+    unrolled,
+    whole,
+)
 from natten.functional.problem import Problem
 from natten.simulator import make_problem, on_gpu, simulate_problem
 from natten.tables import Table
 from natten.types import BoolOrSequence, IntOrSequence
+from natten.window import Axis
 
 
 class Links(NamedTuple):
@@ -152,6 +162,7 @@ def explain(
     dilation: IntOrSequence = 1,
     is_causal: BoolOrSequence = False,
     *,
+    is_circular: BoolOrSequence | None = False,
     ranks: int,
     heads: int,
     heads_kv: int | None = None,
@@ -175,7 +186,7 @@ def explain(
 
     Args:
         grid: Extents of the whole grid.
-        kernel_size, stride, dilation, is_causal: Of the call.
+        kernel_size, stride, dilation, is_causal, is_circular: Of the call.
         ranks: How many.
         heads, heads_kv, head_dim, head_dim_v, batch, dtype: Of the tensors.
         shards: Ranks along each axis of tokens; None for all ways there are.
@@ -191,8 +202,8 @@ def explain(
         ValueError: Arguments that are wrong, or no way to share the grid out among so many ranks.
     """
     problem = make_problem(
-        grid, kernel_size, stride, dilation, is_causal, batch=batch, heads=heads,
-        heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype,
+        grid, kernel_size, stride, dilation, is_causal, is_circular=is_circular, batch=batch,
+        heads=heads, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype,
         requires_grad=True,
     )  # fmt: skip
     for name, value in (("ranks", ranks), ("ranks_per_node", ranks_per_node), ("top", top)):
@@ -272,26 +283,45 @@ class _Model:
 
     def products(self, own: Box, keys: Box, heads: int) -> tuple[float, float]:
         """Milliseconds of one rank's forward and backward products."""
-        p = self.problem
+        p, axes = self.problem, self.axes_of(own)
+        rings = tuple([axis.is_circular for axis in axes])
         return _products(
             replace(
-                p, query_shape=own.extent, query_origin=own.origin, key_shape=keys.extent,
-                key_origin=keys.origin, heads=p.heads // heads, heads_kv=p.heads_kv // heads,
+                p, grid=tuple([axis.length for axis in axes]),
+                is_circular=rings if any(rings) else (), query_shape=own.extent,
+                query_origin=own.origin, key_shape=keys.extent, key_origin=keys.origin,
+                heads=p.heads // heads, heads_kv=p.heads_kv // heads,
             ),
             self.device,
         )  # fmt: skip
 
+    def axes_of(self, own: Box) -> tuple[Axis, ...]:
+        """The axes, with rings that the boxes of ranks cut unrolled."""
+        return tuple(
+            [
+                unrolled(axis) if axis.is_circular and n != axis.length else axis
+                for axis, n in zip(self.problem.axes, own.extent)
+            ]
+        )
+
     def along(self, axis: int, cuts: int, in_node: int) -> list[_Along]:
         lengths = chunk_lengths(self.problem.grid[axis], cuts)
         ends = [sum(lengths[:i]) for i in range(cuts + 1)]
+        whole_axis = self.problem.axes[axis]
+        is_cut_ring = whole_axis.is_circular and cuts > 1
+        around = turns(whole_axis) if is_cut_ring else (0,)
+        ends = [end + (margin(whole_axis) if is_cut_ring else 0) for end in ends]
+        axes = [unrolled(whole_axis) if is_cut_ring else whole_axis]
         result = []
         for i in range(cuts):
-            (low,), (extent,) = needed(
-                self.problem.axes[axis : axis + 1], Box((ends[i],), (lengths[i],))
-            )
+            (low,), (extent,) = needed(axes, Box((ends[i],), (lengths[i],)))
+
+            def seen(start: int, end: int, low: int = low, high: int = low + extent) -> int:
+                return sum(max(min(high, end + t) - max(low, start + t), 0) for t in around)
+
             first = i // in_node * in_node
-            near = max(min(low + extent, ends[first + in_node]) - max(low, ends[first]), 0)
-            owners = sum(max(low, a) < min(low + extent, b) for a, b in pairwise(ends))
+            near = seen(ends[first], ends[first + in_node])
+            owners = sum(seen(a, b) > 0 for a, b in pairwise(ends))
             result.append(_Along(ends[i], lengths[i], low, extent, near, owners))
         return result
 
@@ -357,8 +387,8 @@ class _Model:
         inner = 0.0
         if self.chunks == 1:
             inner = sum(
-                box.tokens for box in interior_first(self.problem.axes, own_box)
-                if own_box.holds(needed(self.problem.axes, box))
+                box.tokens for box in interior_first(self.axes_of(own_box), own_box)
+                if own_box.holds(needed(self.axes_of(own_box), box))
             ) / max(own_box.tokens, 1)  # fmt: skip
         forward_ms = _overlapped(exchange, forward, self.chunks, inner) + swap
         backward_ms = _overlapped(exchange, backward, self.chunks, inner) + 2 * swap
