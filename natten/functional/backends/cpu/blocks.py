@@ -94,6 +94,7 @@ from natten.functional.backends.cpu.vectors import (
     few_dots,
     few_sums,
     fma,
+    inlined,
     inner,
     larger,
     load,
@@ -129,7 +130,7 @@ PATCH_SIZE = SEERS + 6 + 3 * WIDE
 SPAN, ORIGIN, SIGN = 0, 3, 6
 
 
-@inner
+@inlined
 def span_of(slants: Ints) -> int:
     """Numbers of a head's vectors of biases."""
     return slants[SPAN] * slants[SPAN + 1] * slants[SPAN + 2] * WIDE
@@ -268,7 +269,7 @@ def list_extras(count: int, patch: Ints, picks: Ints, bits: Ints) -> int:
     return count
 
 
-@inner
+@inlined
 def see(
     index: int, extents: Ints, axes: Ints, items: Ints, box: Ints, every: int, begin: int, end: int,
     tensor: Ints, batch: int, reach: int, slants: Ints, flagged: bool, flags: Floats, none: float,
@@ -285,7 +286,7 @@ def see(
     )
 
 
-@inner
+@inlined
 def pack_chunk(
     at: Locations, batch: int, head: int, axes: Ints, box: Ints, every: int, begin: int, end: int,
     kind: int, dim: int, dim_v: int, one: float, keys: Floats, values: Floats, flags: Floats,

@@ -40,6 +40,7 @@ from natten.functional.backends.cpu.vectors import (
     bytes_at,
     fma,
     halves_at,
+    inlined,
     inner,
     load,
     multiply,
@@ -298,7 +299,7 @@ def pack(
             out = after(out, width)
 
 
-@inner
+@inlined
 def pack_extras(
     at: Locations, batch: int, head: int, begin: int, end: int, kind: int, dim: int, dim_v: int,
     one: float, keys: Floats, values: Floats,
@@ -320,24 +321,25 @@ def clear(rows: Floats, width: int, flags: Floats, count: int, flag: float, zero
             fill(after(rows, j * width), width, zero)
 
 
-@inner
+@inlined
 def pack_keys(
     at: Locations, batch: int, head: int, axes: Ints, box: Ints, begin: int, end: int, kind: int,
     dim: int, dim_v: int, one: float, keys: Floats, values: Floats, flags: Floats,
 ) -> None:  # fmt: skip
     """Keys, values, and flags of those that their mask, if there is one, has valid. The others are
     packed as zeros."""
-    width, width_v, single, count = padded(dim), padded(dim_v), np.int64(1), end - begin
-    pack(at.key, batch, head, axes, box, begin, end, kind, dim, width, one, keys)
-    pack(at.value, batch, head, axes, box, begin, end, kind, dim_v, width_v, one, values)
+    single, count = np.int64(1), end - begin
+    # One call in a loop is compiled into it once.
+    for tensor, size, out in ((at.key, dim, keys), (at.value, dim_v, values)):
+        pack(tensor, batch, head, axes, box, begin, end, kind, size, padded(size), one, out)
     if at.key_mask[ADDRESS]:
         none, byte, zero = np.int64(0), np.int64(BYTE), one - one
         pack(at.key_mask, batch, none, axes, box, begin, end, byte, single, single, one, flags)
-        clear(keys, width, flags, count, zero, zero)
-        clear(values, width_v, flags, count, zero, zero)
+        clear(keys, padded(dim), flags, count, zero, zero)
+        clear(values, padded(dim_v), flags, count, zero, zero)
 
 
-@inner
+@inlined
 def pack_queries(
     at: Locations, batch: int, head: int, axes: Ints, box: Ints, begin: int, end: int, kind: int,
     dim: int, dim_v: int, one: float, infinity: float, queries: Floats, grads: Floats, lse: Floats,
@@ -347,9 +349,12 @@ def pack_queries(
     gives nothing, whatever it and its gradient hold: they are packed as zeros."""
     width, width_v, count, zero = padded(dim), padded(dim_v), end - begin, one - one
     single, floating = np.int64(1), np.int64(FLOATING)
-    pack(at.query, batch, head, axes, box, begin, end, kind, dim, width, one, queries)
-    pack(at.grad_out, batch, head, axes, box, begin, end, kind, dim_v, width_v, one, grads)
-    pack(at.lse, batch, head, axes, box, begin, end, floating, single, single, one, lse)
-    pack(at.delta, batch, head, axes, box, begin, end, floating, single, single, one, delta)
+    for tensor, of, size, wide, out in (
+        (at.query, kind, dim, width, queries),
+        (at.grad_out, kind, dim_v, width_v, grads),
+        (at.lse, floating, single, single, lse),
+        (at.delta, floating, single, single, delta),
+    ):
+        pack(tensor, batch, head, axes, box, begin, end, of, size, wide, one, out)
     clear(queries, width, lse, count, -infinity, zero)
     clear(grads, width_v, lse, count, -infinity, zero)
