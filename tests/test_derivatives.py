@@ -350,7 +350,10 @@ def _attend(*tensors: Tensor) -> Tensor:
     return 2 * natten.na2d(*tensors, kernel_size=3)
 
 
-@pytest.mark.parametrize("place", ["jvp", "query alone", "dual tensors", "jacfwd", "nested"])
+@pytest.mark.parametrize(
+    "place",
+    ["jvp", "query alone", "dual tensors", "jacfwd", "nested", "of a gradient", "in a gradient"],
+)
 def test_forward_mode_is_compiled(place: str) -> None:
     torch.manual_seed(0)
     query, *others = tensors = _of_random(3)
@@ -381,11 +384,18 @@ def test_forward_mode_is_compiled(place: str) -> None:
         "dual tensors": (of_duals, tensors),
         "jacfwd": (torch.func.jacfwd(scaled), (query.new_ones(()),)),
         "nested": (lambda *t: torch.func.jvp(slope, t, tangents)[1], tensors),
+        "of a gradient": (
+            lambda *t: torch.func.jvp(
+                torch.func.grad(lambda *t: _attend(*t).sin().sum()), t, tangents
+            )[1],
+            tensors,
+        ),
+        "in a gradient": (torch.func.grad(lambda *t: slope(*t).sin().sum()), tensors),
     }
     function, given = functions[place]
     expected = function(*given)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    if place == "nested":
+    if place in ("nested", "of a gradient", "in a gradient"):
         with pytest.raises(RuntimeError, match=r"beside another derivative is not compiled"):
             compiled(*given)
         torch.compiler.reset()

@@ -378,7 +378,11 @@ class _Attention(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])
         # Once: hooks on saved tensors, as of checkpointing, may compute them.
         arguments = (grad_out, grad_lse, *ctx.saved_tensors, *ctx.parameters, needs)
-        found = neighborhood_attention_backward(*arguments)
+        differentiate = neighborhood_attention_backward
+        if "torch._dynamo" in sys.modules and transforming():
+            # Between two parts of a compiled program, whose compiler would look into this one.
+            differentiate = _internals.uncompiled(differentiate)
+        found = differentiate(*arguments)
         gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
         return (*gradients, *[None] * (len(ctx.needs_input_grad) - NUM_DIFFERENTIABLE))
 
