@@ -296,3 +296,17 @@ def test_the_operator_checks_layouts() -> None:
             call(window)
     with pytest.raises(ValueError, match="no packed query"):
         call([-1, 0, 2, 3, 2, 1, 1], 1, torch.randn(1, 6, 4, 8))
+
+
+def test_when_all_grids_are_one_launch() -> None:
+    """Many sizes and small grids; not one size, nor few large grids."""
+
+    def pays(sizes: list[tuple[int, ...]], kernel_size: int, features: int) -> bool:
+        plan = GridLayout(sizes).configured({"kernel_size": kernel_size})
+        return plan._pays_at_once(plan._all_grids(None, False).grids, features)
+
+    assert pays([(32 + n, 40) for n in range(64)], 7, 8 * 32)
+    assert pays([(20, 30), (30, 20)], 7, 4 * 64)
+    assert not pays([(20, 30)] * 64, 7, 4 * 64)
+    assert not pays([(128, 256), (256, 128)], 63, 16 * 64)
+    assert pays([(128, 256), *[(16 + n, 20) for n in range(40)]], 13, 8 * 64)
