@@ -391,15 +391,17 @@ def bend(
     """
     if limit == 0 and not biased:
         return scale
-    factors = splat(scores, scale)
-    for i in range(0, count * WIDE, LANES):
-        store(scores, i, multiply(load(scores, i), factors))
     if limit > 0:
+        factors = splat(scores, scale)
+        for i in range(0, count * WIDE, LANES):
+            store(scores, i, multiply(load(scores, i), factors))
         cap(scores, count * WIDE, limit, slopes)
+        scale = one
     if biased:
+        scales = splat_wide(scores, scale)
         for j in range(count):
             bias = load_wide(biases, places[j] * WIDE)
-            store(scores, j * WIDE, add(load_wide(scores, j * WIDE), bias))
+            store(scores, j * WIDE, fma(load_wide(scores, j * WIDE), scales, bias))
     return one
 
 
