@@ -206,7 +206,14 @@ def _unused(x: Tensor) -> tuple[Tensor, ...]:
     return (out,)
 
 
-@pytest.mark.parametrize("call", [_of_a_part, _sums, _in_place, _sliced, _unused])
+def _empty(x: Tensor) -> tuple[Tensor, ...]:
+    """Results without memory, as gradients that nobody asks for."""
+    out = torch.empty(12)
+    _launch(x[1], out, 1, 3.0)
+    return x.new_empty(0), out, x.new_empty(0)
+
+
+@pytest.mark.parametrize("call", [_of_a_part, _sums, _in_place, _sliced, _unused, _empty])
 def test_operations_of_torch_are_done_again(driver, call):
     """Between launches and after, on other tensors, with the results of a call from scratch."""
     x = torch.randn(2, 12)

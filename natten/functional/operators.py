@@ -195,18 +195,26 @@ def _known_backward(
     tensors: Sequence[Tensor],
     places: tuple[int, ...],
     needs: tuple[bool, ...],
-    returned: Sequence[int],
+    returned: Sequence[int] | None = None,
 ) -> Known:
     """The backward pass; behind the operator's tensors come out, logsumexp and their gradients.
-    Which gradients are ``returned``, by number; that of the last is None."""
+    Which gradients are ``returned``, by number, that of the last is None; or as the operator does.
+    """
 
     def compute(given: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         *all_tensors, out, lse, grad_out, grad_lse = _spread(given, places, NUM_TENSORS + 4)
         tensors = Tensors(*all_tensors)
         found = _compute_backward(call, grad_out, grad_lse, tensors, out, lse, needs)
+        if returned is None:
+            return _filled(found, tensors.query)
         return tuple([(*found, None)[number] for number in returned])
 
     return Known(call, places, tensors, compute)
+
+
+def _filled(gradients: Sequence[Tensor | None], query: Tensor) -> tuple[Tensor, ...]:
+    """Gradients as the operator returns them: empty where none is asked for."""
+    return tuple([query.new_empty(0) if g is None else g for g in gradients])
 
 
 def _compute_backward(
@@ -270,15 +278,16 @@ def _compute_backward(
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    tensors, parameters = Tensors(*arguments[:NUM_TENSORS]), Parameters(*arguments[NUM_TENSORS:])
-    parameters = parameters._replace(window=tuple(parameters.window))
+    # Named tuples are made only where they are needed.
+    tensors, (heads_kv, window, *others) = arguments[:NUM_TENSORS], arguments[NUM_TENSORS:]
+    parameters = (heads_kv, tuple(window), *others)
     present, missing = _present(tensors)
-    key = (_forward, parameters, tensors.query.shape, *missing)
+    key = (_forward, parameters, tensors[0].shape, *missing)
     known = knowns.find(key, present)
     if known is None:
-        call = _planned(tensors, parameters)
+        call = _planned(Tensors(*tensors), Parameters(*parameters))
         if not is_dense(present):
-            return _compute(call, tensors)
+            return _compute(call, Tensors(*tensors))
         known = knowns.add(key, _known_forward(call, present, _places(missing)))
     out, lse = known.run(present)
     return out, lse  # type: ignore[return-value]
@@ -287,30 +296,26 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(
     grad_out: Tensor | None, grad_lse: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    tensors = Tensors(*arguments[:NUM_TENSORS])
-    out, lse, *others, needs = arguments[NUM_TENSORS:]
-    parameters, needs = Parameters(*others), tuple(needs)
-    parameters = parameters._replace(window=tuple(parameters.window))
+    tensors = arguments[:NUM_TENSORS]
+    out, lse, heads_kv, window, *others, needs = arguments[NUM_TENSORS:]
+    parameters, needs = (heads_kv, tuple(window), *others), tuple(needs)
     present, missing = _present((*tensors, out, lse, grad_out, grad_lse))
-    key = (_backward, parameters, needs, tensors.query.shape, *missing)
+    key = (_backward, parameters, needs, tensors[0].shape, *missing)
     known = knowns.find(key, present)
     if known is None:
-        call = _planned(tensors, parameters)
+        call = _planned(Tensors(*tensors), Parameters(*parameters))
         call.check_results(out, lse, grad_out, grad_lse)
         if len(needs) != NUM_DIFFERENTIABLE:
             raise ValueError(
                 f"needs must hold {NUM_DIFFERENTIABLE} flags, one for each gradient, got "
                 f"{len(needs)}"
             )
-        if is_dense(present):
-            places, returned = _places(missing), range(NUM_DIFFERENTIABLE)
-            known = knowns.add(key, _known_backward(call, present, places, needs, returned))
-    gradients = (
-        _compute_backward(call, grad_out, grad_lse, tensors, out, lse, needs)
-        if known is None
-        else known.run(present)
-    )
-    return tuple([tensors.query.new_empty(0) if g is None else g for g in gradients])
+        if not is_dense(present):
+            given = Tensors(*tensors)
+            found = _compute_backward(call, grad_out, grad_lse, given, out, lse, needs)
+            return _filled(found, given.query)
+        known = knowns.add(key, _known_backward(call, present, _places(missing), needs))
+    return known.run(present)  # type: ignore[return-value]
 
 
 def check_devices(arguments: tuple[Any, ...]) -> None:
