@@ -135,8 +135,10 @@ ONE_PASS = {
 # Calls by what is special about them: operation, shape, what else.
 CALLS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "pointers": (natten.na2d, (1, 8, 8, 2, 32), {"kernel_size": 5, "backend": "cutlass-fna"}),
+    # Not in one pass, which fills memory with zeros: that takes a processor long.
     "descriptors": (
-        natten.na2d, (1, 128, 128, 1, 64), {"kernel_size": 120, "kernel_schedule": "non"},
+        natten.na2d, (1, 128, 128, 1, 64),
+        {"kernel_size": 120, "kernel_schedule": "non", "backward_kv_splits": (1, 1)},
     ),
     "Gluon": (
         natten.na1d, (1, 256, 1, 128), {"kernel_size": 255, "backend": "hopper-fna", **ONE_PASS},
