@@ -314,7 +314,7 @@ def test_messages_and_cache_of_a_program(tmp_path):
     assert first, out
     written = path.read_text()
     assert written.count("cpu runs calls like this one") == 1
-    assert written.count("numba compiled forward, which was not in its cache") == 1
+    assert written.count("numba compiled forward_loop, which was not in its cache") == 1
     stored = {file: file.stat().st_mtime_ns for file in cache.rglob("*.nbc")}
     assert len(stored) == 3
     out, _ = run_program(NATTEN_LOG_LEVEL="DEBUG", **environment)
