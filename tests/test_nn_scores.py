@@ -120,13 +120,6 @@ def test_refusals() -> None:
             module()(x, mask=wrong)
     with pytest.raises(ValueError, match="softcap must be"):
         module(softcap=-1.0)
-    for arguments, given in (
-        ({"softcap": None, "sink": False}, mask), ({"sink": False}, None), ({"softcap": 0}, None),
-    ):  # fmt: skip
-        sharded = NeighborhoodAttention2D(16, 4, (3, 5), **{**MODULE, **arguments})
-        sharded.plan = object()
-        with pytest.raises(NotImplementedError, match="of a grid that is sharded over ranks"):
-            sharded(x, mask=given)
     block = NeighborhoodTransformerBlock(16, 4, 3, context_dim=8, dtype=torch.float64)
     context = torch.randn(2, 5, 8, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="a mask of a block with context_dim"):

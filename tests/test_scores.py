@@ -269,10 +269,3 @@ def test_what_goes_separately_is_refused() -> None:
     for names in (("softcap",), ("sink",), ("key_mask",), ("query_mask",)):
         with pytest.raises(NotImplementedError, match=f"{names[0]} and attention_kwargs"):
             attend(given, names, attention_kwargs={"backend": "reference"})
-
-
-@pytest.mark.parametrize("name", ["softcap", "sink", "key_mask", "query_mask"])
-def test_sharded_grids_refuse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("natten.functional.sharded.current", object())
-    with pytest.raises(NotImplementedError, match=f"{name} is not implemented where the grid"):
-        attend(tensors(), (name,))
