@@ -471,6 +471,30 @@ def _check_varlen(tensors: Tensors, query: Tensor, parameters: Parameters, windo
     return True
 
 
+def _facts(
+    tensors: Tensors, parameters: Parameters, query: Tensor, key: Tensor, value: Tensor
+) -> dict[str, Any]:
+    """What a problem says of its tensors, whatever grids their tokens are of."""
+    context = tensors.additional_keys
+    return {
+        "heads": query.shape[-2],
+        "heads_kv": key.shape[-2],
+        "head_dim": query.shape[-1],
+        "head_dim_v": value.shape[-1],
+        "scale": validation.check_scale(parameters.scale, query.shape[-1]),
+        "softcap": validation.check_softcap(parameters.softcap),
+        "num_additional": 0 if context is None else context.shape[1],
+        "has_lengths": tensors.additional_lengths is not None,
+        "has_rpb": tensors.rpb is not None,
+        "has_sink": tensors.sink is not None,
+        "has_key_mask": tensors.key_mask is not None,
+        "has_query_mask": tensors.query_mask is not None,
+        "dtype": query.dtype,
+        "device": query.device,
+        "requires_grad": parameters.requires_grad,
+    }
+
+
 def make_problem(tensors: Tensors, parameters: Parameters) -> Problem:
     """The problem that a call states, once everything about it but its data is checked.
 
@@ -515,10 +539,6 @@ def make_problem(tensors: Tensors, parameters: Parameters) -> Problem:
         batch=query.shape[0],
         query_shape=query_shape,
         key_shape=key_shape,
-        heads=query.shape[-2],
-        heads_kv=key.shape[-2],
-        head_dim=query.shape[-1],
-        head_dim_v=value.shape[-1],
         kernel_size=kernel_size,
         stride=stride,
         dilation=dilation,
@@ -526,22 +546,12 @@ def make_problem(tensors: Tensors, parameters: Parameters) -> Problem:
         grid=window.grid,
         query_origin=window.query_origin,
         key_origin=window.key_origin,
-        scale=validation.check_scale(parameters.scale, query.shape[-1]),
-        softcap=validation.check_softcap(parameters.softcap),
-        num_additional=0 if additional_keys is None else additional_keys.shape[1],
-        has_lengths=tensors.additional_lengths is not None,
-        has_rpb=tensors.rpb is not None,
-        has_sink=tensors.sink is not None,
-        has_key_mask=tensors.key_mask is not None,
-        has_query_mask=tensors.query_mask is not None,
+        **_facts(tensors, parameters, query, key, value),
         is_circular=is_circular,
         upsampling=window.upsampling,
         varlen=_check_varlen(tensors, query, parameters, window),
         max_seqlen_q=parameters.max_seqlen_q,
         max_seqlen_kv=parameters.max_seqlen_kv,
-        dtype=query.dtype,
-        device=query.device,
-        requires_grad=parameters.requires_grad,
     )
 
 
@@ -583,10 +593,6 @@ def _problem_of_grids(
         batch=1,
         query_shape=heaviest.extents,
         key_shape=heaviest.extents,
-        heads=query.shape[-2],
-        heads_kv=key.shape[-2],
-        head_dim=query.shape[-1],
-        head_dim_v=value.shape[-1],
         kernel_size=heaviest.kernel_size,
         stride=heaviest.stride,
         dilation=heaviest.dilation,
@@ -594,19 +600,9 @@ def _problem_of_grids(
         grid=heaviest.extents,
         query_origin=origin,
         key_origin=origin,
-        scale=validation.check_scale(parameters.scale, query.shape[-1]),
-        softcap=validation.check_softcap(parameters.softcap),
-        num_additional=0 if more_keys is None else more_keys.shape[1],
-        has_lengths=tensors.additional_lengths is not None,
-        has_rpb=tensors.rpb is not None,
-        has_sink=tensors.sink is not None,
-        has_key_mask=tensors.key_mask is not None,
-        has_query_mask=tensors.query_mask is not None,
+        **_facts(tensors, parameters, query, key, value),
         is_circular=is_circular,
         grids=grids,
-        dtype=query.dtype,
-        device=query.device,
-        requires_grad=parameters.requires_grad,
     )
 
 

@@ -603,10 +603,8 @@ def fold(sums: Floats, slants: Ints, extents: Ints, out: Floats) -> None:
                 lane = (i * extents[1] + j) * extents[2] + k
                 for x in range(n0):
                     for y in range(n1):
-                        at = (
-                            (slants[ORIGIN] - i - x) * slants[SPAN + 1] + slants[ORIGIN + 1] - j - y
-                        )
-                        at = at * slants[SPAN + 2] + slants[ORIGIN + 2] - k
+                        at = (slants[ORIGIN] - i - x) * u1 + slants[ORIGIN + 1] - j - y
+                        at = at * u2 + slants[ORIGIN + 2] - k
                         row = after(out, (x * n1 + y) * n2)
                         for z in range(n2):
                             row[z] += sums[(at - z) * WIDE + lane]
