@@ -12,6 +12,10 @@ from natten.context import NattenContext
 # Triton looks at it when it is imported, and kernels that it has wrapped stay what they are: a
 # process either interprets kernels or compiles them.
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETS:
+    import interpreting
+
+    interpreting.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,10 +22,31 @@ from checks import check_packed, check_problem, make_inputs, run
 import natten
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
 from natten.functional.backends.triton import arguments
 from natten.functional.backends.triton.launcher import Launch
 
 pytestmark = pytest.mark.interpreted
+
+
+@triton.jit
+def _squares(numbers):
+    at = numbers + tl.arange(0, 8)
+    tl.store(at, tl.load(at) * tl.load(at))
+
+
+def test_overflow_is_noticed() -> None:
+    """Of signed numbers: those of the windows' divisions are unsigned, and wrap."""
+    numbers = torch.full((8,), 46_340, dtype=torch.int32)
+    _squares[(1,)](numbers)
+    assert numbers.tolist() == [46_340**2] * 8
+    numbers[:] = 46_341
+    with pytest.raises(InterpreterError, match="mul exceeds int32"):
+        _squares[(1,)](numbers)
+
 
 NAMED = {case.name: case for case in CASES}
 HALF, SINGLE = torch.float16, torch.float32
