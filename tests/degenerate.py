@@ -48,14 +48,16 @@ def classes(tensor: Tensor) -> Tensor:
 
 
 def by_the_rule(case: Case, inputs: Inputs, grad_out: Tensor, grad_lse: Tensor) -> Results:
-    """Output, logsumexp and gradients, query by query, from nothing but what the query sees."""
+    """Output, logsumexp and gradients, all pairs at once: nothing of one that is not seen enters a
+    sum."""
     dtype = torch.float64 if inputs.query.dtype == torch.float64 else torch.float32
     q, k, v = (
         t.detach().cpu().to(dtype).flatten(1, -3) for t in (inputs.query, inputs.key, inputs.value)
     )
     batch, queries, heads, head_dim = q.shape
-    own, group = k.shape[1], heads // k.shape[2]
+    own, heads_kv = k.shape[1:3]
     visible = full_mask(case)
+    seen = visible.expand(batch, -1, -1)
     bias = torch.zeros(heads, queries, own, dtype=dtype)
     if inputs.rpb is not None:
         bias = _full_bias(case, inputs.rpb.detach().cpu().to(dtype))
@@ -63,42 +65,40 @@ def by_the_rule(case: Case, inputs: Inputs, grad_out: Tensor, grad_lse: Tensor) 
         more = (inputs.additional_keys, inputs.additional_values)
         more_k, more_v = (t.detach().cpu().to(dtype) for t in more)
         k, v = torch.cat([k, more_k], 1), torch.cat([v, more_v], 1)
-    grad_out = grad_out.cpu().to(dtype).reshape(batch, queries, heads, -1)
-    grad_lse = grad_lse.cpu().to(dtype).reshape(batch, queries, heads)
+        lengths = torch.tensor(case.additional_lengths or (case.additional,) * batch)
+        there = torch.arange(case.additional) < lengths[:, None]
+        seen = torch.cat([seen, there[:, None].expand(-1, queries, -1)], -1)
+        bias = torch.nn.functional.pad(bias, (0, case.additional))
+    grad_out = grad_out.cpu().to(dtype).reshape(batch, queries, 1, heads, -1)
+    grad_lse = grad_lse.cpu().to(dtype).reshape(batch, queries, 1, heads)
     # As a number of that dtype, so that the product overflows as a kernel's does.
     scale = case.scale if case.scale is not None else head_dim**-0.5
     factor = torch.tensor(scale, dtype=torch.float64).to(dtype)
     limit = torch.finfo(dtype).max
-    out = torch.zeros(batch, queries, heads, v.shape[-1], dtype=dtype)
-    lse = torch.full((batch, queries, heads), -math.inf, dtype=dtype)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dbias = torch.zeros(heads, queries, own, dtype=dtype)
-    for b in range(batch):
-        extra = case.additional
-        if case.additional_lengths is not None:
-            extra = case.additional_lengths[b]
-        context = torch.arange(own, own + extra)
-        for i in range(queries):
-            window = visible[i].nonzero().flatten()
-            seen = torch.cat([window, context])
-            for h in range(heads):
-                keys, values = k[b, seen, h // group], v[b, seen, h // group]
-                scores = (keys * q[b, i, h]).sum(-1) * factor
-                scores[: len(window)] += bias[h, i, window]
-                if bool((scores == -math.inf).all()):
-                    continue
-                top = scores.max()
-                logsumexp = top + (scores - top).exp().sum().log()
-                weights = (scores - logsumexp).clamp(max=0).exp()
-                row = (weights[:, None] * values).sum(0)
-                out[b, i, h], lse[b, i, h] = row, logsumexp
-                grad = grad_out[b, i, h]
-                delta = (grad * row.to(inputs.query.dtype).to(dtype)).sum() - grad_lse[b, i, h]
-                ds = weights * ((values * grad).sum(-1) - delta)
-                dq[b, i, h] = (ds[:, None] * keys).sum(0)
-                dk[b, seen, h // group] += ds[:, None] * q[b, i, h]
-                dv[b, seen, h // group] += weights[:, None] * grad
-                dbias[h, i, window] += ds[: len(window)]
+    # [batch, queries, keys, heads, features] from here on.
+    q = q[:, :, None]
+    keys, values = (t[:, None].repeat_interleave(heads // heads_kv, -2) for t in (k, v))
+    scores = (keys * q).sum(-1) * factor + bias.permute(1, 2, 0)
+    scores = scores.masked_fill(~seen[..., None], -math.inf)
+    sees_nothing = (scores == -math.inf).all(2, keepdim=True)
+    apart = ~seen[..., None] | sees_nothing
+
+    def taken(terms: Tensor) -> Tensor:
+        return terms.masked_fill(apart[..., None] if terms.dim() == 5 else apart, 0.0)
+
+    top = scores.amax(2, keepdim=True)
+    lse = top + (scores - top).exp().sum(2, keepdim=True).log()
+    weights = taken((scores - lse).clamp(max=0).exp())
+    out = taken(weights[..., None] * values).sum(2, keepdim=True)
+    delta = (grad_out * out.to(inputs.query.dtype).to(dtype)).sum(-1) - grad_lse
+    ds = taken(weights * ((values * grad_out).sum(-1) - delta))
+    dq = taken(ds[..., None] * keys).sum(2)
+    dk, dv = (
+        taken(terms).sum(1).unflatten(2, (heads_kv, -1)).sum(3)
+        for terms in (ds[..., None] * q, weights[..., None] * grad_out)
+    )
+    dbias = ds[:, :, :own].sum(0).permute(2, 0, 1)
+    out, lse = out[:, :, 0], lse.masked_fill(sees_nothing, -math.inf)[:, :, 0]
     factor = factor.clamp(-limit, limit)
     dq, dk = dq * factor, dk * factor
     gradients = {
@@ -138,7 +138,7 @@ def check(
     """Assert that every number of output, logsumexp and gradients is in the class of the rule's.
 
     Args:
-        case: The problem; small, the rule is a Python loop over queries.
+        case: The problem; small, the rule holds all pairs.
         backend: As in ``backend=``, with its suffix.
         dtype: Of the inputs.
         spoil: Called without gradients with the inputs, the gradient of the output and that of the
@@ -245,7 +245,7 @@ def all_minus_infinity(inputs: Inputs, grad_out: Tensor, grad_lse: Tensor) -> No
         inputs.additional_keys[0] = -math.inf
 
 
-# Small, since the rule is a loop; one for each way that a backend may take.
+# Small, since the rule holds all pairs; one for each way that a backend may take.
 CASES = [
     Case("window", (11,), (3,), head_dim=8),
     Case("window_rpb", (10,), (5,), head_dim=8, rpb=True),

@@ -693,7 +693,7 @@ def test_results_do_not_depend_on_defaults(name, attribute):
         return found
 
     expected = results()
-    before = torch.get_default_device(), torch.get_default_dtype()
+    before = torch.get_default_dtype()
     try:
         if attribute == "device":
             torch.set_default_device("meta")
@@ -704,8 +704,9 @@ def test_results_do_not_depend_on_defaults(name, attribute):
         for parameter in made.parameters():
             assert getattr(parameter, attribute) in (torch.device("meta"), torch.float64)
     finally:
-        torch.set_default_device(before[0])
-        torch.set_default_dtype(before[1])
+        # Any device, were it the one before, would be looked up by all later calls of torch.
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
     for a, b in zip(got, expected, strict=True):
         assert a.device.type == "cpu"
         assert a.equal(b)

@@ -258,7 +258,7 @@ def test_compile_everything():
 
 
 def test_compile_raises_for_bad_arguments():
-    compiled = torch.compile(lambda q: natten.na2d(q, q, q, 9), backend="eager")
+    compiled = torch.compile(lambda q: natten.na2d(q, q, q, 9), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="kernel_size"):
         compiled(torch.randn(1, 6, 7, 2, 8))
 
