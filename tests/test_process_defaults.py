@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -62,8 +64,15 @@ SETTINGS = {
     "folder": "import os, tempfile; os.chdir(tempfile.mkdtemp())",
 }
 
+# Copies of a process that has imported what takes seconds, and called nothing.
+FORKS = multiprocessing.get_context(
+    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+)
+if FORKS.get_start_method() == "forkserver":
+    FORKS.set_forkserver_preload(["torch", "torch._dynamo", "numba", "natten"])
 
-def _run(setting: str, warm: bool, **environment: str) -> None:
+
+def _program(setting: str, warm: bool = False) -> str:
     code = f"CALLS = {CALLS!r}\n{PREPARE}\n"
     # In a fresh process tables are made under the setting; in a warm one they are there.
     if warm:
@@ -72,10 +81,18 @@ def _run(setting: str, warm: bool, **environment: str) -> None:
         code += f"{setting}\nafter = results()\n"
         code += "torch.set_default_device('cpu'); torch.set_default_dtype(torch.float32)\n"
         code += "torch.set_num_threads(1); before = results()\n"
-    code += (
+    return code + (
         "for name, a, b in zip(CALLS, before, after):\n"
         "    assert a.dtype == b.dtype and torch.equal(a, b), name\n"
     )
+
+
+def _run(code: str) -> None:
+    with ProcessPoolExecutor(1, FORKS) as process:
+        process.submit(exec, code, {}).result()
+
+
+def _run_anew(code: str, **environment: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment
     )
@@ -84,15 +101,17 @@ def _run(setting: str, warm: bool, **environment: str) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(name):
-    _run(SETTINGS[name], warm=False)
+    # Modules that are imported late may make tensors, too.
+    (_run_anew if name == "default device" else _run)(_program(SETTINGS[name]))
 
 
 def test_default_device_of_a_warm_process():
-    _run(SETTINGS["default device"], warm=True)
+    _run(_program(SETTINGS["default device"], warm=True))
 
 
 def test_locale():
-    _run("import locale; locale.setlocale(locale.LC_ALL, '')", warm=False, LC_ALL="C", LANG="C")
+    setting = "import locale; locale.setlocale(locale.LC_ALL, '')"
+    _run_anew(_program(setting), LC_ALL="C", LANG="C")
 
 
 def test_device_as_context():
