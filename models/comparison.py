@@ -73,7 +73,7 @@ class WindowAttention2D(nn.Module):
     def _partition(self, x: Tensor) -> Tensor:
         """[B, H, W, C] to [B * windows, tokens, C]."""
         w = self.window
-        x = x.unflatten(2, (-1, w)).unflatten(1, (-1, w))
+        x = torch.unflatten(torch.unflatten(x, 2, (-1, w)), 1, (-1, w))
         return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class WindowAttention2D(nn.Module):
         w = self.window
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
-        qkv = self.qkv(self._partition(x)).unflatten(-1, (3, self.num_heads, -1))
+        qkv = torch.unflatten(self.qkv(self._partition(x)), -1, (3, self.num_heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B * windows, heads, tokens, D]
         bias = self.rpb.flatten(1)[:, self.index].to(query.dtype)[None]
         if self.mask is not None:

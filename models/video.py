@@ -563,7 +563,9 @@ class VideoDenoiser(nn.Module):
 
     def _pixels(self, y: Tensor, is_image: bool) -> Tensor:
         """`[B, T', H', W', C * t * h * w]` to `[B, C, T, H, W]`, or without T."""
-        y = y.unflatten(-1, (self.out_chans, *self.patch_size)).permute(0, 4, 1, 5, 2, 6, 3, 7)
+        y = torch.unflatten(y, -1, (self.out_chans, *self.patch_size)).permute(
+            0, 4, 1, 5, 2, 6, 3, 7
+        )
         y = y.flatten(6).flatten(4, 5).flatten(2, 3)
         return y.squeeze(2) if is_image else y
 

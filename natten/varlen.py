@@ -118,7 +118,9 @@ class GridLayout:
         """
         check_packed("packed", packed, self)
         parts = packed.squeeze(0).split(self.tokens)
-        return [part.unflatten(0, size) for part, size in zip(parts, self.sizes, strict=True)]
+        return [
+            torch.unflatten(part, 0, size) for part, size in zip(parts, self.sizes, strict=True)
+        ]
 
     def spread(self, entries: Tensor) -> Tensor:
         """What each grid has, ``[grids, ...]``, for each of its tokens, ``[1, total, ...]``.
@@ -200,7 +202,7 @@ class GridLayout:
         entries = [tensor.split_with_sizes(counts) for tensor in each]
         return [
             function(
-                *[parts[i].unflatten(1, (grids, *size)).squeeze(0) for parts in tokens],
+                *[torch.unflatten(parts[i], 1, (grids, *size)).squeeze(0) for parts in tokens],
                 *[parts[i] for parts in entries],
             )
             for i, (size, grids) in enumerate(runs)
@@ -628,7 +630,7 @@ def neighborhood_attention_varlen(
     for number, (window, grids) in enumerate(runs):
         given = {name: tensors[number] for name, tensors in parts.items()}
         for name in packed:
-            given[name] = given[name].unflatten(1, (grids, *window.size)).squeeze(0)
+            given[name] = torch.unflatten(given[name], 1, (grids, *window.size)).squeeze(0)
         results.append(
             attend(
                 **given, kernel_size=window.kernel_size, stride=window.stride,

@@ -143,16 +143,18 @@ plt.show()
 
 # %% [markdown]
 # Where the tiles do not matter: the CPU kernels work on one query at a time, and compute no pair that is
-# not needed. There, time follows the number of keys: a window of 25 has 13 times the keys of one of 7.
+# not needed. There, time follows the number of keys, beside a part that every query takes: a window of 33
+# has 22 times the keys of one of 7. Sizes are measured in turns, as the machine may be busy for a while.
 
 # %%
 q, k, v = (torch.randn(1, 48, 48, 2, 32) for _ in range(3))
-times = {}
-for size in (3, 7, 13, 25):
-    times[size] = measure(lambda: natten.na2d(q, k, v, kernel_size=size))
+times = dict.fromkeys((3, 7, 13, 25, 33), float("inf"))
+for _ in range(5):
+    for size, best in times.items():
+        times[size] = min(best, measure(lambda: natten.na2d(q, k, v, kernel_size=size)))
 for size, ms in times.items():
     print(f"window {size:2d}: {ms:6.2f} ms, {ms / times[7]:5.1f} times that of 7")
-assert 4 < times[25] / times[7] < 40
+assert 4 < times[33] / times[7] < 40
 
 # %% [markdown]
 # ## Profiling

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -52,15 +53,17 @@ def test_pages_have_code():
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
-def test_code_runs(page):
+def test_code_runs(page, monkeypatch):
     # The blocks of a page are one program, as a reader types it.
     if page.stem == "models" or "import timm" in page.read_text():
         pytest.importorskip("timm")
-    names = {"__name__": f"docs_{page.stem}"}
+    # Compilers import the module that a function is of.
+    program = ModuleType(f"docs_{page.stem}")
+    monkeypatch.setitem(sys.modules, program.__name__, program)
     for block in blocks_of(page):
         code = block.compile()
         if torch.cuda.is_available() or not block.needs_gpu:
-            exec(code, names)
+            exec(code, vars(program))
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)

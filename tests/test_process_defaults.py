@@ -114,6 +114,23 @@ def test_locale():
     _run_anew(_program(setting), LC_ALL="C", LANG="C")
 
 
+def test_blocks_compile_under_a_default_device():
+    """torch 2.10 does not trace all methods of tensors there."""
+    torch.manual_seed(0)
+    self_attention = natten.nn.NeighborhoodTransformerBlock(16, 2, kernel_size=3).eval()
+    cross_attention = natten.nn.NeighborhoodCrossAttention2D(16, 2, 3, upsampling=2)
+    x, source = torch.randn(1, 6, 8, 16), torch.randn(1, 3, 4, 16)
+    expected = self_attention(x), cross_attention(x, source=source)
+    torch.set_default_device("cpu")
+    try:
+        blocks = (self_attention, cross_attention)
+        compiled = [torch.compile(b, backend="aot_eager", fullgraph=True) for b in blocks]
+        got = compiled[0](x), compiled[1](x, source=source)
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(got, expected)
+
+
 def test_device_as_context():
     query = torch.randn(1, 11, 2, 8)
     expected = natten.na1d(query, query, query, 3)

@@ -194,7 +194,7 @@ def _attend_separately(
         context = attend_to(additional_keys, additional_values, False)
         out, lse = merge_attentions([out, context[0]], [lse, context[1]], return_lse=True)
     tokens = query.shape[1:-2]
-    return out.unflatten(1, tokens), lse.unflatten(1, tokens)
+    return torch.unflatten(out, 1, tokens), torch.unflatten(lse, 1, tokens)
 
 
 def _unless(default: Any, value: Any) -> Any:

@@ -434,7 +434,10 @@ class NeighborhoodAttention(NeighborhoodModule):
         """The heads of query, key and value, `[B, *X, heads, head_dim]`."""
         if not torch.jit.is_scripting():
             check_heads_whole("qkv", self.qkv, self.heads_mesh)
-        return self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
+        # torch 2.10 does not compile the method of tensors while there is a default device.
+        return torch.unflatten(
+            self.qkv(x), -1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        )
 
     def _project(
         self, x: Tensor, origin: list[int] | None, is_grid: bool

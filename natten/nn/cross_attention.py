@@ -284,7 +284,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if source is None or origin is not None or grid is not None:
             raise ValueError("a module with upsampling takes a source, and no origin and grid")
         check_grid(source, self.rank, self.source_dim, "source")
-        query = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
+        query = torch.unflatten(self.q(x), -1, (self.num_heads, self.head_dim))
         if self.q_norm is not None:
             query = self.q_norm(query)
         key, value = self._split(self.kv(source))
@@ -334,7 +334,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         source = self._placed(source, origin, grid)
         if not torch.jit.is_scripting():
             check_heads_whole("kv", self.kv, self.heads_mesh)
-        query = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
+        query = torch.unflatten(self.q(x), -1, (self.num_heads, self.head_dim))
         key, value = self._split(self.kv(source))
         if self.q_norm is not None:
             query = self.q_norm(query)
@@ -351,7 +351,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
     def _split(self, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value, `[B, *X, heads, head_dim]`: views of one tensor where possible."""
         heads = self.num_kv_heads
-        key, value = kv.unflatten(-1, (2 * heads, self.head_dim)).split([heads, heads], -2)
+        key, value = torch.unflatten(kv, -1, (2 * heads, self.head_dim)).split([heads, heads], -2)
         if self.k_norm is not None:
             key = self.k_norm(key)
         return key, value

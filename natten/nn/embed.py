@@ -326,7 +326,7 @@ class PatchExpanding(nn.Module):
         x = self.expansion(self.norm(x))
         # From the last axis on, so that the axes in front stay where they are.
         for axis in range(self.rank, 0, -1):
-            x = x.unflatten(-1, (self.strides[axis - 1], -1)).movedim(-2, axis + 1)
+            x = torch.unflatten(x, -1, (self.strides[axis - 1], -1)).movedim(-2, axis + 1)
             x = x.flatten(axis, axis + 1)
         if extent is not None:
             x = _cut(x, extent)
@@ -391,7 +391,7 @@ def _cut(x: Tensor, extent: list[int]) -> Tensor:
 
 def _every_nth(x: Tensor, dim: int, first: int, n: int) -> Tensor:
     # n divides the extents here, so splitting an axis and taking one of each part is a view.
-    return x if n == 1 else x.unflatten(dim, (-1, n)).select(dim + 1, first)
+    return x if n == 1 else torch.unflatten(x, dim, (-1, n)).select(dim + 1, first)
 
 
 def _pad_to_multiple(x: Tensor, size: list[int], first_dim: int, pad: bool) -> Tensor:

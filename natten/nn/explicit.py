@@ -87,12 +87,14 @@ def window_attention(
     rank = len(axes)
     tables = window_tables(query.shape[1:-2], axes, origin, query.device)
     heads, heads_kv = query.shape[-2], key.shape[-2]
-    q = query.flatten(1, rank).unflatten(-2, (heads_kv, heads // heads_kv))  # [B, N, Hkv, G, D]
+    q = torch.unflatten(
+        query.flatten(1, rank), -2, (heads_kv, heads // heads_kv)
+    )  # [B, N, Hkv, G, D]
     k = key.flatten(1, rank)[:, tables.token]  # [B, N, K, Hkv, D]
     v = value.flatten(1, rank)[:, tables.token]
     scores = torch.einsum("bnhgd,bnkhd->bnhgk", q * scale, k)
     if rpb is not None:
-        bias = rpb.flatten(1)[:, tables.bias].unflatten(0, (heads_kv, -1))  # [Hkv, G, N, K]
+        bias = torch.unflatten(rpb.flatten(1)[:, tables.bias], 0, (heads_kv, -1))  # [Hkv, G, N, K]
         scores = scores + bias.permute(2, 0, 1, 3)
     scores = scores.masked_fill(~tables.valid[:, None, None, :], -torch.inf)
     slots = scores.shape[-1]
@@ -106,7 +108,7 @@ def window_attention(
     out = torch.einsum("bnhgk,bnkhd->bnhgd", weights[..., :slots], v)
     if additional_values is not None:
         out = out + torch.einsum("bnhgs,bshd->bnhgd", weights[..., slots:], additional_values)
-    return out.flatten(2, 3).unflatten(1, query.shape[1:-2])
+    return torch.unflatten(out.flatten(2, 3), 1, query.shape[1:-2])
 
 
 def attention_map(
@@ -133,7 +135,7 @@ def attention_map(
     extent = key.shape[1:-2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     heads_kv = key.shape[-2]
-    q = query.to(dtype).unflatten(-2, (heads_kv, -1)) * scale
+    q = torch.unflatten(query.to(dtype), -2, (heads_kv, -1)) * scale
     scores = torch.einsum("bphgd,bnhd->bphgn", q, key.flatten(1, -3).to(dtype)).flatten(2, 3)
     scores = capped(scores)
     if bias is not None:
@@ -154,7 +156,7 @@ def attention_map(
     else:
         weights = softmax(scores)
     additional = weights[..., tokens:] if additional_keys is not None else None
-    return AttentionMap(weights[..., :tokens].unflatten(-1, extent), additional)
+    return AttentionMap(torch.unflatten(weights[..., :tokens], -1, extent), additional)
 
 
 def window_rows(

@@ -117,7 +117,7 @@ def window_scores(
     if additional_keys is not None:
         _check_match("additional_keys", additional_keys, (batch, heads, None, features), query)
         more = query.flatten(2, -2) @ additional_keys.transpose(-2, -1)
-        scores = torch.cat([scores, more.unflatten(2, tokens)], dim=-1)
+        scores = torch.cat([scores, torch.unflatten(more, 2, tokens)], dim=-1)
     return scores
 
 
@@ -180,7 +180,7 @@ def window_values(
     out = _inside(window_sum(inner, _around(value, halos), *window), halos, tokens)
     if additional_values is not None:
         more = weights[..., slots:].flatten(2, -2) @ additional_values
-        out = out + more.unflatten(2, tokens)
+        out = out + torch.unflatten(more, 2, tokens)
     return out
 
 
