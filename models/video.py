@@ -606,7 +606,8 @@ class VideoDenoiser(nn.Module):
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
-        **cfg(first_conv="patch_embed.proj"),
+        # timm adapts weights of two-dimensional convolutions to other channels, and no others.
+        **cfg(first_conv=None),
         "origin_url": None,
         "paper_name": "Neighborhood Attention Transformer",
         **kwargs,

@@ -11,12 +11,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _KEY = torch._C.DispatchKey
 
@@ -252,6 +256,17 @@ def is_known(condition: Any) -> bool:
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that no compiler looks into."""
     return torch.compiler.disable(function)
+
+
+def concrete(function: Callable[P, T]) -> Callable[P, T]:
+    """A function of numbers, by tensors that have values also while a program is traced."""
+
+    @wraps(function)
+    def computed(*arguments: P.args, **named: P.kwargs) -> T:
+        with _disable_current_modes():
+            return function(*arguments, **named)
+
+    return computed
 
 
 @cache

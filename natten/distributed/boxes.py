@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from natten import window
+from natten._internals import concrete
 from natten.window import Axis
 
 
@@ -121,6 +122,7 @@ def _along_axes(
 
 
 @lru_cache(maxsize=4096)
+@concrete
 def _needed_along(axis: Axis, origin: int, extent: int) -> tuple[int, int]:
     if axis.is_circular:  # of which every box has all tokens
         return 0, axis.length
@@ -141,6 +143,7 @@ def needed(axes: Sequence[Axis], queries: Box) -> Box:
 
 
 @lru_cache(maxsize=4096)
+@concrete
 def _viewers_along(axis: Axis, origin: int, extent: int, low: int, high: int) -> tuple[int, int]:
     if axis.is_circular:
         return 0, axis.length
@@ -162,12 +165,13 @@ _TILE = 8
 
 
 @lru_cache(maxsize=4096)
+@concrete
 def _interior_along(axis: Axis, origin: int, extent: int) -> tuple[int, int]:
     """The longest range of queries that see keys of their own range alone, by whole tiles."""
     if axis.is_circular:
         return 0, axis.length
     start, end = window.bounds_table(axis, origin, extent)
-    group = torch.arange(origin, origin + extent) % axis.dilation
+    group = torch.arange(origin, origin + extent, device="cpu") % axis.dilation
     first, last = group + axis.dilation * start, group + axis.dilation * (end - 1)
     local = (end <= start) | ((first >= origin) & (last < origin + extent))
     best, at = (0, 0), 0
