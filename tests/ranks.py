@@ -4,7 +4,6 @@ started once for many checks."""
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -14,12 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forks import FORKS
 
 TIMEOUT = 60
-
-_processes = multiprocessing.get_context("forkserver")
-# Imported once, in the process that all of them are forks of.
-_processes.set_forkserver_preload(["natten.distributed", "natten.nn"])
 
 
 class Ranks:
@@ -70,8 +66,8 @@ class Ranks:
     def _start(self) -> None:
         store = str(Path(tempfile.mkdtemp()) / "store")
         for rank in range(self.world):
-            ours, theirs = _processes.Pipe()
-            process = _processes.Process(
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(
                 target=_serve,
                 args=(rank, self.world, store, self.module, self.timeout, self.device, theirs),
                 daemon=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -123,4 +124,6 @@ def test_fully_sharded_modules():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_shard, (port,), 2)
+    torch.multiprocessing.start_processes(
+        _shard, (port,), 2, start_method=forks.FORKS.get_start_method()
+    )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
+import forks
 import pytest
 import torch
 
@@ -64,13 +63,6 @@ SETTINGS = {
     "folder": "import os, tempfile; os.chdir(tempfile.mkdtemp())",
 }
 
-# Copies of a process that has imported what takes seconds, and called nothing.
-FORKS = multiprocessing.get_context(
-    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-)
-if FORKS.get_start_method() == "forkserver":
-    FORKS.set_forkserver_preload(["torch", "torch._dynamo", "numba", "natten"])
-
 
 def _program(setting: str, warm: bool = False) -> str:
     code = f"CALLS = {CALLS!r}\n{PREPARE}\n"
@@ -87,11 +79,6 @@ def _program(setting: str, warm: bool = False) -> str:
     )
 
 
-def _run(code: str) -> None:
-    with ProcessPoolExecutor(1, FORKS) as process:
-        process.submit(exec, code, {}).result()
-
-
 def _run_anew(code: str, **environment: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment
@@ -101,12 +88,16 @@ def _run_anew(code: str, **environment: str) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(name):
-    # Modules that are imported late may make tensors, too.
-    (_run_anew if name == "default device" else _run)(_program(SETTINGS[name]))
+    program = _program(SETTINGS[name])
+    if name == "default device":
+        # Modules that are imported late may make tensors, too.
+        _run_anew(program)
+    else:
+        forks.call(exec, program, {})
 
 
 def test_default_device_of_a_warm_process():
-    _run(_program(SETTINGS["default device"], warm=True))
+    forks.call(exec, _program(SETTINGS["default device"], warm=True), {})
 
 
 def test_locale():
