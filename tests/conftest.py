@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention
 
 from natten.context import NattenContext
 
@@ -44,3 +45,12 @@ def _clean_state():
 def wide_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are not folded to the width that test runners set."""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture
+def untraced_flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention runs as it is, where torch would trace every mask first: for numbers alone."""
+    monkeypatch.setattr(
+        torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True,
+        raising=False,
+    )  # fmt: skip

@@ -20,9 +20,10 @@ from degenerate import (
 )
 
 BACKENDS = ["cpu", "reference"]
-# FlexAttention takes a second for every mask, and has no backward pass on the CPU.
+# FlexAttention has no backward pass on the CPU.
 FLEX = [c for c in CASES if c.name in ("grid_gqa_rpb", "context_lengths", "full_window_causal")]
 FLEX_ATTENTION = [c for c in CASES if c.name in ("dense_causal", "packed")]
+untraced = pytest.mark.usefixtures("untraced_flex")
 
 
 def names(case: Case) -> str:
@@ -68,6 +69,7 @@ def test_anywhere(backend, seed):
         check(case, backend, dtype, spoil=put_many(seed))
 
 
+@untraced
 @pytest.mark.parametrize("place", PLACES[:6])
 @pytest.mark.parametrize("case", FLEX, ids=names)
 def test_flex(case, place):
@@ -75,12 +77,14 @@ def test_flex(case, place):
         check(case, "flex-fna", spoil=put(number, place), backward=False)
 
 
+@untraced
 @pytest.mark.parametrize("case", FLEX_ATTENTION, ids=names)
 def test_flex_attention(case):
     for place in ("query", "key", "value"):
         check(case, "flex-fmha", spoil=put(torch.nan, place), backward=False)
 
 
+@untraced
 def test_flex_named_tiles():
     """They reorder tokens."""
     tiles = {"q_tile_shape": (8, 8), "kv_tile_shape": (8, 16)}
@@ -88,6 +92,7 @@ def test_flex_named_tiles():
         check(FLEX[0], "flex-fna", spoil=put_many(seed), backward=False, **tiles)
 
 
+@untraced
 @pytest.mark.parametrize("case", FLEX[:1], ids=names)
 def test_flex_masked_rows_and_scales(case):
     check(case, "flex-fna", spoil=mask_by_bias, backward=False)

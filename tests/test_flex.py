@@ -131,6 +131,7 @@ def test_tiles_and_values_that_are_not_finite():
     assert bool(got[0].isfinite().any())
 
 
+@pytest.mark.usefixtures("untraced_flex")
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_listed_tiles_are_honoured(rank, monkeypatch):
     """What is listed decides the blocks and what lies in them; anything else is refused."""

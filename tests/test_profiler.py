@@ -177,7 +177,7 @@ def test_profile_writes_json_and_csv(capsys: pytest.CaptureFixture[str], tmp_pat
 
 
 def test_a_dense_baseline_that_would_take_minutes_is_skipped() -> None:
-    problem = make_problem((1024, 1024), 3, heads=8, head_dim=64, dtype=torch.float32)
+    problem = make_problem((384, 384), 3, heads=8, head_dim=64, dtype=torch.float32)
     query = torch.zeros(1, 1, 1, 1, 1).expand(1, *problem.query_shape, 8, 64)
     tensors = subjects.Tensors(query, query, query, None, None, query)
     found = subjects.measure_other("dense", problem, tensors, 1)
