@@ -34,6 +34,19 @@ from natten.types import BoolOrSequence, IntOrSequence, KernelSchedule
 _Key = TypeVar("_Key")
 _Result = TypeVar("_Result")
 _Sizes = Sequence[IntOrSequence | None]
+# What a layout remembers of calls. Cleared when full, which windows that never repeat can cause.
+_MAX_KNOWN = 256
+
+
+def _once(
+    known: dict[Any, Any], what: Any, make: Callable[..., Any], *parts: Any, **named: Any
+) -> Any:
+    """``make(*parts, **named)``, made once for each ``what``."""
+    if what not in known:
+        if len(known) >= _MAX_KNOWN:
+            known.clear()
+        known[what] = make(*parts, **named)
+    return known[what]
 
 
 class GridLayout:
@@ -74,10 +87,9 @@ class GridLayout:
         """:func:`configure_varlen` with these arguments, looked up: a layout serves many layers."""
         if torch.compiler.is_compiling():
             return configure_varlen(self, **arguments)
-        text = repr(arguments)
-        found = self._known.get(text)
-        if found is None:
-            found = self._known[text] = configure_varlen(self, **arguments)
+        found: PackedWindows = _once(
+            self._known, repr(arguments), configure_varlen, self, **arguments
+        )
         return found
 
     def __eq__(self, other: object) -> bool:
@@ -287,9 +299,7 @@ class PackedWindows:
         """``make(*arguments)``, made once for each ``what``."""
         if torch.compiler.is_compiling():
             return make(*arguments)
-        if what not in self._known:
-            self._known[what] = make(*arguments)
-        return self._known[what]
+        return _once(self._known, what, make, *arguments)
 
     def _runs(self) -> list[tuple[_Window, int]]:
         """Grids of one size and window that follow each other."""

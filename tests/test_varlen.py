@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import natten
+from natten import varlen
 from natten.functional import operators
 from natten.varlen import GridLayout, configure_varlen, neighborhood_attention_varlen
 from natten.window import Axis, grid_mask
@@ -310,3 +311,27 @@ def test_when_all_grids_are_one_launch() -> None:
     assert not pays([(20, 30)] * 64, 7, 4 * 64)
     assert not pays([(128, 256), (256, 128)], 63, 16 * 64)
     assert pays([(128, 256), *[(16 + n, 20) for n in range(40)]], 13, 8 * 64)
+
+
+def test_layouts_remember_a_bounded_number_of_windows(monkeypatch):
+    """Calls after that are as those before."""
+    monkeypatch.setattr(varlen, "_MAX_KNOWN", 3)
+    layout = GridLayout([(7,), (9,)])
+    tensors = _tensors(layout)
+
+    def results() -> list[Tensor]:
+        return [
+            neighborhood_attention_varlen(*tensors, layout, kernel_size=3, dilation=dilation)
+            for dilation in (1, 2, 1, 2)
+        ]
+
+    before = results()
+    plan = layout.configured({"kernel_size": 3})
+    for number in range(9):
+        layout.configured({"kernel_size": 3, "scale": number})
+        plan._all_grids(False, number % 2 == 0)
+        plan._pays_at_once(plan._all_grids(False, False).grids, number)
+        assert 0 < len(layout._known) <= 3
+        assert 0 < len(plan._known) <= 3
+    for got, expected in zip(results(), before, strict=True):
+        assert torch.equal(got, expected)

@@ -393,11 +393,18 @@ class NeighborhoodTransformerBlock(nn.Module):
             branch = self.attn(branch) if mask is None else self.attn(branch, mask=mask)
         return self._rest(x, branch, modulation, self.rank)
 
-    def _rest(self, x: Tensor, branch: Tensor, modulation: list[Tensor], axes: int) -> Tensor:
+    def _rest(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        modulation: list[Tensor],
+        axes: int,
+        layout: Any | None = None,
+    ) -> Tensor:
         """What follows the attention, whose result is `branch`."""
-        x = self._add(x, branch, self.gamma1, modulation, 0, axes)
+        x = self._add(x, branch, self.gamma1, modulation, 0, axes, layout)
         branch = self.mlp(self._modulate(self.norm2(x), modulation, 3, axes))
-        return self._add(x, branch, self.gamma2, modulation, 3, axes)
+        return self._add(x, branch, self.gamma2, modulation, 3, axes, layout)
 
     def _forward_packed(
         self,
@@ -427,13 +434,7 @@ class NeighborhoodTransformerBlock(nn.Module):
             branch = self.attn(branch, context, context_lengths, layout=layout)
         else:
             branch = self.attn(branch, mask=mask, layout=layout)
-        drops = self.training and isinstance(self.drop_path, DropPath)
-        for first, gamma in ((0, self.gamma1), (3, self.gamma2)):
-            if first:
-                branch = self.mlp(self._modulate(self.norm2(x), modulation, first, 1))
-            branch = self._gated(branch, gamma, modulation, first, 1)
-            # Grids are dropped, as the entries of a batch are.
-            x = x + (layout.map(self.drop_path, branch) if drops else branch)
+        x = self._rest(x, branch, modulation, 1, layout)
         return x if of_registers is None else (x, of_registers)
 
     def _refuse_mask(self, mask: Tensor | None) -> None:
@@ -533,22 +534,17 @@ class NeighborhoodTransformerBlock(nn.Module):
         modulation: list[Tensor],
         first: int,
         axes: int,
-    ) -> Tensor:
-        return x + self.drop_path(self._gated(branch, gamma, modulation, first, axes))
-
-    def _gated(
-        self,
-        branch: Tensor,
-        gamma: Tensor | None,
-        modulation: list[Tensor],
-        first: int,
-        axes: int,
+        layout: Any | None,
     ) -> Tensor:
         if gamma is not None:
             branch = branch * gamma
         if self.modulation is not None:
             branch = branch * _spread(modulation[first + 2], axes)
-        return branch
+        if not torch.jit.is_scripting() and layout is not None:
+            drops = self.training and isinstance(self.drop_path, DropPath)
+            # Grids are dropped, as the entries of a batch are.
+            return x + (layout.map(self.drop_path, branch) if drops else branch)
+        return x + self.drop_path(branch)
 
 
 def _spread(values: Tensor, axes: int) -> Tensor:
