@@ -468,6 +468,36 @@ def check_grids_problem(number: int, seed: int) -> None:
             assert launches.count(name) == 1, launches
 
 
+def _captured(
+    step: Callable[[], list[Tensor]], is_cold: bool = False
+) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A CUDA graph of a step, and the results that replays fill; not ``is_cold``, the step has run
+    before, on a side stream."""
+    if not is_cold:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+def _replays(graph: torch.cuda.CUDAGraph, leaves: list[Tensor]) -> Iterator[None]:
+    """Two replays, with other numbers in the leaves."""
+    for _ in range(2):
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        yield
+
+
 def check_grids_graph() -> None:
     """Captured as a CUDA graph after the same call, and with nothing prepared, and replayed with
     other numbers; tables that come later do not disturb it. In order, and so bit for bit."""
@@ -483,27 +513,12 @@ def check_grids_graph() -> None:
     for is_cold in (False, True):
         layout = GridLayout([(9 + is_cold, 14), (30, 7), (17, 18)])
         leaves = tensors(layout)
-        if not is_cold:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    step(leaves, layout)
-            torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            captured = step(leaves, layout)
+        graph, captured = _captured(partial(step, leaves, layout), is_cold)
         for n in range(300):
             # As many tables as are kept, and memory for them.
             other = GridLayout([(5, 6 + n), (6, 5)])
             step(tensors(other), other)
-        for _ in range(2):
-            with torch.no_grad():
-                for leaf in leaves:
-                    leaf.normal_()
-            graph.replay()
-            torch.cuda.synchronize()
+        for _ in _replays(graph, leaves):
             for got, wanted in zip(captured, step(leaves, layout)):
                 if is_cold:
                     torch.testing.assert_close(got, wanted, atol=2e-2, rtol=2e-2)
@@ -1022,26 +1037,15 @@ def check_graph() -> None:
         ]
         grad = torch.randn(2, 24, 24, 4, 64, device="cuda", dtype=BF16)
 
-        def step(leaves: list[Tensor], name: str = name, grad: Tensor = grad) -> list[Tensor]:
+        def step(
+            leaves: list[Tensor] = leaves, name: str = name, grad: Tensor = grad
+        ) -> list[Tensor]:
             out = natten.na2d(*leaves, kernel_size=7, backend=f"{name}-fna")
             return [out, *torch.autograd.grad(out, leaves, grad)]
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step(leaves)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step(leaves)
-        for _ in range(2):
-            with torch.no_grad():
-                for leaf in leaves:
-                    leaf.normal_()
-            graph.replay()
-            torch.cuda.synchronize()
-            for got, wanted in zip(captured, step(leaves)):
+        graph, captured = _captured(step)
+        for _ in _replays(graph, leaves):
+            for got, wanted in zip(captured, step()):
                 assert torch.equal(got, wanted)
 
 
@@ -1055,19 +1059,19 @@ def check_cold_graph() -> None:
         rpb = torch.randn(2, 9, 13, device="cuda", requires_grad=name == "cutlass")
         named = {"rpb": rpb} if name == "cutlass" else {}
         inputs = [*leaves, *named.values()]
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+
+        def step(
+            leaves: list[Tensor] = leaves,
+            inputs: list[Tensor] = inputs,
+            name: str = name,
+            named: dict[str, Tensor] = named,
+        ) -> list[Tensor]:
             out = natten.na2d(*leaves, kernel_size=(5, 7), backend=f"{name}-fna", **named)
-            captured = [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
-        for _ in range(2):
-            with torch.no_grad():
-                for leaf in inputs:
-                    leaf.normal_()
-            graph.replay()
-            torch.cuda.synchronize()
-            out = natten.na2d(*leaves, kernel_size=(5, 7), backend=f"{name}-fna", **named)
-            wanted = [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+            return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+        graph, captured = _captured(step, is_cold=True)
+        for _ in _replays(graph, inputs):
+            wanted = step()
             for got, true in zip(captured[:4], wanted):
                 torch.testing.assert_close(got, true, atol=1e-2, rtol=1e-2)
             torch.testing.assert_close(captured[4:], wanted[4:], atol=0.5, rtol=5e-2)
