@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import distributed_module_checks as checks
+import forks
 import pytest
+import torch
 from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "train_video_context_parallel.py"
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +82,12 @@ def test_video_denoiser_over_tokens_and_batch(ranks, how):
     ranks[4].run("video_denoiser", how)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world", "options"),
-    [(2, ["--mesh", "1,1,2"]), (4, ["--mesh", "2,1,2", "--fsdp", "--checkpointing"])],
-)
-def test_example_trains_as_one_process_does(world, options):
+def _started(world: int, options: list[str], folder: Path) -> str:
+    """What the example prints, started as its users do."""
     run = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world),
-            str(ROOT / "examples" / "train_video_context_parallel.py"), "--compare", *options,
+            str(EXAMPLE), *options,
         ],
         capture_output=True,
         text=True,
@@ -94,7 +95,41 @@ def test_example_trains_as_one_process_does(world, options):
         timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    losses = re.findall(r"loss (\S+), one process (\S+)", run.stdout)
+    return run.stdout
+
+
+def _rank(rank: int, world: int, port: int, options: list[str], output: Path) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    sys.argv = [str(EXAMPLE), *options]
+    with Path(output if rank == 0 else os.devnull).open("w") as file, redirect_stdout(file):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
+def _forked(world: int, options: list[str], folder: Path) -> str:
+    """Likewise, in processes that need not import what takes longer than the example."""
+    output = folder / "output"
+    torch.multiprocessing.start_processes(
+        _rank, (world, forks.free_port(), options, output), world,
+        start_method=forks.FORKS.get_start_method(),
+    )  # fmt: skip
+    return output.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "world", "options"),
+    [
+        (_started, 2, ["--mesh", "1,1,2"]),
+        (_forked, 4, ["--mesh", "2,1,2", "--fsdp", "--checkpointing"]),
+    ],
+)
+def test_example_trains_as_one_process_does(run, world, options, tmp_path):
+    output = run(world, ["--compare", *options], tmp_path)
+    losses = re.findall(r"loss (\S+), one process (\S+)", output)
     assert len(losses) == 3
     for loss, alone in losses:
         assert float(loss) == pytest.approx(float(alone), abs=2e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import forks
 import pytest
@@ -121,9 +120,6 @@ def _shard(rank: int, port: int) -> None:
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_fully_sharded_modules():
     """Sharding frees parameters by resizing their storage; gradients are those of one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     torch.multiprocessing.start_processes(
-        _shard, (port,), 2, start_method=forks.FORKS.get_start_method()
+        _shard, (forks.free_port(),), 2, start_method=forks.FORKS.get_start_method()
     )

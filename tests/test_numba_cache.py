@@ -16,8 +16,10 @@ import subprocess
 import sys
 import textwrap
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 
@@ -275,47 +277,35 @@ def finish(process):
     return stdout + stderr
 
 
-RACE = """
-    import sys, numba
-    from natten.functional.backends.cpu import vectors
-    from test_numba_cache import affine, check
-    print("ready", flush=True)
-    for line in sys.stdin:
-        numba.config.CACHE_DIR = line.strip()
+def race(folders: Connection, dtypes: list[str]) -> None:
+    """Fills or reads the cache of each folder that it is sent."""
+    while folder := folders.recv():
+        numba.config.CACHE_DIR = folder
         loop = vectors.entry(affine)
-        for dtype in sys.argv[1:]:
+        for dtype in dtypes:
             check(loop, dtype)
-        print("done", flush=True)
-"""
+        folders.send("done")
 
 
 @pytest.mark.slow
 def test_many_processes_at_once(tmp_path):
     """They compile into one empty cache; then all find whole loops in it, or none."""
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(RACE), *dtypes],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for dtypes in (["float32"], ["float64"], ["int64", "float32"], ["float64"])
-    ]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n", process.communicate()
+    processes = []
+    for dtypes in (["float32"], ["float64"], ["int64", "float32"], ["float64"]):
+        ours, theirs = forks.FORKS.Pipe()
+        processes.append((forks.FORKS.Process(target=race, args=(theirs, dtypes)), ours))
+        processes[-1][0].start()
+        theirs.close()
     for number in range(20):
         # Each folder is empty at first, and full the second time.
-        folder = str(tmp_path / str(number // 2))
-        for process in processes:
-            process.stdin.write(f"{folder}\n")
-            process.stdin.flush()
-        for process in processes:
-            assert process.stdout.readline() == "done\n", process.communicate()
-    for process in processes:
-        finish(process)
+        for _, pipe in processes:
+            pipe.send(str(tmp_path / str(number // 2)))
+        for _, pipe in processes:
+            assert pipe.recv() == "done"
+    for process, pipe in processes:
+        pipe.send("")
+        process.join()
+        assert process.exitcode == 0
     assert len(list(tmp_path.rglob("*.nbi"))) == 10
     assert not list(tmp_path.rglob("*.tmp.*"))
 
