@@ -84,10 +84,11 @@ class Exchange:
         self._works: list[Any]
         self._kept: Any
         sent: Any
+        everything = [t for tensors in outgoing for t in tensors]
         # Not only the transfer but the packing before it.
-        with Beside(received.device):
+        with Beside(received.device, everything):
             if transport == "all_to_all":
-                sent = _packed([t for tensors in outgoing for t in tensors], received)
+                sent = _packed(everything, received)
                 sent_sizes = [sum([t.numel() for t in tensors]) for tensors in outgoing]
                 work = dist.all_to_all_single(
                     received, sent, list(sizes), sent_sizes, group=group, async_op=True
@@ -104,7 +105,7 @@ class Exchange:
                 self._works = dist.batch_isend_irecv(operations) if operations else []
         # Until the other stream has read them, their memory must not be anything else's.
         self._kept = (outgoing, sent)
-        self.tensors = [received, *[t for tensors in outgoing for t in tensors]]
+        self.tensors = [received, *everything]
 
     def wait(self) -> tuple[Tensor, ...]:
         """What came from each rank, in one dimension."""

@@ -87,21 +87,22 @@ class _Keys:
 
     def __init__(self, call: Call, part: Inputs, wait: Wait) -> None:
         self._call, self._part, self._wait = call, part, wait
+        # Kept until they have been read, on another stream: a mask is there as numbers made for it.
+        self._own = part.keys
         self._all: list[Tensor] = []
         self._joining = Beside(part.key.device)
 
     def prepare(self) -> None:
         """Begins to put own and other ranks' keys together, if any query sees others'."""
-        call, part = self._call, self._part
+        call = self._call
         if self._all or call.is_local(call.own):
             return
         extents = call.needed.extent
-        own = part.keys
-        self._all = [t.new_empty((t.shape[0], *extents, *t.shape[-2:])) for t in own]
+        self._all = [t.new_empty((t.shape[0], *extents, *t.shape[-2:])) for t in self._own]
         with self._joining:
             for image in call.images(call.own):
-                self._put(image, own)
-            for of_rank in call.fetched(part, self._wait()):
+                self._put(image, self._own)
+            for of_rank in call.fetched(self._part, self._wait()):
                 for box, pair in of_rank:
                     self._put(box, pair)
 
@@ -113,14 +114,14 @@ class _Keys:
     def seen_by(self, queries: Box) -> tuple[Box, Sequence[Tensor]]:
         """A box that holds what these queries see, with its keys and values."""
         if self._call.is_local(queries):
-            return self._call.own, self._part.keys
+            return self._call.own, self._own
         self._joining.wait()
         return self._call.needed, self._all
 
     def release(self) -> None:
         """They are not needed any more, but others' keys are to have come before the end."""
         self._joining.wait() if self._all else self._wait()
-        self._all = []
+        self._all = self._own = []
 
 
 def _prepare(keys: Sequence[_Keys]) -> None:
