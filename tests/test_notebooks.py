@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import runpy
+import warnings
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 
+import forks
 import pytest
+import torch
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 SCRIPTS = sorted(NOTEBOOKS.glob("*.py"))
@@ -44,6 +47,15 @@ def cells_of(script: Path) -> list[tuple[str, str]]:
     return [(kind, "\n".join(lines).strip()) for kind, lines in found]
 
 
+def run(script: Path, folder: Path) -> None:
+    os.chdir(folder)
+    os.environ["MPLBACKEND"] = "Agg"
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with redirect_stdout(None):
+        runpy.run_path(str(script), run_name="__main__")
+
+
 def test_all_are_here():
     assert [path.stem for path in SCRIPTS] == sorted(NEEDS)
 
@@ -55,15 +67,7 @@ def test_runs(script, tmp_path):
     for module, package in NEEDS[script.stem].items():
         if find_spec(module) is None:
             pytest.skip(f"needs pip install {package}")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script)],
-        cwd=tmp_path,
-        env={**os.environ, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    forks.call(run, script, tmp_path)
 
 
 @each
