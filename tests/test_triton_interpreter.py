@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, on the CPU: every feature, in small problems.
 
-The interpreter does not compute bfloat16; the GPU tests do. It costs some 40 ms a program, so that
+The interpreter does not compute bfloat16; the GPU tests do. It costs some 12 ms a program, so that
 most cases run with batch 1 and one or two tiles. All cases with all backends are marked
 ``exhaustive``. Run with ``TRITON_INTERPRET=1``.
 """
