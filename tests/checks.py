@@ -477,23 +477,33 @@ def _product_slack(
     return slack
 
 
-def _output_slack(inputs: Inputs, out: Tensor, lse: Tensor, grad_out: Tensor) -> dict[str, float]:
+def _output_slack(
+    case: Case, inputs: Inputs, out: Tensor, lse: Tensor, grad_out: Tensor
+) -> dict[str, float]:
     """What a relative error of 1 of the output, as it is kept for the backward pass, does to
-    gradients that sum over all queries: a few numbers, of which eager attention's errors may all
-    happen to be small. Errors of features and queries are taken for independent.
+    gradients beside which that of eager attention says little: sums over all queries, a few numbers
+    whose errors may all happen to be small, and gradients of scores where windows hold one key,
+    which are nothing else. Errors of features and queries are taken for independent.
     """
     errors = (out.detach() * grad_out.double()).nan_to_num().norm(dim=-1)
+    if not errors.numel():
+        return {}
     slack = {}
+    largest_error = float(errors.max())
+    alone = all(min(sizes) == 1 for sizes in zip(case.kernel_size or case.tokens, case.tokens))
+    names = ("rpb", *(("query", "key") if alone else ()))
+    leaves = {n: t for n, t in inputs.tensors().items() if n in names and t.requires_grad}
+    if leaves:
+        seen = lse.masked_fill(lse.isinf(), 0.0).sum()
+        found = torch.autograd.grad(seen, list(leaves.values()), retain_graph=True)
+        for name, by_lse in zip(leaves, found, strict=True):
+            largest = float(by_lse.nan_to_num().abs().max()) if by_lse.numel() else 0.0
+            # Weights are at most 1: so is their sum over queries, squared one by one.
+            share = largest**0.5 if name == "rpb" else largest
+            slack[f"gradient of {name}"] = largest_error * share
     if inputs.sink is not None:
         weights = torch.exp(inputs.sink.detach().double() - lse.detach()).nan_to_num(posinf=0.0)
-        shares = (weights * errors).flatten(0, -2).norm(dim=0)
-        slack["gradient of sink"] = float(shares.max()) if shares.numel() else 0.0
-    if inputs.rpb is not None:
-        seen = lse.masked_fill(lse.isinf(), 0.0).sum()
-        (biases,) = torch.autograd.grad(seen, [inputs.rpb], retain_graph=True)
-        # Weights are at most 1: so is their sum over queries, squared one by one.
-        largest = float(biases.nan_to_num().abs().max()) if biases.numel() else 0.0
-        slack["gradient of rpb"] = float(errors.max()) * largest**0.5 if errors.numel() else 0.0
+        slack["gradient of sink"] = float((weights * errors).flatten(0, -2).norm(dim=0).max())
     return slack
 
 
@@ -509,7 +519,7 @@ def _slack(
     """Absolute errors of gradients that come on top of the budget, from all of the above."""
     # Rounding is off by 0.3 units of the last place in the mean, and a sum by more than four times
     # its mean error once in 16,000 times.
-    slack = {n: 1.2 * eps * s for n, s in _output_slack(inputs, out, lse, grad_out).items()}
+    slack = {n: 1.2 * eps * s for n, s in _output_slack(case, inputs, out, lse, grad_out).items()}
     if product_rounding:
         for name, size in _product_slack(case, inputs, out, lse, grad_out).items():
             slack[name] = slack.get(name, 0.0) + product_rounding * size
