@@ -61,6 +61,8 @@ SETTINGS = [
     # Gluon: large windows on Hopper.
     Setting("1d_d64", 90, (32768,), (2048,)),
     Setting("1d_d128_causal", 90, (16384,), (16384,), 128, CAUSAL),
+    Setting("1d_d96", 90, (16384,), (16384,), 96),
+    Setting("2d_d80_values", 90, (128, 128), (80, 80), 80, {"head_dim_v": 48}, backward=False),
     Setting("2d_gqa", 90, (128, 128), (80, 80), 128, {"heads_kv": 2}),
     Setting("3d_d128", 90, (30, 48, 80), (18, 24, 24), 128),
     Setting("1d_varlen", 90, (4096,), (4096,), 128, {"varlen": True}),

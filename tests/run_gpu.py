@@ -122,7 +122,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 2) * 3 // 4, 1))
     parser.add_argument("--random", type=int, default=2000, help="random problems, in families")
     parser.add_argument("--families", type=int, default=72, help="sets of compiled kernels")
-    parser.add_argument("--gluon-families", type=int, default=18, help="of 20 problems each")
+    parser.add_argument("--gluon-families", type=int, default=30, help="of 20 problems each")
     parser.add_argument("--grids", type=int, default=20, help="layouts of each set of kernels")
     parser.add_argument("--free", type=int, default=64, help="of all kinds, with default tiles")
     parser.add_argument(

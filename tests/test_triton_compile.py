@@ -109,6 +109,8 @@ MORE_SETTINGS = [
     Setting("3d_d32", 90, (16, 32, 32), (5, 7, 7), 32),
     Setting("3d_d64", 90, (16, 32, 32), (9, 13, 13), 64, rpb=True),
     Setting("1d_d128", 90, (16384,), (16384,), 128),
+    Setting("1d_d96", 90, (16384,), (16384,), 96),
+    Setting("2d_d80", 90, (128, 128), (80, 80), 80),
     Setting("1d_d64_dense", 90, (16384,), (16384,), 64),
     Setting("1d_d128_two_passes", 90, (16384,), (16384,), 128,
             knobs={"backward_q_tile_shape": (64,), "backward_kv_tile_shape": (64,)}),
@@ -287,13 +289,15 @@ def test_descriptors() -> None:
     assert "ttng.async_tma_copy_global_to_local" in ttgir
 
 
-@pytest.mark.parametrize("title", ["sm_90/1d_d64", "sm_90/1d_d128_causal", "sm_90/3d_d128"])
+@pytest.mark.parametrize("title", [
+    "sm_90/1d_d64", "sm_90/1d_d128_causal", "sm_90/3d_d128", "sm_90/1d_d96", "sm_90/2d_d80",
+])  # fmt: skip
 def test_products_of_the_ping_pong_kernel_stay_in_flight(title: str) -> None:
     """Products of the warp-specialized kernel stay in flight: the assembler waits for each of them
     where it takes them for unsafe, or short of registers, which makes the kernel useless."""
     if in_gluon("hopper_forward") is None:
         pytest.skip(f"Triton {triton.__version__} has another dialect of Gluon")
-    setting = next(s for s in SETTINGS if s.title == title)
+    setting = next(s for s in SETTINGS + MORE_SETTINGS if s.title == title)
     kernel = compile_setting(replace(setting, backward=False))["hopper_forward_kernel"]
     sass = instructions(kernel)
     products, waits = sass.count("HGMMA"), sass.count("WARPGROUP.DEPBAR")
@@ -302,7 +306,9 @@ def test_products_of_the_ping_pong_kernel_stay_in_flight(title: str) -> None:
     assert "STL" not in sass
 
 
-@pytest.mark.parametrize("title", ["sm_90/1d_d128_causal", "sm_90/2d_d128", "sm_90/1d_d64_dense"])
+@pytest.mark.parametrize("title", [
+    "sm_90/1d_d128_causal", "sm_90/2d_d128", "sm_90/1d_d64_dense", "sm_90/1d_d96",
+])  # fmt: skip
 def test_gradients_in_one_pass(title: str) -> None:
     """The same of the kernel for all gradients; it is short of registers outside its products."""
     if in_gluon("hopper_forward") is None:

@@ -100,6 +100,9 @@ def test_warp_groups_run_apart_where_that_is_faster() -> None:
             "dense": _large(shape=(16384,), kernel_size=(16384,)),
             "head_dim 64": _large(head_dim=64),
             "values": _large(head_dim=64, head_dim_v=128),
+            "head_dim 96": _large(head_dim=96),
+            "head_dim 80": _large(head_dim=80, head_dim_v=48),
+            "head_dim 112": _large(head_dim=112),
             "small window": _large(kernel_size=(7, 7)),
             "head_dim 32": _large(head_dim=32),
             "dilation": _large(kernel_size=(30, 30), dilation=(1, 2)),
@@ -112,7 +115,7 @@ def test_warp_groups_run_apart_where_that_is_faster() -> None:
             for name, problem in chosen.items()
         }
     assert [name for name, chosen in ping_pong.items() if chosen] == [
-        "large", "dense", "head_dim 64", "values",
+        "large", "dense", "head_dim 64", "values", "head_dim 96", "head_dim 80",
     ]  # fmt: skip
 
 
@@ -126,6 +129,8 @@ def test_gradients_come_in_one_pass_where_that_is_faster(monkeypatch: pytest.Mon
             "dense": _large(shape=(16384,), kernel_size=(16384,)),
             "head_dim 64": _large(shape=(16384,), kernel_size=(16384,), head_dim=64),
             "values": _large(head_dim=64, head_dim_v=128),
+            "head_dim 96": _large(head_dim=96),
+            "head_dim 48": _large(head_dim=48),
             "small window": _large(kernel_size=(7, 7)),
             "space": _large(shape=(30, 48, 80), kernel_size=(18, 24, 24)),
             "dilation": _large(kernel_size=(30, 30), dilation=(1, 2)),
@@ -141,6 +146,7 @@ def test_gradients_come_in_one_pass_where_that_is_faster(monkeypatch: pytest.Mon
         "large",
         "dense",
         "head_dim 64",
+        "head_dim 96",
     ]
     assert (prod(together["dense"].query), prod(together["dense"].key)) == (64, 128)
     assert (prod(together["head_dim 64"].query), prod(together["head_dim 64"].key)) == (128, 128)

@@ -222,7 +222,13 @@ class _Backend(Backend):
         persistent = 0 if config.backward_kv_splits is None else prod(config.backward_kv_splits)
         if not problem.num_additional:
             fused = self._fused(problem, config, now, query, key_value)
-            sums = 4 * problem.batch * problem.num_queries * problem.heads * problem.head_dim
+            sums = (
+                4
+                * problem.batch
+                * problem.num_queries
+                * problem.heads
+                * tiles.block(problem.head_dim)
+            )
             launches = 1 if now.memory == "unrestricted" or sums <= _SMALL_SUMS else 2
             return BackwardTilings(query, key_value, key_value, 1, persistent, fused, launches)
         longest = problem.num_queries if problem.grids is None else problem.grids.longest
@@ -398,7 +404,7 @@ class _Descriptors(_Backend):
 
 class _Hopper(_Descriptors):
     name = "hopper"
-    head_dims = (16, 32, 64, 128, 256)
+    head_dims = (16, 32, 48, 64, 80, 96, 128, 256)
 
     def _has_ping_pong(self) -> bool:
         """Whether there is a ping-pong kernel: not in the interpreter, nor in an older Triton."""

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from natten.functional.backends.triton.primitives import (
@@ -47,6 +52,137 @@ class Ring(NamedTuple):
     buffers: Any
     full: Any
     empty: Any
+
+
+# Features are multiplied by powers of two. The sums of a head are a tuple: those for as many of its
+# features as the largest power of two, and where that is not all, those for the features behind it.
+
+
+@gluon.constexpr_function
+def main_features(FEATURES):
+    """The largest power of two of them."""
+    return 1 << (FEATURES.bit_length() - 1)
+
+
+@gluon.constexpr_function
+def sums_layout(FEATURES):
+    """How a warp group holds sums for so many features."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEATURES, 16])
+
+
+@gluon.jit
+def zero_sums(ROWS: gl.constexpr, FEATURES: gl.constexpr):
+    """Sums of nothing yet, to be added to."""
+    MAIN: gl.constexpr = main_features(FEATURES)
+    REST: gl.constexpr = FEATURES - MAIN
+    main = warpgroup_mma_init(gl.full([ROWS, MAIN], 0.0, gl.float32, sums_layout(MAIN)))
+    if REST == 0:
+        return (main,)
+    else:
+        zeros = gl.full([ROWS, REST], 0.0, gl.float32, sums_layout(REST))
+        return main, warpgroup_mma_init(zeros)
+
+
+@gluon.jit
+def multiply(rows, columns, zeros, FEATURES: gl.constexpr):
+    """Starts the product of rows and columns in shared memory. Behind the features of a head in
+    their tiles are those of another."""
+    MAIN: gl.constexpr = main_features(FEATURES)
+    REST: gl.constexpr = FEATURES - MAIN
+    product = warpgroup_mma(
+        rows.slice(0, MAIN, 1), columns.slice(0, MAIN, 1).permute((1, 0)), zeros, use_acc=False,
+        is_async=True,
+    )  # fmt: skip
+    if REST > 0:
+        product = warpgroup_mma(
+            rows.slice(MAIN, REST, 1), columns.slice(MAIN, REST, 1).permute((1, 0)), product,
+            is_async=True,
+        )  # fmt: skip
+    return product
+
+
+@gluon.jit
+def add_products(weights, columns, sums, FEATURES: gl.constexpr):
+    """Starts to add the product of weights and columns, features of tokens in shared memory."""
+    MAIN: gl.constexpr = main_features(FEATURES)
+    REST: gl.constexpr = FEATURES - MAIN
+    operand = gl.convert_layout(weights, gl.DotOperandLayout(0, sums_layout(MAIN), 2))
+    main = warpgroup_mma(operand, columns.slice(0, MAIN, 1), sums[0], is_async=True)
+    if REST == 0:
+        return (main,)
+    else:
+        operand = gl.convert_layout(weights, gl.DotOperandLayout(0, sums_layout(REST), 2))
+        rest = warpgroup_mma(operand, columns.slice(MAIN, REST, 1), sums[1], is_async=True)
+        return main, rest
+
+
+@gluon.jit
+def wait_for(PENDING: gl.constexpr, product, sums):
+    """A product and sums when no more than so many later ones are at work."""
+    if len(sums) == 1:
+        product, main = warpgroup_mma_wait(PENDING, deps=[product, sums[0]])
+        return product, (main,)
+    else:
+        product, main, rest = warpgroup_mma_wait(PENDING, deps=[product, sums[0], sums[1]])
+        return product, (main, rest)
+
+
+@gluon.jit
+def wait(sums):
+    """The sums when all products are done."""
+    if len(sums) == 1:
+        return (warpgroup_mma_wait(0, deps=[sums[0]]),)
+    else:
+        main, rest = warpgroup_mma_wait(0, deps=[sums[0], sums[1]])
+        return main, rest
+
+
+@gluon.jit
+def wait_for_both(sums, others):
+    """Both when all products are done."""
+    if len(sums) == 1:
+        main, other_main = warpgroup_mma_wait(0, deps=[sums[0], others[0]])
+        return (main,), (other_main,)
+    else:
+        main, rest, other_main, other_rest = warpgroup_mma_wait(
+            0, deps=[sums[0], sums[1], others[0], others[1]]
+        )
+        return (main, rest), (other_main, other_rest)
+
+
+@gluon.jit
+def in_flight(sums):
+    """Sums that are done as sums that may not be."""
+    if len(sums) == 1:
+        return (warpgroup_mma_init(sums[0]),)
+    else:
+        return warpgroup_mma_init(sums[0]), warpgroup_mma_init(sums[1])
+
+
+@gluon.jit
+def spread(numbers, tile):
+    """A number per row, as the tile has them."""
+    return gl.convert_layout(numbers, gl.SliceLayout(1, tile.type.layout))[:, None]
+
+
+@gluon.jit
+def scaled(sums, factors):
+    """The sums of each row times its factor."""
+    main = sums[0] * spread(factors, sums[0])
+    if len(sums) == 1:
+        return (main,)
+    else:
+        return main, sums[1] * spread(factors, sums[1])
+
+
+@gluon.jit
+def divided(sums, divisors):
+    """The sums of each row by its divisor."""
+    main = sums[0] / spread(divisors, sums[0])
+    if len(sums) == 1:
+        return (main,)
+    else:
+        return main, sums[1] / spread(divisors, sums[1])
 
 
 @gluon.jit
@@ -147,3 +283,13 @@ def store_tile(
         gl.convert_layout(tile.to(target.dtype.element_ty), layout),
         mask=gl.convert_layout(all_exist, row_layout)[:, None],
     )
+
+
+@gluon.jit
+def store_sums(target, sums, batch, head, rows, strides, V: gl.constexpr):
+    """Rows of sums, as `store_tile`."""
+    MAIN: gl.constexpr = sums[0].shape[1]
+    store_tile(target, sums[0], batch, head, rows, strides, MAIN, V)
+    if len(sums) > 1:
+        REST: gl.constexpr = sums[1].shape[1]
+        store_tile(target + MAIN, sums[1], batch, head, rows, strides, REST, V)

@@ -54,7 +54,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -62,14 +61,24 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from natten.functional.backends.triton import arguments, launcher
 from natten.functional.backends.triton.hopper import (
     Ring,
+    add_products,
     barriers,
     descriptor,
+    in_flight,
     loaded_ring,
+    main_features,
+    multiply,
     ring_of,
     row_corner,
+    scaled,
     seen,
     sights,
-    store_tile,
+    store_sums,
+    sums_layout,
+    wait,
+    wait_for,
+    wait_for_both,
+    zero_sums,
 )
 from natten.functional.backends.triton.launcher import Launch
 from natten.functional.backends.triton.primitives import (
@@ -80,7 +89,7 @@ from natten.functional.backends.triton.primitives import (
     sequence_of,
     unravel,
 )
-from natten.functional.backends.triton.tiles import KEY_VALUE_GRADIENT, Tiling
+from natten.functional.backends.triton.tiles import KEY_VALUE_GRADIENT, Tiling, block
 from natten.functional.problem import Problem
 
 
@@ -212,27 +221,38 @@ def statistic(pairs, which: gl.constexpr, COLUMNS: gl.constexpr, column_layout: 
     return gl.convert_layout(numbers, column_layout)
 
 
+@gluon.constexpr_function
+def share(HALF, FEATURES):
+    """The features of the queries' gradients that a half of the program computes, and how many."""
+    main = main_features(FEATURES)
+    if main == FEATURES:
+        return HALF * (FEATURES // 2), FEATURES // 2
+    return (main, FEATURES - main) if HALF else (0, main)
+
+
 @gluon.jit
-def multiply_keys(score_gradients, keys, COLUMNS: gl.constexpr, PART: gl.constexpr):
-    """Starts the product of a tile's score gradients with half the features of the keys."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
-    zeros = gl.full([COLUMNS, PART], 0.0, gl.float32, layout)
+def multiply_keys(score_gradients, keys, COLUMNS: gl.constexpr):
+    """Starts the product of a tile's score gradients with some features of the keys."""
+    PART: gl.constexpr = keys.shape[1]
+    zeros = gl.full([COLUMNS, PART], 0.0, gl.float32, sums_layout(PART))
     return warpgroup_mma(score_gradients.permute((1, 0)), keys, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def add_queries(
-    part, place, queries, query_sums, sums, batch, first_head, feature, FEATURES: gl.constexpr
-):
-    """Starts to add half the features of a tile's query gradients to memory."""
+    part, place, queries, query_sums, sums, batch, first_head, HALF: gl.constexpr,
+    V: gl.constexpr,
+):  # fmt: skip
+    """Starts to add a half's share of a tile's query gradients to memory."""
     head, corner = place
-    sums.reshape(part.shape).store(part)
+    WIDTH: gl.constexpr = V.BLOCK // 2
+    sums.reshape([V.QUERIES, WIDTH]).slice(0, part.shape[1], 1).store(part)
     fence_async_shared()
     add_to_global(
         query_sums,
         [
             batch, corner[0], corner[1], queries + corner[2],
-            (head - first_head) * FEATURES + feature,
+            (head - first_head) * V.BLOCK + HALF * WIDTH,
         ],
         sums,
     )  # fmt: skip
@@ -243,18 +263,17 @@ def add_step(
     i, place, keys, sequence, sources, shared, batch, first_head, HALF: gl.constexpr,
     V: gl.constexpr,
 ):  # fmt: skip
-    """Computes what step i is to add to half the features of the queries' gradients, and starts to
+    """Computes what step i is to add to a half's share of the queries' gradients, and starts to
     add it."""
-    PART: gl.constexpr = V.FEATURES // 2
     ring = shared.score_gradients
     mbarrier.wait(ring.full.index(i & 1), (i >> 1) & 1)
-    part = multiply_keys(ring.buffers.index(i & 1), keys, V.QUERIES, PART)
+    part = multiply_keys(ring.buffers.index(i & 1), keys, V.QUERIES)
     tma.store_wait(0)
     part = warpgroup_mma_wait(0, deps=[part])
     mbarrier.arrive(ring.empty.index(i & 1))
     add_queries(
         part, place, sequence, sources.query_sums, shared.sums.index(HALF), batch, first_head,
-        HALF * PART, V.FEATURES,
+        HALF, V,
     )  # fmt: skip
 
 
@@ -273,13 +292,14 @@ def attend_back(
     ALL: gl.constexpr = V.KEYS
     ROWS: gl.constexpr = ALL // 2
     COLUMNS: gl.constexpr = V.QUERIES
-    PART: gl.constexpr = FEATURES // 2
+    SHARE: gl.constexpr = share(HALF, FEATURES)
+    # Products that a product for all features is made of.
+    PARTS: gl.constexpr = 1 if main_features(FEATURES) == FEATURES else 2
     # Two products of 128 columns at a time and a sum that waits for a third spill registers.
     LATE: gl.constexpr = COLUMNS == 128
     dtype: gl.constexpr = queries.buffers.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEATURES, 16])
-    operand_layout: gl.constexpr = gl.DotOperandLayout(0, sum_layout, 2)
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout(main_features(FEATURES)), 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     column_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -316,15 +336,20 @@ def attend_back(
                 heads * V.HEADS_PER_KV, shared, V,
             )  # fmt: skip
 
-    all_keys = shared.key.reshape([ALL, FEATURES])
+    all_keys = shared.key.reshape([ALL, V.BLOCK])
     keys = all_keys.slice(HALF * ROWS, ROWS, 0)
-    key_features = all_keys.slice(HALF * PART, PART, 1)
-    values = shared.value.reshape([ALL, FEATURES]).slice(HALF * ROWS, ROWS, 0)
+    key_features = all_keys.slice(SHARE[0], SHARE[1], 1)
+    values = shared.value.reshape([ALL, V.BLOCK]).slice(HALF * ROWS, ROWS, 0)
     sums = shared.sums.index(HALF)
+    if SHARE[1] < V.BLOCK // 2:
+        # What is behind the share is added, too.
+        WIDTH: gl.constexpr = V.BLOCK // 2
+        nothing = gl.full([COLUMNS, WIDTH], 0.0, gl.float32, sums_layout(WIDTH))
+        sums.reshape([COLUMNS, WIDTH]).store(nothing)
     place = unravel(gl.arange(0, COLUMNS, column_layout), QUERY_TILE)
     zeros = gl.full([ROWS, COLUMNS], 0.0, gl.float32, scores_layout)
-    key_sum = warpgroup_mma_init(gl.full([ROWS, FEATURES], 0.0, gl.float32, sum_layout))
-    value_sum = warpgroup_mma_init(gl.full([ROWS, FEATURES], 0.0, gl.float32, sum_layout))
+    key_sums = zero_sums(ROWS, FEATURES)
+    value_sums = zero_sums(ROWS, FEATURES)
     mbarrier.wait(shared.rows_full.index(0), 0)
     mbarrier.wait(shared.rows_full.index(1), 0)
     for i in range(total):
@@ -336,19 +361,15 @@ def attend_back(
         own_part = score_gradients.buffers.index(here).slice(HALF * ROWS, ROWS, 0)
         mbarrier.wait(queries.full.index(stage), phase)
         if needed:
-            query_tile = queries.buffers.index(stage).reshape([COLUMNS, FEATURES])
-            gradient_tile = gradients.buffers.index(stage).reshape([COLUMNS, FEATURES])
+            query_tile = queries.buffers.index(stage).reshape([COLUMNS, V.BLOCK])
+            gradient_tile = gradients.buffers.index(stage).reshape([COLUMNS, V.BLOCK])
             pairs = statistics.buffers.index(stage)._reinterpret(gl.float32, [COLUMNS, 4], flat)
-            scores = warpgroup_mma(
-                keys, query_tile.permute((1, 0)), zeros, use_acc=False, is_async=True
-            )
+            scores = multiply(keys, query_tile, zeros, FEATURES)
             mbarrier.wait(gradients.full.index(stage), phase)
-            weight_gradient = warpgroup_mma(
-                values, gradient_tile.permute((1, 0)), zeros, use_acc=False, is_async=True
-            )
+            weight_gradient = multiply(values, gradient_tile, zeros, FEATURES)
             mbarrier.wait(statistics.full.index(stage), phase)
             column_lse = statistic(pairs, 0, COLUMNS, column_layout)
-            scores = warpgroup_mma_wait(1, deps=[scores])
+            scores = warpgroup_mma_wait(PARTS, deps=[scores])
             if V.NEGATE:
                 scores = -scores
             if not (whole & see_some):
@@ -360,47 +381,45 @@ def attend_back(
             if LATE:
                 weight_gradient = warpgroup_mma_wait(0, deps=[weight_gradient])
             else:
-                value_sum = warpgroup_mma(operand, gradient_tile, value_sum, is_async=True)
-                weight_gradient = warpgroup_mma_wait(1, deps=[weight_gradient])
+                value_sums = add_products(operand, gradient_tile, value_sums, FEATURES)
+                weight_gradient = warpgroup_mma_wait(PARTS, deps=[weight_gradient])
             column_delta = statistic(pairs, 1, COLUMNS, column_layout)
             score_gradient = weights * (weight_gradient - column_delta[None, :])
             score_gradient = score_gradient.to(dtype)
             mbarrier.wait(score_gradients.empty.index(here), ((i >> 1) + 1) & 1)
             own_part.store(score_gradient)
             if LATE:
-                value_sum = warpgroup_mma(operand, gradient_tile, value_sum, is_async=True)
+                value_sums = add_products(operand, gradient_tile, value_sums, FEATURES)
             operand = gl.convert_layout(score_gradient, operand_layout)
             fence_async_shared()
             mbarrier.arrive(score_gradients.full.index(here))
             if i > 0:
                 mbarrier.wait(score_gradients.full.index(1 - here), ((i - 1) >> 1) & 1)
-                part = multiply_keys(
-                    score_gradients.buffers.index(1 - here), key_features, COLUMNS, PART
-                )
-                key_sum = warpgroup_mma(operand, query_tile, key_sum, is_async=True)
+                part = multiply_keys(score_gradients.buffers.index(1 - here), key_features, COLUMNS)
+                key_sums = add_products(operand, query_tile, key_sums, FEATURES)
                 tma.store_wait(0)
-                part, value_done = warpgroup_mma_wait(1, deps=[part, value_sum])
+                part, value_sums = wait_for(PARTS, part, value_sums)
                 mbarrier.arrive(score_gradients.empty.index(1 - here))
                 mbarrier.arrive(gradients.empty.index(stage))
-                value_sum = warpgroup_mma_init(value_done)
+                value_sums = in_flight(value_sums)
                 add_queries(
                     part, place_of(i - 1, steps, kv_head, box, V), sequence, sources.query_sums,
-                    sums, memory_batch, first_head * V.HEADS_PER_KV, HALF * PART, FEATURES,
+                    sums, memory_batch, first_head * V.HEADS_PER_KV, HALF, V,
                 )  # fmt: skip
-                key_done = warpgroup_mma_wait(0, deps=[key_sum])
+                key_sums = wait(key_sums)
                 mbarrier.arrive(queries.empty.index(stage))
-                key_sum = warpgroup_mma_init(key_done)
+                key_sums = in_flight(key_sums)
             else:
-                key_sum = warpgroup_mma(operand, query_tile, key_sum, is_async=True)
-                key_done, value_done = warpgroup_mma_wait(0, deps=[key_sum, value_sum])
+                key_sums = add_products(operand, query_tile, key_sums, FEATURES)
+                key_sums, value_sums = wait_for_both(key_sums, value_sums)
                 mbarrier.arrive(gradients.empty.index(stage))
                 mbarrier.arrive(queries.empty.index(stage))
-                key_sum = warpgroup_mma_init(key_done)
-                value_sum = warpgroup_mma_init(value_done)
+                key_sums = in_flight(key_sums)
+                value_sums = in_flight(value_sums)
         else:
-            key_done, value_done = warpgroup_mma_wait(0, deps=[key_sum, value_sum])
-            key_sum = warpgroup_mma_init(key_done)
-            value_sum = warpgroup_mma_init(value_done)
+            key_sums, value_sums = wait_for_both(key_sums, value_sums)
+            key_sums = in_flight(key_sums)
+            value_sums = in_flight(value_sums)
             # Buffers are filled again only after they have been full.
             mbarrier.wait(gradients.full.index(stage), phase)
             mbarrier.wait(statistics.full.index(stage), phase)
@@ -424,20 +443,19 @@ def attend_back(
                 HALF, i + STAGES, place_of(i + STAGES, steps, kv_head, box, V), sequence, sources,
                 memory_batch, heads * V.HEADS_PER_KV, shared, V,
             )  # fmt: skip
-    key_sum, value_sum = warpgroup_mma_wait(0, deps=[key_sum, value_sum])
+    key_sums, value_sums = wait_for_both(key_sums, value_sums)
     if total > 0:
         add_step(
             total - 1, place_of(total - 1, steps, kv_head, box, V), key_features, sequence, sources,
             shared, memory_batch, first_head * V.HEADS_PER_KV, HALF, V,
         )  # fmt: skip
-    store_tile(
-        data.key_gradient, key_sum * scales.gradients, memory_batch, kv_head, rows,
-        data.strides.key_gradient, FEATURES, V,
-    )  # fmt: skip
-    store_tile(
-        data.value_gradient, value_sum, memory_batch, kv_head, rows, data.strides.value_gradient,
-        FEATURES, V,
-    )  # fmt: skip
+    key_sums = scaled(key_sums, gl.full([ROWS], 1.0, gl.float32, row_layout) * scales.gradients)
+    store_sums(
+        data.key_gradient, key_sums, memory_batch, kv_head, rows, data.strides.key_gradient, V
+    )
+    store_sums(
+        data.value_gradient, value_sums, memory_batch, kv_head, rows, data.strides.value_gradient, V
+    )
     # Shared memory must not go before it has been read.
     tma.store_wait(0)
 
@@ -541,7 +559,7 @@ def gradients(
     group = -(-problem.heads_kv // launches)
     members = problem.heads // problem.heads_kv
     sums = torch.empty(
-        (*query.shape[:-2], group * members, problem.head_dim),
+        (*query.shape[:-2], group * members, block(problem.head_dim)),
         dtype=torch.float32, device=query.device,
     )  # fmt: skip
     strides = query.stride(), key.stride(), value.stride(), grad_out.stride()
@@ -566,4 +584,4 @@ def gradients(
             key_gradient, value_gradient, *cumulative,
         )  # fmt: skip
         target = query_gradient.narrow(-2, first * members, heads * members)
-        torch.mul(part, problem.scale, out=target)
+        torch.mul(part[..., : problem.head_dim], problem.scale, out=target)

@@ -35,25 +35,27 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_init,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from natten.functional.backend import Inputs
 from natten.functional.backends.triton import arguments, launcher
 from natten.functional.backends.triton.hopper import (
     Ring,
+    add_products,
     barriers,
     descriptor,
+    divided,
+    in_flight,
     loaded_ring,
+    multiply,
     row_corner,
+    scaled,
     seen,
     sights,
-    store_tile,
+    store_sums,
+    wait,
+    wait_for,
+    zero_sums,
 )
 from natten.functional.backends.triton.launcher import Launch, describable
 from natten.functional.backends.triton.primitives import (
@@ -145,10 +147,8 @@ def attend(
     VALUE_FEATURES: gl.constexpr = V.VALUE_FEATURES
     dtype: gl.constexpr = shared.query.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_FEATURES, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     column_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
-    out_row_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
 
     at, rows, box, grid = row_tile(
         gl.program_id(0), HALF * ROWS + gl.arange(0, ROWS, row_layout), data, heads, False, V
@@ -183,11 +183,11 @@ def attend(
 
     own = sights(rows.begin, rows.width, rows.exists, V.RANK)
     place = unravel(gl.arange(0, COLUMNS, column_layout), KEY_TILE)
-    queries = shared.query.index(HALF).reshape([ROWS, FEATURES])
+    queries = shared.query.index(HALF).reshape([ROWS, V.BLOCK])
     maximum = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
     total = gl.full([ROWS], 0.0, gl.float32, row_layout)
     zeros = gl.full([ROWS, COLUMNS], 0.0, gl.float32, scores_layout)
-    accumulator = warpgroup_mma_init(gl.full([ROWS, VALUE_FEATURES], 0.0, gl.float32, out_layout))
+    sums = zero_sums(ROWS, VALUE_FEATURES)
     mbarrier.wait(shared.query_full.index(HALF), 0)
     for t in range(all_steps):
         stage = t % STAGES
@@ -199,11 +199,9 @@ def attend(
             whole = whole | (t >= steps)
         mbarrier.wait(keys.full.index(stage), phase)
         if needed:
-            key_tile = keys.buffers.index(stage).reshape([COLUMNS, FEATURES])
-            scores = warpgroup_mma(
-                queries, key_tile.permute((1, 0)), zeros, use_acc=False, is_async=True
-            )
-            scores, accumulated = warpgroup_mma_wait(0, deps=[scores, accumulator])
+            key_tile = keys.buffers.index(stage).reshape([COLUMNS, V.BLOCK])
+            scores = multiply(queries, key_tile, zeros, FEATURES)
+            scores, sums = wait_for(0, scores, sums)
             mbarrier.arrive(keys.empty.index(stage))
             mbarrier.arrive(values.empty.index((t + STAGES - 1) % STAGES), pred=t > 0)
             if V.NEGATE:
@@ -222,20 +220,17 @@ def attend(
             shrink = gl.exp2(maximum - pivot)
             total = total * shrink + gl.sum(weights, 1)
             maximum = new_maximum
-            accumulated = accumulated * gl.convert_layout(shrink, out_row_layout)[:, None]
-            weights = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, out_layout, 2))
+            sums = scaled(sums, shrink)
             mbarrier.wait(values.full.index(stage), phase)
-            accumulator = warpgroup_mma(
-                weights, values.buffers.index(stage).reshape([COLUMNS, VALUE_FEATURES]),
-                accumulated, is_async=True,
-            )  # fmt: skip
+            value_tile = values.buffers.index(stage).reshape([COLUMNS, V.VALUE_BLOCK])
+            sums = add_products(weights.to(dtype), value_tile, sums, VALUE_FEATURES)
         else:
-            accumulated = warpgroup_mma_wait(0, deps=[accumulator])
+            sums = wait(sums)
             mbarrier.arrive(keys.empty.index(stage))
             mbarrier.arrive(values.empty.index((t + STAGES - 1) % STAGES), pred=t > 0)
             # A buffer is filled again only after it has been full.
             mbarrier.wait(values.full.index(stage), phase)
-            accumulator = warpgroup_mma_init(accumulated)
+            sums = in_flight(sums)
         if HALF == 0:
             if t + STAGES < all_steps:
                 mbarrier.wait(keys.empty.index(stage), phase)
@@ -254,15 +249,14 @@ def attend(
                     t + STAGES - 1, steps, box, sources.value, sources.additional_value, at,
                     sequence, kv_head * VALUE_FEATURES, values, V,
                 )  # fmt: skip
-    result = warpgroup_mma_wait(0, deps=[accumulator])
+    sums = wait(sums)
 
     # A query that sees nothing has output 0 and logsumexp -inf.
-    divisor = gl.where(total == 0.0, 1.0, total)
-    result = result / gl.convert_layout(divisor, out_row_layout)[:, None]
+    sums = divided(sums, gl.where(total == 0.0, 1.0, total))
     offset, all_exist = row_offsets(rows.memory, rows.exists, data.strides.lse, 1, V.RANK)
     offset += head_offset(memory_batch, head, data.strides.lse, 1)
     gl.store(data.lse + offset, (maximum + gl.log2(total)) * LN_2, mask=all_exist)
-    store_tile(data.out, result, memory_batch, head, rows, data.strides.out, VALUE_FEATURES, V)
+    store_sums(data.out, sums, memory_batch, head, rows, data.strides.out, V)
 
 
 @gluon.jit(do_not_specialize=["heads", "num_additional"])

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from natten.functional.backends.triton.arguments import Variant, pad
 from natten.functional.backends.triton.replay import note, observed
-from natten.functional.backends.triton.tiles import Kernel, Tiling
+from natten.functional.backends.triton.tiles import Kernel, Tiling, next_power
 from natten.functional.problem import Problem
 
 
@@ -283,7 +283,7 @@ def descriptor(tensor: Tensor, tile: tuple[int, ...], make: Any = TensorDescript
             tensor,
             [batch, *pad(tokens, 1), heads * features],
             [batch_stride, *pad(steps, batch_stride), 1],
-            [1, *tile, features],
+            [1, *tile, next_power(features)],
         )
         if len(_descriptors) >= _MAX_DESCRIPTORS:
             _descriptors.clear()

@@ -31,10 +31,10 @@ _ROOMY = 128 * 1024
 
 def block(features: int) -> int:
     """Features of a tile: a power of two, at least what a matrix product takes."""
-    return max(16, _power(features))
+    return max(16, next_power(features))
 
 
-def _power(number: int) -> int:
+def next_power(number: int) -> int:
     """The least power of two that is not less."""
     return 1 << (number - 1).bit_length()
 
@@ -236,6 +236,7 @@ def _suits_fused(problem: Problem) -> bool:
     # Sinks and masks of queries are in the logsumexp.
     return (
         _suits_gluon(problem)
+        and problem.head_dim in _FUSED_SIZES
         and problem.head_dim == problem.head_dim_v
         and problem.num_queries > 0
         and not problem.num_additional
@@ -244,7 +245,10 @@ def _suits_fused(problem: Problem) -> bool:
 
 # Rates against those of `FORWARD` where it masks most tiles.
 _PING_PONG_SIZES: _Sizes = {
+    48: (_Size(128, 128, 4, 3, 1.4),),
     64: (_Size(128, 128, 4, 3, 1.4),),
+    80: (_Size(128, 128, 4, 2, 1.5),),
+    96: (_Size(128, 128, 4, 2, 1.5),),
     128: (_Size(128, 128, 4, 2, 1.5),),
 }
 # Two groups of warps, each with half of the query tile, whose products and softmax alternate.
@@ -256,6 +260,8 @@ PING_PONG = Kernel(
 # The rate is that of its five products against the seven of two kernels.
 _FUSED_SIZES: _Sizes = {
     64: (_Size(128, 128, 4, 2, 0.9),),
+    80: (_Size(128, 64, 4, 2, 0.92),),
+    96: (_Size(128, 64, 4, 2, 0.92),),
     128: (_Size(128, 64, 4, 2, 0.92),),
 }
 # All gradients in one pass. Halves of key tiles wait for each other: skipping gains nothing. In
@@ -542,7 +548,7 @@ def reuse(problem: Problem, kernel: Kernel, tiling: Tiling) -> Tiling:
 
 def _sizes(problem: Problem, kernel: Kernel, mask_edges: bool, chip: Chip) -> tuple[_Size, ...]:
     widest = max(problem.head_dim, problem.head_dim_v, 32)
-    features = _power(widest)
+    features = next_power(widest)
     if problem.dtype == torch.float32:
         return kernel.float32_sizes[features]
     if 64 < widest < 128:
@@ -748,6 +754,9 @@ def _make(
     use_tma = tma and problem.head_dim > 32 and not any(d > 1 for d in problem.dilation)
     use_tma = use_tma and problem.num_keys > 0 and problem.grids is None
     is_ping_pong = kernel is PING_PONG
+    if not is_ping_pong:
+        # Behind the features of other heads, a box has those of the next head.
+        use_tma = use_tma and all(d == block(d) for d in (problem.head_dim, problem.head_dim_v))
     return Tiling(*pair, size.warps, size.stages, mask_edges, tma=use_tma, ping_pong=is_ping_pong)
 
 
