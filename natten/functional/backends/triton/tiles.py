@@ -250,6 +250,7 @@ _PING_PONG_SIZES: _Sizes = {
     80: (_Size(128, 128, 4, 2, 1.5),),
     96: (_Size(128, 128, 4, 2, 1.5),),
     128: (_Size(128, 128, 4, 2, 1.5),),
+    256: (_Size(128, 64, 4, 2, 1.5),),
 }
 # Two groups of warps, each with half of the query tile, whose products and softmax alternate.
 PING_PONG = Kernel(
