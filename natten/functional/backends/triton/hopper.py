@@ -54,8 +54,10 @@ class Ring(NamedTuple):
     empty: Any
 
 
-# Features are multiplied by powers of two. The sums of a head are a tuple: those for as many of its
-# features as the largest power of two, and where that is not all, those for the features behind it.
+# Products take powers of two of features. Over features, which they sum, a product is one for as
+# many features of a head as the largest power of two and one for the others. What has features as
+# columns, the sums of a head, is a tuple: one or two tiles, which may have columns of the next head
+# at the end.
 
 
 @gluon.constexpr_function
@@ -65,22 +67,30 @@ def main_features(FEATURES):
 
 
 @gluon.constexpr_function
-def sums_layout(FEATURES):
-    """How a warp group holds sums for so many features."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEATURES, 16])
+def sums_widths(FEATURES):
+    """Columns of the tiles that hold sums for so many features."""
+    main = main_features(FEATURES)
+    # Tiles of 16 columns, next to others, gave wrong sums on an H100 (Triton 3.6).
+    rest = FEATURES - main and max(FEATURES - main, 32)
+    return (main, rest) if 0 < rest < main else (main + rest,)
+
+
+@gluon.constexpr_function
+def sums_layout(COLUMNS):
+    """How a warp group holds a tile of sums."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
 
 
 @gluon.jit
 def zero_sums(ROWS: gl.constexpr, FEATURES: gl.constexpr):
     """Sums of nothing yet, to be added to."""
-    MAIN: gl.constexpr = main_features(FEATURES)
-    REST: gl.constexpr = FEATURES - MAIN
-    main = warpgroup_mma_init(gl.full([ROWS, MAIN], 0.0, gl.float32, sums_layout(MAIN)))
-    if REST == 0:
-        return (main,)
+    WIDTHS: gl.constexpr = sums_widths(FEATURES)
+    main = gl.full([ROWS, WIDTHS[0]], 0.0, gl.float32, sums_layout(WIDTHS[0]))
+    if len(WIDTHS) == 1:
+        return (warpgroup_mma_init(main),)
     else:
-        zeros = gl.full([ROWS, REST], 0.0, gl.float32, sums_layout(REST))
-        return main, warpgroup_mma_init(zeros)
+        rest = gl.full([ROWS, WIDTHS[1]], 0.0, gl.float32, sums_layout(WIDTHS[1]))
+        return warpgroup_mma_init(main), warpgroup_mma_init(rest)
 
 
 @gluon.jit
@@ -104,13 +114,14 @@ def multiply(rows, columns, zeros, FEATURES: gl.constexpr):
 @gluon.jit
 def add_products(weights, columns, sums, FEATURES: gl.constexpr):
     """Starts to add the product of weights and columns, features of tokens in shared memory."""
-    MAIN: gl.constexpr = main_features(FEATURES)
-    REST: gl.constexpr = FEATURES - MAIN
+    WIDTHS: gl.constexpr = sums_widths(FEATURES)
+    MAIN: gl.constexpr = WIDTHS[0]
     operand = gl.convert_layout(weights, gl.DotOperandLayout(0, sums_layout(MAIN), 2))
     main = warpgroup_mma(operand, columns.slice(0, MAIN, 1), sums[0], is_async=True)
-    if REST == 0:
+    if len(sums) == 1:
         return (main,)
     else:
+        REST: gl.constexpr = WIDTHS[1]
         operand = gl.convert_layout(weights, gl.DotOperandLayout(0, sums_layout(REST), 2))
         rest = warpgroup_mma(operand, columns.slice(MAIN, REST, 1), sums[1], is_async=True)
         return main, rest
@@ -270,26 +281,30 @@ def seen(corner, sights, TILE: gl.constexpr, RANK: gl.constexpr):
 def store_tile(
     target, tile, batch, head, rows, strides, FEATURES: gl.constexpr, V: gl.constexpr
 ):  # fmt: skip
-    """Rows of tokens of one head, 16 bytes per thread."""
+    """Rows of tokens of one head, 16 bytes per thread: the first features, which a tile may have
+    more columns than."""
+    COLUMNS: gl.constexpr = tile.shape[1]
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides, V.UNIT, V.RANK)
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [256 // FEATURES, FEATURES // 8], [4, 1], [1, 0]
-    )
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    offset = gl.convert_layout(offset, row_layout)[:, None]
-    offset += gl.arange(0, FEATURES, gl.SliceLayout(0, layout))[None, :]
+    features = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
+    offset = gl.convert_layout(offset, row_layout)[:, None] + features
+    mask = gl.convert_layout(all_exist, row_layout)[:, None]
+    if FEATURES < COLUMNS:
+        mask = mask & (features < FEATURES)
     gl.store(
         target + head_offset(batch, head, strides, V.UNIT) + offset,
         gl.convert_layout(tile.to(target.dtype.element_ty), layout),
-        mask=gl.convert_layout(all_exist, row_layout)[:, None],
+        mask=mask,
     )
 
 
 @gluon.jit
-def store_sums(target, sums, batch, head, rows, strides, V: gl.constexpr):
-    """Rows of sums, as `store_tile`."""
-    MAIN: gl.constexpr = sums[0].shape[1]
-    store_tile(target, sums[0], batch, head, rows, strides, MAIN, V)
-    if len(sums) > 1:
-        REST: gl.constexpr = sums[1].shape[1]
-        store_tile(target + MAIN, sums[1], batch, head, rows, strides, REST, V)
+def store_sums(target, sums, batch, head, rows, strides, FEATURES: gl.constexpr, V: gl.constexpr):
+    """The features' columns of sums, as `store_tile`."""
+    if len(sums) == 1:
+        store_tile(target, sums[0], batch, head, rows, strides, FEATURES, V)
+    else:
+        MAIN: gl.constexpr = sums[0].shape[1]
+        store_tile(target, sums[0], batch, head, rows, strides, MAIN, V)
+        store_tile(target + MAIN, sums[1], batch, head, rows, strides, FEATURES - MAIN, V)

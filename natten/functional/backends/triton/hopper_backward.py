@@ -66,7 +66,6 @@ from natten.functional.backends.triton.hopper import (
     descriptor,
     in_flight,
     loaded_ring,
-    main_features,
     multiply,
     ring_of,
     row_corner,
@@ -75,6 +74,7 @@ from natten.functional.backends.triton.hopper import (
     sights,
     store_sums,
     sums_layout,
+    sums_widths,
     wait,
     wait_for,
     wait_for_both,
@@ -223,11 +223,12 @@ def statistic(pairs, which: gl.constexpr, COLUMNS: gl.constexpr, column_layout: 
 
 @gluon.constexpr_function
 def share(HALF, FEATURES):
-    """The features of the queries' gradients that a half of the program computes, and how many."""
-    main = main_features(FEATURES)
-    if main == FEATURES:
-        return HALF * (FEATURES // 2), FEATURES // 2
-    return (main, FEATURES - main) if HALF else (0, main)
+    """Columns of the queries' gradients that a half of the program computes: the first, and how
+    many."""
+    widths = sums_widths(FEATURES)
+    if len(widths) == 1:
+        return HALF * (widths[0] // 2), widths[0] // 2
+    return (widths[0], widths[1]) if HALF else (0, widths[0])
 
 
 @gluon.jit
@@ -293,13 +294,13 @@ def attend_back(
     ROWS: gl.constexpr = ALL // 2
     COLUMNS: gl.constexpr = V.QUERIES
     SHARE: gl.constexpr = share(HALF, FEATURES)
-    # Products that a product for all features is made of.
-    PARTS: gl.constexpr = 1 if main_features(FEATURES) == FEATURES else 2
+    # Products that a product with sums for all features is made of.
+    PARTS: gl.constexpr = len(sums_widths(FEATURES))
     # Two products of 128 columns at a time and a sum that waits for a third spill registers.
     LATE: gl.constexpr = COLUMNS == 128
     dtype: gl.constexpr = queries.buffers.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    operand_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout(main_features(FEATURES)), 2)
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout(sums_widths(FEATURES)[0]), 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     column_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -451,10 +452,24 @@ def attend_back(
         )  # fmt: skip
     key_sums = scaled(key_sums, gl.full([ROWS], 1.0, gl.float32, row_layout) * scales.gradients)
     store_sums(
-        data.key_gradient, key_sums, memory_batch, kv_head, rows, data.strides.key_gradient, V
+        data.key_gradient,
+        key_sums,
+        memory_batch,
+        kv_head,
+        rows,
+        data.strides.key_gradient,
+        FEATURES,
+        V,
     )
     store_sums(
-        data.value_gradient, value_sums, memory_batch, kv_head, rows, data.strides.value_gradient, V
+        data.value_gradient,
+        value_sums,
+        memory_batch,
+        kv_head,
+        rows,
+        data.strides.value_gradient,
+        FEATURES,
+        V,
     )
     # Shared memory must not go before it has been read.
     tma.store_wait(0)

@@ -256,7 +256,7 @@ def attend(
     offset, all_exist = row_offsets(rows.memory, rows.exists, data.strides.lse, 1, V.RANK)
     offset += head_offset(memory_batch, head, data.strides.lse, 1)
     gl.store(data.lse + offset, (maximum + gl.log2(total)) * LN_2, mask=all_exist)
-    store_sums(data.out, sums, memory_batch, head, rows, data.strides.out, V)
+    store_sums(data.out, sums, memory_batch, head, rows, data.strides.out, VALUE_FEATURES, V)
 
 
 @gluon.jit(do_not_specialize=["heads", "num_additional"])

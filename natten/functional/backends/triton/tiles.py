@@ -247,10 +247,10 @@ def _suits_fused(problem: Problem) -> bool:
 _PING_PONG_SIZES: _Sizes = {
     48: (_Size(128, 128, 4, 3, 1.4),),
     64: (_Size(128, 128, 4, 3, 1.4),),
-    80: (_Size(128, 128, 4, 2, 1.5),),
-    96: (_Size(128, 128, 4, 2, 1.5),),
+    80: (_Size(128, 128, 4, 2, 1.7),),
+    96: (_Size(128, 128, 4, 2, 1.7),),
     128: (_Size(128, 128, 4, 2, 1.5),),
-    256: (_Size(128, 64, 4, 2, 1.5),),
+    256: (_Size(128, 64, 4, 2, 1.35),),
 }
 # Two groups of warps, each with half of the query tile, whose products and softmax alternate.
 PING_PONG = Kernel(
@@ -260,9 +260,10 @@ PING_PONG = Kernel(
 
 # The rate is that of its five products against the seven of two kernels.
 _FUSED_SIZES: _Sizes = {
+    48: (_Size(128, 128, 4, 2, 0.9),),
     64: (_Size(128, 128, 4, 2, 0.9),),
-    80: (_Size(128, 64, 4, 2, 0.92),),
-    96: (_Size(128, 64, 4, 2, 0.92),),
+    80: (_Size(128, 64, 4, 2, 1.15),),
+    96: (_Size(128, 64, 4, 2, 1.15),),
     128: (_Size(128, 64, 4, 2, 0.92),),
 }
 # All gradients in one pass. Halves of key tiles wait for each other: skipping gains nothing. In
