@@ -430,7 +430,7 @@ def check_gluon_problem(number: int, seed: int) -> None:
     with _launched() as names:
         check(case, "hopper", chosen.dtype, **dict(chosen.knobs))
     wanted = set() if case.sink or case.query_mask else {"hopper_forward_kernel"}
-    if not case.additional:
+    if not case.additional and case.head_dim in tiles.FUSED.sizes:
         wanted.add("hopper_gradients_kernel")
     assert wanted <= names, f"{wanted - names} did not run, but {names}"
 
@@ -971,7 +971,7 @@ def check_one_pass() -> None:
     if not has_hopper():
         return
     name = "hopper_gradients_kernel"
-    for head_dim in (48, 64, 80, 96, 128):
+    for head_dim in (64, 96, 128):
         case = Case("large", (8192,), None, batch=1, heads=3, heads_kv=3, head_dim=head_dim)
         for preference in ("strict", "default", "unrestricted"):
             with natten.set_memory_usage_preference(preference), _launched() as names:

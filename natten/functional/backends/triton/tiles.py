@@ -258,11 +258,10 @@ PING_PONG = Kernel(
     instead_of=FORWARD, by_halves=True, mask=0.4, start=1.5,
 )  # fmt: skip
 
-# The rate is that of its five products against the seven of two kernels.
+# The rate is that of its five products against the seven of two kernels. Gradients of heads of 48 and
+# 80 came out wrong on an H100, for a reason that was not found.
 _FUSED_SIZES: _Sizes = {
-    48: (_Size(128, 128, 4, 2, 0.9),),
     64: (_Size(128, 128, 4, 2, 0.9),),
-    80: (_Size(128, 64, 4, 2, 1.15),),
     96: (_Size(128, 64, 4, 2, 1.15),),
     128: (_Size(128, 64, 4, 2, 0.92),),
 }
