@@ -258,8 +258,9 @@ PING_PONG = Kernel(
     instead_of=FORWARD, by_halves=True, mask=0.4, start=1.5,
 )  # fmt: skip
 
-# The rate is that of its five products against the seven of two kernels. Gradients of heads of 48 and
-# 80 came out wrong on an H100, for a reason that was not found.
+# The rate is that of its five products against the seven of two kernels. With heads of 80, the
+# first half's gradients of keys were wrong on an H100 in the features behind 64, for a reason that
+# was not found; heads of 48 were right.
 _FUSED_SIZES: _Sizes = {
     64: (_Size(128, 128, 4, 2, 0.9),),
     96: (_Size(128, 64, 4, 2, 1.15),),
