@@ -430,7 +430,8 @@ class _Hopper(_Descriptors):
         ping_pong = self._has_ping_pong() and schedule == "pp" and tiles.PING_PONG.suits(problem)
         kernel = tiles.PING_PONG if ping_pong else tiles.FORWARD
         if query is None and ping_pong:
-            query, key = tiles.best_shapes(problem, kernel, 128, 128)
+            (size,) = kernel.sizes[max(problem.head_dim, problem.head_dim_v)]
+            query, key = tiles.best_shapes(problem, kernel, size.rows, size.columns)
         if query is None:
             rows = 64 if schedule == "pp" else 128
             columns = 64 if schedule == "pp" or problem.head_dim > 64 else 128
