@@ -39,14 +39,15 @@ _MAX_KNOWN = 256
 
 
 def _once(
-    known: dict[Any, Any], what: Any, make: Callable[..., Any], *parts: Any, **named: Any
-) -> Any:
+    known: dict[Any, Any], what: Any, make: Callable[..., _Result], *parts: Any, **named: Any
+) -> _Result:
     """``make(*parts, **named)``, made once for each ``what``."""
     if what not in known:
         if len(known) >= _MAX_KNOWN:
             known.clear()
         known[what] = make(*parts, **named)
-    return known[what]
+    found: _Result = known[what]
+    return found
 
 
 class GridLayout:
@@ -87,10 +88,7 @@ class GridLayout:
         """:func:`configure_varlen` with these arguments, looked up: a layout serves many layers."""
         if torch.compiler.is_compiling():
             return configure_varlen(self, **arguments)
-        found: PackedWindows = _once(
-            self._known, repr(arguments), configure_varlen, self, **arguments
-        )
-        return found
+        return _once(self._known, repr(arguments), configure_varlen, self, **arguments)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GridLayout) and self.sizes == other.sizes
@@ -295,7 +293,7 @@ class PackedWindows:
     # What follows from all this. Not in a program: there it would be one more thing to guard.
     _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def _once(self, what: Any, make: Callable[..., Any], *arguments: Any) -> Any:
+    def _once(self, what: Any, make: Callable[..., _Result], *arguments: Any) -> _Result:
         """``make(*arguments)``, made once for each ``what``."""
         if torch.compiler.is_compiling():
             return make(*arguments)
@@ -303,8 +301,7 @@ class PackedWindows:
 
     def _runs(self) -> list[tuple[_Window, int]]:
         """Grids of one size and window that follow each other."""
-        found: list[tuple[_Window, int]] = self._once("runs", _runs, self.windows)
-        return found
+        return self._once("runs", _runs, self.windows)
 
     def _all_grids(self, is_circular: Any, clip_window: Any) -> _AllGrids:
         """All grids as one call takes them.
@@ -313,12 +310,11 @@ class PackedWindows:
             ValueError: A window that does not fit its grid.
         """
         given = (self._runs(), self.is_causal, is_circular, clip_window)
-        found: _AllGrids = self._once(repr((is_circular, clip_window)), _checked_grids, *given)
-        return found
+        return self._once(repr((is_circular, clip_window)), _checked_grids, *given)
 
     def _pays_at_once(self, grids: Grids, features: int) -> bool:
         """`_pays_at_once`, looked up."""
-        return bool(self._once((grids, features), _pays_at_once, grids, features))
+        return self._once((grids, features), _pays_at_once, grids, features)
 
 
 def _each(name: str, one: Any, many: _Sizes | None, layout: GridLayout) -> tuple[Any, ...]:
