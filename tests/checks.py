@@ -526,6 +526,26 @@ def _slack(
     return slack
 
 
+def _suffixed(backend: str | None, case: Case) -> str | None:
+    """A backend as the function that computes a case takes it."""
+    if backend in (None, "cpu", "reference") or "-" in backend:
+        return backend
+    return backend + ("-fmha" if case.is_attention else "-fna")
+
+
+def compute(
+    case: Case, backend: str, dtype: torch.dtype, device: str, backward: bool = True, **knobs: Any
+) -> None:
+    """Compute a case as `check_problem` does, and compare it with nothing: for tools that check
+    whatever runs."""
+    inputs = make_inputs(case, dtype, device)
+    with nan_filled_empties(), nan_filled_replays(), torch.set_grad_enabled(backward):
+        for _ in range(3):
+            out, lse = run(case, inputs, _suffixed(backend, case), **knobs)
+            if backward:
+                differentiate(inputs, out, lse, torch.ones_like(out), torch.ones_like(lse))
+
+
 def check_problem(
     case: Case,
     backend: str | None,
@@ -552,8 +572,7 @@ def check_problem(
             attention's: what it can change is added to what is allowed.
         knobs: Further arguments of the public function.
     """
-    if backend is not None and "-" not in backend and backend not in ("cpu", "reference"):
-        backend += "-fmha" if case.is_attention else "-fna"
+    backend = _suffixed(backend, case)
     inputs = make_inputs(case, dtype, device)
     exact_inputs, eager_inputs = inputs.to(torch.float64), inputs.to(dtype)
     exact_out, exact_lse = run(case, exact_inputs, reference)
@@ -663,8 +682,8 @@ def check_grids(
     ]
     eager_found = [eager(case, own) for case, own in zip(cases, eager_inputs, strict=True)]
     slack: Counter[str] = Counter()
+    eps = torch.finfo(dtype).eps
     for case, own, pair, grad in zip(cases, exact_inputs, exact_found, grads, strict=True):
-        eps = torch.finfo(dtype).eps
         slack.update(_slack(case, own, *pair, grad[0], eps, product_rounding))
     exact = _differentiated(exact_inputs, exact_found, grads)
     plain = _differentiated(eager_inputs, eager_found, grads)

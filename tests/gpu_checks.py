@@ -6,6 +6,7 @@ what kernels are specialized on is drawn once for a family, everything else for 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -27,16 +28,17 @@ from cases import (
     random_plain_case,
     upsampled,
 )
-from checks import check_grids, check_packed, check_problem, make_inputs, run
+from checks import check_grids, check_packed, check_problem, compute, make_inputs, run
 from invariance import check_batch_entries, check_packed_sequences, tiles_1d
 from invariance import tiles as shapes_2d
+from memory import nan_filled_empties
 from torch import Tensor
 
 import natten
 from natten.functional import neighborhood_attention_generic
 from natten.functional.backends import triton as triton_backends
 from natten.functional.backends.triton import arguments, tiles
-from natten.functional.backends.triton.launcher import Launch
+from natten.functional.backends.triton.launcher import Launch, is_collecting
 from natten.simulator import make_problem
 from natten.varlen import GridLayout, neighborhood_attention_varlen
 
@@ -432,7 +434,7 @@ def check_gluon_problem(number: int, seed: int) -> None:
     wanted = set() if case.sink or case.query_mask else {"hopper_forward_kernel"}
     if not case.additional and case.head_dim in tiles.FUSED.sizes:
         wanted.add("hopper_gradients_kernel")
-    assert wanted <= names, f"{wanted - names} did not run, but {names}"
+    assert wanted <= names.keys(), f"{wanted - names.keys()} did not run, but {names}"
 
 
 # Kernels for grids of different sizes are compiled for each of these.
@@ -452,21 +454,12 @@ def check_grids_problem(number: int, seed: int) -> None:
     ):
         backend = ("cutlass", "hopper")[number // 4 % 2]
     rounding = TF32X3 if dtype == FP32 else 0.0
-    launches: list[str] = []
-    run = Launch.run
-
-    def noted(self: Launch, *tensors: Any) -> None:
-        # Not what is only compiled beforehand, on tensors without memory.
-        if not any(isinstance(t, Tensor) and t.is_meta for t in tensors):
-            launches.append(self.kernel.fn.__name__)
-        run(self, *tensors)
-
-    with mock.patch.object(Launch, "run", noted):
+    with _launched() as names:
         check_grids(cases, backend, dtype, "cuda", factor=FACTOR, product_rounding=rounding)
     windows = {(c.tokens, c.kernel_size, c.stride, c.dilation) for c in cases}
     if len(windows) > 1:
         for name in ("forward_kernel", "query_gradient_kernel"):
-            assert launches.count(name) == 1, launches
+            assert names[name] == 1, names
 
 
 def _captured(
@@ -528,13 +521,14 @@ def check_grids_graph() -> None:
 
 
 @contextmanager
-def _launched() -> Iterator[set[str]]:
-    """The names of the kernels that are launched inside."""
-    names = set()
+def _launched() -> Iterator[Counter[str]]:
+    """How often each kernel is launched inside, by name."""
+    names: Counter[str] = Counter()
     run = Launch.run
 
     def noted(launch: Launch, *tensors: Any) -> None:
-        names.add(launch.kernel.fn.__name__)
+        if not is_collecting():  # then it is only compiled
+            names[launch.kernel.fn.__name__] += 1
         run(launch, *tensors)
 
     with mock.patch.object(Launch, "run", noted):
@@ -1185,6 +1179,19 @@ SINGLE: dict[str, Check] = {
 HUGE = ("huge_grid", "huge_batch", "huge_heads")
 
 
+def _compute_grids(backend: str) -> None:
+    """Grids of different sizes in one launch, and their gradients."""
+    layout = GridLayout([(9, 14), (5, 7), (11, 6)])
+    shape = (1, layout.total, 1, 64)
+    leaves = [torch.randn(shape).to("cuda", FP16).requires_grad_() for _ in range(3)]
+    with nan_filled_empties(), _launched() as names:
+        out = neighborhood_attention_varlen(
+            *leaves, layout, kernel_size=5, backend=f"{backend}-fna"
+        )
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert names["query_gradient_kernel"] == 1, names
+
+
 def sanitized_cases() -> Iterator[tuple[str, Check]]:
     """A few small problems that reach every kernel and every way of loading, for sanitizers."""
     named = {case.name: case for case in CASES}
@@ -1223,8 +1230,11 @@ def sanitized_cases() -> Iterator[tuple[str, Check]]:
     ]
     for name, case in chosen:
         if name in backends():
-            yield f"{name} {case.name}", partial(check, case, name, FP16)
-    yield "cutlass 2d_rings float32", partial(check, named["2d_rings"], "cutlass", FP32)
+            yield f"{name} {case.name}", partial(compute, case, name, FP16, "cuda")
+            if case.name == "2d_rings":
+                yield f"{name} {case.name} float32", partial(compute, case, name, FP32, "cuda")
+    for name in backends():
+        yield f"{name} grids", partial(_compute_grids, name)
     yield "packed heads", partial(check_packed, backends(), FP16, "cuda")
     small = problems.On(device="cuda", max_tokens=100, dtypes=(FP16,))
     for seed in range(4):
@@ -1239,7 +1249,7 @@ def sanitized_cases() -> Iterator[tuple[str, Check]]:
     for schedule, case in schedules if has_hopper() else ():
         yield (
             f"hopper {schedule} {case.name}",
-            partial(check, case, "hopper", FP16, backward=False, kernel_schedule=schedule),
+            partial(compute, case, "hopper", FP16, "cuda", False, kernel_schedule=schedule),
         )
     gradients: list[tuple[Case, str, Any, Any]] = [
         (Case("1d", (300,), (250,), head_dim=128, **one), "shape", (64,), (128,)),
@@ -1249,4 +1259,7 @@ def sanitized_cases() -> Iterator[tuple[str, Check]]:
     ]
     for case, unit, query, key in gradients if has_hopper() else ():
         knobs = {f"backward_q_tile_{unit}": query, f"backward_kv_tile_{unit}": key}
-        yield f"hopper one pass {case.name}", partial(check, case, "hopper", FP16, **knobs)
+        yield (
+            f"hopper one pass {case.name}",
+            partial(compute, case, "hopper", FP16, "cuda", **knobs),
+        )

@@ -113,7 +113,9 @@ def _plan(options: argparse.Namespace) -> list[Unit]:
         )
         units += [Unit("pairs", (seed,)) for seed in seeds]
     if "sanitize" in parts:
-        units.append(Unit("sanitize", tuple(t for t in _titled("sanitize") if options.match in t)))
+        titles = [title for title in _titled("sanitize") if options.match in title]
+        share, shares = map(int, options.share.split("/"))
+        units += [Unit("sanitize", (title,)) for title in titles[share::shares]]
     return units
 
 
@@ -134,6 +136,8 @@ def main() -> int:
         "--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}, pairs, sanitize"
     )
     parser.add_argument("--match", default="", help="of sanitize, those whose titles have this")
+    parser.add_argument("--share", default="0/1", help="of sanitize, every N-th from K on: K/N")
+    parser.add_argument("--each", action="store_true", help="a line for all that is checked")
     parser.add_argument(
         "--unfilled", action="store_true", help="without workers: do not fill new memory with NaN"
     )
@@ -148,7 +152,7 @@ def main() -> int:
     start = time.perf_counter()
     units = _plan(options)
     memory.fills_empties = not options.unfilled
-    tally = work(units, _checks, options.workers, options.limit)
+    tally = work(units, _checks, options.workers, options.limit, each=options.each)
     import triton
 
     tally.show()
@@ -156,7 +160,7 @@ def main() -> int:
         pairs = 2 * tally.parts["pairs"].checked
         print(f"{pairs} listed pairs of tiles tried, half of them backward")
     total, bad = tally.checked, tally.failed
-    left = 0 if options.workers == 0 else len(units) - tally.finished
+    left = len(units) - tally.finished
     print(
         f"{total} checked, {bad} failed, {left} of {len(units)} units not started, "
         f"{time.perf_counter() - start:.0f} s; natten {natten.__version__}, torch "

@@ -183,9 +183,10 @@ class Worker(threading.Thread):
 
 
 class Tally:
-    """Prints failures as they come, and counts."""
+    """Prints failures as they come, and counts; with ``each``, also a line for every unit."""
 
-    def __init__(self) -> None:
+    def __init__(self, each: bool = False) -> None:
+        self.each = each
         self.lock = threading.Lock()
         self.parts: dict[str, Outcome] = {}
         self.finished = 0
@@ -201,6 +202,8 @@ class Tally:
             part.failures += outcome.failures
             for title, reason in outcome.failures:
                 print(f"FAILED {title}: {reason}", flush=True)
+            if self.each:
+                print(f"{unit.part} {unit.items}: {outcome.seconds:.1f} s", flush=True)
 
     @property
     def checked(self) -> int:
@@ -226,17 +229,19 @@ def work(
     workers: int,
     seconds: float,
     patience: float = float("inf"),
+    each: bool = False,
 ) -> Tally:
     """Run all units, as far as there is time; without workers in this process."""
-    tally = Tally()
+    tally = Tally(each)
+    deadline = time.perf_counter() + seconds
     if workers == 0:
         for unit in units:
-            tally(unit, execute(unit, checks))
+            if time.perf_counter() < deadline:
+                tally(unit, execute(unit, checks))
         return tally
     queue: Queue[Unit] = Queue()
     for unit in units:
         queue.put(unit)
-    deadline = time.perf_counter() + seconds
     threads = [Worker(queue, checks, tally, deadline, patience) for _ in range(workers)]
     for thread in threads:
         thread.start()
