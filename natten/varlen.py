@@ -13,7 +13,7 @@ The names of the last two functions, and their arguments, are those of NATTEN's 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple, TypeVar
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from natten import validation
-from natten._internals import in_forward_mode, transforming
+from natten._internals import in_forward_mode, is_watched, transforming
 from natten.functional import sharded
 from natten.functional.call import Parameters, Tensors, encode_grids
 from natten.functional.dispatch import FNA, parse_name
@@ -34,19 +34,22 @@ from natten.types import BoolOrSequence, IntOrSequence, KernelSchedule
 _Key = TypeVar("_Key")
 _Result = TypeVar("_Result")
 _Sizes = Sequence[IntOrSequence | None]
-# What a layout remembers of calls. Cleared when full, which windows that never repeat can cause.
+# What a layout remembers of calls, and of what is as large as its tokens. Cleared when full, which
+# windows that never repeat can cause.
 _MAX_KNOWN = 256
+_MAX_KEPT = 8
 
 
 def _once(
-    known: dict[Any, Any], what: Any, make: Callable[..., _Result], *parts: Any, **named: Any
+    known: dict[Any, Any], what: Any, make: Callable[[], _Result], most: int | None = None
 ) -> _Result:
-    """``make(*parts, **named)``, made once for each ``what``."""
-    if what not in known:
-        if len(known) >= _MAX_KNOWN:
+    """What ``make`` returns, made once for each ``what``."""
+    found: _Result | None = known.get(what)
+    if found is None:
+        found = make()
+        if len(known) >= (_MAX_KNOWN if most is None else most):
             known.clear()
-        known[what] = make(*parts, **named)
-    found: _Result = known[what]
+        known[what] = found
     return found
 
 
@@ -83,12 +86,35 @@ class GridLayout:
         self.tokens = tuple(map(prod, self.sizes))
         # Windows of calls.
         self._known: dict[str, PackedWindows] = {}
+        self._kept: dict[Hashable, tuple[Tensor, ...]] = {}
 
     def configured(self, arguments: dict[str, Any]) -> PackedWindows:
         """:func:`configure_varlen` with these arguments, looked up: a layout serves many layers."""
         if torch.compiler.is_compiling():
             return configure_varlen(self, **arguments)
-        return _once(self._known, repr(arguments), configure_varlen, self, **arguments)
+        return _once(self._known, repr(arguments), lambda: configure_varlen(self, **arguments))
+
+    def kept(
+        self, what: Hashable, device: torch.device, make: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Tensors that follow from the layout and ``what`` alone, made once for all layers; a few
+        of them. Programs and CUDA graphs make their own.
+        """
+        if is_watched():
+            return make()
+        stream = 0
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return make()
+            # Streams do not wait for each other.
+            stream = torch.cuda.current_stream(device).cuda_stream
+        # Training may follow what was made without gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            return _once(self._kept, (what, device, stream), make, _MAX_KEPT)
+
+    def __reduce__(self) -> tuple[type[GridLayout], tuple[Any, ...]]:
+        # Without what calls left there.
+        return GridLayout, (self.sizes,)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GridLayout) and self.sizes == other.sizes
@@ -176,6 +202,14 @@ class GridLayout:
         found = torch.cat(entries)
         self._check_each(found)
         return self._tokens(tokens), found
+
+    def map_to_each(
+        self, function: Callable[..., Tensor], *packed: Tensor, each: Sequence[Tensor]
+    ) -> Tensor:
+        """As :meth:`map`, of a function that returns something of each grid, ``[grids, ...]``."""
+        found = torch.cat(self._results(function, packed, each))
+        self._check_each(found)
+        return found
 
     def resize(
         self, function: Callable[[Tensor], Tensor], packed: Tensor
@@ -297,7 +331,7 @@ class PackedWindows:
         """``make(*arguments)``, made once for each ``what``."""
         if torch.compiler.is_compiling():
             return make(*arguments)
-        return _once(self._known, what, make, *arguments)
+        return _once(self._known, what, lambda: make(*arguments))
 
     def _runs(self) -> list[tuple[_Window, int]]:
         """Grids of one size and window that follow each other."""

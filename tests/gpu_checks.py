@@ -39,6 +39,7 @@ from natten.functional import neighborhood_attention_generic
 from natten.functional.backends import triton as triton_backends
 from natten.functional.backends.triton import arguments, tiles
 from natten.functional.backends.triton.launcher import Launch, is_collecting
+from natten.nn import NeighborhoodAttention2D, NeighborhoodCrossAttention2D
 from natten.simulator import make_problem
 from natten.varlen import GridLayout, neighborhood_attention_varlen
 
@@ -518,6 +519,46 @@ def check_grids_graph() -> None:
                     torch.testing.assert_close(got, wanted, atol=2e-2, rtol=2e-2)
                 else:
                     assert torch.equal(got, wanted)
+
+
+def check_modules_graph() -> None:
+    """A step of modules with norms, rotary positions, registers and contexts of grids of different
+    sizes, captured as a CUDA graph and replayed with other numbers, lengths included, when what
+    calls left with the layout is gone."""
+    torch.manual_seed(0)
+    layout = GridLayout([(9, 14), (30, 7), (17, 18)])
+    shared: dict[str, Any] = {"qk_norm": True, "rotary": True, "device": "cuda", "dtype": BF16}
+    first = NeighborhoodAttention2D(128, 2, 5, **shared)
+    second = NeighborhoodCrossAttention2D(128, 2, 5, context_dim=32, **shared)
+    leaves = [
+        torch.randn(shape, device="cuda", dtype=BF16, requires_grad=True)
+        for shape in ((1, layout.total, 128), (3, 4, 128), (3, 9, 32))
+    ]
+    lengths = torch.tensor([9, 0, 4], device="cuda")
+    wanted = [*leaves, *first.parameters(), *second.parameters()]
+
+    def step() -> list[Tensor]:
+        x, registers, context = leaves
+        x, registers = first(x, registers, layout=layout)
+        out = second(x, context, lengths, layout=layout)
+        loss = out.float().square().sum() + registers.float().sum()
+        return [out, registers, *torch.autograd.grad(loss, wanted)]
+
+    with _launched() as names:
+        step()
+    # Registers attend once for each size.
+    forward = [name for name in names.elements() if "forward" in name]
+    assert len(forward) <= 2 + len(layout.sizes), names
+    graph, captured = _captured(step)
+    layout._kept.clear()
+    # Whose memory these would get, were it that of the graph.
+    others = [torch.randn(layout.total, 32, device="cuda") for _ in range(50)]
+    for number, _ in enumerate(_replays(graph, leaves)):
+        for got, right in zip(captured, step(), strict=True):
+            scale = right.abs().max().item()
+            torch.testing.assert_close(got, right, atol=2e-2 * scale, rtol=2e-2)
+        lengths.copy_(torch.tensor([number, 9, 3]))
+    del others
 
 
 @contextmanager
@@ -1172,6 +1213,7 @@ SINGLE: dict[str, Check] = {
     "graph": check_graph,
     "cold_graph": check_cold_graph,
     "grids_graph": check_grids_graph,
+    "modules_graph": check_modules_graph,
     "compiling_again": check_compiling_again,
     "default_device": check_default_device,
 }

@@ -118,23 +118,73 @@ def test_registers_of_grids(setting: str) -> None:
         assert_close(mine, true, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("has_lengths", [False, True])
-def test_contexts_of_grids(has_lengths: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"attn_drop": 0.3}, {"pad": True}], ids=str)
+def test_everything_at_once(options: dict[str, Any]) -> None:
+    """Norms, scales, rotary positions of dilated windows and a ring, registers, and dropout of
+    nothing: one set of rotations for all layers."""
     torch.manual_seed(0)
-    cross = NeighborhoodCrossAttention2D(16, 2, 2, context_dim=6, source_dim=8, **DOUBLE)
+    shared: dict[str, Any] = {"qk_norm": True, "rotary": True, "num_kv_heads": 1, **DOUBLE}
+    first = NeighborhoodAttention2D(
+        16, 2, (2, 3), (1, 2), (1, 2), is_circular=(True, False), learned_scale=True, **shared
+    )
+    second = NeighborhoodAttention2D(16, 2, (2, 3), **shared, **options)
+    if second.attn_drop is not None:
+        second.attn_drop.p = 0.0
+    modules = torch.nn.ModuleList([first, second])
+    for parameter in modules.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    x = torch.randn(1, LAYOUT.total, 16, **DOUBLE, requires_grad=True)
+    registers = torch.randn(len(SIZES), 3, 16, **DOUBLE, requires_grad=True)
+
+    def run(x: Tensor, registers: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        for module in (first, second, first):
+            x, registers = module(x, registers, **more)
+        return x, registers
+
+    layout = GridLayout(SIZES)
+    with torch.inference_mode():
+        run(x, registers, layout=layout)
+    assert len(layout._kept) == (1 if "pad" in options else 2)
+    found = run(x, registers, layout=layout)
+    parts = LAYOUT.unpack(x)
+    each = [run(grid[None], registers[i : i + 1]) for i, grid in enumerate(parts)]
+    alone = LAYOUT.pack([grid[0] for grid, _ in each]), torch.cat([r for _, r in each])
+    assert_close(found, alone, **EXACT)
+    inputs = (x, registers, *modules.parameters())
+    gradients = [
+        torch.autograd.grad(a.sin().sum() + b.square().sum(), inputs)
+        for a, b in (found, alone)
+    ]  # fmt: skip
+    for mine, true in zip(*gradients, strict=True):
+        assert_close(mine, true, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary": True, "qk_norm": True}], ids=str)
+@pytest.mark.parametrize("has_lengths", [False, True])
+def test_contexts_of_grids(has_lengths: bool, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    cross = NeighborhoodCrossAttention2D(16, 2, 2, context_dim=6, source_dim=8, **options, **DOUBLE)
     block = NeighborhoodTransformerBlock(16, 2, 2, context_dim=6, rotary=True, **DOUBLE)
-    x = torch.randn(1, LAYOUT.total, 16, **DOUBLE)
-    source = torch.randn(1, LAYOUT.total, 8, **DOUBLE)
-    context = torch.randn(len(SIZES), 5, 6, **DOUBLE)
+    x = torch.randn(1, LAYOUT.total, 16, **DOUBLE, requires_grad=True)
+    source = torch.randn(1, LAYOUT.total, 8, **DOUBLE, requires_grad=True)
+    context = torch.randn(len(SIZES), 5, 6, **DOUBLE, requires_grad=True)
     lengths = torch.tensor([3, 5, 0, 1]) if has_lengths else None
     found = cross(x, context, lengths, source, layout=LAYOUT)
     through = block(x, context=context, context_lengths=lengths, layout=LAYOUT)
     parts = zip(LAYOUT.unpack(x), LAYOUT.unpack(source), range(len(SIZES)), strict=True)
+    each = []
     for grid, other, i in parts:
         own = (context[i : i + 1], None if lengths is None else lengths[i : i + 1])
-        assert_close(LAYOUT.unpack(found)[i], cross(grid[None], *own, other[None])[0], **EXACT)
+        each.append(cross(grid[None], *own, other[None])[0])
         alone = block(grid[None], None, None, *own)[0]
         assert_close(LAYOUT.unpack(through)[i], alone, **EXACT)
+    packed = LAYOUT.pack(each)
+    assert_close(found, packed, **EXACT)
+    inputs = (x, source, context, *cross.parameters())
+    weights = torch.randn_like(found)
+    gradients = [torch.autograd.grad(y, inputs, weights) for y in (found, packed)]
+    for mine, true in zip(*gradients, strict=True):
+        assert_close(mine, true, rtol=1e-10, atol=1e-10)
 
 
 def test_conditions_of_grids_and_of_tokens() -> None:
@@ -273,8 +323,14 @@ def test_timm_makes_them() -> None:
 def test_programs() -> None:
     """torch.compile with the layout as argument, and torch.export of a module that holds it."""
     torch.manual_seed(0)
-    block = NeighborhoodTransformerBlock(16, 2, 2, rotary=True, **DOUBLE).eval()
+    options: dict[str, Any] = {"rotary": True, "qk_norm": True, **DOUBLE}
+    block = NeighborhoodTransformerBlock(16, 2, 2, **options).eval()
     x = torch.randn(1, LAYOUT.total, 16, **DOUBLE)
+    cross = NeighborhoodCrossAttention2D(16, 2, 2, context_dim=6, **options)
+    context, lengths = torch.randn(4, 5, 6, **DOUBLE), torch.tensor([3, 5, 0, 1])
+    through = torch.compile(cross, backend="aot_eager", fullgraph=True)
+    expected = cross(x, context, lengths, layout=LAYOUT)
+    assert_close(through(x, context, lengths, layout=LAYOUT), expected, **EXACT)
     expected = block(x, layout=LAYOUT)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     assert_close(compiled(x, layout=LAYOUT), expected, **EXACT)
@@ -321,9 +377,10 @@ def test_errors() -> None:
         )
     with pytest.raises(ValueError, match="a context was given to a block without context_dim"):
         block(x, context=torch.randn(4, 3, 4), layout=LAYOUT)
-    cross = NeighborhoodCrossAttention2D(16, 2, 2, context_dim=4)
-    with pytest.raises(ValueError, match="entries must have one for each of 4 grids"):
-        cross(x, torch.randn(3, 5, 4), layout=LAYOUT)
+    for pad in (False, True):
+        cross = NeighborhoodCrossAttention2D(16, 2, 2, context_dim=4, pad=pad)
+        with pytest.raises(ValueError, match=r"context must have the shape \[batch=4, tokens, "):
+            cross(x, torch.randn(3, 5, 4), layout=LAYOUT)
     with pytest.raises(NotImplementedError, match="a layout with upsampling"):
         NeighborhoodCrossAttention2D(16, 2, 2, upsampling=2)(x, source=x, layout=LAYOUT)
     script = torch.jit.script(NeighborhoodAttention1D(16, 2, 3))

@@ -3,6 +3,7 @@ grid by grid."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from natten.functional import operators
-from natten.varlen import GridLayout, neighborhood_attention_varlen
+from natten.nn import NeighborhoodAttention2D, NeighborhoodCrossAttention2D
+from natten.varlen import GridLayout, PackedWindows, configure_varlen, neighborhood_attention_varlen
 
 pytest.importorskip("triton")
 from natten.functional.backends.triton.launcher import Launch
@@ -115,6 +117,44 @@ def test_what_else_is_given(name: str) -> None:
     names = _check(layout, _tensors(layout, given, heads=2), {"kernel_size": 3})
     assert names.count("forward_kernel") == names.count("query_gradient_kernel") == 1
     assert names.count("key_value_gradient_kernel") == 1 + ("additional_keys" in given)
+
+
+def test_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, rotary positions, registers, and contexts with lengths of their own: as in float64 on
+    each grid alone."""
+    layout = GridLayout([(5, 4), (3, 6)])
+    shared: dict[str, Any] = {"qk_norm": True, "rotary": True}
+    modules = torch.nn.ModuleList([
+        NeighborhoodAttention2D(32, 2, 3, **shared),
+        NeighborhoodCrossAttention2D(32, 2, 3, context_dim=8, **shared),
+    ])  # fmt: skip
+    given = [torch.randn(1, layout.total, 32), torch.randn(2, 2, 32), torch.randn(2, 5, 8)]
+    lengths = torch.tensor([2, 5])
+
+    def gradients(results: list[Tensor], modules: Any, leaves: list[Tensor]) -> list[Tensor]:
+        loss = sum(t.sin().sum() for t in results)
+        return [*results, *torch.autograd.grad(loss, [*leaves, *modules.parameters()])]
+
+    def configured(self: GridLayout, windows: dict[str, Any]) -> PackedWindows:
+        return configure_varlen(self, **windows, backend="cutlass-fna")
+
+    monkeypatch.setattr(GridLayout, "configured", configured)
+    x, registers, context = leaves = [t.clone().requires_grad_() for t in given]
+    with launched() as names:
+        mixed, r = modules[0](x, registers, layout=layout)
+        results = [modules[1](mixed, context, lengths, layout=layout), r]
+        found = gradients(results, modules, leaves)
+    assert names.count("forward_kernel") == names.count("query_gradient_kernel") == 2
+
+    exact = copy.deepcopy(modules).double()
+    x, registers, context = leaves = [t.double().requires_grad_() for t in given]
+    alone = []
+    for i, grid in enumerate(layout.unpack(x)):
+        mixed, r = exact[0](grid[None], registers[i : i + 1])
+        alone.append((exact[1](mixed, context[i : i + 1], lengths[i : i + 1])[0], r))
+    results = [layout.pack([y for y, _ in alone]), torch.cat([r for _, r in alone])]
+    for got, right in zip(found, gradients(results, exact, leaves), strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-5)
 
 
 def test_second_derivatives() -> None:

@@ -91,7 +91,7 @@ class Plan:
         x = _padded(x, "x", own, padded.own)
         source = None if source is None else _padded(source, "source", own, padded.own)
         query, key, value = module._project(x, source, list(padded.own.origin), list(padded.grid))
-        keys, values, lengths = module._contexts(x, context, context_lengths)
+        keys, values, lengths = module._contexts(x.shape[0], context, context_lengths)
         out = self._attend(module, padded, query, key, value, keys, values, lengths)
         return module._output(out)
 

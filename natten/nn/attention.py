@@ -32,7 +32,7 @@ from natten.nn.explicit import AttentionMap, attention_map
 from natten.nn.stream import StreamState, attend_to_stream, check_stream, fit_frames
 from natten.older.modules import accepts_older_arguments
 from natten.types import IntOrWindows, KernelSizes
-from natten.varlen import GridLayout, attend_at_once, check_packed
+from natten.varlen import GridLayout, check_packed
 
 # Control flow on shapes cannot be traced symbolically: in an fx graph each is one call.
 torch.fx.wrap("attend_packed")
@@ -312,57 +312,53 @@ class NeighborhoodAttention(NeighborhoodModule):
         masks = () if mask is None else (mask,)
         check_packed("x", x, layout)
         check_sequence(x, 1, self.embed_dim, "x")
-        if registers is None:
+        if registers is not None:
+            check_sequence(registers, len(layout.sizes), self.embed_dim, "registers")
             if self.pad:  # tokens that have no place in x
-                return layout.map(
-                    lambda grids, *valid: self.forward(grids, None, None, None, *valid), x, *masks
-                )
-
-            def attend(heads: Tensor, valid: Tensor | None = None) -> Tensor:
-                return self._attend_heads(heads, None, None, valid)
-
-            projected = self._heads(x)
-            out = self._attend_at_once(projected, layout, mask)
-            if out is None:
-                out = layout.map(attend, projected, *masks)
-            return self._output(out)
-        check_sequence(registers, len(layout.sizes), self.embed_dim, "registers")
+                return layout.map_both(
+                    lambda grids, *rest: self.forward(grids, rest[-1], None, None, *rest[:-1]),
+                    x, *masks, each=[registers],
+                )  # fmt: skip
+            return self._attend_grids_and_registers(x, layout, registers, mask)
         if self.pad:
-            return layout.map_both(
-                lambda grids, *rest: self.forward(grids, rest[-1], None, None, *rest[:-1]),
-                x, *masks, each=[registers],
-            )  # fmt: skip
-
-        def attend_both(heads: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-            *valid, heads_r = rest
-            return self._attend_with_registers(
-                heads, heads_r, heads.shape[1:-2], None, None, *valid
+            return layout.map(
+                lambda grids, *valid: self.forward(grids, None, None, None, *valid), x, *masks
             )
+        heads = self._heads(x)
+        if self._is_packed():
+            tensors = Tensors(*unpacked(heads, self.num_kv_heads), key_mask=mask, query_mask=mask)
+            out = self._attend_at_once(tensors, layout)
+            if out is None:
+                # As one tensor, which has one gradient.
+                out = layout.map(
+                    lambda grids, *valid: self._attend_heads(grids, None, None, *valid or (None,)),
+                    heads, *masks,
+                )  # fmt: skip
+        else:
+            out = self._attend_grids(*self._separated_grids(heads, layout), layout, mask=mask)
+        return self._output(out)
 
-        heads = self._heads(x), *masks
-        out, out_r = layout.map_both(attend_both, *heads, each=[self._heads(registers)])
+    def _attend_grids_and_registers(
+        self, x: Tensor, layout: GridLayout, registers: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        query, key, value = self._separated_grids(self._heads(x), layout)
+        of_registers = self._separated(self._heads(registers), None, False)
+        out = self._attend_grids(query, key, value, layout, *of_registers[1:], mask=mask)
+
+        def attend(key: Tensor, value: Tensor, *rest: Tensor) -> Tensor:
+            *valid, query_r, key_r, value_r = rest
+            key, value, *valid = (t.flatten(1, self.rank) for t in (key, value, *valid))
+            return self._attend_registers(key, value, query_r, key_r, value_r, *valid)
+
+        packed = (key, value) if mask is None else (key, value, mask)
+        out_r = layout.map_to_each(attend, *packed, each=of_registers)
         return self._output(out), self._output(out_r)
 
-    def _attend_at_once(
-        self, heads: Tensor, layout: GridLayout, mask: Tensor | None
-    ) -> Tensor | None:
-        """Attention of all grids by one launch of a kernel; None where there is none, or a call for
-        each size is estimated to take less time."""
-        # Of a window as wide as the grid, each has a table of biases of its own.
-        if not self._is_packed() or (self.rpb is not None and -1 in self.kernel_size):
-            return None
-        query, key, value = unpacked(heads, self.num_kv_heads)
-        rpb = None if self.rpb is None else self._bias(self.kernel_size)
-        tensors = Tensors(query, key, value, rpb, sink=self._sink(), key_mask=mask, query_mask=mask)
-        windows = {
-            "kernel_size": self.kernel_size, "stride": self.stride, "dilation": self.dilation,
-            "is_causal": self.is_causal,
-        }  # fmt: skip
-        found = attend_at_once(
-            tensors, layout.configured(windows), self.scale, softcap=self.softcap,
-            is_circular=self.is_circular, clip_window=self.clip_window,
-        )  # fmt: skip
-        return None if found is None else found[0]
+    def _separated_grids(self, heads: Tensor, layout: GridLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_separated`, of packed grids."""
+        query, key, value = self._normed(heads)
+        query, key = self._rotate_grids(query, key, layout)
+        return self._scaled(query), key, value
 
     def _forward_with_registers(
         self,
@@ -396,11 +392,25 @@ class NeighborhoodAttention(NeighborhoodModule):
         out = self._attend(query, key, value, key_r, value_r, origin, grid, None, mask)
 
         key, value = (crop(t, extent).flatten(1, -3) for t in (key, value))
+        return out, self._attend_registers(key, value, query_r, key_r, value_r, key_mask)
+
+    def _attend_registers(
+        self,
+        key: Tensor,
+        value: Tensor,
+        query_r: Tensor,
+        key_r: Tensor,
+        value_r: Tensor,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of registers to the tokens of their grid, `[B, tokens, heads, head_dim]`, and
+        to each other.
+        """
         if any(self.is_causal):
             key, value = key[:, :0], value[:, :0]
             key_mask = None if key_mask is None else key_mask[:, :0]
         if self.attn_drop is not None and self.training:
-            out_r = F.scaled_dot_product_attention(
+            return F.scaled_dot_product_attention(
                 query_r.transpose(1, 2),
                 torch.cat([key, key_r], dim=1).transpose(1, 2),
                 torch.cat([value, value_r], dim=1).transpose(1, 2),
@@ -408,12 +418,9 @@ class NeighborhoodAttention(NeighborhoodModule):
                 scale=self.scale,
                 enable_gqa=self.num_kv_heads != self.num_heads,
             ).transpose(1, 2)
-        else:
-            out_r = attend_to_all(
-                query_r, key, value, key_r, value_r, self.scale, self.softcap, self._sink(),
-                key_mask,
-            )  # fmt: skip
-        return out, out_r
+        return attend_to_all(
+            query_r, key, value, key_r, value_r, self.scale, self.softcap, self._sink(), key_mask
+        )
 
     def _check_registers(self, x: Tensor, registers: Tensor) -> None:
         check_sequence(registers, x.shape[0], self.embed_dim, "registers")
@@ -452,15 +459,20 @@ class NeighborhoodAttention(NeighborhoodModule):
         is_grid: bool,
         grid: list[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self._normed(heads)
+        if is_grid:
+            query, key = self._rotate(query, key, origin, grid)
+        return self._scaled(query), key, value
+
+    def _normed(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, before they are rotated."""
         kv = self.num_kv_heads
         query, key, value = heads.split([self.num_heads, kv, kv], -2)
         if self.q_norm is not None:
             query = self.q_norm(query)
         if self.k_norm is not None:
             key = self.k_norm(key)
-        if is_grid:
-            query, key = self._rotate(query, key, origin, grid)
-        return self._scaled(query), key, value
+        return query, key, value
 
     def _output(self, out: Tensor) -> Tensor:
         return self.proj_drop(self.proj(out.flatten(-2)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from natten._internals import is_exporting, is_known, scripted
 from natten.functional import neighborhood_attention_generic, sharded
 from natten.functional.attention import attention_with_context
+from natten.functional.call import Tensors
 from natten.functional.neighborhood import middle, of_groups, packed_attention
 from natten.nn.explicit import AttentionMap, attention_map, window_attention, window_rows
 from natten.nn.rotary import RotaryEmbedding, rotate
@@ -33,7 +34,7 @@ from natten.validation import (
     optional_bool,
     shown,
 )
-from natten.varlen import GridLayout
+from natten.varlen import GridLayout, attend_at_once
 from natten.window import Axis
 
 
@@ -900,6 +901,18 @@ class NeighborhoodModule(nn.Module):
             return rotary(query, origin), rotary(key, origin)
         return query, key
 
+    def _rotate_grids(
+        self, query: Tensor, key: Tensor, layout: GridLayout
+    ) -> tuple[Tensor, Tensor]:
+        """As `_rotate`, by the positions in grids whose packed tokens these are."""
+        if isinstance(self.rotary, RotaryEmbedding):
+            cos, sin = self.rotary.rotation_of_grids(layout)
+            return rotate(query, cos, sin), rotate(key, cos, sin)
+        if self.rotary is not None:
+            rotary: Any = self.rotary
+            query, key = (layout.map(lambda grids: rotary(grids, None), t) for t in (query, key))
+        return query, key
+
     def _scaled(self, query: Tensor) -> Tensor:
         """The query of heads that learn their scales, for an attention with `scale`."""
         if self.logit_scale is not None:
@@ -977,6 +990,67 @@ class NeighborhoodModule(nn.Module):
             self.clip_window,
         )
         return out
+
+    def _drops(self) -> bool:
+        """Whether attention weights are dropped."""
+        return self.attn_drop is not None and self.training
+
+    def _attend_at_once(self, tensors: Tensors, layout: GridLayout) -> Tensor | None:
+        """Attention of packed grids by one launch of a kernel; None where there is none, or a call
+        for each size is estimated to take less time.
+
+        Args:
+            tensors: Without the bias and the sink, which are the module's.
+            layout: Of the grids.
+        """
+        # Of a window as wide as the grid, each has a table of biases of its own.
+        if self._drops() or self.is_grouped or (self.rpb is not None and -1 in self.kernel_size):
+            return None
+        rpb = None if self.rpb is None else self._bias(self.kernel_size)
+        windows = {
+            "kernel_size": self.kernel_size, "stride": self.stride, "dilation": self.dilation,
+            "is_causal": self.is_causal,
+        }  # fmt: skip
+        found = attend_at_once(
+            tensors._replace(rpb=rpb, sink=self._sink()), layout.configured(windows), self.scale,
+            softcap=self.softcap, is_circular=self.is_circular, clip_window=self.clip_window,
+        )  # fmt: skip
+        return None if found is None else found[0]
+
+    def _attend_grids(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: GridLayout,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        additional_lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """As `_attend`, of packed grids, and of additional keys of each: all at once, or neighbors
+        of one size.
+        """
+        tensors = Tensors(
+            query, key, value, None, additional_keys, additional_values,
+            additional_lengths=additional_lengths, key_mask=mask, query_mask=mask,
+        )  # fmt: skip
+        found = self._attend_at_once(tensors, layout)
+        if found is not None:
+            return found
+        tokens = {"query": query, "key": key, "value": value, "mask": mask}
+        entries = {
+            "additional_keys": additional_keys, "additional_values": additional_values,
+            "additional_lengths": additional_lengths,
+        }  # fmt: skip
+        packed, each = (
+            {name: t for name, t in part.items() if t is not None} for part in (tokens, entries)
+        )
+
+        def attend(*parts: Tensor) -> Tensor:
+            return self._attend(**dict(zip((*packed, *each), parts, strict=True)))
+
+        return layout.map(attend, *packed.values(), each=[*each.values()])
 
     def _map(
         self,

@@ -26,7 +26,7 @@ from natten.nn.explicit import AttentionMap
 from natten.nn.stream import StreamState, attend_to_stream, check_stream, fit_frames
 from natten.types import IntOrWindows, KernelSizes
 from natten.validation import check_length_values, check_positive_int, int_tuple
-from natten.varlen import GridLayout
+from natten.varlen import GridLayout, check_packed
 
 
 def check_source(source: Tensor, x: Tensor) -> None:
@@ -247,7 +247,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
                 return self._forward_upsampled(x, context, context_lengths, source, origin, grid)
         extent = x.shape[1:-1]
         query, key, value = self._project(x, source, origin, grid)
-        key_c, value_c, lengths = self._contexts(x, context, context_lengths)
+        key_c, value_c, lengths = self._contexts(x.shape[0], context, context_lengths)
         out = self._attend(query, key, value, key_c, value_c, origin, grid, lengths)
         if self.pad:
             out = crop(out, extent)
@@ -261,16 +261,30 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         context_lengths: Tensor | None,
         source: Tensor | None,
     ) -> Tensor:
-        packed = {"x": x, "source": source}
-        each = {"context": context, "context_lengths": context_lengths}
-        tokens, entries = (
-            {name: t for name, t in part.items() if t is not None} for part in (packed, each)
-        )
+        check_packed("x", x, layout)
+        check_sequence(x, 1, self.embed_dim, "x")
+        if context is not None and self.context_kv is not None:
+            check_sequence(context, len(layout.sizes), self.context_kv.in_features, "context")
+        if self.pad:  # tokens that have no place in x
+            packed = {"x": x, "source": source}
+            each = {"context": context, "context_lengths": context_lengths}
+            tokens, entries = (
+                {name: t for name, t in part.items() if t is not None} for part in (packed, each)
+            )
 
-        def attend(*parts: Tensor) -> Tensor:
-            return self.forward(**dict(zip((*tokens, *entries), parts, strict=True)))
+            def attend(*parts: Tensor) -> Tensor:
+                return self.forward(**dict(zip((*tokens, *entries), parts, strict=True)))
 
-        return layout.map(attend, *tokens.values(), each=[*entries.values()])
+            return layout.map(attend, *tokens.values(), each=[*entries.values()])
+        if source is None:
+            source = x
+        check_packed("source", source, layout)
+        check_sequence(source, 1, self.source_dim, "source")
+        query, key, value = self._normed(x, source)
+        query, key = self._rotate_grids(query, key, layout)
+        additional = self._contexts(len(layout.sizes), context, context_lengths)
+        out = self._attend_grids(self._scaled(query), key, value, layout, *additional)
+        return self._output(out)
 
     def _forward_upsampled(
         self,
@@ -288,7 +302,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if self.q_norm is not None:
             query = self.q_norm(query)
         key, value = self._split(self.kv(source))
-        key_c, value_c, lengths = self._contexts(x, context, context_lengths)
+        key_c, value_c, lengths = self._contexts(x.shape[0], context, context_lengths)
         out = neighborhood_attention_generic(
             self._scaled(query), key, value, self.kernel_size, self.stride, self.dilation,
             self.is_causal, self.scale, key_c, value_c, additional_lengths=lengths,
@@ -307,14 +321,14 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             )
 
     def _contexts(
-        self, x: Tensor, context: Tensor | None, context_lengths: Tensor | None
+        self, batch: int, context: Tensor | None, context_lengths: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Keys, values and lengths of the context."""
         if context is None:
             if context_lengths is not None:
                 raise ValueError("context_lengths was given without a context")
             return None, None, None
-        key, value = self._project_context(x, context)
+        key, value = self._project_context(batch, context)
         if context_lengths is None:
             return key, value, None
         return key, value, lengths_of(context_lengths, key)
@@ -332,20 +346,25 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         check_source(source, x)
         x = self._placed(x, origin, grid)
         source = self._placed(source, origin, grid)
+        query, key, value = self._normed(x, source)
+        query, key = self._rotate(query, key, origin, grid)
+        return self._scaled(query), key, value
+
+    def _normed(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, before they are rotated."""
         if not torch.jit.is_scripting():
             check_heads_whole("kv", self.kv, self.heads_mesh)
         query = torch.unflatten(self.q(x), -1, (self.num_heads, self.head_dim))
         key, value = self._split(self.kv(source))
         if self.q_norm is not None:
             query = self.q_norm(query)
-        query, key = self._rotate(query, key, origin, grid)
-        return self._scaled(query), key, value
+        return query, key, value
 
-    def _project_context(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def _project_context(self, batch: int, context: Tensor) -> tuple[Tensor, Tensor]:
         if self.context_kv is None:
             raise ValueError("a context was given to a module without context_dim")
         else:
-            check_sequence(context, x.shape[0], self.context_kv.in_features, "context")
+            check_sequence(context, batch, self.context_kv.in_features, "context")
             return self._split(self.context_kv(context))
 
     def _split(self, kv: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,7 +394,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         reaches = [size[0] * dilation[0] for size, _, dilation in self.head_windows()]
         grid = [max(seen + extent[0], *reaches), *x.shape[2:-1]]
         query, key, value = self._project(x, None, origin, grid)
-        additional = self._contexts(x, context, context_lengths)
+        additional = self._contexts(x.shape[0], context, context_lengths)
         out, new = attend_to_stream(self, query, key, value, extent, state, *additional)
         return self._output(out), new
 
@@ -408,7 +427,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         query, key, _ = self._project(x, source, origin, grid)
         key_c = lengths = None
         if context is not None:
-            key_c = self._project_context(x, context)[0]
+            key_c = self._project_context(x.shape[0], context)[0]
             if context_lengths is not None:
                 lengths = lengths_of(context_lengths, key_c)
         return self._map(query, key, positions, x.shape[1:-1], key_c, lengths, origin, grid)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natten.validation import bool_tuple, check_is_tensor, check_positive_int
+from natten.varlen import GridLayout
 
 
 class RotaryEmbedding(nn.Module):
@@ -115,6 +116,26 @@ class RotaryEmbedding(nn.Module):
         which rings of which it holds a part need.
         """
         return rotation_of_grid(self.frequencies, extent, origin, self.is_circular, grid)
+
+    @torch.jit.unused
+    def rotation_of_grids(self, layout: GridLayout) -> tuple[Tensor, Tensor]:
+        """`rotation` of each grid of a layout, for packed tokens: `[1, total, 1, head_dim // 2]`.
+        Layers that turn alike share what the layout keeps of them.
+        """
+
+        def make() -> tuple[Tensor, ...]:
+            parts = {size: self.rotation(list(size)) for size in dict.fromkeys(layout.sizes)}
+            each = zip(*[parts[size] for size in layout.sizes], strict=True)
+            return tuple(
+                [torch.cat([t.flatten(0, -3) for t in all_]).unsqueeze(0) for all_ in each]
+            )
+
+        if type(self) is RotaryEmbedding:
+            what = self.head_dim, self.theta, self.spacing, self.is_circular, self.frequencies.dtype
+            cos, sin = layout.kept(what, self.frequencies.device, make)
+        else:
+            cos, sin = make()
+        return cos, sin
 
     def forward(self, x: Tensor, origin: list[int] | None = None) -> Tensor:
         """Rotates `x`, `[B, *X, heads, head_dim]`, whose first token has the coordinates `origin`
