@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-import torch.nn.attention.flex_attention
 
 from natten.context import NattenContext
 
@@ -51,6 +50,6 @@ def wide_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 def untraced_flex(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention runs as it is, where torch would trace every mask first: for numbers alone."""
     monkeypatch.setattr(
-        torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True,
+        "torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True,
         raising=False,
     )  # fmt: skip

@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from random import Random
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import natten
 import natten.distributed as nd
+from natten.distributed import halo
 from natten.distributed.boxes import whole
 from natten.distributed.exchange import agree
 from natten.functional import neighborhood_attention_generic, operators
@@ -480,6 +484,37 @@ def refuses_placements() -> None:
     placed = make((8, 8), mesh, (Shard(0), Shard(-4)))
     assert len(placed.boxes) == 2
     assert placed.own.extent == (4, 8)
+
+
+def keys_are_kept_until_read() -> None:
+    """What is put together may be read later, on another stream: it is there until it was used."""
+    sharding = line_of(24)
+    given = boxes(sharding, 2, 4)
+    mask = torch.arange(given[0].shape[1], device=DEVICE)[None] % 3 > 0
+    read: dict[Any, list[StorageWeakRef]] = defaultdict(list)
+    put, release = halo._Keys._put, halo._Keys.release
+    numbers = 0
+
+    def noted(keys: Any, box: Any, parts: Sequence[Tensor]) -> None:
+        read[keys] += [StorageWeakRef(part.untyped_storage()) for part in parts]
+        put(keys, box, parts)
+
+    def released(keys: Any) -> None:
+        nonlocal numbers
+        numbers += len(read[keys])
+        assert not any(storage.expired() for storage in read[keys])
+        release(keys)
+
+    with (
+        mock.patch.object(halo._Keys, "_put", noted),
+        mock.patch.object(halo._Keys, "release", released),
+    ):
+        out = nd.na1d(*given, 9, sharding=sharding, key_mask=mask, method="halo")
+        forward = numbers
+        out.sum().backward()
+    # Of own and others' keys, values and masks.
+    assert forward >= 6, forward
+    assert numbers == 2 * forward, numbers
 
 
 def saved_tensors_are_read_once() -> None:

@@ -295,7 +295,10 @@ def head_parallel_cross_attention() -> None:
     single = randomized(
         NeighborhoodCrossAttention2D(16, 4, 3, context_dim=8, num_kv_heads=2, rel_pos_bias=True)
     )
-    module = parallelize_module(copy.deepcopy(single), mesh, nd.NeighborhoodHeadParallel())
+    module = copy.deepcopy(single)
+    with torch.device("meta"):
+        # Whatever the default device is.
+        parallelize_module(module, mesh, nd.NeighborhoodHeadParallel())
     x, context = torch.randn(2, 6, 5, 16, dtype=F64), torch.randn(2, 5, 8, dtype=F64)
     torch.testing.assert_close(module(x, context), single(x, context), rtol=1e-10, atol=1e-10)
 

@@ -67,6 +67,7 @@ def test_a_disagreement_says_who_has_what(ranks):
         "gradients_are_asked_for_one_by_one",
         "grid_is_explicit",
         "is_deterministic",
+        "keys_are_kept_until_read",
         "saved_tensors_are_read_once",
         "shards_and_unshards",
     ],

@@ -82,7 +82,6 @@ class Exchange:
     ) -> None:
         self._received = received.split(list(sizes))
         self._works: list[Any]
-        self._kept: Any
         sent: Any
         everything = [t for tensors in outgoing for t in tensors]
         # Not only the transfer but the packing before it.
@@ -103,15 +102,15 @@ class Exchange:
                     if tensor.numel()  # both sides know what is empty
                 ]
                 self._works = dist.batch_isend_irecv(operations) if operations else []
-        # Until the other stream has read them, their memory must not be anything else's.
-        self._kept = (outgoing, sent)
+        # Until it is on its way, its memory must not be anything else's.
+        self._sent = sent
         self.tensors = [received, *everything]
 
     def wait(self) -> tuple[Tensor, ...]:
         """What came from each rank, in one dimension."""
         for work in self._works:
             work.wait()
-        self._works, self._kept, self.tensors = [], None, []
+        self._works, self._sent, self.tensors = [], None, []
         return self._received
 
 

@@ -198,7 +198,7 @@ def _shard_heads(module: NeighborhoodModule, mesh: DeviceMesh) -> None:
 
 def _order(heads: Sequence[int], head_dim: int, ranks: int) -> Tensor:
     """The rows of a packed projection, those of a rank's heads together."""
-    rows = torch.arange(sum(heads) * head_dim).split([n * head_dim for n in heads])
+    rows = torch.arange(sum(heads) * head_dim, device="cpu").split([n * head_dim for n in heads])
     return torch.cat([part for parts in zip(*[r.chunk(ranks) for r in rows]) for part in parts])
 
 

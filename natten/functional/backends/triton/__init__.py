@@ -222,13 +222,8 @@ class _Backend(Backend):
         persistent = 0 if config.backward_kv_splits is None else prod(config.backward_kv_splits)
         if not problem.num_additional:
             fused = self._fused(problem, config, now, query, key_value)
-            sums = (
-                4
-                * problem.batch
-                * problem.num_queries
-                * problem.heads
-                * tiles.block(problem.head_dim)
-            )
+            width = tiles.block(problem.head_dim)
+            sums = 4 * problem.batch * problem.num_queries * problem.heads * width
             launches = 1 if now.memory == "unrestricted" or sums <= _SMALL_SUMS else 2
             return BackwardTilings(query, key_value, key_value, 1, persistent, fused, launches)
         longest = problem.num_queries if problem.grids is None else problem.grids.longest
