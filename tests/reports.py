@@ -32,7 +32,7 @@ FUNCTIONAL = Path(__file__).parents[1] / "natten" / "functional"
 KERNELS = FUNCTIONAL / "backends" / "triton"
 # The report on wrong_kernel.py.
 WRONG = ".wrong."
-# Faults of a report that are shown.
+# Faults of a report that are shown; of one that is not whole, its last lines.
 SHOWN = 20
 
 
@@ -160,8 +160,8 @@ def is_right(tool: str, path: Path) -> bool:
         f"{path.name}: {checked} checked, {len(wrong)} faults, {left_out} entries left out"
         + "".join(f"; {gap}" for gap in lacks)
     )
-    for fault in wrong[:SHOWN]:
-        print(f"    {fault}")
+    for line in wrong[:SHOWN] or (report.splitlines()[-SHOWN:] if lacks else ()):
+        print(f"    {line}")
     return not wrong and not lacks
 
 

@@ -6,7 +6,7 @@
 #
 #   TOOLS    of memcheck, racecheck, initcheck (all)
 #   PARTS    processes of each tool (4)
-#   LIMIT    seconds after which no tool begins another problem (360); then it has half as long to end
+#   LIMIT    seconds after which no tool begins another problem (360); it has one minute more to end
 #   REPORTS  a folder for what they say (a new one)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +25,8 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 echo "== compiling; reports go to $REPORTS"
 "$PYTHON" tests/run_gpu.py --only sanitize "$@"
 # With arguments, it may be a part of the set.
-[ $# -gt 0 ] || "$PYTHON" tests/reports.py reached "$TRITON_CACHE_DIR"
+code=0
+[ $# -gt 0 ] || "$PYTHON" tests/reports.py reached "$TRITON_CACHE_DIR" || code=1
 "$PYTHON" tests/wrong_kernel.py
 echo "== compiled in $SECONDS s"
 
@@ -42,7 +43,7 @@ check() {
     shift 2
     # initcheck has to see what torch's kernels write.
     [ "$tool" = initcheck ] || more=("${names[@]}")
-    timeout --kill-after 10 $((LIMIT * 3 / 2)) compute-sanitizer --tool "$tool" "${more[@]}" \
+    timeout --kill-after 10 $((LIMIT + 60)) compute-sanitizer --tool "$tool" "${more[@]}" \
         --show-backtrace no --print-limit 100000 "$PYTHON" "$@" > "$report" 2>&1 || true
     echo "== $(basename "$report" .log) ended after $((SECONDS - begun)) s"
 }
@@ -56,7 +57,6 @@ for tool in "${tools[@]}"; do
     done
 done
 wait
-code=0
 for tool in "${tools[@]}"; do
     "$PYTHON" tests/reports.py "$tool" "$REPORTS/$tool".*.log || code=1
 done
