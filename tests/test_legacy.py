@@ -801,8 +801,9 @@ def test_kernels_in_the_interpreter(axes, dim, name):
 
     tokens = math.prod(axis.length for axis in axes)
     slots = math.prod(axis.kernel_size for axis in axes)
-    a, b = torch.randn(2, 3, tokens, dim, dtype=torch.float64)
-    weights = torch.randn(3, tokens, slots, dtype=torch.float64)
+    # What is dense in another order is not what a result of the same strides would be.
+    a, b = torch.randn(2, dim, 3, tokens, dtype=torch.float64).movedim(1, -1)
+    weights = torch.randn(slots, 3, tokens, dtype=torch.float64).movedim(0, -1)
     arguments = PRODUCTS[name](axes, a, b, weights)
     torch.testing.assert_close(getattr(kernels, name)(*arguments), getattr(eager, name)(*arguments))
 

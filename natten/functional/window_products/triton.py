@@ -203,14 +203,16 @@ def dot(a: Tensor, b: Tensor, axes: tuple[Axis, ...], empty: float) -> Tensor:
 def weighted_sum(weights: Tensor, b: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """As :func:`natten.functional.window_products.eager.weighted_sum`."""
     windows, _, _, sizes = _tables(axes, b.device)
-    tensors = (weights.contiguous(), b.contiguous(), torch.empty_like(b))
+    b = b.contiguous()
+    tensors = (weights.contiguous(), b, torch.empty_like(b))
     return _launch(_weighted_sum, tensors, (windows,), (sizes,))
 
 
 def scatter(weights: Tensor, a: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """As :func:`natten.functional.window_products.eager.scatter`."""
     windows, inverses, longest, sizes = _tables(axes, a.device)
-    tensors = (weights.contiguous(), a.contiguous(), torch.empty_like(a))
+    a = a.contiguous()
+    tensors = (weights.contiguous(), a, torch.empty_like(a))
     return _launch(_scatter, tensors, (windows, inverses), (longest, sizes))
 
 
