@@ -37,6 +37,13 @@ def test_dtypes(dtype):
     check_problem(Case("dtype", (9,), (4,), additional=2), "flex", dtype, backward=False)
 
 
+def test_soft_caps_that_differ():
+    """The second of them is not taken for something that changes from call to call."""
+    for softcap in (0.5, 2.0, 3.0):
+        case = Case("cap", (9,), (4,), softcap=softcap)
+        check_problem(case, "flex", torch.float32, backward=False)
+
+
 @pytest.mark.parametrize("blocks", [(16, 16), (8, 32)])
 def test_block_mask_covers_the_mask(blocks):
     problem = Problem(

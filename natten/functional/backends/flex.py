@@ -325,7 +325,8 @@ def _autograd_allowed() -> Iterator[None]:
     include = torch._C._dispatch_tls_local_include_set()
     with (
         torch._C._ForceDispatchKeyGuard(include, exclude),
-        torch._dynamo.config.patch(recompile_limit=_MAX_PROGRAMS),
+        # FlexAttention is traced even without torch.compile, and scores take no symbolic numbers.
+        torch._dynamo.config.patch(recompile_limit=_MAX_PROGRAMS, specialize_float=True),
         warnings.catch_warnings(),
     ):
         # That it is slow without torch.compile is documented where it is asked for.
