@@ -298,6 +298,9 @@ KINDS: dict[str, Any] = {
     "ping-pong": lambda q, k, v: natten.na2d(q, k, v, (20, 18), return_lse=True),
     "everything": lambda q, k, v: natten.na2d(q, k, v, (24, 30)),
     "rpb": lambda q, k, v: natten.na2d(q, k, v, (5, 7), rpb=q.new_ones(q.shape[-2], 9, 13)),
+    "groups of heads": lambda q, k, v: natten.na2d(
+        q, k.repeat(1, 1, 1, 2, 1), v.repeat(1, 1, 1, 2, 1), [(5, 7), (20, 18)], return_lse=True
+    ),
     "wide values": lambda q, k, v: natten.na2d(q, k, v.repeat(1, 1, 1, 1, 5), (5, 7)),
     "packed heads": lambda q, k, v: packed_attention(
         torch.cat([q, k, v], -2), k.shape[-2], (5, 7), (1, 1), (1, 1), (False, False)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import natten
 from natten import na1d, na2d, na3d
+from natten.functional import operators
 from natten.nn import NeighborhoodAttention2D
 
 
@@ -132,6 +133,122 @@ def test_windows_of_groups_of_heads(heads: int, heads_kv: int) -> None:
     for tensor, gradient in zip(tensors, gradients):
         assert gradient.shape == tensor.shape
         assert bool(gradient.any())
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "plain": {"kernel_size": [(3, 3), (5, 7)]},
+    "dilated, strided": {
+        "kernel_size": [(3, 3), (2, 5)], "dilation": [(2, 2), (1, 1)], "stride": [(1, 1), (2, 1)],
+    },
+    "scores, rings": {
+        "kernel_size": [(3, 3), (9, 3)], "is_circular": (False, True), "softcap": 2.0, "scale": 0.3,
+    },
+    "everything": {"kernel_size": [(-1, -1), (3, 3)], "is_causal": False},
+    "boxes": {
+        "kernel_size": [(3, 3), (11, 5)], "grid": (12, 10), "query_origin": (2, 1),
+        "key_origin": (2, 1), "clip_window": True,
+    },
+}  # fmt: skip
+
+
+def _of_each(tensors: list[Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Groups as calls of their own."""
+    lists = {name: options[name] for name in ("kernel_size", "stride", "dilation")
+             if isinstance(options.get(name), list)}  # fmt: skip
+    halves = zip(*[t.chunk(2, -2) for t in tensors], strict=True)
+    found = [
+        na2d(*half, **options | {name: each[g] for name, each in lists.items()}, return_lse=True)
+        for g, half in enumerate(halves)
+    ]
+    return torch.cat([out for out, _ in found], -2), torch.cat([lse for _, lse in found], -1)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_groups_of_heads_share_results(name: str) -> None:
+    """Numbers and all derivatives are those of calls of their own, whatever is asked for."""
+    options = SHARED[name]
+    masks = {mask: torch.rand(2, 9, 8) > 0.3 for mask in ("key_mask", "query_mask")}
+    for more in ({}, masks):
+        query, *others = parts(9, 8)
+        tensors = [query, *[t[..., :2, :].detach().requires_grad_() for t in others]]
+        given = options | more
+        found = na2d(*tensors, **given, return_lse=True)
+        expected = _of_each(tensors, given)
+        torch.testing.assert_close(found, expected)
+        weights = [torch.randn_like(t) for t in found]
+        for results in (slice(0, 1), slice(1, 2), slice(2)):
+            for wanted in (tensors, tensors[:1], tensors[1:2], tensors[1:]):
+                mine, true = (
+                    torch.autograd.grad(
+                        pair[results], wanted, weights[results], retain_graph=True,
+                        allow_unused=True, materialize_grads=True,
+                    )
+                    for pair in (found, expected)
+                )  # fmt: skip
+                torch.testing.assert_close(mine, true)
+
+
+def test_derivatives_of_groups_of_heads() -> None:
+    """Of second order, of a tensor that is all three, and while somebody watches."""
+    given = SHARED["dilated, strided"]
+    x = parts(9, 8)[0]
+    found = []
+    for function in (na2d, lambda *t, **more: _of_each([*t], more)[0]):
+        out = function(x, x, x, **given)
+        out = out[0] if isinstance(out, tuple) else out
+        (first,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.cos().sum(), x)
+        found.append((first, second))
+    torch.testing.assert_close(*found)
+    out = na2d(x, x, x, **given)
+    with torch.profiler.profile():
+        watched = na2d(x, x, x, **given)
+        (gradient,) = torch.autograd.grad(out.sin().sum(), x)
+    torch.testing.assert_close(watched, out)
+    torch.testing.assert_close(gradient, found[0][0])
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["dilated, strided", "everything"])
+def test_kernels_write_into_shared_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of groups of heads, into views of one output and of one gradient each, and read gradients as
+    they are; numbers are those of float64."""
+    pytest.importorskip("triton")
+    from natten.functional.backends.triton.backward import BackwardPass
+
+    options, seen = SHARED[name], []
+    compute, back, run = operators._compute, operators._compute_backward, BackwardPass.run
+
+    def noted(call: Any, tensors: Any, view: Tensor) -> Any:
+        out, lse = compute(call, tensors, view)
+        seen.append(out is view)
+        return out, lse
+
+    def noted_backward(*arguments: Any) -> Any:
+        found = back(*arguments)
+        seen.extend(g is view for g, view in zip(found[:3], arguments[-1], strict=True))
+        return found
+
+    def noted_run(self: Any) -> Any:
+        # Not copied: as far apart as all heads are.
+        seen.extend(t.stride(-3) == 4 * t.shape[-1] for t in (self.out, self.grad_out))
+        return run(self)
+
+    monkeypatch.setattr(operators, "_compute", noted)
+    monkeypatch.setattr(operators, "_compute_backward", noted_backward)
+    monkeypatch.setattr(BackwardPass, "run", noted_run)
+    exact = [t.detach()[:1, :7, :6].contiguous() for t in parts(9, 8)]
+    single = [t.float().requires_grad_() for t in exact]
+    weights = torch.randn(exact[0].shape)
+    out = na2d(*single, **options, backend="cutlass-fna")
+    found = [out, *torch.autograd.grad(out, single, weights)]
+    assert seen == [True] * 12
+    monkeypatch.undo()
+    exact = [t.requires_grad_() for t in exact]
+    out, _ = _of_each(exact, options | {"backend": "reference"})
+    expected = [out, *torch.autograd.grad(out, exact, weights.double())]
+    for got, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-5)
 
 
 def test_biases_of_groups_of_heads() -> None:

@@ -131,9 +131,14 @@ class Backend(ABC):
         return False
 
     @abstractmethod
-    def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, problem: Problem, config: Config, inputs: Inputs, destination: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """out ``[batch, *query_shape, heads, head_dim_v]`` in the problem's dtype, and logsumexp
-        ``[batch, *query_shape, heads]`` in its accumulation dtype, which counts the sink."""
+        ``[batch, *query_shape, heads]`` in its accumulation dtype, which counts the sink.
+
+        ``destination`` is a view that out may be written into, and that is returned then.
+        """
 
     @abstractmethod
     def backward(

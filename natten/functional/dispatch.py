@@ -65,7 +65,9 @@ class _Missing(Backend):
     def refusal(self, problem: Problem, config: Config) -> str | None:
         return self.reason
 
-    def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, problem: Problem, config: Config, inputs: Inputs, destination: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         raise RuntimeError(self.reason)
 
     def backward(self, problem: Problem, config: Config, *arguments: Any) -> Gradients:

@@ -24,6 +24,7 @@ from natten.functional.call import (
 )
 from natten.functional.dispatch import FMHA, FNA, Explanation, parse_name
 from natten.functional.dispatch import explain as explain_problem
+from natten.functional.head_groups import attend_groups
 from natten.functional.merge import merge_attentions
 from natten.functional.operators import (
     attend,
@@ -370,12 +371,17 @@ def _over_heads(
     return_lse: bool,
     **options: Any,
 ) -> Any:
-    """Where each of some equal groups of heads has a window of its own: a call each, on views."""
+    """Where each of some equal groups of heads has a window of its own: launches for each on views
+    of shared tensors, where `_shared` takes the call, or a call each."""
     query, key, value = separated(tensors, 0)
     validation.check_qkv(query, key, value, rank)
     validation.check_additional(query, key, value, *tensors[4:6])
     heads, heads_kv, groups = query.shape[-2], key.shape[-2], len(windows)
     validation.check_head_groups(groups, heads, heads_kv)
+    shared = None if heads_kv % groups else _shared(rank, tensors, windows, options)
+    if shared is not None:
+        out, statistics = shared
+        return (out, torch.cat([*statistics], -1)) if return_lse else out
     biases = [None] * groups if tensors.rpb is None else _biases(tensors, windows, options)
     validation.check_sink(tensors.sink, query)
     of_heads = [
@@ -396,6 +402,27 @@ def _over_heads(
     ]  # fmt: skip
     out = torch.cat([out for out, _ in results], -2)
     return (out, torch.cat([lse for _, lse in results], -1)) if return_lse else out
+
+
+def _shared(
+    rank: int | None, tensors: Tensors, windows: list[tuple[Any, ...]], options: dict[str, Any]
+) -> tuple[Tensor, Sequence[Tensor]] | None:
+    """`attend_groups`, for what it takes."""
+    others = (*tensors[3:9], options["attention_kwargs"], sharded.current)
+    if any(other is not None for other in others) or sharded.is_dtensor(tensors.query):
+        return None
+    validation.optional_bool("try_fuse_additional_kv", options["try_fuse_additional_kv"])
+    dtype = autocast_dtype(tensors.query)
+    if dtype is not None:
+        query, key, value = autocast(dtype, *tensors[:3])
+        tensors = tensors._replace(query=query, key=key, value=value)
+    names = ("is_causal", "is_circular", "upsampling", "clip_window")
+    more = tuple([options[name] for name in names])
+    knobs = tuple([options[field.name] for field in fields(DEFAULT_CONFIG)])
+    boxes = tuple([options[name] for name in ("grid", "query_origin", "key_origin")])
+    scores = (options["scale"], options["softcap"])
+    asked = [((*window, *more), scores, options["backend"], knobs, boxes) for window in windows]
+    return attend_groups(tensors, [(rank, 0, part) for part in asked], _parameters)
 
 
 def _biases(tensors: Tensors, windows: list[tuple[Any, ...]], options: dict[str, Any]) -> list[Any]:
@@ -549,8 +576,8 @@ def neighborhood_attention_generic(*arguments: Any, **named: Any) -> Any:
         value: ``[batch, *tokens, heads_kv, head_dim_v]``.
         kernel_size: Window size; at most the number of tokens along the axis. -1 (or None, of one
             axis) is everything along it, where dilation divides the tokens. A list of windows, as
-            ``[(3, 3), (7, 7)]``, gives each of so many equal groups of heads its own, one call
-            of the operator each; so do lists for stride and dilation.
+            ``[(3, 3), (7, 7)]``, gives each of so many equal groups of heads its own, one launch
+            of each kernel for each; so do lists for stride and dilation.
         stride: Queries that share one window; at most kernel_size. stride == kernel_size is
             blocked attention.
         dilation: Distance of neighbors; kernel_size * dilation is at most the number of tokens.

@@ -110,8 +110,10 @@ def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _compute(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """out and logsumexp."""
+def _compute(
+    call: Call, tensors: Tensors, destination: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out, which is the destination if it could be written there, and logsumexp."""
     problem = call.problem
     backend = resolve(problem, call.config, call.parameters.backend)
     config = with_profile(call.config, problem, backend.name)
@@ -128,8 +130,14 @@ def _compute(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
             if tensors.query_mask is not None:
                 lse.masked_fill_(~tensors.query_mask.unsqueeze(-1), -torch.inf)
         return query.new_zeros(shape), lse
-    out, lse = backend.forward(problem, config, call.prepared(tensors))
-    return call.result(out, call.out_shape), call.result(lse, call.out_shape[:-1])
+    views: tuple[Tensor, ...] = ()
+    if destination is not None:
+        views = (flat(destination) if call.is_flat else destination,)
+    out, lse = backend.forward(problem, config, call.prepared(tensors), *views)
+    lse = call.result(lse, call.out_shape[:-1])
+    if destination is not None and out is views[0]:
+        return destination, lse
+    return call.result(out, call.out_shape), lse
 
 
 def _compute_runs(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -225,7 +233,10 @@ def _compute_backward(
     out: Tensor,
     lse: Tensor,
     needs: tuple[bool, ...],
+    destinations: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor | None, ...]:
+    """The gradients; of query, key and value, which are all asked for then, the destinations if
+    there are any."""
     problem = call.problem
     needs = tuple(
         [n and t is not None for n, t in zip(needs, tensors[:NUM_DIFFERENTIABLE], strict=True)]
@@ -249,7 +260,11 @@ def _compute_backward(
         return (*[None if t is None else _zeros(t) for t in wanted], grad_sink)
     gradients: list[Tensor | None] = [None] * len(wanted)
     parts = None
-    if call.is_packed:
+    if destinations is not None:
+        gradients[:3] = destinations
+        d_query, d_key, d_value = destinations
+        parts = (flat(d_query), flat(d_key), flat(d_value)) if call.is_flat else destinations
+    elif call.is_packed:
         if needed[0]:
             whole = torch.empty_like(tensors.query, memory_format=torch.contiguous_format)
             gradients[0] = whole
@@ -269,7 +284,7 @@ def _compute_backward(
                 destination.zero_()
             elif part is not destination:
                 destination.copy_(part)
-    for i in range(3 if call.is_packed else 0, len(wanted)):
+    for i in range(3 if call.is_packed or parts is not None else 0, len(wanted)):
         tensor, gradient = wanted[i], found[i]
         if tensor is not None:
             gradient = _zeros(tensor) if gradient is None else _of_dtype(gradient, tensor.dtype)

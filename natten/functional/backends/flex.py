@@ -507,7 +507,9 @@ class Flex(Backend):
     def configs(self, problem: Problem) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         return list(_TILES[problem.rank])
 
-    def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, problem: Problem, config: Config, inputs: Inputs, destination: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         with _autograd_allowed(), torch.no_grad():
             plain = Inputs._make([None if t is None else t.detach() for t in inputs])
             attend = (

@@ -477,7 +477,9 @@ class Reference(Backend):
             return f"it computes float32, float64, bfloat16 and float16, not {problem.dtype}"
         return None
 
-    def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, problem: Problem, config: Config, inputs: Inputs, destination: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         query = inputs.query
         out = query.new_empty(problem.output_shape)
         lse = query.new_empty(problem.lse_shape, dtype=problem.accumulation_dtype)

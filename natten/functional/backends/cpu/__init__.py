@@ -136,7 +136,9 @@ class CpuBackend(Backend):
         reason = _numba_problem()
         return None if reason is None else Unavailable(reason)
 
-    def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, problem: Problem, config: Config, inputs: Inputs, destination: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The output and the logsumexp."""
         query, key, value, rpb, additional_keys, additional_values, sink, *_ = inputs
         if problem.varlen:

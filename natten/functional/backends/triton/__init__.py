@@ -280,11 +280,13 @@ class _Backend(Backend):
             key_value=tiles.reuse(problem, tiles.KEY_VALUE_GRADIENT, found.key_value),
         )
 
-    def forward(self, problem: Problem, config: Config, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, problem: Problem, config: Config, inputs: Inputs, destination: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """out and logsumexp."""
         kernels, slices = _kernels(), sliced(problem)
         if slices is not None:
-            problem, inputs = slices.problem, slices.inputs(inputs)
+            problem, inputs, destination = slices.problem, slices.inputs(inputs), None
         with _on(problem.device):
             while True:
                 tiling = self._running(problem, config)
@@ -294,7 +296,7 @@ class _Backend(Backend):
                         if tiling.ping_pong
                         else kernels.forward
                     )
-                    out, lse = run(problem, tiling, inputs)
+                    out, lse = run(problem, tiling, inputs, destination)
                     break
                 except kernels.TooLargeError as error:
                     self._refuse(problem, error)

@@ -111,7 +111,7 @@ class BackwardPass:
         describe = self.fused is not None
         query_layout = describable if describe or tilings.key_value.tma else readable
         key_layout = describable if describe or tilings.query.tma else readable
-        self.query, self.grad_out = query_layout(query), query_layout(grad_out.contiguous())
+        self.query, self.grad_out = query_layout(query), query_layout(grad_out)
         self.key, self.value = key_layout(key), key_layout(value)
         self.rpb = rpb
         self.bias_paddings: tuple[int, ...] = arguments.NO_PADDINGS
@@ -136,7 +136,18 @@ class BackwardPass:
         if problem.has_query_mask:
             # Scores of queries that are not valid are masked by this alone.
             lse = torch.where(lse == -torch.inf, torch.inf, lse)
-        self.out, self.lse = out.contiguous(), lse.contiguous()
+        needs_bias = self.bias_sums is not None
+        # Whether the kernel for the query's gradient computes the statistics. The bounds of
+        # integers follow from them.
+        self.in_passing = (
+            self.fused is None
+            and (needs[0] or needs_bias)
+            and not torch_reduction
+            and not (needs_bias and deterministic)
+        )
+        if not self.in_passing or out.stride() != self.grad_out.stride():
+            out, self.grad_out = out.contiguous(), query_layout(grad_out.contiguous())
+        self.out, self.lse = out, lse.contiguous()
         self.grad_lse = None if grad_lse is None else grad_lse.contiguous()
         self.torch_reduction = torch_reduction
         shape = (problem.batch, problem.heads, problem.num_queries)
@@ -164,15 +175,10 @@ class BackwardPass:
             return (*self._all(self.fused), None, None, None)
         query = key = value = bias = additional_key = additional_value = None
         needs = self.needs
-        needs_bias = self.bias_sums is not None
-        needs_query = needs[0] or needs_bias
-        # The bounds of integers follow from the statistics.
-        in_passing = needs_query and not self.torch_reduction
-        in_passing = in_passing and not (needs_bias and self.deterministic)
-        if not in_passing:
+        if not self.in_passing:
             self._statistics()
-        if needs_query:
-            query, bias = self._query(in_passing)
+        if needs[0] or self.bias_sums is not None:
+            query, bias = self._query(self.in_passing)
         if needs[1] or needs[2]:
             key, value = self._key_value(
                 self.problem, self.tilings.key_value, 1, self.tilings.persistent_programs,

@@ -248,12 +248,15 @@ def _launch(
     )  # fmt: skip
 
 
-def forward(problem: Problem, tiling: Tiling, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """out and logsumexp."""
+def forward(
+    problem: Problem, tiling: Tiling, inputs: Inputs, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out, written into a view if one is given, and logsumexp."""
     query, key, value, rpb, additional_keys, additional_values, *_ = inputs
     cumulative_query = launcher.adjacent(inputs.cumulative_seqlen_q)
     cumulative_key = launcher.adjacent(inputs.cumulative_seqlen_kv)
-    out = launcher.allocate(problem, problem.output_shape, query.dtype, query.device)
+    if out is None:
+        out = launcher.allocate(problem, problem.output_shape, query.dtype, query.device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=query.device)
     if problem.varlen:
         lse.fill_(-torch.inf)

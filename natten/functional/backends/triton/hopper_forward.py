@@ -307,11 +307,14 @@ def _launch(
     )
 
 
-def forward(problem: Problem, tiling: Tiling, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """out and logsumexp."""
+def forward(
+    problem: Problem, tiling: Tiling, inputs: Inputs, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out, written into a view if one is given, and logsumexp."""
     query, key, value = map(describable, (inputs.query, inputs.key, inputs.value))
     cumulative_query = launcher.adjacent(inputs.cumulative_seqlen_q)
-    out = launcher.allocate(problem, problem.output_shape, query.dtype, query.device)
+    if out is None:
+        out = launcher.allocate(problem, problem.output_shape, query.dtype, query.device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=query.device)
     if problem.varlen:
         lse.fill_(-torch.inf)

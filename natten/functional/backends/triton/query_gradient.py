@@ -198,7 +198,7 @@ def query_gradient_kernel(
         row_delta = tl.load(statistics + 2 * offset + 1, mask=all_exist, other=0.0)
     else:
         # The rows are here already: compute what the kernel for key and value reads later. Output
-        # and gradient are both contiguous.
+        # and gradient have the same strides.
         out_rows = load_rows(
             data.out + head_offset(memory_batch, head, strides.out_gradient, V.UNIT),
             gradient_offset, all_exist, V.VALUE_FEATURES, V.VALUE_BLOCK,
