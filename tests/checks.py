@@ -6,7 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from random import Random
 from typing import Any
 
@@ -621,6 +621,110 @@ def check_problem(
                 recomputed if name.startswith("gradient") else 0.0,
                 slack.get(name, 0.0),
             )
+
+
+def check_groups(
+    cases: Sequence[Case],
+    backend: str | None,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    factor: float = 2.0,
+    product_rounding: float = 0.0,
+    **knobs: Any,
+) -> None:
+    """As `check_problem`, for windows of equal groups of heads in one call: the cases have but
+    kernel sizes of their own, and no bias."""
+    first, groups = cases[0], len(cases)
+    inputs = make_inputs(first, dtype, device)
+
+    def of_each(inputs: Inputs) -> list[tuple[Case, Inputs]]:
+        parts: list[dict[str, Tensor]] = [{} for _ in cases]
+        for name, tensor in inputs.tensors().items():
+            chunks = tensor.chunk(groups, 0 if name == "sink" else -2)
+            for part, chunk in zip(parts, chunks, strict=True):
+                part[name] = chunk
+        heads = {"heads": first.heads // groups, "heads_kv": first.heads_kv // groups}
+        named = zip(cases, parts, strict=True)
+        return [(replace(case, **heads), Inputs(**part)) for case, part in named]
+
+    def joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return torch.cat([out for out, _ in found], -2), torch.cat([lse for _, lse in found], -1)
+
+    exact_inputs, eager_inputs = inputs.to(torch.float64), inputs.to(dtype)
+    exact_parts = of_each(exact_inputs)
+    exact_results = [run(*part, "reference") for part in exact_parts]
+    exact_found = joined(exact_results)
+    eager_found = joined([eager(*part) for part in of_each(eager_inputs)])
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(t.shape, generator=generator).to(device) for t in exact_found]
+    grads[0] = grads[0].to(dtype)
+    sizes = [case.kernel_size for case in cases]
+    found = []
+    # From scratch, recorded, and done again.
+    for _ in range(3 if device.startswith("cuda") else 1):
+        with nan_filled_empties(), nan_filled_replays():
+            results = run(first, inputs, _suffixed(backend, first), **knobs, kernel_size=sizes)
+            found.append(differentiate(inputs, *results, *grads))
+    slack: Counter[str] = Counter()
+    eps = torch.finfo(dtype).eps
+    each = zip(exact_parts, exact_results, grads[0].chunk(groups, -2), strict=True)
+    for part, pair, grad in each:
+        slack.update(_slack(*part, *pair, grad, eps, product_rounding))
+    exact = differentiate(exact_inputs, *exact_found, *grads)
+    plain = differentiate(eager_inputs, *eager_found, *grads)
+    kept = exact.lse[exact.lse.isfinite()]
+    recomputed = torch.finfo(exact.lse.dtype if dtype == torch.float64 else torch.float32).eps
+    recomputed *= float(kept.abs().max()) if kept.numel() else 0.0
+    for got in found:
+        for name, tensor in got.tensors().items():
+            assert_within_budget(
+                f"{first.name} {sizes}: {name}", tensor, exact.tensors()[name],
+                plain.tensors()[name], factor, recomputed if name.startswith("gradient") else 0.0,
+                slack.get(name, 0.0),
+            )  # fmt: skip
+
+
+def check_derivatives(
+    case: Case, backend: str | None, dtype: torch.dtype, device: str, factor: float, **knobs: Any
+) -> None:
+    """Tangents of the results, and derivatives of gradients along them, are as exact as those that
+    torch makes of eager attention, up to ``factor``."""
+    inputs = make_inputs(case, dtype, device)
+    names = list(inputs.tensors())
+    generator = torch.Generator().manual_seed(2)
+    tangents = [torch.randn(t.shape, generator=generator) for t in inputs.tensors().values()]
+
+    def derivatives(precision: torch.dtype, function: Callable[..., Any]) -> list[Tensor]:
+        own = inputs.to(precision).tensors().values()
+        leaves = tuple(t.detach().requires_grad_() for t in own)
+        along = tuple(t.to(device, dtype).to(precision) for t in tangents)
+
+        def finite(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            out, lse = function(case, Inputs(**dict(zip(names, tensors, strict=True))))
+            return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+        _, changes = torch.func.jvp(finite, tuple(t.detach() for t in leaves), along)
+        out, lse = finite(*leaves)
+        loss = out.double().square().sum() + lse.double().square().sum()
+        zeros = {"allow_unused": True, "materialize_grads": True}
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True, **zeros)
+        slope = sum((g.double() * t).sum() for g, t in zip(gradients, along, strict=True))
+        return [*changes, *torch.autograd.grad(slope, leaves, **zeros)]
+
+    suffixed = _suffixed(backend, case)
+    found = derivatives(dtype, lambda *call: run(*call, suffixed, **knobs))
+    exact = derivatives(torch.float64, lambda *call: run(*call, "reference"))
+    plain = derivatives(dtype, eager)
+    largest = max(float(t.abs().max()) for t in exact if t.numel())
+    # Where all cancels but rounding, as of windows of one key.
+    rounding = 8 * torch.finfo(dtype).eps * largest
+    titles = ["tangent of out", "tangent of lse", *[f"second derivative of {n}" for n in names]]
+    for title, mine, true, usual in zip(titles, found, exact, plain, strict=True):
+        assert_within_budget(
+            f"{case.name}: {title}", mine.detach(), true.detach(), usual.detach(), factor,
+            2.0**-9, rounding,
+        )  # fmt: skip
 
 
 def check_grids(

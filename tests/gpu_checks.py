@@ -28,7 +28,16 @@ from cases import (
     random_plain_case,
     upsampled,
 )
-from checks import check_grids, check_packed, check_problem, compute, make_inputs, run
+from checks import (
+    check_derivatives,
+    check_grids,
+    check_groups,
+    check_packed,
+    check_problem,
+    compute,
+    make_inputs,
+    run,
+)
 from invariance import check_batch_entries, check_packed_sequences, tiles_1d
 from invariance import tiles as shapes_2d
 from memory import nan_filled_empties
@@ -56,12 +65,13 @@ FACTOR = 1.5
 TF32X3 = 2.0**-21
 BF16, FP16, FP32 = DTYPES.values()
 Check = Callable[[], None]
+DEVICE = "cuda"
 
 
 def check(case: Case, backend: str | None, dtype: torch.dtype, **knobs: Any) -> None:
     """Assert that a backend computes a case on the GPU."""
     rounding = TF32X3 if dtype == FP32 else 0.0
-    check_problem(case, backend, dtype, "cuda", factor=FACTOR, product_rounding=rounding, **knobs)
+    check_problem(case, backend, dtype, DEVICE, factor=FACTOR, product_rounding=rounding, **knobs)
 
 
 def has_hopper() -> bool:
@@ -279,7 +289,7 @@ def family(number: int) -> Family:
 def _tiles(family: Family, random: Random) -> dict[str, Any]:
     """Tile shapes among those listed: the default ones would depend on each problem."""
     shape = (1, *(4,) * family.rank, family.group, family.head_dim)
-    query = torch.zeros(shape, dtype=family.dtype, device="cuda")
+    query = torch.zeros(shape, dtype=family.dtype, device=DEVICE)
     key = query[..., :1, :]
     value = query.new_zeros((*shape[:-2], 1, family.head_dim_v))
     on_hopper = family.backend == "hopper" or (family.backend is None and _takes_hopper(family))
@@ -384,6 +394,88 @@ def check_family_problem(number: int, seed: int) -> None:
     mode = natten.use_deterministic_algorithms() if chosen.deterministic else nullcontext()
     with mode:
         check(case, chosen.backend, chosen.dtype, **dict(chosen.knobs))
+
+
+# What windows, grids and derivatives there are beyond plain ones: each in families of its own.
+SPECIAL = ("rings", "masks", "scores", "windows", "upsampling", "derivatives")
+SPECIAL_FAMILIES = 6
+
+
+@lru_cache
+def special_family(kind: str, number: int) -> Family:
+    """The ``number``-th family of problems that all are of a kind."""
+    random = Random(f"{kind} {number}")
+    # Of every rank, backend and dtype.
+    made = family(5 * number)
+    one = random.randrange(made.rank)
+    made = replace(
+        made, is_circular=(False,) * made.rank, upsampling=(1,) * made.rank,
+        scores=tuple(PLAIN_SCORES.items()),
+    )  # fmt: skip
+    if kind == "rings":
+        causal = tuple(c and axis != one for axis, c in enumerate(made.is_causal))
+        rings = tuple(axis == one or (not c and random.random() < 0.5)
+                      for axis, c in enumerate(causal))  # fmt: skip
+        return replace(made, is_causal=causal, is_circular=rings)
+    if kind == "masks":
+        masks = {"key_mask": number % 3 != 1, "query_mask": number % 3 != 0}
+        return replace(made, scores=tuple((PLAIN_SCORES | masks).items()))
+    if kind == "scores":
+        scores = {"softcap": random.choice((0.5, 2.0, 4.0)), "sink": True}
+        return replace(made, scores=tuple((PLAIN_SCORES | scores).items()))
+    if kind == "upsampling":
+        dilated = tuple(d and axis != one for axis, d in enumerate(made.dilated))
+        factors = tuple(1 if d else random.choice((1, 2, 3)) for d in dilated)
+        factors = (*factors[:one], random.choice((2, 3, 4)), *factors[one + 1 :])
+        return replace(made, rpb=False, dilated=dilated, upsampling=factors)
+    # Biases are of the size of one window.
+    return replace(made, rpb=False)
+
+
+def check_special_problem(kind: str, number: int, seed: int) -> None:
+    """Check problem ``seed`` of such a family."""
+    chosen = special_family(kind, number)
+    case = family_case(chosen, seed)
+    knobs = dict(chosen.knobs)
+    mode = natten.use_deterministic_algorithms() if chosen.deterministic else nullcontext()
+    with mode:
+        if kind == "windows":
+            _check_windows(case, chosen, knobs, Random(f"windows {seed}"))
+        elif kind == "derivatives":
+            lengths = case.additional_lengths
+            lengths = None if lengths is None else lengths[:1]
+            case = replace(case, batch=1, additional_lengths=lengths, frozen=())
+            check_derivatives(case, chosen.backend, chosen.dtype, DEVICE, FACTOR, **knobs)
+        else:
+            check(case, chosen.backend, chosen.dtype, **knobs)
+
+
+def _check_windows(case: Case, chosen: Family, knobs: dict[str, Any], random: Random) -> None:
+    """Windows that are clipped to the grid, whole axes, or those of groups of heads."""
+    grid, kernel_size = case.grid or case.tokens, list(case.kernel_size)
+    kind = random.choice(("clipped", "whole", "groups"))
+    if kind == "groups":
+        # Of the same stride and dilation, as kernels are specialized on these.
+        longest = [n // d for n, d in zip(grid, case.dilation)]
+        other = tuple(random.randint(s, n) for s, n in zip(case.stride, longest))
+        case = replace(case, heads_kv=2, heads=2 * chosen.group)
+        check_groups(
+            [case, replace(case, kernel_size=other)], chosen.backend, chosen.dtype, DEVICE,
+            factor=FACTOR, product_rounding=TF32X3 if chosen.dtype == FP32 else 0.0, **knobs,
+        )  # fmt: skip
+        return
+    called: list[Any] = list(kernel_size)
+    for axis in random.sample(range(case.rank), random.randint(1, case.rank)):
+        n, d = grid[axis], case.dilation[axis]
+        if kind == "clipped":
+            kernel_size[axis] = n // d
+            called[axis] = n // d + random.randint(1, 9)
+        elif n % d == 0:
+            kernel_size[axis] = n // d
+            called[axis] = random.choice((-1, None))
+    case = replace(case, kernel_size=tuple(kernel_size))
+    clips = {"clip_window": True} if kind == "clipped" else {}
+    check(case, chosen.backend, chosen.dtype, **knobs, **clips, kernel_size=tuple(called))
 
 
 @lru_cache

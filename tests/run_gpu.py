@@ -23,6 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from workers import Unit, work  # noqa: E402
 
 PARTS = ("single", "larger", "listed", "named", "free", "random", "gluon", "grids")
+# What is asked for by name only; also each kind of `gpu_checks.SPECIAL`.
+MORE = ("special", "pairs", "sanitize")
 
 
 def _checks(unit: Unit) -> Iterable[tuple[str, Callable[[], None]]]:
@@ -46,6 +48,11 @@ def _checks(unit: Unit) -> Iterable[tuple[str, Callable[[], None]]]:
         for seed in seeds:
             title = f"grids {number} seed {seed}"
             yield title, partial(gpu_checks.check_grids_problem, number, seed)
+    elif unit.part in gpu_checks.SPECIAL:
+        number, *seeds = unit.items
+        for seed in seeds:
+            title = f"{unit.part} {number} seed {seed}"
+            yield title, partial(gpu_checks.check_special_problem, unit.part, number, seed)
     elif unit.part == "pairs":
         for seed in unit.items:
             yield f"pair {seed}", partial(gpu_checks.check_listed_pair, seed)
@@ -92,6 +99,13 @@ def _plan(options: argparse.Namespace) -> list[Unit]:
     if "grids" in parts:
         seeds = range(options.seed, options.seed + options.grids)
         units += [Unit("grids", (n, *seeds)) for n in range(gpu_checks.GRIDS_FAMILIES)]
+    for kind in gpu_checks.SPECIAL:
+        if kind in parts or "special" in parts:
+            families = gpu_checks.SPECIAL_FAMILIES
+            per_family = -(-options.special // families)
+            for number in range(families):
+                first = options.seed + number * per_family
+                units.append(Unit(kind, (number, *range(first, first + per_family))))
     if "random" in parts:
         per_family, rest = divmod(options.random, options.families)
         first = options.seed
@@ -126,6 +140,7 @@ def main() -> int:
     parser.add_argument("--families", type=int, default=72, help="sets of compiled kernels")
     parser.add_argument("--gluon-families", type=int, default=30, help="of 20 problems each")
     parser.add_argument("--grids", type=int, default=20, help="layouts of each set of kernels")
+    parser.add_argument("--special", type=int, default=500, help="problems of each special kind")
     parser.add_argument("--free", type=int, default=64, help="of all kinds, with default tiles")
     parser.add_argument(
         "--pairs", type=int, default=170, help="problems with two listed pairs each"
@@ -133,7 +148,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first random problem")
     parser.add_argument("--all-dtypes", action="store_true", help="named cases in every dtype")
     parser.add_argument(
-        "--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}, pairs, sanitize"
+        "--only", default=",".join(PARTS), help=f"of {', '.join((*PARTS, *MORE))}, or a kind"
     )
     parser.add_argument("--match", default="", help="of sanitize, those whose titles have this")
     parser.add_argument("--share", default="0/1", help="of sanitize, every N-th from K on: K/N")

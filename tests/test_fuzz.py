@@ -65,8 +65,8 @@ def test_crashes_and_hangs_are_named(capfd: pytest.CaptureFixture[str]) -> None:
 def test_wrong_numbers_are_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = CpuBackend.forward
 
-    def wrong(backend, problem, config, inputs):
-        out, lse = forward(backend, problem, config, inputs)
+    def wrong(backend, problem, config, inputs, *views):
+        out, lse = forward(backend, problem, config, inputs, *views)
         return out * 1.5, lse
 
     monkeypatch.setattr(CpuBackend, "forward", wrong)

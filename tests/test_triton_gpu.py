@@ -71,6 +71,13 @@ def test_grids_of_different_sizes(number: int) -> None:
         gpu_checks.check_grids_problem(number, seed)
 
 
+@pytest.mark.parametrize("number", range(gpu_checks.SPECIAL_FAMILIES))
+@pytest.mark.parametrize("kind", gpu_checks.SPECIAL)
+def test_special_problems(kind: str, number: int) -> None:
+    for seed in range(10 * number, 10 * number + 10):
+        gpu_checks.check_special_problem(kind, number, seed)
+
+
 @pytest.mark.parametrize("seed", range(48))
 def test_random_with_default_tiles(seed: int) -> None:
     gpu_checks.check_free_problem(seed)
