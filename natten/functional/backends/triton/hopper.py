@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -25,6 +26,10 @@ from natten.functional.backends.triton.primitives import (
     row_offsets,
     unravel,
 )
+
+# Starts to load a tile into shared memory. Triton 3.6 has no other name for it than the second, and
+# 3.9 none than the first.
+load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 def descriptor(

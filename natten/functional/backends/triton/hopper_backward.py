@@ -65,6 +65,7 @@ from natten.functional.backends.triton.hopper import (
     barriers,
     descriptor,
     in_flight,
+    load_async,
     loaded_ring,
     multiply,
     ring_of,
@@ -166,6 +167,14 @@ else:
         _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
 
 
+# Memory as numbers of another type, in another shape. Public since Triton 3.9.
+as_numbers = (
+    gl.shared_memory_descriptor.reinterpret
+    if hasattr(gl.shared_memory_descriptor, "reinterpret")
+    else gl.shared_memory_descriptor._reinterpret
+)
+
+
 @gluon.jit
 def place_of(i, steps, kv_head, box, V: gl.constexpr):
     """The head and the corner of the i-th tile of queries, of `steps` tiles per head."""
@@ -189,7 +198,7 @@ def load_queries(
     if HALF == 0:
         full = shared.queries.full.index(stage)
         mbarrier.expect(full, sources.query.block_type.nbytes)
-        tma.async_copy_global_to_shared(
+        load_async(
             sources.query, [batch, corner[0], corner[1], z, head * V.FEATURES], full,
             shared.queries.buffers.index(stage),
         )  # fmt: skip
@@ -198,11 +207,11 @@ def load_queries(
         statistics_full = shared.statistics.full.index(stage)
         mbarrier.expect(full, sources.out_gradient.block_type.nbytes)
         mbarrier.expect(statistics_full, sources.statistics.block_type.nbytes)
-        tma.async_copy_global_to_shared(
+        load_async(
             sources.out_gradient, [batch, corner[0], corner[1], z, head * V.FEATURES], full,
             shared.gradients.buffers.index(stage),
         )  # fmt: skip
-        tma.async_copy_global_to_shared(
+        load_async(
             sources.statistics, [batch * heads + head, corner[0], corner[1], z, 0],
             statistics_full, shared.statistics.buffers.index(stage),
         )  # fmt: skip
@@ -326,7 +335,7 @@ def attend_back(
     row_first, _length = sequence_of(data.cumulative_key, batch, 2**30, V.VARLEN)
     x, y, z = row_corner(0, rows.corner, data.window.key_origins, row_first, KEY_TILE)
     mbarrier.expect(shared.rows_full.index(HALF), sources.key.block_type.nbytes)
-    tma.async_copy_global_to_shared(
+    load_async(
         sources.key if HALF == 0 else sources.value, [memory_batch, x, y, z, kv_head * FEATURES],
         shared.rows_full.index(HALF), shared.key if HALF == 0 else shared.value,
     )  # fmt: skip
@@ -364,7 +373,7 @@ def attend_back(
         if needed:
             query_tile = queries.buffers.index(stage).reshape([COLUMNS, V.BLOCK])
             gradient_tile = gradients.buffers.index(stage).reshape([COLUMNS, V.BLOCK])
-            pairs = statistics.buffers.index(stage)._reinterpret(gl.float32, [COLUMNS, 4], flat)
+            pairs = as_numbers(statistics.buffers.index(stage), gl.float32, [COLUMNS, 4], flat)
             scores = multiply(keys, query_tile, zeros, FEATURES)
             mbarrier.wait(gradients.full.index(stage), phase)
             weight_gradient = multiply(values, gradient_tile, zeros, FEATURES)

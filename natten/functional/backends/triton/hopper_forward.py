@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from natten.functional.backend import Inputs
 from natten.functional.backends.triton import arguments, launcher
@@ -46,6 +46,7 @@ from natten.functional.backends.triton.hopper import (
     descriptor,
     divided,
     in_flight,
+    load_async,
     loaded_ring,
     multiply,
     row_corner,
@@ -122,11 +123,11 @@ def load_tile(t, steps, box, source, additional, at, sequence, feature, ring, V:
     in_grid = True
     if additional is not None:
         in_grid = t < steps
-        tma.async_copy_global_to_shared(
+        load_async(
             additional, [at.batch, 0, 0, (t - steps) * V.KEYS, feature], bar,
             buffer.reshape(additional.block_type.shape), pred=t >= steps,
         )  # fmt: skip
-    tma.async_copy_global_to_shared(
+    load_async(
         source, [at.memory_batch, corner[0], corner[1], sequence + corner[2], feature], bar,
         buffer, pred=in_grid,
     )  # fmt: skip
@@ -164,7 +165,7 @@ def attend(
     row_first, _length = sequence_of(data.cumulative_query, batch, 2**30, V.VARLEN)
     x, y, z = row_corner(HALF, rows.corner, data.window.query_origins, row_first, QUERY_TILE)
     mbarrier.expect(shared.query_full.index(HALF), sources.query.block_type.nbytes)
-    tma.async_copy_global_to_shared(
+    load_async(
         sources.query, [memory_batch, x, y, z, head * FEATURES], shared.query_full.index(HALF),
         shared.query.index(HALF),
     )  # fmt: skip
