@@ -23,9 +23,9 @@ trap 'rm -rf "$TRITON_CACHE_DIR"' EXIT
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 
 echo "== compiling; reports go to $REPORTS"
-"$PYTHON" tests/run_gpu.py --only sanitize "$@"
-# With arguments, it may be a part of the set.
 code=0
+"$PYTHON" tests/run_gpu.py --only sanitize "$@" || code=1
+# With arguments, it may be a part of the set.
 [ $# -gt 0 ] || "$PYTHON" tests/reports.py reached "$TRITON_CACHE_DIR" || code=1
 "$PYTHON" tests/wrong_kernel.py
 echo "== compiled in $SECONDS s"
