@@ -154,6 +154,12 @@ _QUERY = _Kernel("query gradient", False, (2, 1), _backward_share, _BACKWARD_COS
 _KEY_VALUE = _Kernel("key and value gradient", True, (2, 2), _backward_share, _BACKWARD_COSTS)
 # ... or one.
 _FUSED = _Kernel("all gradients", True, (3, 2), _fused_traffic, _FUSED_COSTS, True)
+_SINGLE = _FUSED._replace(
+    inverse=False,
+    traffic=partial(traffic, backward=True),
+    costs=_BACKWARD_COSTS,
+    warp_specialized=False,
+)
 _CONTEXT = _KEY_VALUE._replace(name="gradient of additional keys")
 _BACKWARD_PRODUCTS = (3, 2)  # that cannot be avoided
 
@@ -223,6 +229,8 @@ def _backward_kernels(problem: Problem, device: Device, config: Config) -> list[
         return [(kernel, _Tiling(asked[0], asked[1])) for kernel in (_QUERY, _KEY_VALUE)]
     if found.fused:
         return [(_FUSED, _as_asked(found.fused, *asked))]
+    if found.single:
+        return [(_SINGLE, _as_asked(found.single, *asked))]
     pairs = ((_QUERY, found.query), (_KEY_VALUE, found.key_value))
     return [(kernel, _as_asked(tiling, *asked)) for kernel, tiling in pairs]
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from natten.functional.backends.triton import arguments
+from natten.functional.backends.triton import CUTLASS, arguments, tiles
 from natten.functional.backends.triton.launcher import Launch
 
 pytestmark = pytest.mark.interpreted
@@ -479,6 +479,34 @@ def test_first_axis_fastest(case: Case, backend: str) -> None:
     ):
         check_problem(case, backend, HALF, factor=FACTOR)
     assert all(call.args[0].variant.FIRST_AXIS_FASTEST for call in runs.call_args_list)
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("1d", (100,), (77,), batch=1, head_dim=64),
+        Case("2d_rpb", (7, 6), (5, 3), batch=2, head_dim=32, rpb=True),
+        Case("2d_softcap_sink", (7, 7), (7, 5), batch=1, softcap=1.5, sink=True),
+        Case("2d_dilated_causal", (9, 15), (3, 4), (1, 1), (1, 2), (True, False), batch=1, heads=3),
+        Case("2d_values", (8, 8), (8, 8), batch=1, head_dim=24, head_dim_v=40),
+        Case("3d", (2, 7, 6), (2, 3, 5), is_causal=(True, False, False), batch=1, head_dim=20),
+    ],
+    ids=str,
+)
+def test_programs_that_have_all_queries(
+    case: Case, single: bool, request: pytest.FixtureRequest
+) -> None:
+    """All gradients by one kernel, and by two."""
+    CUTLASS._backward_tilings.cache_clear()
+    request.addfinalizer(CUTLASS._backward_tilings.cache_clear)
+    with (
+        mock.patch.object(tiles, "is_single_faster", return_value=single),
+        mock.patch.object(Launch, "run", autospec=True, side_effect=Launch.run) as runs,
+    ):
+        check_problem(case, "cutlass", HALF, factor=FACTOR)
+    names = {call.args[0].kernel.fn.__name__ for call in runs.call_args_list}
+    assert ("key_value_gradient_kernel" in names) is not single
 
 
 @pytest.mark.parametrize("name", ["2d_rpb", "1d_additional"])

@@ -225,7 +225,10 @@ class _Backend(Backend):
             width = tiles.block(problem.head_dim)
             sums = 4 * problem.batch * problem.num_queries * problem.heads * width
             launches = 1 if now.memory == "unrestricted" or sums <= _SMALL_SUMS else 2
-            return BackwardTilings(query, key_value, key_value, 1, persistent, fused, launches)
+            single = None if fused else self._single(problem, config, query, key_value)
+            return BackwardTilings(
+                query, key_value, key_value, 1, persistent, fused, launches, single
+            )
         longest = problem.num_queries if problem.grids is None else problem.grids.longest
         dense = dense_problem(problem, longest, problem.num_additional)
         additional = self._existing(dense, tiles.KEY_VALUE_GRADIENT, False)
@@ -248,6 +251,23 @@ class _Backend(Backend):
         """The tiling of a kernel that computes all gradients in one pass, if that is to run instead
         of those with the other two tilings."""
         return None
+
+    @staticmethod
+    def _single(
+        problem: Problem, config: Config, query: Tiling, key_value: Tiling
+    ) -> Tiling | None:
+        """The tiling of programs that have all queries of a head, if they are to run instead. Only
+        on Hopper GPUs was it measured when that is."""
+        chip = _chip(problem)
+        if (
+            config.backward_q_tile_shape is not None
+            or config.backward_kv_splits is not None
+            or chip.products != "hopper"
+            or not tiles.is_single_faster(problem, query, key_value)
+        ):
+            return None
+        tiling = tiles.single_tiling(problem)
+        return tiling if tiles.fits(tiling, problem, tiles.SINGLE, chip) else None
 
     @staticmethod
     def _must_be_best(problem: Problem, tile: Any) -> bool:

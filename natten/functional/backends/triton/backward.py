@@ -10,7 +10,7 @@ has one that takes less, for large windows.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import triton
@@ -107,10 +107,12 @@ class BackwardPass:
         self.deterministic = deterministic
         # One pass pays off where it computes all three.
         self.fused = tilings.fused if all(needs[:3]) else None
+        self.single = tilings.single if all(needs[:3]) else None
         # Each of them is read as columns by one of the kernels.
         describe = self.fused is not None
-        query_layout = describable if describe or tilings.key_value.tma else readable
-        key_layout = describable if describe or tilings.query.tma else readable
+        separate = self.single is None
+        query_layout = describable if describe or (separate and tilings.key_value.tma) else readable
+        key_layout = describable if describe or (separate and tilings.query.tma) else readable
         self.query, self.grad_out = query_layout(query), query_layout(grad_out)
         self.key, self.value = key_layout(key), key_layout(value)
         self.rpb = rpb
@@ -118,7 +120,7 @@ class BackwardPass:
         self.bias: Tensor | None = None
         self.bias_sums: Tensor | None = None
         if rpb is not None:
-            self.bias_paddings = tilings.bias_paddings
+            self.bias_paddings = tilings.bias_paddings(self.single)
             sums = None
             if needs[3]:
                 sums = torch.int64 if deterministic else torch.float32
@@ -150,11 +152,14 @@ class BackwardPass:
         self.out, self.lse = out, lse.contiguous()
         self.grad_lse = None if grad_lse is None else grad_lse.contiguous()
         self.torch_reduction = torch_reduction
-        shape = (problem.batch, problem.heads, problem.num_queries)
-        # Logsumexp and delta, and as much again where the memory accelerator is to load them.
-        self.statistics = torch.empty(
-            (*shape, 4 if describe else 2), dtype=torch.float32, device=out.device
-        )
+
+    @cached_property
+    def statistics(self) -> Tensor:
+        """Memory for logsumexp and delta, and as much again where the memory accelerator is to load
+        them."""
+        problem, width = self.problem, 2 if self.fused is None else 4
+        shape = (problem.batch, problem.heads, problem.num_queries, width)
+        return torch.empty(shape, dtype=torch.float32, device=self.out.device)
 
     def _statistics(self) -> None:
         """Fill in the statistics."""
@@ -177,8 +182,10 @@ class BackwardPass:
         needs = self.needs
         if not self.in_passing:
             self._statistics()
+        if self.single is not None:
+            return (*self._single(self.single, self.in_passing), None, None)
         if needs[0] or self.bias_sums is not None:
-            query, bias = self._query(self.in_passing)
+            query, bias = self._query(self.tilings.query, self.in_passing)
         if needs[1] or needs[2]:
             key, value = self._key_value(
                 self.problem, self.tilings.key_value, 1, self.tilings.persistent_programs,
@@ -220,9 +227,19 @@ class BackwardPass:
         )  # fmt: skip
         return query, key, value
 
-    def _query(self, with_statistics: bool) -> tuple[Tensor, Tensor | None]:
-        """The gradients of query and bias; fills in the statistics in passing."""
-        tiling = self.tilings.query
+    def _single(
+        self, tiling: Tiling, with_statistics: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The gradients of query, key, value and bias, where one tile holds a head's queries."""
+        key, value = self._destination(1, self.key), self._destination(2, self.value)
+        query, bias = self._query(tiling, with_statistics, (key, value))
+        return query, key, value, bias
+
+    def _query(
+        self, tiling: Tiling, with_statistics: bool, others: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of query and bias; fills in the statistics in passing, or the gradients of
+        key and value, ``others``."""
         gradient = self._destination(0, self.query)
         sums = self.bias_sums
         launch = query_gradient_launch(
@@ -231,6 +248,7 @@ class BackwardPass:
             tuple([t.stride() for t in self.additional]), gradient.stride(),
             arguments.mask_strides(self.key_mask), self.bias_paddings,
             0 if sums is None else self.bias_tables.copies,
+            tuple([t.stride() for t in others]),
         )  # fmt: skip
         key_tile = launch.variant.KEY_TILE
         factor = self._fixed_point() if self.deterministic and sums is not None else None
@@ -238,11 +256,11 @@ class BackwardPass:
             self.query,
             descriptor(self.key, key_tile) if tiling.tma else self.key,
             descriptor(self.value, key_tile) if tiling.tma else self.value,
-            self.grad_out, self.statistics, gradient, self.bias,
-            *(self.additional or (None, None)), *self.cumulative,
+            self.grad_out, None if others and with_statistics else self.statistics, gradient,
+            self.bias, *(self.additional or (None, None)), *self.cumulative,
             placed_table(self.problem, launch.variant.QUERY_TILE, gradient.device), self.counts,
             *((self.out, self.lse, self.grad_lse) if with_statistics else (None, None, None)),
-            sums, factor, arguments.as_bytes(self.key_mask),
+            sums, factor, arguments.as_bytes(self.key_mask), *(others or (None, None)),
         )  # fmt: skip
         if sums is None or self.rpb is None:
             return gradient, None

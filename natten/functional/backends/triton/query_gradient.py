@@ -1,8 +1,11 @@
-"""The kernel for the gradients of the query and of the bias.
+"""The kernel for the gradients of the query and of the bias, or for all gradients.
 
 With P the weights, dP = dO V^T and delta = rowsum(dO * O) - dLSE, the gradient of the scores is
 dS = P * (dP - delta). A tile of queries visits its keys and sums dQ = dS K, and the gradient of the
 bias, dS over the pairs at the same distance.
+
+Where one tile holds all queries of a head, dK = dS^T Q and dV = P^T dO are whole at each visit:
+then nothing is left for another kernel to do.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from natten.functional.backends.triton.primitives import (
     base2_lse,
     bias_slot,
     ceil_div,
+    column_offsets,
     column_source,
     column_steps,
     head_offset,
@@ -39,7 +43,7 @@ from natten.functional.backends.triton.primitives import (
     unravel,
     valid_columns,
 )
-from natten.functional.backends.triton.tiles import QUERY_GRADIENT, Tiling
+from natten.functional.backends.triton.tiles import QUERY_GRADIENT, SINGLE, Tiling
 from natten.functional.problem import Problem
 
 # Registers of a thread where the bias gradient is summed: three programs on a multiprocessor
@@ -60,13 +64,16 @@ class Strides(NamedTuple):
     additional_key: Any
     additional_value: Any
     key_mask: Any
+    key_gradient: Any
+    value_gradient: Any
 
 
 class Data(NamedTuple):
     """Tensors but query, key and value, `arguments.cap`, strides of all tensors, and windows. None
     for what there is not.
 
-    With `out`, logsumexp and delta are computed and written to `statistics`, else read from there.
+    With `out`, logsumexp and delta are computed, and written to `statistics` if that is not None,
+    else read from there.
     The gradient of the bias is added to `bias_gradient`, with `factor` in integers, multiples of
     1 / factor.
     """
@@ -87,6 +94,8 @@ class Data(NamedTuple):
     bias_gradient: Any
     factor: Any
     key_mask: Any
+    key_gradient: Any
+    value_gradient: Any
     cap: Any
     strides: Any
     window: Any
@@ -97,8 +106,9 @@ def query_gradient_step(
     scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator, scale,
     IS_CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The scores' gradient of one tile, and its product with the keys added to a sum. `scores` come
-    with their derivatives, which count if `IS_CAPPED`."""
+    """The gradients of one tile's scores and of its products, the latter's product with the keys
+    added to a sum, and the weights. `scores` come with their derivatives, which count if
+    `IS_CAPPED`."""
     scores, slopes = scores
     weights = tl.math.exp2(scores * scale - row_lse[:, None])
     weight_gradient = tl.dot(gradient_rows, value_columns.T, input_precision=PRECISION)
@@ -106,11 +116,11 @@ def query_gradient_step(
     if IS_CAPPED:
         product_gradient = (score_gradient * slopes).to(key_columns.dtype)
         accumulator = tl.dot(product_gradient, key_columns, accumulator, input_precision=PRECISION)
-        return accumulator, score_gradient.to(key_columns.dtype)
+        return accumulator, score_gradient.to(key_columns.dtype), product_gradient, weights
     else:
         score_gradient = score_gradient.to(key_columns.dtype)
         accumulator = tl.dot(score_gradient, key_columns, accumulator, input_precision=PRECISION)
-        return accumulator, score_gradient
+        return accumulator, score_gradient, score_gradient, weights
 
 
 @triton.jit
@@ -162,6 +172,17 @@ def add_bias_gradient(
         tl.atomic_add(target, (sums * tl.load(factor)).to(tl.int64), mask=needed, sem="relaxed")
 
 
+@triton.jit
+def store_column_gradient(
+    target, corner, columns, place, weights, rows, scale,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradient of the column tile at `corner`: the sum of all rows that there are."""
+    start, offset, exists = column_offsets(target, corner, columns, place, V)
+    gradient = tl.dot(weights.T, rows, input_precision=V.PRECISION) * scale
+    store_rows(target.data + start, gradient, offset, exists, FEATURES, BLOCK)
+
+
 @triton.jit(do_not_specialize=["heads", "num_additional", "bias_copies"])
 def query_gradient_kernel(
     query, key, value, data, heads, num_additional, bias_copies, scales, V: tl.constexpr
@@ -209,8 +230,9 @@ def query_gradient_kernel(
         if data.lse_gradient is not None:
             row_delta -= tl.load(data.lse_gradient + lse_offset, mask=all_exist, other=0.0)
         row_lse = base2_lse(data.lse + lse_offset, all_exist)
-        tl.store(statistics + 2 * offset, row_lse, mask=all_exist)
-        tl.store(statistics + 2 * offset + 1, row_delta, mask=all_exist)
+        if statistics is not None:
+            tl.store(statistics + 2 * offset, row_lse, mask=all_exist)
+            tl.store(statistics + 2 * offset + 1, row_delta, mask=all_exist)
     key_source = column_source(
         key, memory_batch, kv_head, grid.memory, strides.key, grid.dilation, V.UNIT, V.RANK,
         V.TMA,
@@ -219,6 +241,16 @@ def query_gradient_kernel(
         value, memory_batch, kv_head, grid.memory, strides.value, grid.dilation, V.UNIT, V.RANK,
         V.TMA,
     )  # fmt: skip
+
+    if data.key_gradient is not None:
+        key_target = column_source(
+            data.key_gradient, memory_batch, kv_head, grid.memory, strides.key_gradient,
+            grid.dilation, V.UNIT, V.RANK, False,
+        )  # fmt: skip
+        value_target = column_source(
+            data.value_gradient, memory_batch, kv_head, grid.memory, strides.value_gradient,
+            grid.dilation, V.UNIT, V.RANK, False,
+        )  # fmt: skip
 
     if data.bias_gradient is not None:
         # Additions to few addresses wait for each other: programs take turns on copies.
@@ -249,7 +281,7 @@ def query_gradient_kernel(
             )  # fmt: skip
             if data.key_mask is not None:
                 scores = tl.where(seen[None, :], scores, float("-inf"))
-            accumulator, score_gradient = query_gradient_step(
+            accumulator, score_gradient, product_gradient, weights = query_gradient_step(
                 (scores, slopes), row_lse, row_delta, gradient_rows, key_columns, value_columns,
                 accumulator, scales.scores, data.cap is not None, PRECISION,
             )  # fmt: skip
@@ -258,13 +290,22 @@ def query_gradient_kernel(
                     score_gradient, bias_target, data.factor, tile[2], rows.corner, grid.first,
                     window, V,
                 )  # fmt: skip
+            if data.key_gradient is not None:
+                store_column_gradient(
+                    key_target, tile[0], grid, place, product_gradient, query_rows,
+                    scales.gradients, V.FEATURES, V.BLOCK, V,
+                )  # fmt: skip
+                store_column_gradient(
+                    value_target, tile[0], grid, place, weights.to(gradient_rows.dtype),
+                    gradient_rows, 1.0, V.VALUE_FEATURES, V.VALUE_BLOCK, V,
+                )  # fmt: skip
         elif any_of(seen):
             scores, slopes = tile_scores(
                 query_rows, key_columns, tile, place, rows, grid, data.bias, window, head, data.cap,
                 False, V,
             )  # fmt: skip
             scores = tl.where(seen[None, :], scores, float("-inf"))
-            accumulator, _score_gradient = query_gradient_step(
+            accumulator, _gradient, _product, _weights = query_gradient_step(
                 (scores, slopes), row_lse, row_delta, gradient_rows, key_columns, value_columns,
                 accumulator, scales.scores, data.cap is not None, PRECISION,
             )  # fmt: skip
@@ -275,7 +316,7 @@ def query_gradient_kernel(
                 t, additional, strides, COLUMNS, V
             )  # fmt: skip
             scores = additional_scores(query_rows, key_columns, present, data.cap, V)
-            accumulator, _score_gradient = query_gradient_step(
+            accumulator, _gradient, _product, _weights = query_gradient_step(
                 scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator,
                 scales.scores, data.cap is not None, PRECISION,
             )  # fmt: skip
@@ -300,18 +341,21 @@ def query_gradient_launch(
     key_mask: tuple[int, ...] | None,
     paddings: tuple[int, ...],
     bias_copies: int,
+    others: tuple[tuple[int, ...], ...],
 ) -> Launch:
     """The launch on query, key, value and the members of `Data`.
 
     ``strides`` are those of query, key, value and the output's gradient, ``additional`` those of
     additional keys and values, ``gradient`` those of the query's gradient, ``key_mask`` those of
     the mask of keys, `arguments.mask_strides`. ``bias_copies`` says how many tables the bias's
-    gradient is summed in, 0 if it is not.
+    gradient is summed in, 0 if it is not. ``others`` are the strides of the gradients of key and
+    value where these are computed too.
     """
     common = arguments.common(
-        problem, tiling, sequences, precision, strides, *additional, gradient,
+        problem, tiling, sequences, precision, strides, *additional, gradient, *others,
         has_additional=bool(additional), bias_paddings=paddings,
     )  # fmt: skip
+    key_gradient, value_gradient = map(common.steps, others) if others else (None, None)
     additional_key, additional_value = additional or (None, None)
     query, key, value, out_gradient = strides
     steps = Strides(
@@ -325,6 +369,8 @@ def query_gradient_launch(
         additional_key=common.entry_steps(additional_key),
         additional_value=common.entry_steps(additional_value),
         key_mask=common.mask(key_mask),
+        key_gradient=key_gradient,
+        value_gradient=value_gradient,
     )
     options = common.options
     # AMD's compiler does not know the limit.
@@ -338,5 +384,5 @@ def query_gradient_launch(
         alone=3,
         grouped=(arguments.cap(problem), steps, common.window),
         options=options,
-        tiles=(tiling, QUERY_GRADIENT),
+        tiles=(tiling, SINGLE if others else QUERY_GRADIENT),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
@@ -274,6 +274,61 @@ FUSED = Kernel(
 )  # fmt: skip
 
 
+def _suits_single(problem: Problem) -> bool:
+    """Whether every program of a kernel could see all queries of a head, and all of its keys."""
+    return (
+        problem.dtype != torch.float32
+        and problem.heads == problem.heads_kv
+        and problem.query_shape == problem.key_shape == problem.grid
+        and not (problem.varlen or problem.num_additional)
+        and not (problem.has_key_mask or problem.has_query_mask)
+        and not (problem.is_circular or problem.upsampling or problem.grids)
+        # Every token sees itself, so that no key is left out.
+        and all(s == 1 for s in problem.stride)
+        and prod(_single_queries(problem)) <= _SINGLE_QUERIES
+        and max(problem.head_dim, problem.head_dim_v) <= _SINGLE_FEATURES
+    )
+
+
+def _single_group(problem: Problem) -> Shape:
+    """The extents of the largest dilation group."""
+    return tuple([-(-n // d) for n, d in zip(problem.grid, problem.dilation, strict=True)])
+
+
+def _single_queries(problem: Problem) -> Shape:
+    """The query tile that holds a dilation group."""
+    *tile, last = map(next_power, _single_group(problem))
+    return (*tile, max(last, _SINGLE_KEYS // prod(tile)))
+
+
+# The largest tile of queries and widest head for which that is faster, and keys of a tile.
+_SINGLE_QUERIES, _SINGLE_FEATURES, _SINGLE_KEYS = 128, 64, 64
+# All gradients where one program has all queries of a head: none is summed in memory.
+SINGLE = Kernel("query", False, 5, {}, {}, suits=_suits_single, instead_of=QUERY_GRADIENT)
+
+
+def single_tiling(problem: Problem) -> Tiling:
+    """The tiling of `SINGLE`, for a problem that suits it."""
+    group = _single_group(problem)
+
+    def tokens(key: Shape) -> tuple[int, int]:
+        return int(geometry.covering(group, np.array(key))), -key[-1]
+
+    key = min(shapes(_SINGLE_KEYS, problem.rank), key=tokens)
+    tiling = Tiling(_single_queries(problem), key)
+    return replace(tiling, whole=_whole(problem, tiling, False))
+
+
+def is_single_faster(problem: Problem, query: Tiling, key_value: Tiling) -> bool:
+    """Whether `SINGLE` is estimated to take less time than two kernels with these tilings."""
+    if not SINGLE.suits(problem):
+        return False
+    two = ((QUERY_GRADIENT, query), (KEY_VALUE_GRADIENT, key_value))
+    separate = sum(k.products * k.cost(problem, t.query, t.key) for k, t in two)
+    tiling = single_tiling(problem)
+    return SINGLE.products * SINGLE.cost(problem, tiling.query, tiling.key) < separate
+
+
 def bias_paddings(*tilings: Tiling) -> tuple[int, ...]:
     """How far beyond the table of biases the pairs of the tiles of these kernels reach."""
     reaches = [
@@ -298,6 +353,8 @@ class BackwardTilings:
         fused: Of query, key and value in one pass, where that runs instead.
         launches: Of that pass, which divide the heads: the fewer heads at a time, the less memory
             for float32 sums.
+        single: Of all gradients but those of additional keys, where programs that have all queries
+            of a head run instead.
     """
 
     query: Tiling
@@ -307,11 +364,11 @@ class BackwardTilings:
     persistent_programs: int = 0
     fused: Tiling | None = None
     launches: int = 1
+    single: Tiling | None = None
 
-    @cached_property
-    def bias_paddings(self) -> tuple[int, ...]:
-        """Paddings of the one table of biases that the kernels share."""
-        return bias_paddings(self.query, self.key_value)
+    def bias_paddings(self, single: Tiling | None) -> tuple[int, ...]:
+        """Paddings of the one table of biases that the kernels share: ``single`` or the others."""
+        return bias_paddings(*((self.query, self.key_value) if single is None else (single,)))
 
 
 @lru_cache(maxsize=4096)
@@ -625,7 +682,8 @@ def _shared_memory(
     itemsize = problem.dtype.itemsize
     numbers = kept + stages * step
     # Scores of a bias go to memory in another layout.
-    biases = 4 * scores // itemsize if kernel is QUERY_GRADIENT and problem.has_rpb else 0
+    has_biases = problem.has_rpb and kernel in (QUERY_GRADIENT, SINGLE)
+    biases = 4 * scores // itemsize if has_biases else 0
     if tiling.ping_pong:
         # The output, between the layout of products and that of memory.
         numbers += rows // 2 * value
@@ -658,6 +716,9 @@ def _shared_memory(
         numbers += 2 * scores + (widest if rows < 32 or query > 256 else widest // 2)
     else:
         numbers += biases // 2
+    if kernel is SINGLE:
+        # Both kinds of weights, once transposed.
+        numbers += 2 * scores
     taken = numbers * itemsize + _SMALL_THINGS
     if kernel is KEY_VALUE_GRADIENT:
         # Logsumexp and delta of the columns.
