@@ -138,7 +138,9 @@ def gaps(tool: str, report: str) -> list[str]:
         found.append("it has no summary")
     if "not printed" in report:
         found.append("not all is printed")
-    ended = re.search(r"^[1-9]\d* checked, 0 failed, 0 of \d+ units not started", report, re.M)
+    ended = re.search(
+        r"^[1-9]\d* checked, 0 failed, 0 left, 0 of \d+ units not started", report, re.M
+    )
     if ended is None:
         found.append("not all was checked")
     if tool == "memcheck" and "ERROR SUMMARY: 0 errors" not in report:

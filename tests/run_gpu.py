@@ -175,13 +175,14 @@ def main() -> int:
         pairs = 2 * tally.parts["pairs"].checked
         print(f"{pairs} listed pairs of tiles tried, half of them backward")
     total, bad = tally.checked, tally.failed
-    left = len(units) - tally.finished
+    unstarted = len(units) - tally.finished
     print(
-        f"{total} checked, {bad} failed, {left} of {len(units)} units not started, "
+        f"{total} checked, {bad} failed, {tally.left} left, {unstarted} of {len(units)} units not "
+        "started, "
         f"{time.perf_counter() - start:.0f} s; natten {natten.__version__}, torch "
         f"{torch.__version__}, Triton {triton.__version__}, {torch.cuda.get_device_name()}"
     )
-    return 1 if bad or left else 0
+    return 1 if bad or unstarted or tally.left else 0
 
 
 if __name__ == "__main__":

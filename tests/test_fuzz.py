@@ -42,6 +42,7 @@ def checks(unit: Unit) -> Iterable[Titled]:
     functions = {
         "right": lambda: None, "wrong": _be_wrong, "behind": _read_behind, "before": _read_before,
         "written": _write_behind, "slow": lambda: time.sleep(60),
+        "nap": lambda: time.sleep(0.6),
     }  # fmt: skip
     return [(name, functions[name]) for name in unit.items]
 
@@ -59,6 +60,13 @@ def test_crashes_and_hangs_are_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert "took too long" in failures["slow"]
     assert "FAILED slow: took too long" in capfd.readouterr().out
     assert (tally.finished, tally.checked, tally.failed) == (5, 8, 5)
+
+
+def test_nothing_is_begun_after_the_limit() -> None:
+    """Nor in the middle of a unit, whose other checks count."""
+    units = [Unit("a", ("right", "nap", "right", "right")), Unit("a", ("right",))]
+    tally = work(units, checks, workers=0, seconds=0.5)
+    assert (tally.finished, tally.checked, tally.left, tally.failed) == (1, 2, 2, 0)
 
 
 @pytest.mark.parametrize("kind", problems.NAMING)

@@ -38,6 +38,7 @@ class Outcome:
 
     checked: int = 0
     declined: int = 0
+    left: int = 0  # not begun in time
     failures: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
     is_poisoned: bool = False  # the process can no longer use the GPU
@@ -55,14 +56,20 @@ def execute(
     unit: Unit,
     checks: Callable[[Unit], Iterable[Titled]],
     begin: Callable[[str], None] = lambda title: None,
+    deadline: float = float("inf"),
 ) -> Outcome:
-    """Run all checks of a unit, whatever fails; ``begin`` hears of each before."""
+    """Run all checks of a unit, whatever fails, until the deadline; ``begin`` hears of each
+    before."""
     import torch
 
     start = time.perf_counter()
     outcome = Outcome()
     try:
         for title, check in checks(unit):
+            # Processes of a machine share this clock.
+            if time.perf_counter() >= deadline:
+                outcome.left += 1
+                continue
             begin(title)
             torch.manual_seed(0)
             try:
@@ -97,8 +104,9 @@ def _serve(
     import torch
 
     torch.set_num_threads(1)
-    while (unit := connection.recv()) is not None:
-        outcome = execute(unit, checks, connection.send)
+    while (received := connection.recv()) is not None:
+        unit, deadline = received
+        outcome = execute(unit, checks, connection.send, deadline)
         connection.send(outcome)
         if outcome.is_poisoned:
             return
@@ -144,7 +152,7 @@ class Worker(threading.Thread):
         if unit.environment not in self.processes:
             self.processes[unit.environment] = self._start(unit)
         process, connection = self.processes[unit.environment]
-        connection.send(unit)
+        connection.send((unit, self.deadline))
         title, begun = str(unit)[:200], 0
         try:
             while True:
@@ -164,7 +172,7 @@ class Worker(threading.Thread):
         process.kill()
         process.join()
         failure = (title, f"{why} (exit code {process.exitcode})")
-        return Outcome(begun, 0, [failure], 0.0, is_poisoned=True)
+        return Outcome(begun, failures=[failure], is_poisoned=True)
 
     def run(self) -> None:
         while time.perf_counter() < self.deadline:
@@ -198,6 +206,7 @@ class Tally:
             part = self.parts.setdefault(unit.part, Outcome())
             part.checked += outcome.checked
             part.declined += outcome.declined
+            part.left += outcome.left
             part.seconds += outcome.seconds
             part.failures += outcome.failures
             for title, reason in outcome.failures:
@@ -213,12 +222,18 @@ class Tally:
     def failed(self) -> int:
         return sum(len(part.failures) for part in self.parts.values())
 
+    @property
+    def left(self) -> int:
+        """Checks of units that were begun, for which there was no time."""
+        return sum(part.left for part in self.parts.values())
+
     def show(self) -> None:
         """Print a line for each part."""
         for name, part in sorted(self.parts.items()):
-            declined = f", {part.declined} declined" if part.declined else ""
+            others = {"declined": part.declined, "left": part.left}
+            more = "".join(f", {count} {what}" for what, count in others.items() if count)
             print(
-                f"{name:>20}: {part.checked} checked, {len(part.failures)} failed{declined}, "
+                f"{name:>20}: {part.checked} checked, {len(part.failures)} failed{more}, "
                 f"{part.seconds:.0f} s of work"
             )
 
@@ -237,7 +252,7 @@ def work(
     if workers == 0:
         for unit in units:
             if time.perf_counter() < deadline:
-                tally(unit, execute(unit, checks))
+                tally(unit, execute(unit, checks, deadline=deadline))
         return tally
     queue: Queue[Unit] = Queue()
     for unit in units:
