@@ -178,8 +178,7 @@ def main() -> int:
     unstarted = len(units) - tally.finished
     print(
         f"{total} checked, {bad} failed, {tally.left} left, {unstarted} of {len(units)} units not "
-        "started, "
-        f"{time.perf_counter() - start:.0f} s; natten {natten.__version__}, torch "
+        f"started, {time.perf_counter() - start:.0f} s; natten {natten.__version__}, torch "
         f"{torch.__version__}, Triton {triton.__version__}, {torch.cuda.get_device_name()}"
     )
     return 1 if bad or unstarted or tally.left else 0

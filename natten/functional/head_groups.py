@@ -94,16 +94,8 @@ class _KnownGroups(Known):
         return Known(self.call, places, tensors, compute)
 
 
-class _PlainGroups(torch.autograd.Function):
+class _PlainGroups(operators._PlainAttention):
     """The derivative of these."""
-
-    @staticmethod
-    def forward(ctx: Any, known: _KnownGroups, *tensors: Tensor) -> Results:
-        output = known.run(tensors)
-        ctx.save_for_backward(*tensors, *output)
-        ctx.known = known
-        ctx.set_materialize_grads(False)
-        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -627,6 +627,23 @@ _SETTABLE = frozenset(
 _WINDOW = ("kernel_size", "stride", "dilation")
 
 
+def map_named(
+    layout: GridLayout,
+    function: Callable[..., Tensor],
+    packed: dict[str, Tensor | None],
+    each: dict[str, Tensor | None],
+) -> Tensor:
+    """`GridLayout.map` of a function that takes tensors by name, those that there are."""
+    tokens, entries = (
+        {name: t for name, t in part.items() if t is not None} for part in (packed, each)
+    )
+
+    def call(*parts: Tensor) -> Tensor:
+        return function(**dict(zip((*tokens, *entries), parts, strict=True)))
+
+    return layout.map(call, *tokens.values(), each=[*entries.values()])
+
+
 class NeighborhoodModule(nn.Module):
     """Base of the attention modules: heads, window, bias table, rotary embedding, and the attention
     itself.
@@ -1038,19 +1055,12 @@ class NeighborhoodModule(nn.Module):
         found = self._attend_at_once(tensors, layout)
         if found is not None:
             return found
-        tokens = {"query": query, "key": key, "value": value, "mask": mask}
-        entries = {
+        packed = {"query": query, "key": key, "value": value, "mask": mask}
+        each = {
             "additional_keys": additional_keys, "additional_values": additional_values,
             "additional_lengths": additional_lengths,
         }  # fmt: skip
-        packed, each = (
-            {name: t for name, t in part.items() if t is not None} for part in (tokens, entries)
-        )
-
-        def attend(*parts: Tensor) -> Tensor:
-            return self._attend(**dict(zip((*packed, *each), parts, strict=True)))
-
-        return layout.map(attend, *packed.values(), each=[*each.values()])
+        return map_named(layout, self._attend, packed, each)
 
     def _map(
         self,

@@ -19,6 +19,7 @@ from natten.nn.core import (
     check_sequence,
     crop,
     left_out,
+    map_named,
     plan_of,
     refuse_beside_layout,
 )
@@ -268,14 +269,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if self.pad:  # tokens that have no place in x
             packed = {"x": x, "source": source}
             each = {"context": context, "context_lengths": context_lengths}
-            tokens, entries = (
-                {name: t for name, t in part.items() if t is not None} for part in (packed, each)
-            )
-
-            def attend(*parts: Tensor) -> Tensor:
-                return self.forward(**dict(zip((*tokens, *entries), parts, strict=True)))
-
-            return layout.map(attend, *tokens.values(), each=[*entries.values()])
+            return map_named(layout, self.forward, packed, each)
         if source is None:
             source = x
         check_packed("source", source, layout)
