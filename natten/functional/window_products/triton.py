@@ -188,7 +188,7 @@ def _launch(
     with torch.cuda.device_of(out):
         kernel[(programs,)](
             *tensors, *tables, out.shape[1], features, *numbers,
-            BLOCK=block, WIDTH=width, PRECISE=precise,
+            BLOCK=block, WIDTH=width, PRECISE=precise, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

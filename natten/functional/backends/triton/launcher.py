@@ -51,6 +51,10 @@ class TooLargeError(RuntimeError):
         self.tiling, self.kind = tiling, kind
 
 
+# A product and a sum may be rounded once. Triton will not do that by default for much longer.
+CONTRACTED: dict[str, Any] = {"enable_fp_fusion": True}
+
+
 @dataclass(frozen=True)
 class Compilation:
     """A kernel, and what Triton specializes it on."""
@@ -171,7 +175,8 @@ class Launch:
             # These tensors have no memory.
             if compiled is None:
                 arguments = self._arguments(tensors)
-                collected.append(Compilation(self.kernel, self.programs, arguments, self.options))
+                options = CONTRACTED | self.options
+                collected.append(Compilation(self.kernel, self.programs, arguments, options))
             return
         if compiled is None or observed():
             compiled = self._compile(tensors)
@@ -204,7 +209,7 @@ class Launch:
         for future in _pending.pop(self.kernel, ()):
             future.exception()  # which this launch will meet, too
         try:
-            return _launch(self.kernel, self.programs, arguments, self.options)
+            return _launch(self.kernel, self.programs, arguments, CONTRACTED | self.options)
         except OutOfResources as error:
             if self.tiles is None:
                 raise
