@@ -306,22 +306,26 @@ def head_parallel_cross_attention() -> None:
 def wrong_plans_raise() -> None:
     """The natural plan for heads: its ranks would get parts of other heads' rows."""
     mesh, size = meshes()["line"], dist.get_world_size()
-    for module, name in (
-        (NeighborhoodAttention1D(16, 4, 3), "qkv"),
-        (natten.nn.NeighborhoodCrossAttention1D(16, 4, 3), "kv"),
-    ):
+    cross = natten.nn.NeighborhoodCrossAttention1D
+    sources = {"source": torch.randn(1, 3, 16)}
+    cases: list[tuple[Any, str, dict[str, Tensor]]] = [
+        (NeighborhoodAttention1D(16, 4, 3), "qkv", {}),
+        (cross(16, 4, 3), "kv", {}),
+        (cross(16, 4, 3, upsampling=3), "kv", sources),
+    ]
+    for module, name, more in cases:
         plan = {name: ColwiseParallel(), "proj": RowwiseParallel()}
         if name == "kv":
             plan["q"] = ColwiseParallel()
         parallelize_module(module, mesh, plan)
         x = torch.randn(1, 9, 16)
         with raises(ValueError, f"{name} holds the rows of several kinds of heads"):
-            module(x)
+            module(x, **more)
         # As such plans go on.
         module.num_heads //= size
         module.num_kv_heads //= size
         with raises(ValueError, f"{name} holds the rows of several kinds of heads"):
-            module(x)
+            module(x, **more)
     with raises(ValueError, "num_kv_heads must be a multiple"):
         odd = NeighborhoodAttention1D(16, 4, 3, num_kv_heads=1)
         parallelize_module(odd, mesh, nd.NeighborhoodHeadParallel())

@@ -292,10 +292,7 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
         if source is None or origin is not None or grid is not None:
             raise ValueError("a module with upsampling takes a source, and no origin and grid")
         check_grid(source, self.rank, self.source_dim, "source")
-        query = torch.unflatten(self.q(x), -1, (self.num_heads, self.head_dim))
-        if self.q_norm is not None:
-            query = self.q_norm(query)
-        key, value = self._split(self.kv(source))
+        query, key, value = self._normed(x, source)
         key_c, value_c, lengths = self._contexts(x.shape[0], context, context_lengths)
         out = neighborhood_attention_generic(
             self._scaled(query), key, value, self.kernel_size, self.stride, self.dilation,
