@@ -526,6 +526,13 @@ def _slack(
     return slack
 
 
+def _recomputed(exact: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """What the rounding of logsumexps adds to gradients: backward passes recompute the weights from
+    them, where eager attention has kept these."""
+    finite = [lse.detach()[lse.isfinite()].abs() for lse in exact]
+    return torch.finfo(dtype).eps * max((float(t.max()) for t in finite if t.numel()), default=0.0)
+
+
 def _suffixed(backend: str | None, case: Case) -> str | None:
     """A backend as the function that computes a case takes it."""
     if backend in (None, "cpu", "reference") or "-" in backend:
@@ -606,10 +613,7 @@ def check_problem(
     )
     exact = differentiate(exact_inputs, exact_out, exact_lse, grad_out, grad_lse)
     plain = differentiate(eager_inputs, eager_out, eager_lse, grad_out, grad_lse)
-    # Backward passes recompute the weights from the logsumexp, rounded relative to its size, where
-    # eager attention has kept them.
-    kept = exact.lse[exact.lse.isfinite()]
-    recomputed = torch.finfo(lse.dtype).eps * (float(kept.abs().max()) if kept.numel() else 0.0)
+    recomputed = _recomputed([exact.lse], lse.dtype)
     for number, got in enumerate(found):
         for name, tensor in got.tensors().items():
             assert_within_budget(
@@ -673,9 +677,7 @@ def check_groups(
         slack.update(_slack(*part, *pair, grad, eps, product_rounding))
     exact = differentiate(exact_inputs, *exact_found, *grads)
     plain = differentiate(eager_inputs, *eager_found, *grads)
-    kept = exact.lse[exact.lse.isfinite()]
-    recomputed = torch.finfo(exact.lse.dtype if dtype == torch.float64 else torch.float32).eps
-    recomputed *= float(kept.abs().max()) if kept.numel() else 0.0
+    recomputed = _recomputed([exact.lse], results[1].dtype)
     for got in found:
         for name, tensor in got.tensors().items():
             assert_within_budget(
@@ -791,10 +793,7 @@ def check_grids(
         slack.update(_slack(case, own, *pair, grad[0], eps, product_rounding))
     exact = _differentiated(exact_inputs, exact_found, grads)
     plain = _differentiated(eager_inputs, eager_found, grads)
-    finite = [pair[1][pair[1].isfinite()].abs() for pair in exact_found]
-    recomputed = torch.finfo(lse.dtype).eps * max(
-        float(t.detach().max()) for t in finite if t.numel()
-    )
+    recomputed = _recomputed([exact_lse for _, exact_lse in exact_found], lse.dtype)
     for case, results, right, usual in zip(cases, got, exact, plain, strict=True):
         for name, tensor in results.tensors().items():
             assert_within_budget(

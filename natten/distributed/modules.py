@@ -20,7 +20,8 @@ from natten.distributed.boxes import Box
 from natten.distributed.exchange import gathered
 from natten.distributed.sharding import GridSharding, check_own
 from natten.functional import attention, merge_attentions
-from natten.functional.neighborhood import middle, of_groups
+from natten.functional.head_groups import of_groups
+from natten.functional.neighborhood import middle
 from natten.nn.core import NeighborhoodModule, fit_mask, fitted
 
 
@@ -105,7 +106,7 @@ class Plan:
         """This rank's box, and the sharding with the padding that the module's window needs."""
         if origin is not None or grid is not None:
             raise ValueError("origin and grid must be None: the sharding says where x is in which")
-        if module.attn_drop is not None and module.training:
+        if module._drops():
             raise NotImplementedError(
                 "dropout of attention weights is not implemented for a sharded grid"
             )

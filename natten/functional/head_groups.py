@@ -19,16 +19,21 @@ from natten.functional.call import NUM_TENSORS, Call, Parameters, Tensors
 from natten.functional.known import Known, Results
 
 
+def of_groups(tensor: Tensor | None, groups: int, dim: int) -> Sequence[Any]:
+    """What each of some equal groups of query's heads has of a tensor with heads along an axis;
+    groups that share a head each have it. None of None."""
+    if tensor is None:
+        return [None] * groups
+    # One node of autograd, whose gradient is one concatenation.
+    parts = tensor.split(max(tensor.shape[dim] // groups, 1), dim)
+    return [parts[group * len(parts) // groups] for group in range(groups)]
+
+
 def _parts(tensors: Tensors, groups: int) -> list[Tensors]:
     """What each group has: its heads, and the masks."""
-    query, key, value = (_heads(tensor, groups) for tensor in tensors[:3])
+    query, key, value = (of_groups(tensor, groups, -2) for tensor in tensors[:3])
     each = zip(query, key, value, strict=True)
     return [tensors._replace(query=q, key=k, value=v) for q, k, v in each]
-
-
-def _heads(tensor: Any, groups: int) -> Sequence[Tensor]:
-    heads: Sequence[Tensor] = tensor.split_with_sizes([tensor.shape[-2] // groups] * groups, -2)
-    return heads
 
 
 class _KnownGroups(Known):
@@ -50,7 +55,7 @@ class _KnownGroups(Known):
         tensors, groups = self.tensors(given), len(self.calls)
         *rows, heads, features = self.calls[0].out_shape
         out = tensors.query.new_empty((*rows, heads * groups, features))
-        each = zip(self.calls, _parts(tensors, groups), _heads(out, groups), strict=True)
+        each = zip(self.calls, _parts(tensors, groups), of_groups(out, groups, -2), strict=True)
         statistics = []
         for call, part, view in each:
             found, lse = operators._compute(call, part, view)
@@ -76,11 +81,13 @@ class _KnownGroups(Known):
                 torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
                 for t, need in zip(inputs, needs, strict=True)
             ]
-            views = [[None] * groups if w is None else _heads(w, groups) for w in wholes[:3]]
-            given_out = [None] * groups if grad_out is None else _heads(grad_out, groups)
+            views = [of_groups(whole, groups, -2) for whole in wholes[:3]]
+            given_out = of_groups(grad_out, groups, -2)
             asked = (*needs[:3], False, False, False, False)
             for number, (call, part, out_part, *destinations) in enumerate(
-                zip(self.calls, _parts(own, groups), _heads(out, groups), *views, strict=True)
+                zip(
+                    self.calls, _parts(own, groups), of_groups(out, groups, -2), *views, strict=True
+                )
             ):
                 found = operators._compute_backward(
                     call, given_out[number], grad_lse[number], part, out_part, lse[number], asked,
@@ -156,8 +163,7 @@ def attend_groups(
     """
     if is_watched():
         return None
-    present = [t for t in tensors if t is not None]
-    missing = [t is None for t in tensors]
+    present, missing = operators._present(tensors)
     text = operators._text(tuple(arguments))
     key = (check, text, torch.is_grad_enabled(), tensors.query.shape, *missing)
     known = knowns.find(key, present)
@@ -176,4 +182,4 @@ def attend_groups(
     return out, statistics
 
 
-__all__ = ["attend_groups"]
+__all__ = ["attend_groups", "of_groups"]

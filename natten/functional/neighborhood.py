@@ -24,7 +24,7 @@ from natten.functional.call import (
 )
 from natten.functional.dispatch import FMHA, FNA, Explanation, parse_name
 from natten.functional.dispatch import explain as explain_problem
-from natten.functional.head_groups import attend_groups
+from natten.functional.head_groups import attend_groups, of_groups
 from natten.functional.merge import merge_attentions
 from natten.functional.operators import (
     attend,
@@ -352,16 +352,6 @@ def middle(rpb: Tensor, kernel_size: list[int]) -> Tensor:
         k = kernel_size[axis]
         rpb = rpb.narrow(axis + 1, (rpb.shape[axis + 1] + 1) // 2 - k, 2 * k - 1)
     return rpb
-
-
-def of_groups(tensor: Tensor | None, groups: int, dim: int) -> Sequence[Any]:
-    """What each of some equal groups of query's heads has of a tensor with heads along an axis;
-    groups that share a head each have it. None of None."""
-    if tensor is None:
-        return [None] * groups
-    # One node of autograd, whose gradient is one concatenation.
-    parts = tensor.split(max(tensor.shape[dim] // groups, 1), dim)
-    return [parts[group * len(parts) // groups] for group in range(groups)]
 
 
 def _over_heads(

@@ -433,9 +433,8 @@ class NeighborhoodAttention(NeighborhoodModule):
     def _is_packed(self) -> bool:
         """Whether nothing lies between the projection and the attention."""
         has_norm = self.q_norm is not None or self.k_norm is not None
-        drops = self._drops()
         is_changed = has_norm or self.rotary is not None or self.logit_scale is not None
-        return not (is_changed or drops or self.is_grouped)
+        return not (is_changed or self._drops() or self.is_grouped)
 
     def _heads(self, x: Tensor) -> Tensor:
         """The heads of query, key and value, `[B, *X, heads, head_dim]`."""

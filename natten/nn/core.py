@@ -15,7 +15,8 @@ from natten._internals import is_exporting, is_known, scripted
 from natten.functional import neighborhood_attention_generic, sharded
 from natten.functional.attention import attention_with_context
 from natten.functional.call import Tensors
-from natten.functional.neighborhood import middle, of_groups, packed_attention
+from natten.functional.head_groups import of_groups
+from natten.functional.neighborhood import middle, packed_attention
 from natten.nn.explicit import AttentionMap, attention_map, window_attention, window_rows
 from natten.nn.rotary import RotaryEmbedding, rotate
 from natten.types import IntOrWindows, KernelSizes

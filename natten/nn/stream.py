@@ -66,7 +66,7 @@ def check_stream(module: NeighborhoodModule) -> None:
         )
     if module.clip_window:
         raise NotImplementedError("a stream is not implemented with clip_window, got True")
-    if module.attn_drop is not None and module.training:
+    if module._drops():
         raise NotImplementedError("dropout of attention weights is not implemented for streams")
     refuse_sharded(module.plan, "a stream")
 

@@ -407,9 +407,7 @@ def common(
     for grid in grids:
         _check_steps(problem, grid, row_tile, column_tile)
     scale, negate = scales(problem)
-    options: dict[str, Any] = {"num_warps": tiling.warps}
-    if scale > _LARGEST_FUSED_SCALE:
-        options["enable_fp_fusion"] = False
+    options = {"num_warps": tiling.warps, "enable_fp_fusion": scale <= _LARGEST_FUSED_SCALE}
     return Common(
         programs * heads * sequences,
         heads,

@@ -51,10 +51,6 @@ class TooLargeError(RuntimeError):
         self.tiling, self.kind = tiling, kind
 
 
-# A product and a sum may be rounded once. Triton will not do that by default for much longer.
-CONTRACTED: dict[str, Any] = {"enable_fp_fusion": True}
-
-
 @dataclass(frozen=True)
 class Compilation:
     """A kernel, and what Triton specializes it on."""
@@ -134,7 +130,8 @@ class Launch:
             ``grouped``; None if each tensor is a parameter of its own.
         alone: Tensors, or descriptors, before the group.
         grouped: What else is in the group.
-        options: Of the compiler.
+        options: Of the compiler. By default a product and a sum may be rounded once, which Triton
+            will not assume for much longer.
         tiles: What the programs are made of, and for which kernel; None where none are chosen.
         compiled: Compiled kernels, by what Triton specializes on besides all this.
     """
@@ -145,7 +142,7 @@ class Launch:
     group: Any = None
     alone: int = 0
     grouped: tuple[Any, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": True})
     tiles: tuple[Tiling, Kernel] | None = None
     compiled: dict[Any, Any] = field(default_factory=dict)
 
@@ -175,8 +172,7 @@ class Launch:
             # These tensors have no memory.
             if compiled is None:
                 arguments = self._arguments(tensors)
-                options = CONTRACTED | self.options
-                collected.append(Compilation(self.kernel, self.programs, arguments, options))
+                collected.append(Compilation(self.kernel, self.programs, arguments, self.options))
             return
         if compiled is None or observed():
             compiled = self._compile(tensors)
@@ -209,7 +205,7 @@ class Launch:
         for future in _pending.pop(self.kernel, ()):
             future.exception()  # which this launch will meet, too
         try:
-            return _launch(self.kernel, self.programs, arguments, CONTRACTED | self.options)
+            return _launch(self.kernel, self.programs, arguments, self.options)
         except OutOfResources as error:
             if self.tiles is None:
                 raise

@@ -307,6 +307,12 @@ _SINGLE_QUERIES, _SINGLE_FEATURES, _SINGLE_KEYS = 128, 64, 64
 SINGLE = Kernel("query", False, 5, {}, {}, suits=_suits_single, instead_of=QUERY_GRADIENT)
 
 
+def _cost_of_two(problem: Problem, query: Tiling, key_value: Tiling) -> float:
+    """Estimated time of the kernels for the gradients of query, and of key and value."""
+    two = ((QUERY_GRADIENT, query), (KEY_VALUE_GRADIENT, key_value))
+    return sum(k.products * k.cost(problem, t.query, t.key) for k, t in two)
+
+
 def single_tiling(problem: Problem) -> Tiling:
     """The tiling of `SINGLE`, for a problem that suits it."""
     group = _single_group(problem)
@@ -323,8 +329,7 @@ def is_single_faster(problem: Problem, query: Tiling, key_value: Tiling) -> bool
     """Whether `SINGLE` is estimated to take less time than two kernels with these tilings."""
     if not SINGLE.suits(problem):
         return False
-    two = ((QUERY_GRADIENT, query), (KEY_VALUE_GRADIENT, key_value))
-    separate = sum(k.products * k.cost(problem, t.query, t.key) for k, t in two)
+    separate = _cost_of_two(problem, query, key_value)
     tiling = single_tiling(problem)
     return SINGLE.products * SINGLE.cost(problem, tiling.query, tiling.key) < separate
 
@@ -558,8 +563,7 @@ def fused_tiling(problem: Problem, query: Shape | None = None, key: Shape | None
 
 def is_fused_faster(problem: Problem, query: Tiling, key_value: Tiling) -> bool:
     """Whether `FUSED` is estimated to take less time than two kernels with these tilings."""
-    two = ((QUERY_GRADIENT, query), (KEY_VALUE_GRADIENT, key_value))
-    separate = sum(k.products * k.cost(problem, t.query, t.key) for k, t in two)
+    separate = _cost_of_two(problem, query, key_value)
     if separate / 7 * problem.heads * problem.batch * problem.head_dim < MIN_TMA_PRODUCTS:
         return False
     tiling = fused_tiling(problem)
