@@ -326,6 +326,10 @@ def wrong_plans_raise() -> None:
         module.num_kv_heads //= size
         with raises(ValueError, f"{name} holds the rows of several kinds of heads"):
             module(x, **more)
+    module = cross(16, 4, 3, context_dim=8)
+    parallelize_module(module, mesh, {"context_kv": ColwiseParallel()})
+    with raises(ValueError, "context_kv holds the rows of several kinds of heads"):
+        module(torch.randn(1, 9, 16), torch.randn(1, 5, 8))
     with raises(ValueError, "num_kv_heads must be a multiple"):
         odd = NeighborhoodAttention1D(16, 4, 3, num_kv_heads=1)
         parallelize_module(odd, mesh, nd.NeighborhoodHeadParallel())

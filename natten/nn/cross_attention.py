@@ -356,6 +356,8 @@ class NeighborhoodCrossAttention(NeighborhoodModule):
             raise ValueError("a context was given to a module without context_dim")
         else:
             check_sequence(context, batch, self.context_kv.in_features, "context")
+            if not torch.jit.is_scripting():
+                check_heads_whole("context_kv", self.context_kv, self.heads_mesh)
             return self._split(self.context_kv(context))
 
     def _split(self, kv: Tensor) -> tuple[Tensor, Tensor]:
