@@ -2,6 +2,7 @@
 
     python benchmarks/training.py                    a quarter of an hour on two cores
     python benchmarks/training.py --device cuda      adds NCCL runs where there are two GPUs
+    python benchmarks/training.py --jobs 8           so many runs at a time, each in its process
     python benchmarks/training.py --runs reference cpu --steps 50
 
 Images of noisy gratings are classified by their angle, and clips of moving spots are denoised; both
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -331,13 +333,16 @@ def _rank(rank: int, folder: str, run: Run, name: str, device: str, steps: int) 
     dist.destroy_process_group()
 
 
-def train(run: Run, name: str, device: str, steps: int) -> list[float]:
-    """Trains the model of a task, on as many processes as the run has."""
-    if not run.parallel:
-        return losses_of(run, TASKS[name], device, steps)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (folder, run, name, device, steps), nprocs=RANKS)
-        return json.loads((Path(folder) / "losses.json").read_text())
+def train(run: Run, name: str, device: str, steps: int) -> tuple[list[float], float]:
+    """Trains the model of a task, on as many processes as the run has: losses and seconds."""
+    start = time.perf_counter()
+    if run.parallel:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(_rank, (folder, run, name, device, steps), nprocs=RANKS)
+            losses = json.loads((Path(folder) / "losses.json").read_text())
+    else:
+        losses = losses_of(run, TASKS[name], device, steps)
+    return losses, time.perf_counter() - start
 
 
 def means(losses: list[float], window: int) -> Tensor:
@@ -385,6 +390,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--runs", nargs="+", help="names of runs; the reference is always one")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", type=Path, help="default: results/training-DEVICE.json")
     options = parser.parse_args()
     _prepare(options.device)
@@ -402,13 +408,20 @@ def main() -> int:
         "steps": options.steps, "window": WINDOW, "bounds": BOUNDS, "tasks": {},
     }  # fmt: skip
     right = True
+    pool = ProcessPoolExecutor(
+        options.jobs, torch.multiprocessing.get_context("spawn"), _prepare, (options.device,)
+    )
+    trained = {
+        (task, run.name): pool.submit(train, run, task, options.device, options.steps)
+        for task in options.tasks
+        for run in chosen
+    }
     for task in options.tasks:
         curves: dict[str, list[float]] = {}
         rows = document["tasks"][task] = {}
         for run in chosen:
-            start = time.perf_counter()
-            curves[run.name] = losses = train(run, task, options.device, options.steps)
-            seconds = time.perf_counter() - start
+            losses, seconds = trained[task, run.name].result()
+            curves[run.name] = losses
             text, is_right = verdict(run, losses, curves)
             right &= is_right
             rows[run.name] = {
@@ -420,6 +433,7 @@ def main() -> int:
                 f"{text}  {seconds:.0f} s{'' if is_right else '  WRONG'}",
                 flush=True,
             )
+    pool.shutdown()
     path = options.output or RESULTS / f"training-{options.device}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     return 0 if right else 1
