@@ -255,7 +255,7 @@ def _check(setting: Setting) -> None:
             for what in _exceeds(got, limit):
                 complaints.append(f"{title}: {what} {got[what]}, recorded {limit[what]}")
         ttgir, ptx = kernel.asm["ttgir"], kernel.asm["ptx"]
-        if name.startswith(("statistics", "bias_")):
+        if name.startswith(("statistics", "bias_", "longest")):
             continue
         if setting.arch == 90:
             # They have 64 rows and more; tiles of wide heads may have 32.
@@ -306,15 +306,17 @@ def test_products_of_the_ping_pong_kernel_stay_in_flight(title: str) -> None:
     if in_gluon("hopper_forward") is None:
         pytest.skip(f"Triton {triton.__version__} has another dialect of Gluon")
     setting = next(s for s in SETTINGS + MORE_SETTINGS if s.title == title)
-    kernel = compile_setting(replace(setting, backward=False))["hopper_forward_kernel"]
-    sass = instructions(kernel)
-    products, waits = sass.count("HGMMA"), sass.count("WARPGROUP.DEPBAR")
-    assert products >= 16
-    assert waits <= products // 2
-    if (spilled := SPILLED.get((VERSION, title, "hopper_forward_kernel"))) is None:
-        assert "STL" not in sass
-    else:
-        assert resources(kernel)["stack"] <= spilled
+    kernels = compile_setting(replace(setting, backward=False))
+    # The second is for heads with a bound, which large problems alone have.
+    for name in {"hopper_forward_kernel", "hopper_forward_kernel_2"} & kernels.keys():
+        sass = instructions(kernels[name])
+        products, waits = sass.count("HGMMA"), sass.count("WARPGROUP.DEPBAR")
+        assert products >= 16
+        assert waits <= products // 2
+        if (spilled := SPILLED.get((VERSION, title, name))) is None:
+            assert "STL" not in sass
+        else:
+            assert resources(kernels[name])["stack"] <= spilled
 
 
 @pytest.mark.parametrize("title", [

@@ -28,6 +28,8 @@ from triton.runtime.errors import InterpreterError
 
 from natten.functional.backends.triton import CUTLASS, arguments, tiles
 from natten.functional.backends.triton.launcher import Launch
+from natten.functional.backends.triton.norms import PARTS, longest
+from natten.simulator import make_problem
 
 pytestmark = pytest.mark.interpreted
 
@@ -715,3 +717,22 @@ def test_tiles_without_valid_keys_are_skipped() -> None:
         assert torch.equal(zeros, nans)
     for gradient in results[0][2:]:
         assert not gradient[~valid].any()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "heads_kv", "head_dim"),
+    [((70,), 3, 3, 16), ((5, 9), 4, 2, 48), ((3, 4, 7), 2, 1, 80)],
+)
+def test_longest_queries_and_keys(
+    tokens: tuple[int, ...], heads: int, heads_kv: int, head_dim: int
+) -> None:
+    problem = make_problem(
+        tokens, tokens, batch=2, heads=heads, heads_kv=heads_kv, head_dim=head_dim, dtype=HALF
+    )
+    query = torch.randn(2, *tokens, 2 * heads, head_dim, dtype=HALF)[..., :heads, :]
+    key = torch.randn(2, *tokens, heads_kv, head_dim, dtype=HALF).transpose(0, 1).contiguous()
+    key = key.transpose(0, 1)
+    found = longest(problem, query, key)
+    assert found.shape == (2, heads + heads_kv, PARTS)
+    squares = [t.flatten(1, -3).float().square().sum(-1).amax(1) for t in (query, key)]
+    torch.testing.assert_close(found.amax(-1), torch.cat(squares, 1))

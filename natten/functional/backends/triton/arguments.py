@@ -153,7 +153,7 @@ def unspecialized(numbers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple([2 * number + 3 for number in numbers])
 
 
-def _strides(stride: tuple[int, ...]) -> tuple[int, ...]:
+def strides_of(stride: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of batch, three axes of tokens, and heads, from those of a tensor."""
     batch, *tokens, head, _ = stride
     return (batch, *pad(tokens, 0), head)
@@ -307,7 +307,7 @@ def table(grids: Grids, row_tile: tuple[int, ...]) -> Table:
 
 def _column_steps(problem: Problem, stride: tuple[int, ...]) -> list[tuple[int, ...]]:
     """How far neighboring columns of a dilation group lie apart along each axis; ``stride`` is
-    what `_strides` gives."""
+    what `strides_of` gives."""
     if problem.grids is None:
         return [tuple([d * s for d, s in zip(pad(problem.dilation, 1), stride[1:4])])]
     token = stride[3]
@@ -346,7 +346,7 @@ class Common:
 
     def entry_steps(self, stride: tuple[int, ...] | None) -> tuple[int, ...]:
         """The same of a tensor of additional tokens, of which each grid has its own."""
-        strides = NO_STRIDES if stride is None else _strides(stride)
+        strides = NO_STRIDES if stride is None else strides_of(stride)
         return unspecialized(tuple([s // self.variant.UNIT for s in strides]))
 
     def statistics(self, problem: Problem, heads_last: bool) -> tuple[int, ...]:
@@ -383,7 +383,7 @@ def common(
     ``strides`` are those of query, key, value and, in the backward pass, the output's gradient;
     ``others`` those of all else with features. ``inverse`` says that key tiles own the programs.
     """
-    groups = tuple(map(_strides, strides))
+    groups = tuple(map(strides_of, strides))
     query_tile, key_tile = pad(tiling.query, 1), pad(tiling.key, 1)
     dilations = pad(problem.dilation, 1)
     query_box = (pad(problem.query_origin, 0), pad(problem.query_shape, 1))
@@ -437,7 +437,7 @@ def common(
             CIRCULAR=pad(problem.is_circular or (False,) * problem.rank, False),
             UPSAMPLING=pad(problem.upsampling or (1,) * problem.rank, 1),
             TMA=tiling.tma,
-            UNIT=gcd(16, *(s for group in (*groups, *map(_strides, others)) for s in group)),
+            UNIT=gcd(16, *(s for group in (*groups, *map(strides_of, others)) for s in group)),
             WIDE=any(
                 sum(t * s for t, s in zip(column_tile, steps, strict=True)) >= 2**31
                 for group in columns_read

@@ -23,6 +23,11 @@ Time goes down. Half 1 does the same as half 0, at its own pace, here half a ste
     wait     keys[t+1].full                     softmax of step t
 
 Tile t is in place t % STAGES of its ring, and completes phase (t // STAGES) & 1 of its barriers.
+
+The running maximum keeps weights in the range of numbers. Lengths of queries and keys bound the
+scores, and where a head's bound is small, its weights need no maximum: large problems are launched
+twice, for heads with a small bound and without, and each head's programs of one launch end at once.
+Both kinds of loops in one kernel would not keep their products in flight.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from natten.functional.backend import Inputs
-from natten.functional.backends.triton import arguments, launcher
+from natten.functional.backends.triton import arguments, launcher, norms
 from natten.functional.backends.triton.hopper import (
     Ring,
     add_products,
@@ -64,8 +69,10 @@ from natten.functional.backends.triton.primitives import (
     ceil_div,
     column_steps,
     column_tile,
+    decode,
     head_offset,
     in_sight,
+    program_place,
     row_offsets,
     row_tile,
     sequence_of,
@@ -73,6 +80,13 @@ from natten.functional.backends.triton.primitives import (
 )
 from natten.functional.backends.triton.tiles import FORWARD, Tiling, half
 from natten.functional.problem import Problem
+
+# Products of numbers of an entry's scores and weights from which on the bound is worth its cost.
+_LEAST_PRODUCTS = 1e11
+# The largest bound of scores, in base 2, that counts as small: weights are then between 2**-40 and
+# 2**40, and their sums with values in the range of bfloat16.
+_LARGEST_BOUND = gl.constexpr(40.0)
+_PARTS = gl.constexpr(norms.PARTS)
 
 
 class Strides(NamedTuple):
@@ -87,6 +101,7 @@ class Data(NamedTuple):
 
     out: Any
     lse: Any
+    squares: Any
     cumulative_query: Any
     cumulative_key: Any
     strides: Any
@@ -135,7 +150,8 @@ def load_tile(t, steps, box, source, additional, at, sequence, feature, ring, V:
 
 @gluon.jit
 def attend(
-    HALF: gl.constexpr, sources, data, heads, num_additional, scale, shared, V: gl.constexpr
+    HALF: gl.constexpr, sources, data, heads, num_additional, scale, shared,
+    IS_BOUNDED: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     """Four warps with half of a query tile. The first half loads keys, the second values."""
     keys, values = shared.key_ring, shared.value_ring
@@ -214,14 +230,18 @@ def attend(
             if sources.additional_key is not None:
                 token = (t - steps) * COLUMNS + gl.arange(0, COLUMNS, column_layout)
                 scores = gl.where((token < num_additional)[None, :], scores, float("-inf"))
-            new_maximum = gl.maximum(maximum, gl.max(scores, 1) * scale)
-            # Keep -inf - -inf, of a row that has seen nothing yet, out of the exponent.
-            pivot = gl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            weights = gl.exp2(scores * scale - pivot[:, None])
-            shrink = gl.exp2(maximum - pivot)
-            total = total * shrink + gl.sum(weights, 1)
-            maximum = new_maximum
-            sums = scaled(sums, shrink)
+            if IS_BOUNDED:
+                weights = gl.exp2(scores * scale)
+                total += gl.sum(weights, 1)
+            else:
+                new_maximum = gl.maximum(maximum, gl.max(scores, 1) * scale)
+                # Keep -inf - -inf, of a row that has seen nothing yet, out of the exponent.
+                pivot = gl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+                weights = gl.exp2(scores * scale - pivot[:, None])
+                shrink = gl.exp2(maximum - pivot)
+                total = total * shrink + gl.sum(weights, 1)
+                maximum = new_maximum
+                sums = scaled(sums, shrink)
             mbarrier.wait(values.full.index(stage), phase)
             value_tile = values.buffers.index(stage).reshape([COLUMNS, V.VALUE_BLOCK])
             sums = add_products(weights.to(dtype), value_tile, sums, VALUE_FEATURES)
@@ -256,16 +276,46 @@ def attend(
     sums = divided(sums, gl.where(total == 0.0, 1.0, total))
     offset, all_exist = row_offsets(rows.memory, rows.exists, data.strides.lse, 1, V.RANK)
     offset += head_offset(memory_batch, head, data.strides.lse, 1)
-    gl.store(data.lse + offset, (maximum + gl.log2(total)) * LN_2, mask=all_exist)
+    lse = gl.log2(total)
+    if not IS_BOUNDED:
+        lse += maximum
+    gl.store(data.lse + offset, lse * LN_2, mask=all_exist)
     store_sums(data.out, sums, memory_batch, head, rows, data.strides.out, VALUE_FEATURES, V)
+
+
+@gluon.jit
+def largest(squares, row):
+    """Of the squares of one head's lengths."""
+    part = gl.arange(0, _PARTS, gl.BlockedLayout([1], [32], [4], [0]))
+    return gl.max(gl.load(squares + (row * _PARTS + part)), 0)
+
+
+@gluon.jit
+def has_small_bound(data, heads, scale, V: gl.constexpr):
+    """Whether the scores of a program's head have one."""
+    window = data.window
+    _tile, head, batch = program_place(
+        gl.program_id(0), decode(window.tiles), window.dilations, heads, V, False
+    )
+    heads_kv = heads // V.HEADS_PER_KV
+    first = batch * (heads + heads_kv)
+    of_query = largest(data.squares, first + head)
+    of_key = largest(data.squares, first + heads + head // V.HEADS_PER_KV)
+    # Neither infinities nor NaN, of which none is less.
+    return gl.sqrt(of_query) * gl.sqrt(of_key) * scale <= _LARGEST_BOUND
 
 
 @gluon.jit(do_not_specialize=["heads", "num_additional"])
 def hopper_forward_kernel(
     query, key, value, additional_key, additional_value, data, heads, num_additional, scale,
-    V: gl.constexpr,
+    IS_BOUNDED: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
-    """The descriptors of `Sources`, and arguments as those of `forward_kernel`."""
+    """The descriptors of `Sources`, and arguments as those of `forward_kernel`. With `squares`,
+    programs are for heads with a small bound if `IS_BOUNDED`, else for the others."""
+    # `and` would compute both sides.
+    if data.squares is not None:  # noqa: SIM102
+        if has_small_bound(data, heads, scale, V) != IS_BOUNDED:
+            return
     STAGES: gl.constexpr = V.STAGES
     sources = Sources(query, key, value, additional_key, additional_value)
     shared = Shared(
@@ -276,8 +326,8 @@ def hopper_forward_kernel(
     )
     gl.warp_specialize(
         [
-            (attend, (0, sources, data, heads, num_additional, scale, shared, V)),
-            (attend, (1, sources, data, heads, num_additional, scale, shared, V)),
+            (attend, (0, sources, data, heads, num_additional, scale, shared, IS_BOUNDED, V)),
+            (attend, (1, sources, data, heads, num_additional, scale, shared, IS_BOUNDED, V)),
         ],
         [4],
         [240],
@@ -292,6 +342,7 @@ def _launch(
     strides: tuple[tuple[int, ...], ...],
     additional: tuple[tuple[int, ...], ...],
     out: tuple[int, ...],
+    is_bounded: bool,
 ) -> Launch:
     """``strides`` are those of query, key and value, ``additional`` those of additional ones."""
     common = arguments.common(problem, tiling, sequences, "tf32", strides, *additional, out)
@@ -299,12 +350,26 @@ def _launch(
     return Launch(
         hopper_forward_kernel,
         common.tiles,
-        (common.heads, problem.num_additional, common.scales.scores, common.variant),
+        (
+            common.heads, problem.num_additional, common.scales.scores, is_bounded, common.variant,
+        ),
         group=Data,
         alone=5,
         grouped=(Strides(common.steps(out), lse), common.window._replace(bias_paddings=None)),
         options=common.options,
         tiles=(tiling, FORWARD),
+    )  # fmt: skip
+
+
+def _pays_bound(problem: Problem) -> bool:
+    """Whether the running maximum takes longer than to look for what makes it superfluous."""
+    width = problem.head_dim + problem.head_dim_v
+    scores = problem.heads * problem.num_queries * prod(problem.kernel_size)
+    return (
+        # float16 has no range for weights without a maximum.
+        problem.dtype == torch.bfloat16
+        and not (problem.varlen or problem.num_additional)
+        and scores * width >= _LEAST_PRODUCTS
     )
 
 
@@ -323,21 +388,26 @@ def forward(
         None if tensor is None else describable(tensor)
         for tensor in (inputs.additional_keys, inputs.additional_values)
     ]
-    launch = _launch(
+    layout = (
         problem, tiling, launcher.sequences(problem, cumulative_query),
         (query.stride(), key.stride(), value.stride()),
         tuple([tensor.stride() for tensor in context if tensor is not None]), out.stride(),
     )  # fmt: skip
-    key_tile = launch.variant.KEY_TILE
-    tokens = (1, 1, prod(key_tile))
-    launch.run(
-        launcher.descriptor(query, half(launch.variant.QUERY_TILE), descriptor),
-        launcher.descriptor(key, key_tile, descriptor),
-        launcher.descriptor(value, key_tile, descriptor),
+    launches, squares = [_launch(*layout, False)], None
+    if _pays_bound(problem):
+        launches.append(_launch(*layout, True))
+        squares = norms.longest(problem, query, key)
+    variant = launches[0].variant
+    tokens = (1, 1, variant.KEYS)
+    launcher.run_all(
+        launches,
+        launcher.descriptor(query, half(variant.QUERY_TILE), descriptor),
+        launcher.descriptor(key, variant.KEY_TILE, descriptor),
+        launcher.descriptor(value, variant.KEY_TILE, descriptor),
         *(
             None if tensor is None else launcher.descriptor(tensor, tokens, descriptor)
             for tensor in context
         ),
-        out, lse, cumulative_query, launcher.adjacent(inputs.cumulative_seqlen_kv),
+        out, lse, squares, cumulative_query, launcher.adjacent(inputs.cumulative_seqlen_kv),
     )  # fmt: skip
     return out, lse

@@ -171,8 +171,7 @@ class Launch:
         if (collected := _collected.get()) is not None:
             # These tensors have no memory.
             if compiled is None:
-                arguments = self._arguments(tensors)
-                collected.append(Compilation(self.kernel, self.programs, arguments, self.options))
+                collected.append(self.compilation(tensors))
             return
         if compiled is None or observed():
             compiled = self._compile(tensors)
@@ -193,6 +192,10 @@ class Launch:
             None, *arguments,
         )  # fmt: skip
 
+    def compilation(self, tensors: tuple[Any, ...]) -> Compilation:
+        """What is to be compiled for such tensors."""
+        return Compilation(self.kernel, self.programs, self._arguments(tensors), self.options)
+
     def _arguments(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         if self.group is not None:
             group = self.group(*tensors[self.alone :], *self.grouped)
@@ -210,6 +213,15 @@ class Launch:
             if self.tiles is None:
                 raise
             raise TooLargeError(*self.tiles, error) from error
+
+
+def run_all(launches: list[Launch], *tensors: Any) -> None:
+    """Launch kernels on the same tensors, one after the other. They are compiled all at once."""
+    device = next(t.device for t in tensors if isinstance(t, Tensor))
+    if len(launches) > 1 and device.type == "cuda" and not any(one.compiled for one in launches):
+        compile_meanwhile([launch.compilation(tensors) for launch in launches], device)
+    for launch in launches:
+        launch.run(*tensors)
 
 
 @cache
