@@ -192,6 +192,16 @@ def scaled(sums, factors):
 
 
 @gluon.jit
+def kept(sums, flags):
+    """The sums of rows with a flag, and zeros."""
+    main = gl.where(spread(flags, sums[0]), sums[0], 0.0)
+    if len(sums) == 1:
+        return (main,)
+    else:
+        return main, gl.where(spread(flags, sums[1]), sums[1], 0.0)
+
+
+@gluon.jit
 def divided(sums, divisors):
     """The sums of each row by its divisor."""
     main = sums[0] / spread(divisors, sums[0])

@@ -51,6 +51,7 @@ from natten.functional.backends.triton.hopper import (
     descriptor,
     divided,
     in_flight,
+    kept,
     load_async,
     loaded_ring,
     multiply,
@@ -66,6 +67,7 @@ from natten.functional.backends.triton.hopper import (
 from natten.functional.backends.triton.launcher import Launch, describable
 from natten.functional.backends.triton.primitives import (
     LN_2,
+    LOG2_E,
     ceil_div,
     column_steps,
     column_tile,
@@ -77,6 +79,7 @@ from natten.functional.backends.triton.primitives import (
     row_tile,
     sequence_of,
     unravel,
+    valid_rows,
 )
 from natten.functional.backends.triton.tiles import FORWARD, Tiling, half
 from natten.functional.problem import Problem
@@ -94,6 +97,7 @@ class Strides(NamedTuple):
 
     out: Any
     lse: Any
+    query_mask: Any
 
 
 class Data(NamedTuple):
@@ -104,6 +108,8 @@ class Data(NamedTuple):
     squares: Any
     cumulative_query: Any
     cumulative_key: Any
+    sink: Any
+    query_mask: Any
     strides: Any
     window: Any
 
@@ -198,11 +204,20 @@ def attend(
                     kv_head * VALUE_FEATURES, values, V,
                 )  # fmt: skip
 
-    own = sights(rows.begin, rows.width, rows.exists, V.RANK)
+    exists = rows.exists
+    if data.query_mask is not None:
+        valid = valid_rows(data.query_mask, at, rows, data.strides.query_mask, V)
+        exists = (exists[0], exists[1], exists[2] & valid)
+    own = sights(rows.begin, rows.width, exists, V.RANK)
     place = unravel(gl.arange(0, COLUMNS, column_layout), KEY_TILE)
     queries = shared.query.index(HALF).reshape([ROWS, V.BLOCK])
     maximum = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
     total = gl.full([ROWS], 0.0, gl.float32, row_layout)
+    if data.sink is not None:
+        # As if it had been seen already.
+        sink = gl.load(data.sink + head).to(gl.float32) * LOG2_E
+        maximum = gl.full([ROWS], 0.0, gl.float32, row_layout) + sink
+        total += gl.where(sink == float("-inf"), 0.0, 1.0)
     zeros = gl.full([ROWS, COLUMNS], 0.0, gl.float32, scores_layout)
     sums = zero_sums(ROWS, VALUE_FEATURES)
     mbarrier.wait(shared.query_full.index(HALF), 0)
@@ -272,6 +287,10 @@ def attend(
                 )  # fmt: skip
     sums = wait(sums)
 
+    if data.query_mask is not None:
+        sums = kept(sums, valid)
+        total = gl.where(valid, total, 0.0)
+        maximum = gl.where(valid, maximum, 0.0)
     # A query that sees nothing has output 0 and logsumexp -inf.
     sums = divided(sums, gl.where(total == 0.0, 1.0, total))
     offset, all_exist = row_offsets(rows.memory, rows.exists, data.strides.lse, 1, V.RANK)
@@ -342,9 +361,11 @@ def _launch(
     strides: tuple[tuple[int, ...], ...],
     additional: tuple[tuple[int, ...], ...],
     out: tuple[int, ...],
+    query_mask: tuple[int, ...] | None,
     is_bounded: bool,
 ) -> Launch:
-    """``strides`` are those of query, key and value, ``additional`` those of additional ones."""
+    """``strides`` are those of query, key and value, ``additional`` those of additional ones,
+    ``query_mask`` those of `arguments.mask_strides`."""
     common = arguments.common(problem, tiling, sequences, "tf32", strides, *additional, out)
     lse = arguments.statistic_strides(problem.query_shape, problem.heads, True)
     return Launch(
@@ -355,7 +376,7 @@ def _launch(
         ),
         group=Data,
         alone=5,
-        grouped=(Strides(common.steps(out), lse), common.window._replace(bias_paddings=None)),
+        grouped=(Strides(common.steps(out), lse, query_mask), common.window._replace(bias_paddings=None)),
         options=common.options,
         tiles=(tiling, FORWARD),
     )  # fmt: skip
@@ -368,7 +389,7 @@ def _pays_bound(problem: Problem) -> bool:
     return (
         # float16 has no range for weights without a maximum.
         problem.dtype == torch.bfloat16
-        and not (problem.varlen or problem.num_additional)
+        and not (problem.varlen or problem.num_additional or problem.has_sink)
         and scores * width >= _LEAST_PRODUCTS
     )
 
@@ -392,6 +413,7 @@ def forward(
         problem, tiling, launcher.sequences(problem, cumulative_query),
         (query.stride(), key.stride(), value.stride()),
         tuple([tensor.stride() for tensor in context if tensor is not None]), out.stride(),
+        arguments.mask_strides(inputs.query_mask),
     )  # fmt: skip
     launches, squares = [_launch(*layout, False)], None
     if _pays_bound(problem):
@@ -409,5 +431,6 @@ def forward(
             for tensor in context
         ),
         out, lse, squares, cumulative_query, launcher.adjacent(inputs.cumulative_seqlen_kv),
+        launcher.adjacent(inputs.sink), arguments.as_bytes(inputs.query_mask),
     )  # fmt: skip
     return out, lse

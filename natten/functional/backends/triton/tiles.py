@@ -228,10 +228,6 @@ def _suits_gluon(problem: Problem) -> bool:
     )
 
 
-def _suits_ping_pong(problem: Problem) -> bool:
-    return _suits_gluon(problem) and not problem.has_sink and not problem.has_query_mask
-
-
 def _suits_fused(problem: Problem) -> bool:
     # Sinks and masks of queries are in the logsumexp.
     return (
@@ -254,7 +250,7 @@ _PING_PONG_SIZES: _Sizes = {
 }
 # Two groups of warps, each with half of the query tile, whose products and softmax alternate.
 PING_PONG = Kernel(
-    "forward", False, 2, _PING_PONG_SIZES, _PING_PONG_SIZES, suits=_suits_ping_pong,
+    "forward", False, 2, _PING_PONG_SIZES, _PING_PONG_SIZES, suits=_suits_gluon,
     instead_of=FORWARD, by_halves=True, mask=0.4, start=1.5,
 )  # fmt: skip
 
