@@ -376,7 +376,10 @@ def _launch(
         ),
         group=Data,
         alone=5,
-        grouped=(Strides(common.steps(out), lse, query_mask), common.window._replace(bias_paddings=None)),
+        grouped=(
+            Strides(common.steps(out), lse, query_mask),
+            common.window._replace(bias_paddings=None),
+        ),
         options=common.options,
         tiles=(tiling, FORWARD),
     )  # fmt: skip
