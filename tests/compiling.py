@@ -102,7 +102,7 @@ def measuring(arch: int) -> Iterator[list[Memory]]:
             raise
 
     def done(name: str, compile_it: Callable[[], Any]) -> None:
-        if name.startswith(("statistics", "bias_", "longest")):
+        if name.startswith(("statistics", "bias_", "longest", "merge")):
             # They have no tiles to choose.
             return
         try:

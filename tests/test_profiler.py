@@ -119,6 +119,7 @@ def test_the_window_defaults_to_the_whole_input() -> None:
         ("key_value_gradient_kernel", "gradients of keys and values"),
         ("hopper_gradients_kernel", "gradients of queries, keys and values"),
         ("statistics_kernel", "row sums for the backward pass"),
+        ("merge_kernel", "shares of keys joined"),
         ("longest_kernel", "lengths of queries and keys"),
         ("natten::neighborhood_attention", "attention, forward"),
         ("natten::neighborhood_attention_backward", "attention, backward"),

@@ -420,6 +420,42 @@ def test_splits_of_the_key_tiles(case: Case, backend: str, splits: tuple[int, ..
     check_problem(case, backend, HALF, factor=FACTOR, backward_kv_splits=splits)
 
 
+@pytest.mark.parametrize("splits", [2, 3])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *map(_thin, ("2d_gqa", "2d_rpb_additional", "2d_masks_circular", "3d_sub")),
+        *map(_thin, ("1d_sub_disjoint", "2d_up", "2d_dv_larger", "attention_causal_masks_sink")),
+        replace(NAMED["2d_sink_gqa_dv"], contiguous=False), NAMED["1d_long_window"],
+        NAMED["1d_additional_lengths"], NAMED["attention_no_keys"], NAMED["2d_everything"],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_programs_that_share_keys(case: Case, splits: int) -> None:
+    """More of them than tiles of keys as well."""
+    with mock.patch.object(tiles, "splits", return_value=splits):
+        check_problem(case, "cutlass", HALF, factor=FACTOR, backward=False)
+
+
+def test_who_shares_keys() -> None:
+    """Programs that are few and see many keys, unless that is not wanted."""
+
+    def splits(length: int, keys: int, heads: int = 1, **more: Any) -> int:
+        shape = {"query_shape": (length,), "grid": (max(length, keys),)}
+        problem = make_problem((keys,), (keys,), heads=heads, **more)
+        problem = replace(problem, **shape, kernel_size=(max(length, keys),))
+        tiling = tiles.Tiling((64,), (64,))
+        return tiles.splits(problem, tiling, 132)
+
+    assert splits(64, 8192) == 32
+    assert splits(640, 8192) == 26
+    assert splits(640, 1024) == 4
+    assert splits(640, 448) == 1
+    assert splits(64 * 133, 8192) == 1
+    assert splits(64, 8192, heads=133) == 1
+    assert splits(64, 8192, heads=66) == 4
+
+
 @pytest.mark.parametrize("case", [_thin("2d_rpb_additional"), NAMED["varlen"]], ids=str)
 def test_row_sums_by_torch(case: Case) -> None:
     check_problem(case, "cutlass", HALF, factor=FACTOR, backward_use_pt_reduction=True)

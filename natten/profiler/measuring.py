@@ -28,6 +28,7 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
     (r"bias_gradient_kernel", "sum of the bias gradient", _EXTRA),
     (r"bias_table_kernel", "table of biases", _EXTRA),
     (r"statistics_kernel", "row sums for the backward pass", _EXTRA),
+    (r"merge_kernel", "shares of keys joined", _EXTRA),
     (r"longest_kernel", "lengths of queries and keys", _EXTRA),
     (r"natten::(neighborhood|packed)_attention_backward", "attention, backward", _OURS),
     (r"natten::(neighborhood|packed)_attention$", "attention, forward", _OURS),

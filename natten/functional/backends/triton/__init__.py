@@ -283,9 +283,32 @@ class _Backend(Backend):
     def _running(self, problem: Problem, config: Config) -> Tiling:
         """The tiling that a forward pass runs with."""
         tiling = self.forward_tiling(problem, config)
-        if self._must_be_best(problem, config.q_tile_shape):
+        if not self._must_be_best(problem, config.q_tile_shape):
+            kernel = tiles.PING_PONG if tiling.ping_pong else tiles.FORWARD
+            tiling = tiles.reuse(problem, kernel, tiling)
+        return self._split(problem, config, tiling)
+
+    def _split(self, problem: Problem, config: Config, tiling: Tiling) -> Tiling:
+        """The tiling of programs that share keys where few programs would leave most of the GPU
+        without work, unless something asks for one order of additions, or no extra memory."""
+        now = preferences()
+        if (
+            now.deterministic
+            or now.memory == "strict"
+            or not now.kv_parallelism
+            or config.kernel_schedule is not None
+            or problem.varlen
+            or problem.grids is not None
+            or tiling.programs
+            or tiling.warp_specialize
+        ):
             return tiling
-        return tiles.reuse(problem, tiles.PING_PONG if tiling.ping_pong else tiles.FORWARD, tiling)
+        multiprocessors = 0 if interpreted() else _multiprocessors(problem.device.index)
+        if tiles.splits(problem, tiling, multiprocessors) == 1:
+            return tiling
+        if tiling.ping_pong:
+            tiling = self._choose(problem, tiles.FORWARD, config.q_tile_shape, config.kv_tile_shape)
+        return replace(tiling, splits=tiles.splits(problem, tiling, multiprocessors))
 
     def _running_backward(self, problem: Problem, config: Config) -> BackwardTilings:
         """The tilings that a backward pass runs with."""

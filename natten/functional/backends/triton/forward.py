@@ -1,8 +1,9 @@
 """Forward kernel: one softmax over the neighborhood and the additional tokens.
 
 A program owns one tile of queries of one head and visits the key tiles that cover the union of
-their windows, which start exactly where the union starts. Tiles in full sight of every query need
-no mask (`MASK`); where there are few of them, asking for each costs more than it saves.
+their windows, which start exactly where the union starts. Where there would be few programs,
+several share these tiles, and `splits.py` joins what they find. Tiles in full sight of every query
+need no mask (`MASK`); where there are few of them, asking for each costs more than it saves.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from natten.functional.backends.triton.primitives import (
     ceil_div,
     column_source,
     column_steps,
+    decode,
     head_offset,
     load_columns,
     load_rows,
@@ -43,6 +45,7 @@ from natten.functional.backends.triton.primitives import (
     valid_columns,
     valid_rows,
 )
+from natten.functional.backends.triton.splits import merge, share
 from natten.functional.backends.triton.tiles import FORWARD, Tiling, bias_paddings
 from natten.functional.problem import Problem
 
@@ -62,8 +65,9 @@ class Strides(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Tensors but query, key and value, `arguments.cap`, strides of all tensors, and windows. None
-    for what there is not."""
+    """Tensors but query, key and value, `arguments.cap`, programs that share the keys of a tile and
+    batch entries of each share's results, strides of all tensors, and windows. None for what there
+    is not."""
 
     out: Any
     lse: Any
@@ -78,6 +82,7 @@ class Data(NamedTuple):
     key_mask: Any
     query_mask: Any
     cap: Any
+    splits: Any
     strides: Any
     window: Any
 
@@ -104,6 +109,10 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
     VALUE_BLOCK: tl.constexpr = V.VALUE_BLOCK
     PRECISION: tl.constexpr = V.PRECISION
     strides = data.strides
+    if data.splits is not None:
+        splits, entries, _none = decode(data.splits)
+        split = program % splits
+        program = program // splits
     at, rows, box, grid = row_tile(program, tl.arange(0, ROWS), data, heads, False, V)
     memory_batch, head = at.memory_batch, at.head
     kv_head = head // V.HEADS_PER_KV
@@ -127,6 +136,8 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
     if data.sink is not None:
         # As if it had been seen already.
         sink = tl.load(data.sink + head).to(tl.float32) * LOG2_E
+        if data.splits is not None:
+            sink = tl.where(split == 0, sink, float("-inf"))
         maximum = tl.where(maximum == float("-inf"), sink, maximum)
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
     accumulator = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
@@ -136,7 +147,10 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
         steps = tl.where(any_of(valid), steps, 0)
     if data.key_mask is not None:
         key_valid = mask_source(data.key_mask, at, grid, strides.key_mask, V)
-    for t in tl.range(0, steps, num_stages=V.STAGES, warp_specialize=V.WARP_SPECIALIZE):
+    first, last = 0, steps
+    if data.splits is not None:
+        first, last = share(steps, split, splits)
+    for t in tl.range(first, last, num_stages=V.STAGES, warp_specialize=V.WARP_SPECIALIZE):
         tile = placed_tile(t, box, grid, KEY_TILE, V)
         columns = load_columns(
             key_source, tile[0], grid, place, V.FEATURES, V.BLOCK, COLUMNS, V
@@ -169,7 +183,10 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
                 )
     if V.HAS_ADDITIONAL:
         additional = additional_source(at.batch, kv_head, data, num_additional, V)
-        for t in tl.range(0, ceil_div(additional.number, COLUMNS), num_stages=V.STAGES):
+        first, last = 0, ceil_div(additional.number, COLUMNS)
+        if data.splits is not None:
+            first, last = share(last, split, splits)
+        for t in tl.range(first, last, num_stages=V.STAGES):
             columns, value_columns, present = additional_tile(t, additional, strides, COLUMNS, V)
             scores, _slopes = additional_scores(query_rows, columns, present, data.cap, V)
             accumulator, maximum, total = softmax_step(
@@ -182,6 +199,8 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
         maximum = tl.where(valid, maximum, float("-inf"))
     # A query that sees nothing has output 0 and logsumexp -inf.
     accumulator = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
+    if data.splits is not None:
+        memory_batch += split * entries
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides.out, V.UNIT, V.RANK)
     start = head_offset(memory_batch, head, strides.out, V.UNIT)
     store_rows(data.out + start, accumulator, offset, all_exist, V.VALUE_FEATURES, V.VALUE_BLOCK)
@@ -233,16 +252,19 @@ def _launch(
         key_mask=common.mask(masks[0]),
         query_mask=common.mask(masks[1]),
     )
+    splits = None
+    if tiling.splits > 1:
+        splits = arguments.unspecialized((tiling.splits, problem.batch, 0))
     return Launch(
         forward_kernel,
-        min(tiling.programs or common.tiles, common.tiles),
+        min(tiling.programs or common.tiles, common.tiles) * tiling.splits,
         (
             common.tiles, common.heads, problem.num_additional, common.scales.scores,
             common.variant,
         ),
         group=Data,
         alone=3,
-        grouped=(arguments.cap(problem), steps, common.window),
+        grouped=(arguments.cap(problem), splits, steps, common.window),
         options=common.options,
         tiles=(tiling, FORWARD),
     )  # fmt: skip
@@ -260,6 +282,9 @@ def forward(
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=query.device)
     if problem.varlen:
         lse.fill_(-torch.inf)
+    results = [out, lse]
+    if tiling.splits > 1:
+        results = [lse.new_empty((tiling.splits, *tensor.shape)) for tensor in results]
     columns = describable if tiling.tma else readable
     query, key, value = readable(query), columns(key), columns(value)
     additional: tuple[tuple[int, ...], ...] = ()
@@ -275,16 +300,18 @@ def forward(
     launch = _launch(
         problem, tiling, launcher.sequences(problem, cumulative_query),
         arguments.precision(problem), (query.stride(), key.stride(), value.stride()), additional,
-        out.stride(), tuple(map(arguments.mask_strides, masks)), paddings,
+        results[0].stride()[-out.dim() :], tuple(map(arguments.mask_strides, masks)), paddings,
     )  # fmt: skip
     query_tile, key_tile = launch.variant.QUERY_TILE, launch.variant.KEY_TILE
     launch.run(
         query,
         descriptor(key, key_tile) if tiling.tma else key,
         descriptor(value, key_tile) if tiling.tma else value,
-        out, lse, bias, additional_keys, additional_values, cumulative_query, cumulative_key,
+        *results, bias, additional_keys, additional_values, cumulative_query, cumulative_key,
         placed_table(problem, query_tile, query.device),
         launcher.adjacent(inputs.additional_lengths), launcher.adjacent(inputs.sink),
         *map(arguments.as_bytes, masks),
     )  # fmt: skip
+    if tiling.splits > 1:
+        merge(results[0], results[1], out, lse)
     return out, lse

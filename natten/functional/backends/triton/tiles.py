@@ -55,6 +55,7 @@ class Tiling:
         warp_specialize: Whether loads, products and softmax get warps of their own.
         ping_pong: Whether two groups of warps own half of the rows each and do not wait for each
             other.
+        splits: Programs that share the keys of a query tile.
     """
 
     query: Shape
@@ -67,6 +68,7 @@ class Tiling:
     programs: int = 0
     warp_specialize: bool = False
     ping_pong: bool = False
+    splits: int = 1
 
 
 class _Size(NamedTuple):
@@ -794,6 +796,25 @@ def _fit(
 def _halve(shape: Shape) -> Shape:
     longest = max(range(len(shape)), key=lambda axis: shape[axis])
     return tuple(n // 2 if axis == longest else n for axis, n in enumerate(shape))
+
+
+# Tiles of keys from which on programs share them, that each has at least, and most programs.
+_LEAST_SHARED, _LEAST_SHARE, _MOST_SHARES = 8, 4, 32
+
+
+def splits(problem: Problem, tiling: Tiling, multiprocessors: int) -> int:
+    """How many programs should share the keys of each query tile: one, unless so few programs have
+    so many keys that the others wait for them."""
+    rows, columns = prod(tiling.query), prod(tiling.key)
+    in_head = int(geometry.covering(problem.query_shape, np.array(tiling.query))) // rows
+    programs = in_head * problem.heads * problem.entries
+    if not 0 < programs <= multiprocessors // (2 if tiling.ping_pong else 1):
+        return 1
+    steps = work(problem, tiling.query, tiling.key).covered / (in_head * rows * columns)
+    steps += problem.num_additional / columns
+    if steps < _LEAST_SHARED:
+        return 1
+    return max(1, min(2 * multiprocessors // programs, int(steps) // _LEAST_SHARE, _MOST_SHARES))
 
 
 def persistent(tiling: Tiling, programs: int, warps: int) -> Tiling:
