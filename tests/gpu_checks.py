@@ -872,6 +872,27 @@ def check_bounded_scores() -> None:
         assert errors[1] <= 1.1 * errors[0], errors
 
 
+def check_shared_keys() -> None:
+    """Few queries with many keys, which programs share by default, and not if told so."""
+    cases = [
+        Case("queries", (40,), None, batch=1, head_dim=64, key_tokens=(3000,)),
+        Case("one_query", (1,), None, heads=8, heads_kv=2, head_dim=128, key_tokens=(5000,)),
+        Case("dense", (1500,), (1500,), batch=1, head_dim=128, is_causal=(True,)),
+        Case("plane", (33, 30), (33, 21), batch=1, head_dim=64, head_dim_v=32, sink=True),
+        Case("context", (9, 9), (5, 5), (2, 1), additional=700, additional_lengths=(700, 9)),
+        Case("space", (6, 16, 14), (6, 12, 9), batch=1, heads=1, head_dim=80, query_mask=True),
+    ]  # fmt: skip
+    for case in cases:
+        for dtype in (BF16, FP32):
+            for name, takes in (("hopper", dtype != FP32), ("cutlass", True)):
+                if name not in backends() or not takes or (name == "hopper" and case.head_dim < 64):
+                    continue
+                for is_parallel in (True, False):
+                    with natten.use_kv_parallelism_in_fused_na(is_parallel), _launched() as names:
+                        check(case, name, dtype)
+                    assert (names["merge_kernel"] > 0) == is_parallel, (case.name, name, names)
+
+
 def check_layouts() -> None:
     """Views of other tensors give what their contiguous copies give."""
     for name in backends():
@@ -1333,6 +1354,7 @@ SINGLE: dict[str, Check] = {
     "determinism": check_determinism,
     "large_scores": check_large_scores,
     "bounded_scores": check_bounded_scores,
+    "shared_keys": check_shared_keys,
     "layouts": check_layouts,
     "many_programs": check_many_programs,
     "empty_batch": check_empty_batch,
