@@ -877,7 +877,7 @@ def check_shared_keys() -> None:
     cases = [
         Case("queries", (40,), None, batch=1, head_dim=64, key_tokens=(3000,)),
         Case("one_query", (1,), None, heads=8, heads_kv=2, head_dim=128, key_tokens=(5000,)),
-        Case("dense", (1500,), (1500,), batch=1, head_dim=128, is_causal=(True,)),
+        Case("dense", (2600,), (2600,), batch=1, head_dim=128, is_causal=(True,)),
         Case("plane", (33, 30), (33, 21), batch=1, head_dim=64, head_dim_v=32, sink=True),
         Case("context", (9, 9), (5, 5), (2, 1), additional=700, additional_lengths=(700, 9)),
         Case("space", (6, 16, 14), (6, 12, 9), batch=1, heads=1, head_dim=80, query_mask=True),
