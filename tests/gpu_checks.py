@@ -873,8 +873,10 @@ def check_bounded_scores() -> None:
 
 
 def check_shared_keys() -> None:
-    """Few queries with many keys, which programs share by default, and not if told so."""
+    """Few queries with many keys, which programs share by default, and not if told so; in backward
+    passes also few keys with many queries."""
     cases = [
+        Case("keys", (4000,), None, batch=1, heads=8, head_dim=64, key_tokens=(77,)),
         Case("queries", (40,), None, batch=1, head_dim=64, key_tokens=(3000,)),
         Case("one_query", (1,), None, heads=8, heads_kv=2, head_dim=128, key_tokens=(5000,)),
         Case("dense", (2600,), (2600,), batch=1, head_dim=128, is_causal=(True,)),
@@ -890,7 +892,8 @@ def check_shared_keys() -> None:
                 for is_parallel in (True, False):
                     with natten.use_kv_parallelism_in_fused_na(is_parallel), _launched() as names:
                         check(case, name, dtype)
-                    assert (names["merge_kernel"] > 0) == is_parallel, (case.name, name, names)
+                    shared = is_parallel and case.name != "keys"
+                    assert (names["merge_kernel"] > 0) == shared, (case.name, name, names)
 
 
 def check_layouts() -> None:

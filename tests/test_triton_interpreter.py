@@ -420,7 +420,7 @@ def test_splits_of_the_key_tiles(case: Case, backend: str, splits: tuple[int, ..
     check_problem(case, backend, HALF, factor=FACTOR, backward_kv_splits=splits)
 
 
-@pytest.mark.parametrize("splits", [2, 3])
+@pytest.mark.parametrize(("splits", "dtype"), [(2, HALF), (3, SINGLE)])
 @pytest.mark.parametrize(
     "case",
     [
@@ -431,14 +431,19 @@ def test_splits_of_the_key_tiles(case: Case, backend: str, splits: tuple[int, ..
     ],
     ids=str,
 )  # fmt: skip
-def test_programs_that_share_keys(case: Case, splits: int) -> None:
-    """More of them than tiles of keys as well."""
+def test_programs_that_share_columns(case: Case, splits: int, dtype: torch.dtype) -> None:
+    """More of them than tiles of columns as well."""
     with mock.patch.object(tiles, "splits", return_value=splits):
-        check_problem(case, "cutlass", HALF, factor=FACTOR, backward=False)
+        check_problem(case, "cutlass", dtype, factor=FACTOR)
 
 
-def test_who_shares_keys() -> None:
-    """Programs that are few and see many keys, unless that is not wanted."""
+def test_packed_gradients_of_shares() -> None:
+    with mock.patch.object(tiles, "splits", return_value=2):
+        check_packed(("cutlass",), SINGLE, "cpu")
+
+
+def test_who_shares_columns() -> None:
+    """Programs that are few and have many columns."""
 
     def splits(length: int, keys: int, heads: int = 1, **more: Any) -> int:
         shape = {"query_shape": (length,), "grid": (max(length, keys),)}

@@ -286,17 +286,20 @@ class _Backend(Backend):
         if not self._must_be_best(problem, config.q_tile_shape):
             kernel = tiles.PING_PONG if tiling.ping_pong else tiles.FORWARD
             tiling = tiles.reuse(problem, kernel, tiling)
-        return self._split(problem, config, tiling)
+        if config.kernel_schedule is not None:
+            return tiling
+        if tiling.ping_pong and self._split(problem, tiling).splits > 1:
+            tiling = self._choose(problem, tiles.FORWARD, config.q_tile_shape, config.kv_tile_shape)
+        return self._split(problem, tiling)
 
-    def _split(self, problem: Problem, config: Config, tiling: Tiling) -> Tiling:
-        """The tiling of programs that share keys where few programs would leave most of the GPU
+    def _split(self, problem: Problem, tiling: Tiling, inverse: bool = False) -> Tiling:
+        """The tiling of programs that share columns where few programs would leave most of the GPU
         without work, unless something asks for one order of additions, or no extra memory."""
         now = preferences()
         if (
             now.deterministic
             or now.memory == "strict"
             or not now.kv_parallelism
-            or config.kernel_schedule is not None
             or problem.varlen
             or problem.grids is not None
             or tiling.programs
@@ -304,23 +307,32 @@ class _Backend(Backend):
         ):
             return tiling
         multiprocessors = 0 if interpreted() else _multiprocessors(problem.device.index)
-        if tiles.splits(problem, tiling, multiprocessors) == 1:
-            return tiling
-        if tiling.ping_pong:
-            tiling = self._choose(problem, tiles.FORWARD, config.q_tile_shape, config.kv_tile_shape)
-        return replace(tiling, splits=tiles.splits(problem, tiling, multiprocessors))
+        splits = tiles.splits(problem, tiling, multiprocessors, inverse)
+        return replace(tiling, splits=splits)
 
     def _running_backward(self, problem: Problem, config: Config) -> BackwardTilings:
         """The tilings that a backward pass runs with."""
         found = self.backward_tilings(problem, config)
-        if self._must_be_best(problem, config.backward_q_tile_shape):
+        if not self._must_be_best(problem, config.backward_q_tile_shape):
+            fused = found.fused and tiles.reuse(problem, tiles.FUSED, found.fused)
+            found = (
+                replace(found, fused=fused)
+                if fused
+                else replace(
+                    found,
+                    query=tiles.reuse(problem, tiles.QUERY_GRADIENT, found.query),
+                    key_value=tiles.reuse(problem, tiles.KEY_VALUE_GRADIENT, found.key_value),
+                )
+            )
+        if config.backward_kv_splits is not None:
             return found
-        if found.fused is not None:
-            return replace(found, fused=tiles.reuse(problem, tiles.FUSED, found.fused))
+        if found.fused is not None and self._split(problem, found.fused, True).splits == 1:
+            return found
         return replace(
             found,
-            query=tiles.reuse(problem, tiles.QUERY_GRADIENT, found.query),
-            key_value=tiles.reuse(problem, tiles.KEY_VALUE_GRADIENT, found.key_value),
+            query=self._split(problem, found.query),
+            key_value=self._split(problem, found.key_value, True),
+            fused=None,
         )
 
     def forward(

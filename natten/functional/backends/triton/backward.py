@@ -188,7 +188,8 @@ class BackwardPass:
             query, bias = self._query(self.tilings.query, self.in_passing)
         if needs[1] or needs[2]:
             key, value = self._key_value(
-                self.problem, self.tilings.key_value, 1, self.tilings.persistent_programs,
+                self.problem, self.tilings.key_value, self.tilings.key_value.splits,
+                self.tilings.persistent_programs,
                 (self.query, self.key, self.value, self.grad_out), self.bias, self.cumulative,
                 (None, self.key_mask),
                 None if self.destinations is None else self.destinations[1:],
@@ -240,12 +241,16 @@ class BackwardPass:
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of query and bias; fills in the statistics in passing, or the gradients of
         key and value, ``others``."""
-        gradient = self._destination(0, self.query)
+        gradient = target = self._destination(0, self.query)
+        if tiling.splits > 1:
+            # The sums of each of the splits.
+            shape = (tiling.splits, *gradient.shape)
+            target = torch.empty(shape, dtype=torch.float32, device=gradient.device)
         sums = self.bias_sums
         launch = query_gradient_launch(
             self.problem, tiling, self.sequences, self.precision,
             (self.query.stride(), self.key.stride(), self.value.stride(), self.grad_out.stride()),
-            tuple([t.stride() for t in self.additional]), gradient.stride(),
+            tuple([t.stride() for t in self.additional]), target.stride()[-gradient.dim() :],
             arguments.mask_strides(self.key_mask), self.bias_paddings,
             0 if sums is None else self.bias_tables.copies,
             tuple([t.stride() for t in others]),
@@ -256,12 +261,14 @@ class BackwardPass:
             self.query,
             descriptor(self.key, key_tile) if tiling.tma else self.key,
             descriptor(self.value, key_tile) if tiling.tma else self.value,
-            self.grad_out, None if others and with_statistics else self.statistics, gradient,
+            self.grad_out, None if others and with_statistics else self.statistics, target,
             self.bias, *(self.additional or (None, None)), *self.cumulative,
             placed_table(self.problem, launch.variant.QUERY_TILE, gradient.device), self.counts,
             *((self.out, self.lse, self.grad_lse) if with_statistics else (None, None, None)),
             sums, factor, arguments.as_bytes(self.key_mask), *(others or (None, None)),
         )  # fmt: skip
+        if tiling.splits > 1:
+            gradient.copy_(target.sum(0))
         if sums is None or self.rpb is None:
             return gradient, None
         bias_gradient = torch.empty(self.rpb.shape, dtype=self.rpb.dtype, device=gradient.device)
@@ -283,7 +290,7 @@ class BackwardPass:
         """``present`` is how many of the keys there are, and which are valid."""
         query, key, value, grad_out = tensors
         counts, key_mask = present
-        if destinations is None:
+        if destinations is None or splits > 1:
             dtype = self.dtype if splits == 1 else torch.float32
             # The sums of each of the splits, in order.
             shape = key.shape if splits == 1 else (splits, *key.shape)
@@ -311,7 +318,10 @@ class BackwardPass:
         )  # fmt: skip
         if splits == 1:
             return key_gradient, value_gradient
-        return key_gradient.sum(0).to(self.dtype), value_gradient.sum(0).to(self.dtype)
+        key_sum, value_sum = key_gradient.sum(0), value_gradient.sum(0)
+        if destinations is None:
+            return key_sum.to(self.dtype), value_sum.to(self.dtype)
+        return destinations[0].copy_(key_sum), destinations[1].copy_(value_sum)
 
     def _fixed_point(self) -> Tensor:
         """A power of two that turns the bias gradient into integers of 62 bits without overflow.

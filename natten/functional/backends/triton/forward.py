@@ -45,7 +45,7 @@ from natten.functional.backends.triton.primitives import (
     valid_columns,
     valid_rows,
 )
-from natten.functional.backends.triton.splits import merge, share
+from natten.functional.backends.triton.splits import merge, share, shares
 from natten.functional.backends.triton.tiles import FORWARD, Tiling, bias_paddings
 from natten.functional.problem import Problem
 
@@ -65,9 +65,8 @@ class Strides(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Tensors but query, key and value, `arguments.cap`, programs that share the keys of a tile and
-    batch entries of each share's results, strides of all tensors, and windows. None for what there
-    is not."""
+    """Tensors but query, key and value, `arguments.cap`, `splits.shares`, strides of all tensors,
+    and windows. None for what there is not."""
 
     out: Any
     lse: Any
@@ -252,9 +251,6 @@ def _launch(
         key_mask=common.mask(masks[0]),
         query_mask=common.mask(masks[1]),
     )
-    splits = None
-    if tiling.splits > 1:
-        splits = arguments.unspecialized((tiling.splits, problem.batch, 0))
     return Launch(
         forward_kernel,
         min(tiling.programs or common.tiles, common.tiles) * tiling.splits,
@@ -264,7 +260,7 @@ def _launch(
         ),
         group=Data,
         alone=3,
-        grouped=(arguments.cap(problem), splits, steps, common.window),
+        grouped=(arguments.cap(problem), shares(problem, tiling), steps, common.window),
         options=common.options,
         tiles=(tiling, FORWARD),
     )  # fmt: skip

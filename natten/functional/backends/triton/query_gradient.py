@@ -30,6 +30,7 @@ from natten.functional.backends.triton.primitives import (
     column_offsets,
     column_source,
     column_steps,
+    decode,
     head_offset,
     load_columns,
     load_rows,
@@ -43,6 +44,7 @@ from natten.functional.backends.triton.primitives import (
     unravel,
     valid_columns,
 )
+from natten.functional.backends.triton.splits import share, shares
 from natten.functional.backends.triton.tiles import QUERY_GRADIENT, SINGLE, Tiling
 from natten.functional.problem import Problem
 
@@ -97,6 +99,7 @@ class Data(NamedTuple):
     key_gradient: Any
     value_gradient: Any
     cap: Any
+    splits: Any
     strides: Any
     window: Any
 
@@ -194,7 +197,12 @@ def query_gradient_kernel(
     BLOCK: tl.constexpr = V.BLOCK
     PRECISION: tl.constexpr = V.PRECISION
     strides, window = data.strides, data.window
-    at, rows, box, grid = row_tile(tl.program_id(0), tl.arange(0, ROWS), data, heads, False, V)
+    program = tl.program_id(0)
+    if data.splits is not None:
+        splits, entries, _none = decode(data.splits)
+        split = program % splits
+        program = program // splits
+    at, rows, box, grid = row_tile(program, tl.arange(0, ROWS), data, heads, False, V)
     memory_batch, head = at.memory_batch, at.head
     kv_head = head // V.HEADS_PER_KV
     place = unravel(tl.arange(0, COLUMNS), KEY_TILE)
@@ -263,7 +271,10 @@ def query_gradient_kernel(
         steps = tl.where(any_of(row_lse < float("inf")), steps, 0)
     if data.key_mask is not None:
         key_valid = mask_source(data.key_mask, at, grid, strides.key_mask, V)
-    for t in tl.range(0, steps, num_stages=V.STAGES):
+    first, last = 0, steps
+    if data.splits is not None:
+        first, last = share(steps, split, splits)
+    for t in tl.range(first, last, num_stages=V.STAGES):
         tile = placed_tile(t, box, grid, KEY_TILE, V)
         key_columns = load_columns(
             key_source, tile[0], grid, place, V.FEATURES, V.BLOCK, COLUMNS, V
@@ -311,7 +322,10 @@ def query_gradient_kernel(
             )  # fmt: skip
     if V.HAS_ADDITIONAL:
         additional = additional_source(at.batch, kv_head, data, num_additional, V)
-        for t in tl.range(0, ceil_div(additional.number, COLUMNS), num_stages=V.STAGES):
+        first, last = 0, ceil_div(additional.number, COLUMNS)
+        if data.splits is not None:
+            first, last = share(last, split, splits)
+        for t in tl.range(first, last, num_stages=V.STAGES):
             key_columns, value_columns, present = additional_tile(
                 t, additional, strides, COLUMNS, V
             )  # fmt: skip
@@ -320,6 +334,8 @@ def query_gradient_kernel(
                 scores, row_lse, row_delta, gradient_rows, key_columns, value_columns, accumulator,
                 scales.scores, data.cap is not None, PRECISION,
             )  # fmt: skip
+    if data.splits is not None:
+        memory_batch += split * entries
     offset, all_exist = row_offsets(
         rows.memory, rows.exists, strides.query_gradient, V.UNIT, V.RANK
     )  # fmt: skip
@@ -378,11 +394,11 @@ def query_gradient_launch(
         options = {**options, "maxnreg": _BIAS_REGISTERS}
     return Launch(
         query_gradient_kernel,
-        common.tiles,
+        common.tiles * tiling.splits,
         (common.heads, problem.num_additional, max(bias_copies, 1), common.scales, common.variant),
         group=Data,
         alone=3,
-        grouped=(arguments.cap(problem), steps, common.window),
+        grouped=(arguments.cap(problem), shares(problem, tiling), steps, common.window),
         options=options,
         tiles=(tiling, SINGLE if others else QUERY_GRADIENT),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Shares of the keys of a query tile, which programs visit apart, and what joins their results."""
+"""Shares of the columns of a row tile, which programs visit apart, and what joins their results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from natten.functional.backends.triton.arguments import pad, strides_of, unspecialized
 from natten.functional.backends.triton.launcher import Launch
 from natten.functional.backends.triton.primitives import LOG2_E, decode
-from natten.functional.backends.triton.tiles import block
+from natten.functional.backends.triton.tiles import Tiling, block
+from natten.functional.problem import Problem
 
 _ROWS = 16
 
@@ -21,6 +22,12 @@ _ROWS = 16
 def share(number, split, splits):
     """Where the share of one of so many programs begins and ends."""
     return number * split // splits, number * (split + 1) // splits
+
+
+def shares(problem: Problem, tiling: Tiling) -> tuple[int, ...] | None:
+    """What kernels are told of programs that share keys: how many there are for each tile of
+    queries, and batch entries of the results of each. None for one."""
+    return unspecialized((tiling.splits, problem.batch, 0)) if tiling.splits > 1 else None
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "heads"])

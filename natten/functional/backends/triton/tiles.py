@@ -55,7 +55,7 @@ class Tiling:
         warp_specialize: Whether loads, products and softmax get warps of their own.
         ping_pong: Whether two groups of warps own half of the rows each and do not wait for each
             other.
-        splits: Programs that share the keys of a query tile.
+        splits: Programs that share the columns of a row tile.
     """
 
     query: Shape
@@ -798,20 +798,25 @@ def _halve(shape: Shape) -> Shape:
     return tuple(n // 2 if axis == longest else n for axis, n in enumerate(shape))
 
 
-# Tiles of keys from which on programs share them, that each has at least, and most programs.
+# Tiles of columns from which on programs share them, that each has at least, and most programs.
 _LEAST_SHARED, _LEAST_SHARE, _MOST_SHARES = 8, 4, 32
 
 
-def splits(problem: Problem, tiling: Tiling, multiprocessors: int) -> int:
-    """How many programs should share the keys of each query tile: one, unless so few programs have
-    so many keys that the others wait for them."""
-    rows, columns = prod(tiling.query), prod(tiling.key)
-    in_head = int(geometry.covering(problem.query_shape, np.array(tiling.query))) // rows
-    programs = in_head * problem.heads * problem.entries
+def splits(problem: Problem, tiling: Tiling, multiprocessors: int, inverse: bool = False) -> int:
+    """How many programs should share the columns of each row tile: one, unless so few programs have
+    so many columns that most multiprocessors wait for them. ``inverse`` as in `work`."""
+    tile, columns, extents, heads = tiling.query, tiling.key, problem.query_shape, problem.heads
+    if inverse:
+        tile, columns, extents, heads = columns, tile, problem.key_shape, problem.heads_kv
+    in_head = int(geometry.covering(extents, np.array(tile))) // prod(tile)
+    programs = in_head * heads * problem.entries
+    # Halves of large tiles have warps of their own.
     if not 0 < programs <= multiprocessors // (2 if tiling.ping_pong else 1):
         return 1
-    steps = work(problem, tiling.query, tiling.key).covered / (in_head * rows * columns)
-    steps += problem.num_additional / columns
+    covered = work(problem, tiling.query, tiling.key, inverse).covered * problem.heads / heads
+    steps = covered / (in_head * prod(tile) * prod(columns))
+    if not inverse:
+        steps += problem.num_additional / prod(columns)
     if steps < _LEAST_SHARED:
         return 1
     return max(1, min(2 * multiprocessors // programs, int(steps) // _LEAST_SHARE, _MOST_SHARES))
