@@ -39,6 +39,15 @@ def next_power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def parts(features: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Features of the tiles that hold a head: of one, or of a main one and one for the rest where
+    two take less. Of narrow float32 tiles, warps would compute the same."""
+    whole = block(features)
+    split = whole // 2, block(features - whole // 2)
+    is_narrow = dtype == torch.float32 and features < 64
+    return (whole,) if is_narrow or sum(split) >= whole else split
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How one kernel divides its work.
