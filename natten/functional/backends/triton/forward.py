@@ -106,6 +106,8 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
     ROWS: tl.constexpr = V.QUERIES
     COLUMNS: tl.constexpr = V.KEYS
     KEY_TILE: tl.constexpr = V.KEY_TILE
+    PARTS: tl.constexpr = V.PARTS
+    VALUE_PARTS: tl.constexpr = V.VALUE_PARTS
     PRECISION: tl.constexpr = V.PRECISION
     strides = data.strides
     at, rows, box, grid = row_tile(program, tl.arange(0, ROWS), data, heads, False, V)
@@ -116,7 +118,7 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides.query, V.UNIT, V.RANK)
     query_rows = load_parts(
         query + head_offset(memory_batch, head, strides.query, V.UNIT),
-        offset, all_exist, V.FEATURES, V.PARTS,
+        offset, all_exist, V.FEATURES, PARTS,
     )  # fmt: skip
     key_source = column_source(
         key, memory_batch, kv_head, grid.memory, strides.key, grid.dilation, V.UNIT, V.RANK, V.TMA
@@ -133,7 +135,7 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
         sink = tl.load(data.sink + head).to(tl.float32) * LOG2_E
         maximum = tl.where(maximum == float("-inf"), sink, maximum)
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
-    accumulator = zero_sums(ROWS, V.VALUE_PARTS)
+    accumulator = zero_sums(ROWS, VALUE_PARTS)
     steps = column_steps(box)
     if data.query_mask is not None:
         valid = valid_rows(data.query_mask, at, rows, strides.query_mask, V)
@@ -143,7 +145,7 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
     for t in tl.range(0, steps, num_stages=V.STAGES, warp_specialize=V.WARP_SPECIALIZE):
         tile = placed_tile(t, box, grid, KEY_TILE, V)
         columns = load_columns(
-            key_source, tile[0], grid, place, V.FEATURES, V.PARTS, COLUMNS, V
+            key_source, tile[0], grid, place, V.FEATURES, PARTS, COLUMNS, V
         )  # fmt: skip
         if data.key_mask is None:
             scores, _slopes = tile_scores(
@@ -151,7 +153,7 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
                 data.cap, False, V,
             )  # fmt: skip
             columns = load_columns(
-                value_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_PARTS, COLUMNS, V
+                value_source, tile[0], grid, place, V.VALUE_FEATURES, VALUE_PARTS, COLUMNS, V
             )
             accumulator, maximum, total = softmax_step(
                 scores, columns, scale, accumulator, maximum, total, PRECISION
@@ -159,7 +161,7 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
         else:
             # Loads come first, so that they stay in flight whatever the mask says.
             value_columns = load_columns(
-                value_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_PARTS, COLUMNS, V
+                value_source, tile[0], grid, place, V.VALUE_FEATURES, VALUE_PARTS, COLUMNS, V
             )
             seen = valid_columns(key_valid, tile[0], grid, place, V)
             if any_of(seen):
@@ -188,7 +190,7 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
     accumulator = divided(accumulator, tl.where(total == 0.0, 1.0, total))
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides.out, V.UNIT, V.RANK)
     start = head_offset(memory_batch, head, strides.out, V.UNIT)
-    store_parts(data.out + start, accumulator, offset, all_exist, V.VALUE_FEATURES, V.VALUE_PARTS)
+    store_parts(data.out + start, accumulator, offset, all_exist, V.VALUE_FEATURES, VALUE_PARTS)
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides.lse, 1, V.RANK)
     offset += head_offset(memory_batch, head, strides.lse, 1)
     tl.store(data.lse + offset, (maximum + tl.math.log2(total)) * LN_2, mask=all_exist)

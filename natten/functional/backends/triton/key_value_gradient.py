@@ -110,6 +110,9 @@ def key_value_gradient_tile(
     ROWS: tl.constexpr = V.KEYS
     COLUMNS: tl.constexpr = V.QUERIES
     QUERY_TILE: tl.constexpr = V.QUERY_TILE
+    PARTS: tl.constexpr = V.PARTS
+    VALUE_PARTS: tl.constexpr = V.VALUE_PARTS
+    PRECISION: tl.constexpr = V.PRECISION
     strides, window = data.strides, data.window
     tile_of_rows = program // splits
     split = program % splits
@@ -133,15 +136,15 @@ def key_value_gradient_tile(
     offset, all_exist = row_offsets(rows.memory, present, strides.key, V.UNIT, V.RANK)
     key_rows = load_parts(
         key + head_offset(memory_batch, kv_head, strides.key, V.UNIT),
-        offset, all_exist, V.FEATURES, V.PARTS,
+        offset, all_exist, V.FEATURES, PARTS,
     )  # fmt: skip
     offset, all_exist = row_offsets(rows.memory, present, strides.value, V.UNIT, V.RANK)
     value_rows = load_parts(
         value + head_offset(memory_batch, kv_head, strides.value, V.UNIT),
-        offset, all_exist, V.VALUE_FEATURES, V.VALUE_PARTS,
+        offset, all_exist, V.VALUE_FEATURES, VALUE_PARTS,
     )  # fmt: skip
-    key_accumulator = zero_sums(ROWS, V.PARTS)
-    value_accumulator = zero_sums(ROWS, V.VALUE_PARTS)
+    key_accumulator = zero_sums(ROWS, PARTS)
+    value_accumulator = zero_sums(ROWS, VALUE_PARTS)
 
     for member in tl.range(0, V.HEADS_PER_KV, num_stages=1):
         head = kv_head * V.HEADS_PER_KV + member
@@ -162,10 +165,10 @@ def key_value_gradient_tile(
         ):
             tile = placed_tile(t, box, grid, QUERY_TILE, V)
             query_columns = load_columns(
-                query_source, tile[0], grid, place, V.FEATURES, V.PARTS, COLUMNS, V
+                query_source, tile[0], grid, place, V.FEATURES, PARTS, COLUMNS, V
             )
             gradient_columns = load_columns(
-                gradient_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_PARTS, COLUMNS, V
+                gradient_source, tile[0], grid, place, V.VALUE_FEATURES, VALUE_PARTS, COLUMNS, V
             )
             column_lse, column_delta = load_statistics(
                 data.statistics + 2 * statistics.data, tile[0], place, grid.extent,
@@ -178,15 +181,15 @@ def key_value_gradient_tile(
             weights = tl.math.exp2(scores * scales.scores - column_lse[None, :])
             value_accumulator = add_products(
                 weights.to(gradient_columns[0].dtype), gradient_columns, value_accumulator,
-                V.PRECISION,
+                PRECISION,
             )  # fmt: skip
-            weight_gradient = multiply(value_rows, gradient_columns, None, V.PRECISION)
+            weight_gradient = multiply(value_rows, gradient_columns, None, PRECISION)
             score_gradient = weights * (weight_gradient - column_delta[None, :])
             if data.cap is not None:
                 score_gradient *= slopes
             key_accumulator = add_products(
                 score_gradient.to(query_columns[0].dtype), query_columns, key_accumulator,
-                V.PRECISION,
+                PRECISION,
             )  # fmt: skip
 
     if data.row_counts is not None or data.key_mask is not None:
@@ -198,7 +201,7 @@ def key_value_gradient_tile(
     start += split * (split_size * V.UNIT)
     store_parts(
         data.key_gradient + start, scaled(key_accumulator, scales.gradients), offset, all_exist,
-        V.FEATURES, V.PARTS,
+        V.FEATURES, PARTS,
     )  # fmt: skip
     offset, all_exist = row_offsets(
         rows.memory, rows.exists, strides.value_gradient, V.UNIT, V.RANK
@@ -207,7 +210,7 @@ def key_value_gradient_tile(
     start += split * (value_split_size * V.UNIT)
     store_parts(
         data.value_gradient + start, value_accumulator, offset, all_exist, V.VALUE_FEATURES,
-        V.VALUE_PARTS,
+        VALUE_PARTS,
     )  # fmt: skip
 
 

@@ -514,11 +514,13 @@ def store_parts(base, parts, offset, exists, FEATURES: tl.constexpr, PARTS: tl.c
 @triton.jit
 def zero_sums(ROWS: tl.constexpr, PARTS: tl.constexpr):
     """Sums of nothing yet, to be added to."""
-    main = tl.zeros([ROWS, PARTS[0]], tl.float32)
+    MAIN: tl.constexpr = PARTS[0]
+    main = tl.zeros([ROWS, MAIN], tl.float32)
     if len(PARTS) == 1:
         return (main,)
     else:
-        return main, tl.zeros([ROWS, PARTS[1]], tl.float32)
+        REST: tl.constexpr = PARTS[1]
+        return main, tl.zeros([ROWS, REST], tl.float32)
 
 
 @triton.jit
@@ -732,6 +734,7 @@ def tile_scores(
     such tiles. A bias is what the product adds to: as a summand of its own, its layout, that of a
     load, would spread to all that follows.
     """
+    PRECISION: tl.constexpr = V.PRECISION
     corner, whole, position = tile
     if V.HAS_RPB:
         row, column, size = bias_slot(
@@ -739,9 +742,9 @@ def tile_scores(
         )
         biases = load_biases(bias + head.to(tl.int64) * size, row, column)
     if V.HAS_RPB and cap is None:
-        scores = multiply(row_features, column_features, biases, V.PRECISION)
+        scores = multiply(row_features, column_features, biases, PRECISION)
     else:
-        scores = multiply(row_features, column_features, None, V.PRECISION)
+        scores = multiply(row_features, column_features, None, PRECISION)
     if V.NEGATE:
         scores = -scores
     scores, slopes = capped(scores, cap)
@@ -1016,11 +1019,13 @@ def additional_tile(t, additional, strides, COLUMNS: tl.constexpr, V: tl.constex
     token = t * COLUMNS + tl.arange(0, COLUMNS)
     present = token < additional.number
     token = token.to(tl.int64)
+    PARTS: tl.constexpr = V.PARTS
+    VALUE_PARTS: tl.constexpr = V.VALUE_PARTS
     return (
-        load_parts(additional.key, token * (key_stride * V.UNIT), present, V.FEATURES, V.PARTS),
+        load_parts(additional.key, token * (key_stride * V.UNIT), present, V.FEATURES, PARTS),
         load_parts(
             additional.value, token * (value_stride * V.UNIT), present, V.VALUE_FEATURES,
-            V.VALUE_PARTS,
+            VALUE_PARTS,
         ),
         present,
     )  # fmt: skip
@@ -1030,7 +1035,8 @@ def additional_tile(t, additional, strides, COLUMNS: tl.constexpr, V: tl.constex
 def additional_scores(row_features, column_features, present, cap, V: tl.constexpr):
     """Scores of such a tile before scaling, -inf where no token is, and their derivatives as those
     of `tile_scores`."""
-    scores = multiply(row_features, column_features, None, V.PRECISION)
+    PRECISION: tl.constexpr = V.PRECISION
+    scores = multiply(row_features, column_features, None, PRECISION)
     if V.NEGATE:
         scores = -scores
     scores, slopes = capped(scores, cap)

@@ -184,8 +184,10 @@ def store_column_gradient(
 ):  # fmt: skip
     """Stores the gradient of the column tile at `corner`: the sum of all rows that there are."""
     start, offset, exists = column_offsets(target, corner, columns, place, V)
-    gradient = scaled(add_products(weights.T, rows, zero_sums(V.KEYS, PARTS), V.PRECISION), scale)
-    store_parts(target.data + start, gradient, offset, exists, FEATURES, PARTS)
+    COLUMNS: tl.constexpr = V.KEYS
+    PRECISION: tl.constexpr = V.PRECISION
+    gradient = add_products(weights.T, rows, zero_sums(COLUMNS, PARTS), PRECISION)
+    store_parts(target.data + start, scaled(gradient, scale), offset, exists, FEATURES, PARTS)
 
 
 @triton.jit(do_not_specialize=["heads", "num_additional", "bias_copies"])
@@ -196,6 +198,8 @@ def query_gradient_kernel(
     ROWS: tl.constexpr = V.QUERIES
     COLUMNS: tl.constexpr = V.KEYS
     KEY_TILE: tl.constexpr = V.KEY_TILE
+    PARTS: tl.constexpr = V.PARTS
+    VALUE_PARTS: tl.constexpr = V.VALUE_PARTS
     PRECISION: tl.constexpr = V.PRECISION
     strides, window = data.strides, data.window
     at, rows, box, grid = row_tile(tl.program_id(0), tl.arange(0, ROWS), data, heads, False, V)
@@ -206,14 +210,14 @@ def query_gradient_kernel(
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides.query, V.UNIT, V.RANK)
     query_rows = load_parts(
         query + head_offset(memory_batch, head, strides.query, V.UNIT),
-        offset, all_exist, V.FEATURES, V.PARTS,
+        offset, all_exist, V.FEATURES, PARTS,
     )  # fmt: skip
     gradient_offset, all_exist = row_offsets(
         rows.memory, rows.exists, strides.out_gradient, V.UNIT, V.RANK
     )
     gradient_rows = load_parts(
         data.out_gradient + head_offset(memory_batch, head, strides.out_gradient, V.UNIT),
-        gradient_offset, all_exist, V.VALUE_FEATURES, V.VALUE_PARTS,
+        gradient_offset, all_exist, V.VALUE_FEATURES, VALUE_PARTS,
     )  # fmt: skip
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides.statistics, 1, V.RANK)
     offset += head_offset(memory_batch, head, strides.statistics, 1)
@@ -226,7 +230,7 @@ def query_gradient_kernel(
         # and gradient have the same strides.
         out_rows = load_parts(
             data.out + head_offset(memory_batch, head, strides.out_gradient, V.UNIT),
-            gradient_offset, all_exist, V.VALUE_FEATURES, V.VALUE_PARTS,
+            gradient_offset, all_exist, V.VALUE_FEATURES, VALUE_PARTS,
         )  # fmt: skip
         row_delta = row_products(out_rows, gradient_rows)
         lse_offset, all_exist = row_offsets(rows.memory, rows.exists, strides.lse, 1, V.RANK)
@@ -260,7 +264,7 @@ def query_gradient_kernel(
         # Additions to few addresses wait for each other: programs take turns on copies.
         copy = tl.program_id(0) % bias_copies
         bias_target = data.bias_gradient + (copy * heads + head).to(tl.int64) * table_size(window)
-    accumulator = zero_sums(ROWS, V.PARTS)
+    accumulator = zero_sums(ROWS, PARTS)
     steps = column_steps(box)
     if V.HAS_QUERY_MASK:
         # Rows that see nothing, see `backward.BackwardPass`.
@@ -270,10 +274,10 @@ def query_gradient_kernel(
     for t in tl.range(0, steps, num_stages=V.STAGES):
         tile = placed_tile(t, box, grid, KEY_TILE, V)
         key_columns = load_columns(
-            key_source, tile[0], grid, place, V.FEATURES, V.PARTS, COLUMNS, V
+            key_source, tile[0], grid, place, V.FEATURES, PARTS, COLUMNS, V
         )  # fmt: skip
         value_columns = load_columns(
-            value_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_PARTS, COLUMNS, V
+            value_source, tile[0], grid, place, V.VALUE_FEATURES, VALUE_PARTS, COLUMNS, V
         )
         if data.key_mask is not None:
             seen = valid_columns(key_valid, tile[0], grid, place, V)
@@ -297,11 +301,11 @@ def query_gradient_kernel(
             if data.key_gradient is not None:
                 store_column_gradient(
                     key_target, tile[0], grid, place, product_gradient, query_rows,
-                    scales.gradients, V.FEATURES, V.PARTS, V,
+                    scales.gradients, V.FEATURES, PARTS, V,
                 )  # fmt: skip
                 store_column_gradient(
                     value_target, tile[0], grid, place, weights.to(gradient_rows[0].dtype),
-                    gradient_rows, 1.0, V.VALUE_FEATURES, V.VALUE_PARTS, V,
+                    gradient_rows, 1.0, V.VALUE_FEATURES, VALUE_PARTS, V,
                 )  # fmt: skip
         elif any_of(seen):
             scores, slopes = tile_scores(
@@ -329,7 +333,7 @@ def query_gradient_kernel(
     )  # fmt: skip
     store_parts(
         data.query_gradient + head_offset(memory_batch, head, strides.query_gradient, V.UNIT),
-        scaled(accumulator, scales.gradients), offset, all_exist, V.FEATURES, V.PARTS,
+        scaled(accumulator, scales.gradients), offset, all_exist, V.FEATURES, PARTS,
     )  # fmt: skip
 
 
