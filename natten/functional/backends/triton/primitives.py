@@ -535,12 +535,16 @@ def multiply(rows, columns, product, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_products(weights, columns, sums, PRECISION: tl.constexpr):
-    """The product of weights and columns, added to sums: [rows, features]."""
-    main = tl.dot(weights, columns[0], sums[0], input_precision=PRECISION)
+    """The product of weights and columns, added to sums: [rows, features].
+
+    The compiler divides all products among warps as it would the last one, which is to be the
+    widest: by rows alone, warps would compute the same where there are few.
+    """
     if len(sums) == 1:
-        return (main,)
+        return (tl.dot(weights, columns[0], sums[0], input_precision=PRECISION),)
     else:
-        return main, tl.dot(weights, columns[1], sums[1], input_precision=PRECISION)
+        rest = tl.dot(weights, columns[1], sums[1], input_precision=PRECISION)
+        return tl.dot(weights, columns[0], sums[0], input_precision=PRECISION), rest
 
 
 @triton.jit
