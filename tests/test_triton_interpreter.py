@@ -175,7 +175,7 @@ GROUPS: dict[str, tuple[str, torch.dtype, list[Case]]] = {
                 additional=3,
             ),
         ],
-    ),  # fmt: skip
+    ),
     "cutlass_extras": (
         "cutlass",
         HALF,
