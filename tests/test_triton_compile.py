@@ -104,6 +104,7 @@ SETTINGS = [
     Setting("3d_d64", 80, (16, 32, 32), (9, 13, 13), 64),
     Setting("2d_d128", 100, (128, 128), (80, 80), 128),
     Setting("2d_k7_d32_grids", 90, (28, 28), (7, 7), 32, others=((24, 32), (14, 50))),
+    Setting("2d_k7_d80", 90, (56, 56), (7, 7), 80, batch=8),
 ]
 MORE_SETTINGS = [
     Setting("2d_d64_scores", 90, (128, 128), (13, 13), 64, scores=True),
@@ -144,6 +145,9 @@ MORE_SETTINGS = [
     Setting("2d_d128_grids", 90, (64, 48), (13, 13), 128, others=((50, 50),), additional=77),
     Setting("3d_d64_grids", 90, (8, 16, 16), (3, 5, 5), 64, others=((4, 20, 20),), scores=True),
     Setting("2d_d64_grids", 100, (64, 48), (13, 13), 64, others=((50, 50),)),
+    Setting("2d_k7_d48", 80, (56, 56), (7, 7), 48, batch=8),
+    Setting("3d_d96_scores", 90, (16, 32, 32), (5, 7, 7), 96, additional=77, scores=True),
+    Setting("3d_d160", 80, (16, 32, 32), (5, 7, 7), 160),
 ]  # fmt: skip
 
 

@@ -51,6 +51,25 @@ def test_some_problems_need_no_masks() -> None:
         assert not tiles.choose(problem, tiles.FORWARD, True, tiles.Chip(227 * 1024)).whole
 
 
+def test_heads_are_two_tiles_where_these_take_less() -> None:
+    found = {n: tiles.parts(n, torch.float16) for n in range(1, 1025)}
+    for features, widths in found.items():
+        assert features <= sum(widths) <= tiles.block(features)
+        assert all(width >= 16 and width == tiles.block(width) for width in widths)
+        if len(widths) == 2:
+            main, rest = widths
+            assert rest < main < features
+            assert sum(widths) < tiles.block(features)
+    wanted = {
+        40: (32, 16), 48: (32, 16), 72: (64, 16), 80: (64, 16), 96: (64, 32), 160: (128, 32),
+        192: (128, 64), 384: (256, 128), 24: (32,), 56: (64,), 120: (128,),
+    }  # fmt: skip
+    assert found | wanted == found
+    assert all(found[2**n] == (max(2**n, 16),) for n in range(11))
+    single = {n: tiles.parts(n, torch.float32) for n in (40, 64, 80, 96)}
+    assert single == {40: (64,), 64: (64,), 80: (64, 16), 96: (64, 32)}
+
+
 @pytest.mark.parametrize("device", ["t4", "rtx3090", "rtx4090"])
 @pytest.mark.parametrize("kind", [tiles.FORWARD, tiles.QUERY_GRADIENT, tiles.KEY_VALUE_GRADIENT])
 def test_two_programs_fit_where_shared_memory_is_small(device: str, kind: str) -> None:

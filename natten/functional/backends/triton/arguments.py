@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from natten.devices import capability
-from natten.functional.backends.triton.tiles import Tiling, block
+from natten.functional.backends.triton.tiles import Tiling, block, parts
 from natten.functional.problem import Grid, Grids, Problem
 
 LOG2_E = 1.4426950408889634
@@ -80,8 +80,10 @@ class Variant:
         KEY_TILE: Extents of a tile of keys.
         FEATURES: Of a query or key.
         VALUE_FEATURES: Of a value.
-        BLOCK: Features of a tile of queries or keys, a power of two.
-        VALUE_BLOCK: Features of a tile of values.
+        BLOCK: Features of one tile of queries or keys, a power of two.
+        VALUE_BLOCK: Features of one tile of values.
+        PARTS: The same of one tile, or of two that take less together: `tiles.parts`.
+        VALUE_PARTS: Those of values.
         RANK: Axes of the grid.
         FIRST_AXIS_FASTEST: Whether tiles are numbered along the first of three axes first, those of
             rows and those that each of them visits; else along the last.
@@ -111,6 +113,8 @@ class Variant:
     VALUE_FEATURES: int
     BLOCK: int
     VALUE_BLOCK: int
+    PARTS: tuple[int, ...]
+    VALUE_PARTS: tuple[int, ...]
     RANK: int
     FIRST_AXIS_FASTEST: bool
     CAUSAL: tuple[bool, ...]
@@ -431,6 +435,8 @@ def common(
             VALUE_FEATURES=problem.head_dim_v,
             BLOCK=block(problem.head_dim),
             VALUE_BLOCK=block(problem.head_dim_v),
+            PARTS=parts(problem.head_dim, problem.dtype),
+            VALUE_PARTS=parts(problem.head_dim_v, problem.dtype),
             RANK=problem.rank,
             FIRST_AXIS_FASTEST=_first_axis_fastest(problem),
             CAUSAL=pad(problem.is_causal, False),

@@ -24,6 +24,7 @@ from natten.functional.backends.triton.launcher import Launch, describable, desc
 from natten.functional.backends.triton.primitives import (
     LN_2,
     LOG2_E,
+    add_products,
     additional_scores,
     additional_source,
     additional_tile,
@@ -32,18 +33,22 @@ from natten.functional.backends.triton.primitives import (
     column_source,
     column_steps,
     decode,
+    divided,
     head_offset,
+    kept,
     load_columns,
-    load_rows,
+    load_parts,
     mask_source,
     placed_tile,
     row_offsets,
     row_tile,
-    store_rows,
+    scaled,
+    store_parts,
     tile_scores,
     unravel,
     valid_columns,
     valid_rows,
+    zero_sums,
 )
 from natten.functional.backends.triton.splits import merge, share, shares
 from natten.functional.backends.triton.tiles import FORWARD, Tiling, bias_paddings
@@ -95,8 +100,8 @@ def softmax_step(scores, columns, scale, accumulator, maximum, total, PRECISION:
     weights = tl.math.exp2(scores * scale - pivot[:, None])
     shrink = tl.math.exp2(maximum - pivot)
     total = total * shrink + tl.sum(weights, 1)
-    accumulator = accumulator * shrink[:, None]
-    accumulator = tl.dot(weights.to(columns.dtype), columns, accumulator, input_precision=PRECISION)
+    accumulator = scaled(accumulator, shrink[:, None])
+    accumulator = add_products(weights.to(columns[0].dtype), columns, accumulator, PRECISION)
     return accumulator, new_maximum, total
 
 
@@ -105,7 +110,8 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
     ROWS: tl.constexpr = V.QUERIES
     COLUMNS: tl.constexpr = V.KEYS
     KEY_TILE: tl.constexpr = V.KEY_TILE
-    VALUE_BLOCK: tl.constexpr = V.VALUE_BLOCK
+    PARTS: tl.constexpr = V.PARTS
+    VALUE_PARTS: tl.constexpr = V.VALUE_PARTS
     PRECISION: tl.constexpr = V.PRECISION
     strides = data.strides
     if data.splits is not None:
@@ -118,9 +124,9 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
     place = unravel(tl.arange(0, COLUMNS), KEY_TILE)
 
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides.query, V.UNIT, V.RANK)
-    query_rows = load_rows(
+    query_rows = load_parts(
         query + head_offset(memory_batch, head, strides.query, V.UNIT),
-        offset, all_exist, V.FEATURES, V.BLOCK,
+        offset, all_exist, V.FEATURES, PARTS,
     )  # fmt: skip
     key_source = column_source(
         key, memory_batch, kv_head, grid.memory, strides.key, grid.dilation, V.UNIT, V.RANK, V.TMA
@@ -139,7 +145,7 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
             sink = tl.where(split == 0, sink, float("-inf"))
         maximum = tl.where(maximum == float("-inf"), sink, maximum)
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
-    accumulator = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
+    accumulator = zero_sums(ROWS, VALUE_PARTS)
     steps = column_steps(box)
     if data.query_mask is not None:
         valid = valid_rows(data.query_mask, at, rows, strides.query_mask, V)
@@ -152,7 +158,7 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
     for t in tl.range(first, last, num_stages=V.STAGES, warp_specialize=V.WARP_SPECIALIZE):
         tile = placed_tile(t, box, grid, KEY_TILE, V)
         columns = load_columns(
-            key_source, tile[0], grid, place, V.FEATURES, V.BLOCK, COLUMNS, V
+            key_source, tile[0], grid, place, V.FEATURES, PARTS, COLUMNS, V
         )  # fmt: skip
         if data.key_mask is None:
             scores, _slopes = tile_scores(
@@ -160,7 +166,7 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
                 data.cap, False, V,
             )  # fmt: skip
             columns = load_columns(
-                value_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_BLOCK, COLUMNS, V
+                value_source, tile[0], grid, place, V.VALUE_FEATURES, VALUE_PARTS, COLUMNS, V
             )
             accumulator, maximum, total = softmax_step(
                 scores, columns, scale, accumulator, maximum, total, PRECISION
@@ -168,7 +174,7 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
         else:
             # Loads come first, so that they stay in flight whatever the mask says.
             value_columns = load_columns(
-                value_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_BLOCK, COLUMNS, V
+                value_source, tile[0], grid, place, V.VALUE_FEATURES, VALUE_PARTS, COLUMNS, V
             )
             seen = valid_columns(key_valid, tile[0], grid, place, V)
             if any_of(seen):
@@ -193,16 +199,16 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
             )
 
     if data.query_mask is not None:
-        accumulator = tl.where(valid[:, None], accumulator, 0.0)
+        accumulator = kept(accumulator, valid)
         total = tl.where(valid, total, 0.0)
         maximum = tl.where(valid, maximum, float("-inf"))
     # A query that sees nothing has output 0 and logsumexp -inf.
-    accumulator = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
+    accumulator = divided(accumulator, tl.where(total == 0.0, 1.0, total))
     if data.splits is not None:
         memory_batch += split * entries
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides.out, V.UNIT, V.RANK)
     start = head_offset(memory_batch, head, strides.out, V.UNIT)
-    store_rows(data.out + start, accumulator, offset, all_exist, V.VALUE_FEATURES, V.VALUE_BLOCK)
+    store_parts(data.out + start, accumulator, offset, all_exist, V.VALUE_FEATURES, VALUE_PARTS)
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides.lse, 1, V.RANK)
     offset += head_offset(memory_batch, head, strides.lse, 1)
     tl.store(data.lse + offset, (maximum + tl.math.log2(total)) * LN_2, mask=all_exist)

@@ -16,21 +16,26 @@ import triton.language as tl
 from natten.functional.backends.triton import arguments
 from natten.functional.backends.triton.launcher import Launch
 from natten.functional.backends.triton.primitives import (
+    add_products,
     additional_count,
     any_of,
     column_source,
     column_steps,
     decode,
     head_offset,
+    kept,
     load_columns,
-    load_rows,
+    load_parts,
+    multiply,
     placed_tile,
     row_offsets,
     row_tile,
-    store_rows,
+    scaled,
+    store_parts,
     tile_scores,
     unravel,
     valid_rows,
+    zero_sums,
 )
 from natten.functional.backends.triton.tiles import KEY_VALUE_GRADIENT, Tiling
 from natten.functional.problem import Problem
@@ -105,8 +110,9 @@ def key_value_gradient_tile(
     ROWS: tl.constexpr = V.KEYS
     COLUMNS: tl.constexpr = V.QUERIES
     QUERY_TILE: tl.constexpr = V.QUERY_TILE
-    BLOCK: tl.constexpr = V.BLOCK
-    VALUE_BLOCK: tl.constexpr = V.VALUE_BLOCK
+    PARTS: tl.constexpr = V.PARTS
+    VALUE_PARTS: tl.constexpr = V.VALUE_PARTS
+    PRECISION: tl.constexpr = V.PRECISION
     strides, window = data.strides, data.window
     tile_of_rows = program // splits
     split = program % splits
@@ -128,17 +134,17 @@ def key_value_gradient_tile(
         steps = tl.where(any_of(valid), steps, 0)
 
     offset, all_exist = row_offsets(rows.memory, present, strides.key, V.UNIT, V.RANK)
-    key_rows = load_rows(
+    key_rows = load_parts(
         key + head_offset(memory_batch, kv_head, strides.key, V.UNIT),
-        offset, all_exist, V.FEATURES, V.BLOCK,
+        offset, all_exist, V.FEATURES, PARTS,
     )  # fmt: skip
     offset, all_exist = row_offsets(rows.memory, present, strides.value, V.UNIT, V.RANK)
-    value_rows = load_rows(
+    value_rows = load_parts(
         value + head_offset(memory_batch, kv_head, strides.value, V.UNIT),
-        offset, all_exist, V.VALUE_FEATURES, V.VALUE_BLOCK,
+        offset, all_exist, V.VALUE_FEATURES, VALUE_PARTS,
     )  # fmt: skip
-    key_accumulator = tl.zeros([ROWS, BLOCK], tl.float32)
-    value_accumulator = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
+    key_accumulator = zero_sums(ROWS, PARTS)
+    value_accumulator = zero_sums(ROWS, VALUE_PARTS)
 
     for member in tl.range(0, V.HEADS_PER_KV, num_stages=1):
         head = kv_head * V.HEADS_PER_KV + member
@@ -159,10 +165,10 @@ def key_value_gradient_tile(
         ):
             tile = placed_tile(t, box, grid, QUERY_TILE, V)
             query_columns = load_columns(
-                query_source, tile[0], grid, place, V.FEATURES, V.BLOCK, COLUMNS, V
+                query_source, tile[0], grid, place, V.FEATURES, PARTS, COLUMNS, V
             )
             gradient_columns = load_columns(
-                gradient_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_BLOCK, COLUMNS, V
+                gradient_source, tile[0], grid, place, V.VALUE_FEATURES, VALUE_PARTS, COLUMNS, V
             )
             column_lse, column_delta = load_statistics(
                 data.statistics + 2 * statistics.data, tile[0], place, grid.extent,
@@ -173,38 +179,38 @@ def key_value_gradient_tile(
                 True, V,
             )  # fmt: skip
             weights = tl.math.exp2(scores * scales.scores - column_lse[None, :])
-            value_accumulator = tl.dot(
-                weights.to(gradient_columns.dtype), gradient_columns, value_accumulator,
-                input_precision=V.PRECISION,
+            value_accumulator = add_products(
+                weights.to(gradient_columns[0].dtype), gradient_columns, value_accumulator,
+                PRECISION,
             )  # fmt: skip
-            weight_gradient = tl.dot(value_rows, gradient_columns.T, input_precision=V.PRECISION)
+            weight_gradient = multiply(value_rows, gradient_columns, None, PRECISION)
             score_gradient = weights * (weight_gradient - column_delta[None, :])
             if data.cap is not None:
                 score_gradient *= slopes
-            score_gradient = score_gradient.to(query_columns.dtype)
-            key_accumulator = tl.dot(
-                score_gradient, query_columns, key_accumulator, input_precision=V.PRECISION
-            )
+            key_accumulator = add_products(
+                score_gradient.to(query_columns[0].dtype), query_columns, key_accumulator,
+                PRECISION,
+            )  # fmt: skip
 
     if data.row_counts is not None or data.key_mask is not None:
         # Their scores were not masked.
-        key_accumulator = tl.where(present[2][:, None], key_accumulator, 0.0)
-        value_accumulator = tl.where(present[2][:, None], value_accumulator, 0.0)
+        key_accumulator = kept(key_accumulator, present[2])
+        value_accumulator = kept(value_accumulator, present[2])
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides.key_gradient, V.UNIT, V.RANK)
     start = head_offset(memory_batch, kv_head, strides.key_gradient, V.UNIT)
     start += split * (split_size * V.UNIT)
-    store_rows(
-        data.key_gradient + start, key_accumulator * scales.gradients, offset, all_exist,
-        V.FEATURES, V.BLOCK,
+    store_parts(
+        data.key_gradient + start, scaled(key_accumulator, scales.gradients), offset, all_exist,
+        V.FEATURES, PARTS,
     )  # fmt: skip
     offset, all_exist = row_offsets(
         rows.memory, rows.exists, strides.value_gradient, V.UNIT, V.RANK
     )  # fmt: skip
     start = head_offset(memory_batch, kv_head, strides.value_gradient, V.UNIT)
     start += split * (value_split_size * V.UNIT)
-    store_rows(
+    store_parts(
         data.value_gradient + start, value_accumulator, offset, all_exist, V.VALUE_FEATURES,
-        V.VALUE_BLOCK,
+        VALUE_PARTS,
     )  # fmt: skip
 
 

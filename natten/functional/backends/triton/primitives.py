@@ -486,6 +486,106 @@ def store_rows(base, tile, offset, exists, FEATURES: tl.constexpr, BLOCK: tl.con
     tl.store(base + offset[:, None] + feature[None, :], tile.to(base.dtype.element_ty), mask=mask)
 
 
+# Tiles have powers of two of features. What has a head's features as columns is a tuple of tiles,
+# one or two, whose widths `tiles.parts` decides.
+
+
+@triton.jit
+def load_parts(base, offset, exists, FEATURES: tl.constexpr, PARTS: tl.constexpr):
+    """Rows of tokens, as `load_rows`."""
+    MAIN: tl.constexpr = PARTS[0]
+    if len(PARTS) == 1:
+        return (load_rows(base, offset, exists, FEATURES, MAIN),)
+    else:
+        main = load_rows(base, offset, exists, MAIN, MAIN)
+        return main, load_rows(base + MAIN, offset, exists, FEATURES - MAIN, PARTS[1])
+
+
+@triton.jit
+def store_parts(base, parts, offset, exists, FEATURES: tl.constexpr, PARTS: tl.constexpr):
+    MAIN: tl.constexpr = PARTS[0]
+    if len(PARTS) == 1:
+        store_rows(base, parts[0], offset, exists, FEATURES, MAIN)
+    else:
+        store_rows(base, parts[0], offset, exists, MAIN, MAIN)
+        store_rows(base + MAIN, parts[1], offset, exists, FEATURES - MAIN, PARTS[1])
+
+
+@triton.jit
+def zero_sums(ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """Sums of nothing yet, to be added to."""
+    MAIN: tl.constexpr = PARTS[0]
+    main = tl.zeros([ROWS, MAIN], tl.float32)
+    if len(PARTS) == 1:
+        return (main,)
+    else:
+        REST: tl.constexpr = PARTS[1]
+        return main, tl.zeros([ROWS, REST], tl.float32)
+
+
+@triton.jit
+def multiply(rows, columns, product, PRECISION: tl.constexpr):
+    """The product of rows and columns over their features, added to another unless that is None:
+    [rows, columns]."""
+    product = tl.dot(rows[0], columns[0].T, product, input_precision=PRECISION)
+    if len(rows) == 2:
+        product = tl.dot(rows[1], columns[1].T, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def add_products(weights, columns, sums, PRECISION: tl.constexpr):
+    """The product of weights and columns, added to sums: [rows, features].
+
+    The compiler divides all products among warps as it would the last one, which is to be the
+    widest: by rows alone, warps would compute the same where there are few.
+    """
+    if len(sums) == 1:
+        return (tl.dot(weights, columns[0], sums[0], input_precision=PRECISION),)
+    else:
+        rest = tl.dot(weights, columns[1], sums[1], input_precision=PRECISION)
+        return tl.dot(weights, columns[0], sums[0], input_precision=PRECISION), rest
+
+
+@triton.jit
+def scaled(sums, factors):
+    """Sums times a number, or those of each row times its factor, [rows, 1]."""
+    main = sums[0] * factors
+    if len(sums) == 1:
+        return (main,)
+    else:
+        return main, sums[1] * factors
+
+
+@triton.jit
+def divided(sums, divisors):
+    """The sums of each row by its divisor."""
+    main = sums[0] / divisors[:, None]
+    if len(sums) == 1:
+        return (main,)
+    else:
+        return main, sums[1] / divisors[:, None]
+
+
+@triton.jit
+def kept(sums, rows):
+    """The sums of these rows, zeros of the others."""
+    main = tl.where(rows[:, None], sums[0], 0.0)
+    if len(sums) == 1:
+        return (main,)
+    else:
+        return main, tl.where(rows[:, None], sums[1], 0.0)
+
+
+@triton.jit
+def row_products(rows, others):
+    """The product of each row and its other."""
+    product = tl.sum(rows[0].to(tl.float32) * others[0].to(tl.float32), 1)
+    if len(rows) == 2:
+        product += tl.sum(rows[1].to(tl.float32) * others[1].to(tl.float32), 1)
+    return product
+
+
 @triton.jit
 def column_source(
     source, batch, head, memory, strides, dilations,
@@ -517,9 +617,12 @@ def column_source(
 @triton.jit
 def load_columns(
     source, corner, columns, place,
-    FEATURES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, V: tl.constexpr,
+    FEATURES: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """The column tile at `corner`, as [columns, features]; what lies outside reads as zero."""
+    """The column tile at `corner`, parts of [columns, features]; what lies outside reads as zero.
+
+    Whole heads alone have descriptors, see `tiles.choose`.
+    """
     if V.TMA:
         box = source.data.load(
             [
@@ -527,10 +630,10 @@ def load_columns(
                 source.head * FEATURES,
             ]
         )  # fmt: skip
-        return box.reshape(COLUMNS, BLOCK)
+        return (box.reshape(COLUMNS, PARTS[0]),)
     else:
         start, offset, exists = column_offsets(source, corner, columns, place, V)
-        return load_rows(source.data + start, offset, exists, FEATURES, BLOCK)
+        return load_parts(source.data + start, offset, exists, FEATURES, PARTS)
 
 
 @triton.jit
@@ -635,6 +738,7 @@ def tile_scores(
     such tiles. A bias is what the product adds to: as a summand of its own, its layout, that of a
     load, would spread to all that follows.
     """
+    PRECISION: tl.constexpr = V.PRECISION
     corner, whole, position = tile
     if V.HAS_RPB:
         row, column, size = bias_slot(
@@ -642,9 +746,9 @@ def tile_scores(
         )
         biases = load_biases(bias + head.to(tl.int64) * size, row, column)
     if V.HAS_RPB and cap is None:
-        scores = tl.dot(row_features, column_features.T, biases, input_precision=V.PRECISION)
+        scores = multiply(row_features, column_features, biases, PRECISION)
     else:
-        scores = tl.dot(row_features, column_features.T, input_precision=V.PRECISION)
+        scores = multiply(row_features, column_features, None, PRECISION)
     if V.NEGATE:
         scores = -scores
     scores, slopes = capped(scores, cap)
@@ -919,11 +1023,13 @@ def additional_tile(t, additional, strides, COLUMNS: tl.constexpr, V: tl.constex
     token = t * COLUMNS + tl.arange(0, COLUMNS)
     present = token < additional.number
     token = token.to(tl.int64)
+    PARTS: tl.constexpr = V.PARTS
+    VALUE_PARTS: tl.constexpr = V.VALUE_PARTS
     return (
-        load_rows(additional.key, token * (key_stride * V.UNIT), present, V.FEATURES, V.BLOCK),
-        load_rows(
+        load_parts(additional.key, token * (key_stride * V.UNIT), present, V.FEATURES, PARTS),
+        load_parts(
             additional.value, token * (value_stride * V.UNIT), present, V.VALUE_FEATURES,
-            V.VALUE_BLOCK,
+            VALUE_PARTS,
         ),
         present,
     )  # fmt: skip
@@ -933,7 +1039,8 @@ def additional_tile(t, additional, strides, COLUMNS: tl.constexpr, V: tl.constex
 def additional_scores(row_features, column_features, present, cap, V: tl.constexpr):
     """Scores of such a tile before scaling, -inf where no token is, and their derivatives as those
     of `tile_scores`."""
-    scores = tl.dot(row_features, column_features.T, input_precision=V.PRECISION)
+    PRECISION: tl.constexpr = V.PRECISION
+    scores = multiply(row_features, column_features, None, PRECISION)
     if V.NEGATE:
         scores = -scores
     scores, slopes = capped(scores, cap)

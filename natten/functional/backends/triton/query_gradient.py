@@ -20,6 +20,7 @@ import triton.language as tl
 from natten.functional.backends.triton import arguments
 from natten.functional.backends.triton.launcher import Launch
 from natten.functional.backends.triton.primitives import (
+    add_products,
     additional_scores,
     additional_source,
     additional_tile,
@@ -33,16 +34,20 @@ from natten.functional.backends.triton.primitives import (
     decode,
     head_offset,
     load_columns,
-    load_rows,
+    load_parts,
     mask_source,
+    multiply,
     placed_tile,
     row_offsets,
+    row_products,
     row_tile,
-    store_rows,
+    scaled,
+    store_parts,
     table_size,
     tile_scores,
     unravel,
     valid_columns,
+    zero_sums,
 )
 from natten.functional.backends.triton.splits import share, shares
 from natten.functional.backends.triton.tiles import QUERY_GRADIENT, SINGLE, Tiling
@@ -114,15 +119,15 @@ def query_gradient_step(
     `IS_CAPPED`."""
     scores, slopes = scores
     weights = tl.math.exp2(scores * scale - row_lse[:, None])
-    weight_gradient = tl.dot(gradient_rows, value_columns.T, input_precision=PRECISION)
+    weight_gradient = multiply(gradient_rows, value_columns, None, PRECISION)
     score_gradient = weights * (weight_gradient - row_delta[:, None])
     if IS_CAPPED:
-        product_gradient = (score_gradient * slopes).to(key_columns.dtype)
-        accumulator = tl.dot(product_gradient, key_columns, accumulator, input_precision=PRECISION)
-        return accumulator, score_gradient.to(key_columns.dtype), product_gradient, weights
+        product_gradient = (score_gradient * slopes).to(key_columns[0].dtype)
+        accumulator = add_products(product_gradient, key_columns, accumulator, PRECISION)
+        return accumulator, score_gradient.to(key_columns[0].dtype), product_gradient, weights
     else:
-        score_gradient = score_gradient.to(key_columns.dtype)
-        accumulator = tl.dot(score_gradient, key_columns, accumulator, input_precision=PRECISION)
+        score_gradient = score_gradient.to(key_columns[0].dtype)
+        accumulator = add_products(score_gradient, key_columns, accumulator, PRECISION)
         return accumulator, score_gradient, score_gradient, weights
 
 
@@ -178,12 +183,14 @@ def add_bias_gradient(
 @triton.jit
 def store_column_gradient(
     target, corner, columns, place, weights, rows, scale,
-    FEATURES: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr,
+    FEATURES: tl.constexpr, PARTS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradient of the column tile at `corner`: the sum of all rows that there are."""
     start, offset, exists = column_offsets(target, corner, columns, place, V)
-    gradient = tl.dot(weights.T, rows, input_precision=V.PRECISION) * scale
-    store_rows(target.data + start, gradient, offset, exists, FEATURES, BLOCK)
+    COLUMNS: tl.constexpr = V.KEYS
+    PRECISION: tl.constexpr = V.PRECISION
+    gradient = add_products(weights.T, rows, zero_sums(COLUMNS, PARTS), PRECISION)
+    store_parts(target.data + start, scaled(gradient, scale), offset, exists, FEATURES, PARTS)
 
 
 @triton.jit(do_not_specialize=["heads", "num_additional", "bias_copies"])
@@ -194,7 +201,8 @@ def query_gradient_kernel(
     ROWS: tl.constexpr = V.QUERIES
     COLUMNS: tl.constexpr = V.KEYS
     KEY_TILE: tl.constexpr = V.KEY_TILE
-    BLOCK: tl.constexpr = V.BLOCK
+    PARTS: tl.constexpr = V.PARTS
+    VALUE_PARTS: tl.constexpr = V.VALUE_PARTS
     PRECISION: tl.constexpr = V.PRECISION
     strides, window = data.strides, data.window
     program = tl.program_id(0)
@@ -208,16 +216,16 @@ def query_gradient_kernel(
     place = unravel(tl.arange(0, COLUMNS), KEY_TILE)
 
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides.query, V.UNIT, V.RANK)
-    query_rows = load_rows(
+    query_rows = load_parts(
         query + head_offset(memory_batch, head, strides.query, V.UNIT),
-        offset, all_exist, V.FEATURES, V.BLOCK,
+        offset, all_exist, V.FEATURES, PARTS,
     )  # fmt: skip
     gradient_offset, all_exist = row_offsets(
         rows.memory, rows.exists, strides.out_gradient, V.UNIT, V.RANK
     )
-    gradient_rows = load_rows(
+    gradient_rows = load_parts(
         data.out_gradient + head_offset(memory_batch, head, strides.out_gradient, V.UNIT),
-        gradient_offset, all_exist, V.VALUE_FEATURES, V.VALUE_BLOCK,
+        gradient_offset, all_exist, V.VALUE_FEATURES, VALUE_PARTS,
     )  # fmt: skip
     offset, all_exist = row_offsets(rows.memory, rows.exists, strides.statistics, 1, V.RANK)
     offset += head_offset(memory_batch, head, strides.statistics, 1)
@@ -228,11 +236,11 @@ def query_gradient_kernel(
     else:
         # The rows are here already: compute what the kernel for key and value reads later. Output
         # and gradient have the same strides.
-        out_rows = load_rows(
+        out_rows = load_parts(
             data.out + head_offset(memory_batch, head, strides.out_gradient, V.UNIT),
-            gradient_offset, all_exist, V.VALUE_FEATURES, V.VALUE_BLOCK,
+            gradient_offset, all_exist, V.VALUE_FEATURES, VALUE_PARTS,
         )  # fmt: skip
-        row_delta = tl.sum(out_rows.to(tl.float32) * gradient_rows.to(tl.float32), 1)
+        row_delta = row_products(out_rows, gradient_rows)
         lse_offset, all_exist = row_offsets(rows.memory, rows.exists, strides.lse, 1, V.RANK)
         lse_offset += head_offset(memory_batch, head, strides.lse, 1)
         if data.lse_gradient is not None:
@@ -264,7 +272,7 @@ def query_gradient_kernel(
         # Additions to few addresses wait for each other: programs take turns on copies.
         copy = tl.program_id(0) % bias_copies
         bias_target = data.bias_gradient + (copy * heads + head).to(tl.int64) * table_size(window)
-    accumulator = tl.zeros([ROWS, BLOCK], tl.float32)
+    accumulator = zero_sums(ROWS, PARTS)
     steps = column_steps(box)
     if V.HAS_QUERY_MASK:
         # Rows that see nothing, see `backward.BackwardPass`.
@@ -277,10 +285,10 @@ def query_gradient_kernel(
     for t in tl.range(first, last, num_stages=V.STAGES):
         tile = placed_tile(t, box, grid, KEY_TILE, V)
         key_columns = load_columns(
-            key_source, tile[0], grid, place, V.FEATURES, V.BLOCK, COLUMNS, V
+            key_source, tile[0], grid, place, V.FEATURES, PARTS, COLUMNS, V
         )  # fmt: skip
         value_columns = load_columns(
-            value_source, tile[0], grid, place, V.VALUE_FEATURES, V.VALUE_BLOCK, COLUMNS, V
+            value_source, tile[0], grid, place, V.VALUE_FEATURES, VALUE_PARTS, COLUMNS, V
         )
         if data.key_mask is not None:
             seen = valid_columns(key_valid, tile[0], grid, place, V)
@@ -304,11 +312,11 @@ def query_gradient_kernel(
             if data.key_gradient is not None:
                 store_column_gradient(
                     key_target, tile[0], grid, place, product_gradient, query_rows,
-                    scales.gradients, V.FEATURES, V.BLOCK, V,
+                    scales.gradients, V.FEATURES, PARTS, V,
                 )  # fmt: skip
                 store_column_gradient(
-                    value_target, tile[0], grid, place, weights.to(gradient_rows.dtype),
-                    gradient_rows, 1.0, V.VALUE_FEATURES, V.VALUE_BLOCK, V,
+                    value_target, tile[0], grid, place, weights.to(gradient_rows[0].dtype),
+                    gradient_rows, 1.0, V.VALUE_FEATURES, VALUE_PARTS, V,
                 )  # fmt: skip
         elif any_of(seen):
             scores, slopes = tile_scores(
@@ -339,9 +347,9 @@ def query_gradient_kernel(
     offset, all_exist = row_offsets(
         rows.memory, rows.exists, strides.query_gradient, V.UNIT, V.RANK
     )  # fmt: skip
-    store_rows(
+    store_parts(
         data.query_gradient + head_offset(memory_batch, head, strides.query_gradient, V.UNIT),
-        accumulator * scales.gradients, offset, all_exist, V.FEATURES, V.BLOCK,
+        scaled(accumulator, scales.gradients), offset, all_exist, V.FEATURES, PARTS,
     )  # fmt: skip
 
 

@@ -39,6 +39,15 @@ def next_power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def parts(features: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Features of the tiles that hold a head: of one, or of a main one and one for the rest where
+    two take less. Of narrow float32 tiles, warps would compute the same."""
+    whole = block(features)
+    split = whole // 2, block(features - whole // 2)
+    is_narrow = dtype == torch.float32 and features < 64
+    return (whole,) if is_narrow or sum(split) >= whole else split
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How one kernel divides its work.
@@ -81,8 +90,7 @@ class _Size(NamedTuple):
     rate: float
 
 
-# By head_dim: powers of two, and 96 for what fills more than half of a tile of 128 features, whose
-# loads are masked.
+# By head_dim: powers of two, and 96 for what is between 64 and 128.
 _Sizes = dict[int, tuple[_Size, ...]]
 
 
@@ -170,6 +178,7 @@ FORWARD = Kernel("forward", False, 2, _FORWARD_SIZES, {
 }, {
     32: (_Size(64, 64, 4, 2, 1.0), _Size(64, 32, 4, 2, 0.93)),
     64: (_Size(32, 64, 4, 2, 1.0),),
+    96: (_Size(32, 64, 4, 2, 1.0),),
     128: (_Size(32, 64, 4, 2, 1.0),),
     256: (_Size(16, 32, 4, 2, 1.0),),
 })  # fmt: skip
@@ -189,6 +198,7 @@ QUERY_GRADIENT = Kernel("query", False, 3, _QUERY_SIZES, {
 }, {
     32: (_Size(64, 64, 4, 2, 1.0), _Size(64, 32, 4, 2, 0.97)),
     64: (_Size(32, 64, 4, 2, 1.0),),
+    96: (_Size(32, 32, 4, 2, 1.0),),
     128: (_Size(32, 64, 4, 1, 1.0), _Size(16, 64, 4, 1, 0.93)),
     256: (_Size(16, 32, 4, 1, 1.0),),
 })  # fmt: skip
@@ -205,6 +215,7 @@ _KEY_VALUE_SIZES: _Sizes = {
 KEY_VALUE_GRADIENT = Kernel("key_value", True, 4, _KEY_VALUE_SIZES, _KEY_VALUE_SIZES, {
     32: (_Size(64, 64, 4, 2, 1.0), _Size(64, 32, 4, 2, 0.98)),
     64: (_Size(32, 64, 4, 2, 1.0),),
+    96: (_Size(32, 32, 4, 2, 1.0),),
     128: (_Size(32, 64, 8, 1, 1.0), _Size(16, 32, 4, 2, 0.9)),
     256: (_Size(16, 32, 8, 1, 1.0),),
 })  # fmt: skip
@@ -611,7 +622,7 @@ def _sizes(problem: Problem, kernel: Kernel, mask_edges: bool, chip: Chip) -> tu
     widest = max(problem.head_dim, problem.head_dim_v, 32)
     features = next_power(widest)
     if problem.dtype == torch.float32:
-        return kernel.float32_sizes[features]
+        return kernel.float32_sizes[96 if 64 < widest <= 96 else features]
     if 64 < widest < 128:
         features = 96
     if chip.products in ("turing", "ampere"):
@@ -661,6 +672,16 @@ _SMALL_THINGS = 1024
 _TENSOR_MEMORY = 512
 
 
+def _widths(tiling: Tiling, problem: Problem) -> tuple[int, int]:
+    """Features of a tile, or of two, of queries or keys, and of values."""
+    heads = problem.head_dim, problem.head_dim_v
+    if tiling.ping_pong:
+        query, value = map(block, heads)
+    else:
+        query, value = (sum(parts(features, problem.dtype)) for features in heads)
+    return query, value
+
+
 def _shared_memory(
     tiling: Tiling, problem: Problem, kernel: Kernel, products: str = "hopper"
 ) -> int:
@@ -671,7 +692,7 @@ def _shared_memory(
     float32 ones on tensor cores have three parts, of high and low halves of the operands; without
     a pipeline, tiles and scores change their layout in shared memory.
     """
-    query, value = block(problem.head_dim), block(problem.head_dim_v)
+    query, value = _widths(tiling, problem)
     rows, columns = prod(tiling.query), prod(tiling.key)
     if kernel is KEY_VALUE_GRADIENT:
         rows, columns = columns, rows
@@ -730,7 +751,7 @@ def _shared_memory(
 
 def _tensor_memory(tiling: Tiling, problem: Problem, kernel: Kernel) -> float:
     """Columns of tensor memory that a program takes: of sums, scores, and scores as operands."""
-    query, value = block(problem.head_dim), block(problem.head_dim_v)
+    query, value = _widths(tiling, problem)
     rows, columns = prod(tiling.query), prod(tiling.key)
     if kernel is KEY_VALUE_GRADIENT:
         rows, columns = columns, rows
