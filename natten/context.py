@@ -112,9 +112,10 @@ def are_deterministic_algorithms_enabled() -> bool:
 
 
 def use_kv_parallelism_in_fused_na(mode: bool = True) -> _Change:
-    """Allow fused backward passes to work on several key tiles of one query tile at once.
+    """Allow fused passes to work on several key tiles of one query tile at once.
 
-    Faster, needs more memory, and sums in no fixed order.
+    Faster where there are few queries, in backward passes also where there are few keys; needs more
+    memory, and sums in an order that depends on how many there are.
 
     Args:
         mode: Whether to allow it. The initial state is True. While
