@@ -68,7 +68,7 @@ def draw(random: Random) -> Draw | None:
     dtype = random.choice((torch.float16, torch.bfloat16, torch.float32))
     rank = random.choice((1, 2, 3))
     if backend == "cutlass":
-        head_dim = random.choice((16, 24, 32, 64, 64, 80, 128, 128, 256, 512, 1024))
+        head_dim = random.choice((16, 40, 32, 64, 96, 80, 128, 160, 256, 512, 1024))
         head_dim_v = random.choice((head_dim, head_dim, head_dim, 16, 64, 128, 256))
     else:
         head_dim = random.choice((32, 64, 64, 128, 128, 256))

@@ -672,14 +672,11 @@ _SMALL_THINGS = 1024
 _TENSOR_MEMORY = 512
 
 
-def _widths(tiling: Tiling, problem: Problem) -> tuple[int, int]:
-    """Features of a tile, or of two, of queries or keys, and of values."""
-    heads = problem.head_dim, problem.head_dim_v
+def _parts(tiling: Tiling, problem: Problem) -> tuple[Shape, Shape]:
+    """Features of the tiles of queries or keys, and of values."""
     if tiling.ping_pong:
-        query, value = map(block, heads)
-    else:
-        query, value = (sum(parts(features, problem.dtype)) for features in heads)
-    return query, value
+        return (block(problem.head_dim),), (block(problem.head_dim_v),)
+    return parts(problem.head_dim, problem.dtype), parts(problem.head_dim_v, problem.dtype)
 
 
 def _shared_memory(
@@ -692,7 +689,8 @@ def _shared_memory(
     float32 ones on tensor cores have three parts, of high and low halves of the operands; without
     a pipeline, tiles and scores change their layout in shared memory.
     """
-    query, value = _widths(tiling, problem)
+    query_parts, value_parts = _parts(tiling, problem)
+    query, value = sum(query_parts), sum(value_parts)
     rows, columns = prod(tiling.query), prod(tiling.key)
     if kernel is KEY_VALUE_GRADIENT:
         rows, columns = columns, rows
@@ -723,9 +721,12 @@ def _shared_memory(
             # Two warp groups share what is narrow, and pass it to each other.
             numbers += step + widest
     elif products == "blackwell" and rows >= 64:
-        # So do these, but for tiles that two products read, once transposed.
+        # So do these, but for tiles that two products read, once transposed; the first of two parts
+        # takes another copy.
         if stages > 1 and kernel is not FORWARD:
-            numbers += step if kernel is KEY_VALUE_GRADIENT else columns * query
+            numbers += columns * sum(query_parts + query_parts[:-1])
+            if kernel is KEY_VALUE_GRADIENT:
+                numbers += columns * sum(value_parts + value_parts[:-1])
         numbers += biases + (widest if itemsize == 4 else 0)
     elif itemsize == 4 and kernel is FORWARD:
         numbers += kept + 2 * scores
@@ -750,8 +751,10 @@ def _shared_memory(
 
 
 def _tensor_memory(tiling: Tiling, problem: Problem, kernel: Kernel) -> float:
-    """Columns of tensor memory that a program takes: of sums, scores, and scores as operands."""
-    query, value = _widths(tiling, problem)
+    """Columns of tensor memory that a program takes: of sums, scores, and scores as operands. Those
+    of each part of the features have their own."""
+    query_parts, value_parts = _parts(tiling, problem)
+    query, value = sum(query_parts), sum(value_parts)
     rows, columns = prod(tiling.query), prod(tiling.key)
     if kernel is KEY_VALUE_GRADIENT:
         rows, columns = columns, rows
@@ -761,6 +764,9 @@ def _tensor_memory(tiling: Tiling, problem: Problem, kernel: Kernel) -> float:
         scores = 2.5
     elif tiling.stages > 1:
         scores = {FORWARD: 1.5, QUERY_GRADIENT: 2.5, KEY_VALUE_GRADIENT: 3.0}[kernel]
+        scores += len(query_parts) - 1
+        if kernel is not FORWARD:
+            scores += len(value_parts) - 1
     return rows / 128 * (sums + scores * columns)
 
 
