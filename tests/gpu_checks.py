@@ -861,6 +861,7 @@ def check_bounded_scores() -> None:
         doubles = [t.double() for t in (query, key, value)]
         exact, exact_lse = natten.na2d(*doubles, **window, backend="reference", return_lse=True)
         finite = exact.isfinite()
+        rows = finite[..., 0] & exact_lse.isfinite()
         errors = []
         for least, launches in ((torch.inf, 1), (0.0, 2)):
             with _bounding(least), _launched() as names:
@@ -868,7 +869,7 @@ def check_bounded_scores() -> None:
             assert names["hopper_forward_kernel"] == launches, names
             assert names["longest_kernel"] == launches - 1, names
             errors.append((out.double() - exact)[finite].abs().max())
-            torch.testing.assert_close(lse.double()[finite[..., 0]], exact_lse[finite[..., 0]])
+            torch.testing.assert_close(lse[rows], exact_lse[rows].float(), rtol=1e-3, atol=1e-3)
         assert errors[1] <= 1.1 * errors[0], errors
 
 

@@ -286,10 +286,11 @@ class _Backend(Backend):
         if not self._must_be_best(problem, config.q_tile_shape):
             kernel = tiles.PING_PONG if tiling.ping_pong else tiles.FORWARD
             tiling = tiles.reuse(problem, kernel, tiling)
-        if config.kernel_schedule is not None:
+        if config.kernel_schedule is not None or config.q_tile_shape is not None:
+            # Named tiles give the same bits whatever else is in a batch.
             return tiling
         if tiling.ping_pong and self._split(problem, tiling).splits > 1:
-            tiling = self._choose(problem, tiles.FORWARD, config.q_tile_shape, config.kv_tile_shape)
+            tiling = self._choose(problem, tiles.FORWARD)
         return self._split(problem, tiling)
 
     def _split(self, problem: Problem, tiling: Tiling, inverse: bool = False) -> Tiling:
@@ -324,7 +325,7 @@ class _Backend(Backend):
                     key_value=tiles.reuse(problem, tiles.KEY_VALUE_GRADIENT, found.key_value),
                 )
             )
-        if config.backward_kv_splits is not None:
+        if config.backward_kv_splits is not None or config.backward_q_tile_shape is not None:
             return found
         if found.fused is not None and self._split(problem, found.fused, True).splits == 1:
             return found

@@ -25,6 +25,7 @@ from natten.functional.backends.triton.key_value_gradient import key_value_gradi
 from natten.functional.backends.triton.launcher import Launch, describable, descriptor, readable
 from natten.functional.backends.triton.primitives import base2_lse, ceil_div, load_rows
 from natten.functional.backends.triton.query_gradient import query_gradient_launch
+from natten.functional.backends.triton.splits import merge
 from natten.functional.backends.triton.tiles import (
     BackwardTilings,
     Tiling,
@@ -268,7 +269,7 @@ class BackwardPass:
             sums, factor, arguments.as_bytes(self.key_mask), *(others or (None, None)),
         )  # fmt: skip
         if tiling.splits > 1:
-            gradient.copy_(target.sum(0))
+            merge(target, gradient)
         if sums is None or self.rpb is None:
             return gradient, None
         bias_gradient = torch.empty(self.rpb.shape, dtype=self.rpb.dtype, device=gradient.device)
@@ -290,18 +291,19 @@ class BackwardPass:
         """``present`` is how many of the keys there are, and which are valid."""
         query, key, value, grad_out = tensors
         counts, key_mask = present
-        if destinations is None or splits > 1:
-            dtype = self.dtype if splits == 1 else torch.float32
-            # The sums of each of the splits, in order.
-            shape = key.shape if splits == 1 else (splits, *key.shape)
-            key_gradient = launcher.allocate(problem, shape, dtype, key.device)
-            shape = value.shape if splits == 1 else (splits, *value.shape)
-            value_gradient = launcher.allocate(problem, shape, dtype, key.device)
-        else:
-            key_gradient, value_gradient = destinations
-        gradients = key_gradient.stride(), value_gradient.stride()
+        found = list(destinations or ())
+        if destinations is None:
+            found = [
+                launcher.allocate(problem, t.shape, self.dtype, t.device) for t in (key, value)
+            ]
+        targets = found
         if splits > 1:
-            gradients = gradients[0][1:], gradients[1][1:]
+            # The sums of each of the splits, in order.
+            targets = [
+                launcher.allocate(problem, (splits, *t.shape), torch.float32, t.device)
+                for t in found
+            ]
+        gradients = tuple([t.stride()[-key.dim() :] for t in targets])
         launch = key_value_gradient_launch(
             problem, tiling, launcher.sequences(problem, cumulative[0]), self.precision,
             (query.stride(), key.stride(), value.stride(), grad_out.stride()), gradients,
@@ -312,16 +314,14 @@ class BackwardPass:
             descriptor(query, query_tile) if tiling.tma else query,
             key, value,
             descriptor(grad_out, query_tile) if tiling.tma else grad_out,
-            self.statistics, key_gradient, value_gradient, bias, *cumulative,
+            self.statistics, *targets, bias, *cumulative,
             placed_table(problem, launch.variant.KEY_TILE, key.device), counts,
             arguments.as_bytes(key_mask),
         )  # fmt: skip
-        if splits == 1:
-            return key_gradient, value_gradient
-        key_sum, value_sum = key_gradient.sum(0), value_gradient.sum(0)
-        if destinations is None:
-            return key_sum.to(self.dtype), value_sum.to(self.dtype)
-        return destinations[0].copy_(key_sum), destinations[1].copy_(value_sum)
+        if splits > 1:
+            for parts, gradient in zip(targets, found, strict=True):
+                merge(parts, gradient)
+        return found[0], found[1]
 
     def _fixed_point(self) -> Tensor:
         """A power of two that turns the bias gradient into integers of 62 bits without overflow.

@@ -315,5 +315,5 @@ def forward(
         *map(arguments.as_bytes, masks),
     )  # fmt: skip
     if tiling.splits > 1:
-        merge(results[0], results[1], out, lse)
+        merge(results[0], out, results[1], lse)
     return out, lse

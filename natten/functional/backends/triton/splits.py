@@ -32,30 +32,38 @@ def shares(problem: Problem, tiling: Tiling) -> tuple[int, ...] | None:
 
 @triton.jit(do_not_specialize=["rows", "splits", "heads"])
 def merge_kernel(
-    parts, part_lse, out, lse, strides, extents, rows, splits, heads,
+    parts, out, part_lse, lse, strides, extents, rows, splits, heads,
     FEATURES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of parts, each with the weight that its logsumexp gives it."""
+    """Sums of parts, each with the weight that its logsumexp gives it, or all alike if that is
+    None."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
     feature = tl.arange(0, BLOCK)[None, :]
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    for split in range(splits):
-        found = tl.load(part_lse + (split * rows + row), mask=exists, other=float("-inf"))
-        top = tl.maximum(top, found)
-    # A row that sees nothing has -inf everywhere.
-    pivot = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([ROWS], tl.float32)
+    mask = exists[:, None] & (feature < FEATURES)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
-    for split in range(splits):
-        found = tl.load(part_lse + (split * rows + row), mask=exists, other=float("-inf"))
-        weight = tl.math.exp2((found - pivot) * LOG2_E)
-        total += weight
-        place = (tl.cast(split, tl.int64) * rows + row) * FEATURES
-        mask = (exists & (weight != 0.0))[:, None] & (feature < FEATURES)
-        sums += weight[:, None] * tl.load(parts + (place[:, None] + feature), mask=mask, other=0.0)
-    safe = tl.where(total == 0.0, 1.0, total)
-    tl.store(lse + row, top + tl.math.log2(total) / LOG2_E, mask=exists)
+    if part_lse is None:
+        for split in range(splits):
+            place = (tl.cast(split, tl.int64) * rows + row) * FEATURES
+            sums += tl.load(parts + (place[:, None] + feature), mask=mask, other=0.0)
+    else:
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        for split in range(splits):
+            found = tl.load(part_lse + (split * rows + row), mask=exists, other=float("-inf"))
+            top = tl.maximum(top, found)
+        # A row that sees nothing has -inf everywhere.
+        pivot = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.zeros([ROWS], tl.float32)
+        for split in range(splits):
+            found = tl.load(part_lse + (split * rows + row), mask=exists, other=float("-inf"))
+            weight = tl.math.exp2((found - pivot) * LOG2_E)
+            total += weight
+            place = (tl.cast(split, tl.int64) * rows + row) * FEATURES
+            needed = mask & (weight != 0.0)[:, None]
+            part = tl.load(parts + (place[:, None] + feature), mask=needed, other=0.0)
+            sums += weight[:, None] * part
+        sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(lse + row, top + tl.math.log2(total) / LOG2_E, mask=exists)
     batch_stride, stride_x, stride_y, stride_z, head_stride = decode(strides)
     extent_x, extent_y, extent_z = decode(extents)
     token = row // heads
@@ -65,10 +73,7 @@ def merge_kernel(
     offset += (line % extent_y).to(tl.int64) * stride_y
     offset += (plane % extent_x).to(tl.int64) * stride_x
     offset += (plane // extent_x).to(tl.int64) * batch_stride
-    tl.store(
-        out + (offset[:, None] + feature), (sums / safe[:, None]).to(out.dtype.element_ty),
-        mask=exists[:, None] & (feature < FEATURES),
-    )  # fmt: skip
+    tl.store(out + (offset[:, None] + feature), sums.to(out.dtype.element_ty), mask=mask)
 
 
 @lru_cache(maxsize=4096)
@@ -85,6 +90,9 @@ def _launch(splits: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Lau
     )  # fmt: skip
 
 
-def merge(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Write output and logsumexp, given those of each share of the keys: contiguous, float32."""
-    _launch(parts.shape[0], out.shape, out.stride()).run(parts, part_lse, out, lse)
+def merge(
+    parts: Tensor, out: Tensor, part_lse: Tensor | None = None, lse: Tensor | None = None
+) -> None:
+    """Write output and logsumexp, given those of each share: contiguous, float32. Without
+    logsumexp, the sum of all shares."""
+    _launch(parts.shape[0], out.shape, out.stride()).run(parts, out, part_lse, lse)
