@@ -506,21 +506,28 @@ def test_packed_gradients_of_shares() -> None:
 
 def test_who_shares_columns() -> None:
     """Programs that are few and have many columns."""
+    tiling = tiles.Tiling((64,), (64,))
 
-    def splits(length: int, keys: int, heads: int = 1, **more: Any) -> int:
-        shape = {"query_shape": (length,), "grid": (max(length, keys),)}
-        problem = make_problem((keys,), (keys,), heads=heads, **more)
-        problem = replace(problem, **shape, kernel_size=(max(length, keys),))
-        tiling = tiles.Tiling((64,), (64,))
-        return tiles.splits(problem, tiling, 132)
+    def splits(
+        kernel: tiles.Kernel, queries: int, keys: int, heads: int = 1, additional: int = 0
+    ) -> int:
+        longest = (max(queries, keys),)
+        problem = make_problem((keys,), (keys,), heads=heads, additional=additional)
+        problem = replace(problem, query_shape=(queries,), grid=longest, kernel_size=longest)
+        return tiles.splits(problem, kernel, tiling, 132)
 
-    assert splits(64, 8192) == 32
-    assert splits(640, 8192) == 26
-    assert splits(640, 1024) == 4
-    assert splits(640, 448) == 1
-    assert splits(64 * 133, 8192) == 1
-    assert splits(64, 8192, heads=133) == 1
-    assert splits(64, 8192, heads=66) == 4
+    assert splits(tiles.FORWARD, 64, 8192) == 32
+    assert splits(tiles.FORWARD, 640, 8192) == 26
+    assert splits(tiles.FORWARD, 640, 1536) == 6
+    assert splits(tiles.FORWARD, 640, 1472) == 1
+    assert splits(tiles.FORWARD, 640, 1472, additional=64) == 6
+    assert splits(tiles.FORWARD, 64 * 100, 8192) == 1
+    assert splits(tiles.FORWARD, 64, 8192, heads=100) == 1
+    assert splits(tiles.FORWARD, 64, 8192, heads=66) == 4
+    assert splits(tiles.QUERY_GRADIENT, 640, 6144) == 24
+    assert splits(tiles.QUERY_GRADIENT, 640, 5120) == 1
+    assert splits(tiles.KEY_VALUE_GRADIENT, 640, 8192) == 1
+    assert splits(tiles.KEY_VALUE_GRADIENT, 8192, 640) == 26
 
 
 @pytest.mark.parametrize("case", [_thin("2d_rpb_additional"), NAMED["varlen"]], ids=str)

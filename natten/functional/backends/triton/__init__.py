@@ -289,11 +289,13 @@ class _Backend(Backend):
         if config.kernel_schedule is not None or config.q_tile_shape is not None:
             # Named tiles give the same bits whatever else is in a batch.
             return tiling
-        if tiling.ping_pong and self._split(problem, tiling).splits > 1:
+        if tiling.ping_pong and self._split(problem, tiles.PING_PONG, tiling).splits == 1:
+            return tiling
+        if tiling.ping_pong:
             tiling = self._choose(problem, tiles.FORWARD)
-        return self._split(problem, tiling)
+        return self._split(problem, tiles.FORWARD, tiling)
 
-    def _split(self, problem: Problem, tiling: Tiling, inverse: bool = False) -> Tiling:
+    def _split(self, problem: Problem, kernel: Kernel, tiling: Tiling) -> Tiling:
         """The tiling of programs that share columns where few programs would leave most of the GPU
         without work, unless something asks for one order of additions, or no extra memory."""
         now = preferences()
@@ -308,7 +310,7 @@ class _Backend(Backend):
         ):
             return tiling
         multiprocessors = 0 if interpreted() else _multiprocessors(problem.device.index)
-        splits = tiles.splits(problem, tiling, multiprocessors, inverse)
+        splits = tiles.splits(problem, kernel, tiling, multiprocessors)
         return replace(tiling, splits=splits)
 
     def _running_backward(self, problem: Problem, config: Config) -> BackwardTilings:
@@ -327,12 +329,12 @@ class _Backend(Backend):
             )
         if config.backward_kv_splits is not None or config.backward_q_tile_shape is not None:
             return found
-        if found.fused is not None and self._split(problem, found.fused, True).splits == 1:
+        if found.fused and self._split(problem, tiles.FUSED, found.fused).splits == 1:
             return found
         return replace(
             found,
-            query=self._split(problem, found.query),
-            key_value=self._split(problem, found.key_value, True),
+            query=self._split(problem, tiles.QUERY_GRADIENT, found.query),
+            key_value=self._split(problem, tiles.KEY_VALUE_GRADIENT, found.key_value),
             fused=None,
         )
 

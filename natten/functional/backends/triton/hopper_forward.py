@@ -84,8 +84,9 @@ from natten.functional.backends.triton.primitives import (
 from natten.functional.backends.triton.tiles import FORWARD, Tiling, half
 from natten.functional.problem import Problem
 
-# Products of numbers of an entry's scores and weights from which on the bound is worth its cost.
-_LEAST_PRODUCTS = 1e11
+# Products of numbers of an entry's scores and weights, and keys of a window, from which on it pays to
+# read all queries and keys once, and to start programs that end at once.
+_LEAST_PRODUCTS, _LEAST_KEYS = 4e11, 4096
 # The largest bound of scores, in base 2, that counts as small: weights are then between 2**-40 and
 # 2**40, and their sums with values in the range of bfloat16.
 _LARGEST_BOUND = gl.constexpr(40.0)
@@ -387,13 +388,14 @@ def _launch(
 
 def _pays_bound(problem: Problem) -> bool:
     """Whether the running maximum takes longer than to look for what makes it superfluous."""
-    width = problem.head_dim + problem.head_dim_v
-    scores = problem.heads * problem.num_queries * prod(problem.kernel_size)
+    width, keys = problem.head_dim + problem.head_dim_v, prod(problem.kernel_size)
+    scores = problem.heads * problem.num_queries * keys
     return (
         # float16 has no range for weights without a maximum.
         problem.dtype == torch.bfloat16
         and not (problem.varlen or problem.num_additional or problem.has_sink)
         and scores * width >= _LEAST_PRODUCTS
+        and keys >= _LEAST_KEYS
     )
 
 

@@ -825,13 +825,16 @@ def _halve(shape: Shape) -> Shape:
     return tuple(n // 2 if axis == longest else n for axis, n in enumerate(shape))
 
 
-# Tiles of columns from which on programs share them, that each has at least, and most programs.
-_LEAST_SHARED, _LEAST_SHARE, _MOST_SHARES = 8, 4, 32
+# Columns from which on programs share them, in the forward and the backward pass: of fewer, kernels
+# take less time than the host for one more launch. Tiles that each has at least, and most programs.
+_LEAST_SHARED, _LEAST_SHARED_BACK = 1536, 6144
+_LEAST_SHARE, _MOST_SHARES = 4, 32
 
 
-def splits(problem: Problem, tiling: Tiling, multiprocessors: int, inverse: bool = False) -> int:
+def splits(problem: Problem, kernel: Kernel, tiling: Tiling, multiprocessors: int) -> int:
     """How many programs should share the columns of each row tile: one, unless so few programs have
-    so many columns that most multiprocessors wait for them. ``inverse`` as in `work`."""
+    so many columns that most multiprocessors wait for them."""
+    inverse, is_forward = kernel.inverse, kernel.general is FORWARD
     tile, columns, extents, heads = tiling.query, tiling.key, problem.query_shape, problem.heads
     if inverse:
         tile, columns, extents, heads = columns, tile, problem.key_shape, problem.heads_kv
@@ -842,12 +845,11 @@ def splits(problem: Problem, tiling: Tiling, multiprocessors: int, inverse: bool
     if not 0 < programs <= multiprocessors * (0.25 if tiling.ping_pong else 0.75):
         return 1
     covered = work(problem, tiling.query, tiling.key, inverse).covered * problem.heads / heads
-    steps = covered / (in_head * prod(tile) * prod(columns))
-    if not inverse:
-        steps += problem.num_additional / prod(columns)
-    if steps < _LEAST_SHARED:
+    shared = covered / (in_head * prod(tile)) + (0 if inverse else problem.num_additional)
+    if shared < (_LEAST_SHARED if is_forward else _LEAST_SHARED_BACK):
         return 1
-    return max(1, min(2 * multiprocessors // programs, int(steps) // _LEAST_SHARE, _MOST_SHARES))
+    steps = int(shared) // prod(columns)
+    return max(1, min(2 * multiprocessors // programs, steps // _LEAST_SHARE, _MOST_SHARES))
 
 
 def persistent(tiling: Tiling, programs: int, warps: int) -> Tiling:
