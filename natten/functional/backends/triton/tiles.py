@@ -258,6 +258,13 @@ PING_PONG = Kernel(
     instead_of=FORWARD, by_halves=True, mask=0.4, start=1.5,
 )  # fmt: skip
 
+_FLOAT8_SIZES: _Sizes = {
+    64: (_Size(128, 128, 4, 3, 1.0),),
+    128: (_Size(128, 128, 4, 3, 1.0),),
+}
+# The same with 8-bit queries, keys and values, for calls that ask for it.
+FLOAT8 = replace(PING_PONG, sizes=_FLOAT8_SIZES, mask_edges_sizes=_FLOAT8_SIZES)
+
 # The rate is that of its five products against the seven of two kernels. With heads of 80, the
 # first half's gradients of keys were wrong on an H100 in the features behind 64, for a reason that
 # was not found; heads of 48 were right.
