@@ -385,7 +385,7 @@ def _launch(
 
 
 def forward(
-    problem: Problem, tiling: Tiling, inputs: Inputs, scales: tuple[Tensor, Tensor, Tensor]
+    problem: Problem, tiling: Tiling, inputs: Inputs, scales: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """out, in the problem's dtype, and logsumexp, of 8-bit inputs and the scales of their heads."""
     query, key, value = map(describable, inputs[:3])

@@ -568,6 +568,14 @@ def fused_tiling(problem: Problem, query: Shape | None = None, key: Shape | None
     return Tiling(query, key, size.warps, size.stages, True, tma=True, ping_pong=True)
 
 
+@lru_cache(maxsize=4096)
+def float8_tiling(problem: Problem) -> Tiling:
+    """The tiling of `FLOAT8`."""
+    (size,) = FLOAT8.sizes[problem.head_dim]
+    query, key = best_shapes(problem, FLOAT8, size.rows, size.columns)
+    return Tiling(query, key, size.warps, size.stages, True, tma=True, ping_pong=True)
+
+
 def is_fused_faster(problem: Problem, query: Tiling, key_value: Tiling) -> bool:
     """Whether `FUSED` is estimated to take less time than two kernels with these tilings."""
     separate = _cost_of_two(problem, query, key_value)
