@@ -1,7 +1,7 @@
 """Attention to queries, keys and values in 8 bits, float8_e4m3fn, with a scale for each head.
 
-For inference, where a Hopper GPU is to be faster than in 16 bits. Products are of 8-bit numbers, the
-weights of the values included, and are summed in float32.
+For inference on Hopper GPUs that is to be faster than in 16 bits. All products are of 8-bit numbers,
+the softmax's weights included.
 """
 
 from __future__ import annotations
@@ -134,9 +134,7 @@ def _planned(
         torch.empty((), dtype=dtype, device=device).expand(shape)
         for shape, device in zip(shapes, devices, strict=True)
     ]
-    call = make_call(
-        Tensors(*tensors), Parameters(0, window, scale, 0.0, 0, 0, backend, "", False)
-    )
+    call = make_call(Tensors(*tensors), Parameters(0, window, scale, 0.0, 0, 0, backend, "", False))
     return call, resolve_float8(call.problem, backend)
 
 
@@ -162,8 +160,8 @@ def _attend(
     if call.is_empty:
         out = query.new_zeros(call.out_shape, dtype=dtype)
         return out, out.new_full(call.out_shape[:-1], -torch.inf, dtype=torch.float32)
-    scales = tuple([s.contiguous() for s in scales])
-    out, lse = found.float8_forward(call.problem, call.prepared(Tensors(*tensors)), scales)
+    adjacent = tuple([s.contiguous() for s in scales])
+    out, lse = found.float8_forward(call.problem, call.prepared(Tensors(*tensors)), adjacent)
     return call.result(out, call.out_shape), call.result(lse, call.out_shape[:-1])
 
 
@@ -326,9 +324,7 @@ def float8_attention(
         *validation.check_window(shapes[0], kernel_size, stride, dilation, is_causal)
     )
     scale = validation.check_scale(scale, tensors[0].shape[-1])
-    out, lse = torch.ops.natten.float8_attention(
-        *tensors, *scales, window, scale, name, dtype
-    )
+    out, lse = torch.ops.natten.float8_attention(*tensors, *scales, window, scale, name, dtype)
     return (out, lse) if return_lse else out
 
 

@@ -503,7 +503,8 @@ class Reference(Backend):
         self, problem: Problem, inputs: Inputs, scales: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
         query, key, value = (
-            tensor.float() * scale.unsqueeze(-1) for tensor, scale in zip(inputs, scales)
+            tensor.float() * scale.unsqueeze(-1)
+            for tensor, scale in zip(inputs[:3], scales, strict=True)
         )
         exact = replace(problem, dtype=torch.float32)
         out, lse = self.forward(exact, DEFAULT_CONFIG, Inputs(query, key, value))

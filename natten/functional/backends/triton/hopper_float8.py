@@ -348,9 +348,7 @@ def hopper_float8_kernel(query, key, value, data, heads, scale, V: gl.constexpr)
         loaded_ring(key, V.STAGES),
         loaded_ring(value, V.STAGES),
         ring_of(
-            gl.allocate_shared_memory(
-                value.dtype, [TURNED, V.VALUE_BLOCK, V.KEYS], turned_layout
-            ),
+            gl.allocate_shared_memory(value.dtype, [TURNED, V.VALUE_BLOCK, V.KEYS], turned_layout),
             TURNED,
             2,
         ),
