@@ -17,15 +17,18 @@ Time goes down; half 1 does the same half a step later.
 
     wait     keys[t].full
     start    S = Q K(t)^T
-    wait     values[t].full, turned[t].empty (of step t-2: there are two places)
-    turn     half of V(t)
-    arrive   turned[t].full, values[t].empty
+    wait     values[t].full, and keys[t-1].empty: by then nobody needs V(t-2) any more
+    turn     half of V(t), in the place of V(t-2)
+    arrive   turned[t].full
     wait     for S, and O of step t-1
-    arrive   keys[t].empty, turned[t-1].empty
+    arrive   keys[t].empty
     softmax of step t
-    wait     turned[t].full, by both halves
+    wait     turned[t].full, of both halves
     start    O += P V(t), which runs on
-    half 0: wait keys[t].empty, load keys[t+STAGES] in its place; half 1: the same of values
+
+    half 0                                      half 1
+    wait     keys[t].empty, of both halves      wait     turned[t].full
+    load     keys[t+STAGES] in its place        load     values[t+STAGES] in the place of V(t)
 
 Weights go up to 256: what is below a two hundred thousandth of the largest is lost, and not what is
 below a thousandth.
@@ -58,7 +61,6 @@ from natten.functional.backends.triton.hopper import (
     load_async,
     loaded_ring,
     multiply,
-    ring_of,
     row_corner,
     scaled,
     seen,
@@ -83,7 +85,6 @@ from natten.functional.problem import Problem
 
 # What the largest weight is, in base 2.
 LARGEST = gl.constexpr(8)
-TURNED = gl.constexpr(2)
 # A square of 4 words, which are 4 keys of 4 features each, to 4 features of 4 keys each.
 TRANSPOSE = gl.constexpr("""{
     .reg .b32 low, high, lower, higher;
@@ -128,13 +129,16 @@ class Sources(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Shared memory: both halves' rows, barriers that say that they are there, and rings."""
+    """Shared memory: both halves' rows, a ring of keys, values as they are loaded and turned, and
+    barriers that say what is there."""
 
     query: Any
     query_full: Any
     key_ring: Ring
-    value_ring: Ring
-    turned_ring: Ring
+    value: Any
+    value_full: Any
+    turned: Any
+    turned_full: Any
 
 
 def descriptor(
@@ -198,37 +202,38 @@ def turn(values, turned, HALF: gl.constexpr, FEATURES: gl.constexpr):
 @gluon.jit
 def turn_step(t, shared, HALF: gl.constexpr, V: gl.constexpr):
     """Turns a half's share of the t-th tile of values around, when it is there and has a place."""
-    values, turned = shared.value_ring, shared.turned_ring
     stage = t % V.STAGES
-    place = t % TURNED
-    mbarrier.wait(values.full.index(stage), (t // V.STAGES) & 1)
-    mbarrier.wait(turned.empty.index(place), (t // TURNED + 1) & 1)
+    mbarrier.wait(shared.value_full.index(stage), (t // V.STAGES) & 1)
+    # That of tile t - 1, by the next tile in its place: remainders are of positive numbers.
+    later = t + V.STAGES - 1
+    mbarrier.wait(
+        shared.key_ring.empty.index(later % V.STAGES), (later // V.STAGES + 1) & 1, pred=t > 1
+    )
     turn(
-        values.buffers.index(stage).reshape([V.KEYS, V.VALUE_BLOCK]), turned.buffers.index(place),
+        shared.value.index(stage).reshape([V.KEYS, V.VALUE_BLOCK]), shared.turned.index(t & 1),
         HALF, V.VALUE_FEATURES,
     )  # fmt: skip
     fence_async_shared()
-    mbarrier.arrive(turned.full.index(place))
-    mbarrier.arrive(values.empty.index(stage))
+    mbarrier.arrive(shared.turned_full.index(t & 1))
 
 
 @gluon.jit
-def load_tile(t, box, source, at, feature, ring, V: gl.constexpr):
+def load_tile(t, box, source, at, feature, buffers, full, V: gl.constexpr):
     """Starts to load the t-th tile of keys or values."""
     KEY_TILE: gl.constexpr = V.KEY_TILE
-    bar = ring.full.index(t % V.STAGES)
+    bar = full.index(t % V.STAGES)
     mbarrier.expect(bar, source.block_type.nbytes)
     corner, _whole = column_tile(t, box, KEY_TILE, V)
     load_async(
         source, [at.memory_batch, corner[0], corner[1], corner[2], feature], bar,
-        ring.buffers.index(t % V.STAGES),
+        buffers.index(t % V.STAGES),
     )  # fmt: skip
 
 
 @gluon.jit
 def attend(HALF: gl.constexpr, sources, data, heads, scale, shared, V: gl.constexpr):
     """Four warps with half of a query tile. The first half loads keys, the second values."""
-    keys, values, turned = shared.key_ring, shared.value_ring, shared.turned_ring
+    keys = shared.key_ring
     KEY_TILE: gl.constexpr = V.KEY_TILE
     QUERY_TILE: gl.constexpr = V.QUERY_TILE
     STAGES: gl.constexpr = V.STAGES
@@ -253,12 +258,12 @@ def attend(HALF: gl.constexpr, sources, data, heads, scale, shared, V: gl.conste
         sources.query, [memory_batch, x, y, z, head * FEATURES], shared.query_full.index(HALF),
         shared.query.index(HALF),
     )  # fmt: skip
+    source, buffers, full = sources.key, keys.buffers, keys.full
+    if HALF == 1:
+        source, buffers, full = sources.value, shared.value, shared.value_full
     for t in gl.static_range(STAGES):
         if t < steps:
-            if HALF == 0:
-                load_tile(t, box, sources.key, at, kv_head * FEATURES, keys, V)
-            else:
-                load_tile(t, box, sources.value, at, kv_head * FEATURES, values, V)
+            load_tile(t, box, source, at, kv_head * FEATURES, buffers, full, V)
 
     # Zero would make NaN of -inf.
     scale = gl.maximum(
@@ -286,7 +291,6 @@ def attend(HALF: gl.constexpr, sources, data, heads, scale, shared, V: gl.conste
             turn_step(t, shared, HALF, V)
             scores, sums = wait_for(0, scores, sums)
             mbarrier.arrive(keys.empty.index(stage))
-            mbarrier.arrive(turned.empty.index((t + 1) % TURNED), pred=t > 0)
             if V.NEGATE:
                 scores = -scores
             if not whole:
@@ -303,28 +307,20 @@ def attend(HALF: gl.constexpr, sources, data, heads, scale, shared, V: gl.conste
             sums = scaled(sums, shrink)
             # Rounded last: threads then round what they pack.
             operand = gl.convert_layout(in_order(weights, ROWS), operand_layout)
-            mbarrier.wait(turned.full.index(t % TURNED), (t // TURNED) & 1)
-            sums = (
-                warpgroup_mma(
-                    operand.to(gl.float8e4nv), turned.buffers.index(t % TURNED).permute((1, 0)),
-                    sums[0], is_async=True,
-                ),
-            )  # fmt: skip
+            mbarrier.wait(shared.turned_full.index(t & 1), (t >> 1) & 1)
+            turned = shared.turned.index(t & 1).permute((1, 0))
+            sums = (warpgroup_mma(operand.to(gl.float8e4nv), turned, sums[0], is_async=True),)
         else:
             sums = wait(sums)
             mbarrier.arrive(keys.empty.index(stage))
-            mbarrier.arrive(turned.empty.index((t + 1) % TURNED), pred=t > 0)
             turn_step(t, shared, HALF, V)
-            # A place is filled again only after it has been full.
-            mbarrier.wait(turned.full.index(t % TURNED), (t // TURNED) & 1)
             sums = in_flight(sums)
         if t + STAGES < steps:
             if HALF == 0:
                 mbarrier.wait(keys.empty.index(stage), phase)
-                load_tile(t + STAGES, box, sources.key, at, kv_head * FEATURES, keys, V)
             else:
-                mbarrier.wait(values.empty.index(stage), phase)
-                load_tile(t + STAGES, box, sources.value, at, kv_head * FEATURES, values, V)
+                mbarrier.wait(shared.turned_full.index(t & 1), (t >> 1) & 1)
+            load_tile(t + STAGES, box, source, at, kv_head * FEATURES, buffers, full, V)
     sums = wait(sums)
 
     # A query that sees nothing has output 0 and logsumexp -inf.
@@ -346,12 +342,10 @@ def hopper_float8_kernel(query, key, value, data, heads, scale, V: gl.constexpr)
         gl.allocate_shared_memory(query.dtype, [2] + query.block_type.shape, query.layout),
         barriers(2, 1),
         loaded_ring(key, V.STAGES),
-        loaded_ring(value, V.STAGES),
-        ring_of(
-            gl.allocate_shared_memory(value.dtype, [TURNED, V.VALUE_BLOCK, V.KEYS], turned_layout),
-            TURNED,
-            2,
-        ),
+        gl.allocate_shared_memory(value.dtype, [V.STAGES] + value.block_type.shape, value.layout),
+        barriers(V.STAGES, 1),
+        gl.allocate_shared_memory(value.dtype, [2, V.VALUE_BLOCK, V.KEYS], turned_layout),
+        barriers(2, 2),
     )
     gl.warp_specialize(
         [
