@@ -13,22 +13,27 @@ threads hold the weights, and no weight moves. With `key` and `position` in bina
     key       6 5 4 3 2 1 0     a thread holds keys that differ in bits 0 and 3 to 6,
     position  6 5 0 2 1 4 3     and gives positions that differ in bits 0, 1 and 4 to 6
 
-Time goes down; half 1 does the same half a step later.
-
-    wait     keys[t].full
-    start    S = Q K(t)^T
-    wait     values[t].full, and keys[t-1].empty: by then nobody needs V(t-2) any more
-    turn     half of V(t), in the place of V(t-2)
-    arrive   turned[t].full
-    wait     for S, and O of step t-1
-    arrive   keys[t].empty
-    softmax of step t
-    wait     turned[t].full, of both halves
-    start    O += P V(t), which runs on
+Time goes down, half a step for each half in turn:
 
     half 0                                      half 1
-    wait     keys[t].empty, of both halves      wait     turned[t].full
-    load     keys[t+STAGES] in its place        load     values[t+STAGES] in the place of V(t)
+
+    start    S = Q K(t)^T                       softmax of step t-1
+    turn     half of V(t)
+    arrive   turned[t]                          wait     half 0's turned[t]
+    wait     for S, and O of step t-1           start    O += P V(t-1)
+    arrive   keys[t].empty                      wait     half 0's turned[t-1]
+    softmax of step t                           load     values[t-1+STAGES] in the place of V(t-1)
+                                                start    S = Q K(t)^T
+                                                turn     the other half of V(t)
+    wait     half 1's turned[t]                 arrive   turned[t]
+    start    O += P V(t), which runs on         wait     for S, and O of step t-1
+    wait     keys[t].empty, of both halves      arrive   keys[t].empty
+    load     keys[t+STAGES] in its place        softmax of step t
+
+Before it starts a product, a step waits for what it reads, and before it turns V(t), in the place
+of V(t-2), for keys[t-1].empty: then nobody needs V(t-2) any more. Half 1 could start O += P V(t-1)
+as soon as V(t-1) is turned. It waits for V(t), after which half 0's products are all started: if
+products of both ran at once, so would both softmaxes, and the products would stand still meanwhile.
 
 Weights go up to 256: what is below a two hundred thousandth of the largest is lost, and not what is
 below a thousandth.
@@ -207,14 +212,20 @@ def turn_step(t, shared, HALF: gl.constexpr, V: gl.constexpr):
     # That of tile t - 1, by the next tile in its place: remainders are of positive numbers.
     later = t + V.STAGES - 1
     mbarrier.wait(
-        shared.key_ring.empty.index(later % V.STAGES), (later // V.STAGES + 1) & 1, pred=t > 1
+        shared.key_ring.empty.index(later % V.STAGES), (later // V.STAGES + 1) & 1, pred=t > 0
     )
     turn(
         shared.value.index(stage).reshape([V.KEYS, V.VALUE_BLOCK]), shared.turned.index(t & 1),
         HALF, V.VALUE_FEATURES,
     )  # fmt: skip
     fence_async_shared()
-    mbarrier.arrive(shared.turned_full.index(t & 1))
+    mbarrier.arrive(shared.turned_full.index(2 * HALF + (t & 1)))
+
+
+@gluon.jit
+def wait_until_turned(t, shared, HALF: gl.constexpr):
+    """Waits for a half's share of the t-th tile of values."""
+    mbarrier.wait(shared.turned_full.index(2 * HALF + (t & 1)), (t >> 1) & 1)
 
 
 @gluon.jit
@@ -307,19 +318,24 @@ def attend(HALF: gl.constexpr, sources, data, heads, scale, shared, V: gl.conste
             sums = scaled(sums, shrink)
             # Rounded last: threads then round what they pack.
             operand = gl.convert_layout(in_order(weights, ROWS), operand_layout)
-            mbarrier.wait(shared.turned_full.index(t & 1), (t >> 1) & 1)
+            if HALF == 0:
+                wait_until_turned(t, shared, 1)
+            else:
+                wait_until_turned(gl.minimum(t + 1, steps - 1), shared, 0)
             turned = shared.turned.index(t & 1).permute((1, 0))
             sums = (warpgroup_mma(operand.to(gl.float8e4nv), turned, sums[0], is_async=True),)
         else:
             sums = wait(sums)
-            mbarrier.arrive(keys.empty.index(stage))
             turn_step(t, shared, HALF, V)
+            # In this order here, too: whoever waits for keys[t].empty may take V(t) for turned, and
+            # so turned[t] for a barrier that has no phase of an earlier tile before it.
+            mbarrier.arrive(keys.empty.index(stage))
             sums = in_flight(sums)
         if t + STAGES < steps:
             if HALF == 0:
                 mbarrier.wait(keys.empty.index(stage), phase)
             else:
-                mbarrier.wait(shared.turned_full.index(t & 1), (t >> 1) & 1)
+                wait_until_turned(t, shared, 0)
             load_tile(t + STAGES, box, source, at, kv_head * FEATURES, buffers, full, V)
     sums = wait(sums)
 
@@ -345,7 +361,7 @@ def hopper_float8_kernel(query, key, value, data, heads, scale, V: gl.constexpr)
         gl.allocate_shared_memory(value.dtype, [V.STAGES] + value.block_type.shape, value.layout),
         barriers(V.STAGES, 1),
         gl.allocate_shared_memory(value.dtype, [2, V.VALUE_BLOCK, V.KEYS], turned_layout),
-        barriers(2, 2),
+        barriers(4, 1),
     )
     gl.warp_specialize(
         [
