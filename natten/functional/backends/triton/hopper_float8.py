@@ -13,27 +13,34 @@ threads hold the weights, and no weight moves. With `key` and `position` in bina
     key       6 5 4 3 2 1 0     a thread holds keys that differ in bits 0 and 3 to 6,
     position  6 5 0 2 1 4 3     and gives positions that differ in bits 0, 1 and 4 to 6
 
+Tensor cores keep no more than about 14 bits of sums of 8-bit products, and cut off the rest: over
+thousands of keys, that would be a larger error than what is rounded to 8 bits. So the product of
+each tile of values starts at zero, and is added up in float32. It takes registers that the next
+product of queries and keys needs: a half has one product at a time, and computes its softmax while
+the other half has its products.
+
 Time goes down, half a step for each half in turn:
 
     half 0                                      half 1
 
     start    S = Q K(t)^T                       softmax of step t-1
+    load     keys[t-1+STAGES] for keys[t-1]
     turn     half of V(t)
     arrive   turned[t]                          wait     half 0's turned[t]
-    wait     for S, and O of step t-1           start    O += P V(t-1)
-    arrive   keys[t].empty                      wait     half 0's turned[t-1]
-    softmax of step t                           load     values[t-1+STAGES] in the place of V(t-1)
-                                                start    S = Q K(t)^T
+    wait     for S                              compute  O += P V(t-1)
+    arrive   keys[t].empty                      start    S = Q K(t)^T
+    softmax of step t                           load     values[t-1+STAGES] for values[t-1]
                                                 turn     the other half of V(t)
     wait     half 1's turned[t]                 arrive   turned[t]
-    start    O += P V(t), which runs on         wait     for S, and O of step t-1
-    wait     keys[t].empty, of both halves      arrive   keys[t].empty
-    load     keys[t+STAGES] in its place        softmax of step t
+    compute  O += P V(t)                        wait     for S
+                                                arrive   keys[t].empty
+    start    S = Q K(t+1)^T                     softmax of step t
 
-Before it starts a product, a step waits for what it reads, and before it turns V(t), in the place
-of V(t-2), for keys[t-1].empty: then nobody needs V(t-2) any more. Half 1 could start O += P V(t-1)
-as soon as V(t-1) is turned. It waits for V(t), after which half 0's products are all started: if
-products of both ran at once, so would both softmaxes, and the products would stand still meanwhile.
+A product waits for what it reads. Whoever loads in the place of tile t-1, or turns V(t) in that of
+V(t-2), waits for keys[t-1].empty: by then both halves have turned V(t-1), and multiplied with
+V(t-2). Half 1 could start O += P V(t-1) as soon as V(t-1) is turned. It waits for V(t), by when half
+0's products are all started: if products of both ran at once, so would both softmaxes, and the
+tensor cores would stand still meanwhile.
 
 Weights go up to 256: what is below a two hundred thousandth of the largest is lost, and not what is
 below a thousandth.
@@ -52,7 +59,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_init,
+    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -62,7 +69,6 @@ from natten.functional.backends.triton.hopper import (
     Ring,
     as_numbers,
     barriers,
-    in_flight,
     load_async,
     loaded_ring,
     multiply,
@@ -70,9 +76,8 @@ from natten.functional.backends.triton.hopper import (
     scaled,
     seen,
     sights,
+    spread,
     store_sums,
-    wait,
-    wait_for,
 )
 from natten.functional.backends.triton.launcher import Launch, describable
 from natten.functional.backends.triton.primitives import (
@@ -205,15 +210,35 @@ def turn(values, turned, HALF: gl.constexpr, FEATURES: gl.constexpr):
 
 
 @gluon.jit
-def turn_step(t, shared, HALF: gl.constexpr, V: gl.constexpr):
-    """Turns a half's share of the t-th tile of values around, when it is there and has a place."""
+def load_tile(t, box, source, at, feature, HALF: gl.constexpr, shared, V: gl.constexpr):
+    """Starts to load the t-th tile of keys, if it is the first half that does, or of values."""
+    KEY_TILE: gl.constexpr = V.KEY_TILE
+    buffers, full = shared.key_ring.buffers, shared.key_ring.full
+    if HALF == 1:
+        buffers, full = shared.value, shared.value_full
+    bar = full.index(t % V.STAGES)
+    mbarrier.expect(bar, source.block_type.nbytes)
+    corner, _whole = column_tile(t, box, KEY_TILE, V)
+    load_async(
+        source, [at.memory_batch, corner[0], corner[1], corner[2], feature], bar,
+        buffers.index(t % V.STAGES),
+    )  # fmt: skip
+
+
+@gluon.jit
+def supply(
+    t, steps, box, source, at, feature, shared, HALF: gl.constexpr, V: gl.constexpr
+):  # fmt: skip
+    """Turns a half's share of the t-th tile of values around, when it is there and has a place; and
+    starts to load what comes in the place of the tile before."""
     stage = t % V.STAGES
-    mbarrier.wait(shared.value_full.index(stage), (t // V.STAGES) & 1)
-    # That of tile t - 1, by the next tile in its place: remainders are of positive numbers.
     later = t + V.STAGES - 1
-    mbarrier.wait(
-        shared.key_ring.empty.index(later % V.STAGES), (later // V.STAGES + 1) & 1, pred=t > 0
-    )
+    if t > 0:
+        # By now both halves have turned tile t - 1, and need no turned values of earlier tiles.
+        mbarrier.wait(shared.key_ring.empty.index(later % V.STAGES), (later // V.STAGES + 1) & 1)
+        if later < steps:
+            load_tile(later, box, source, at, feature, HALF, shared, V)
+    mbarrier.wait(shared.value_full.index(stage), (t // V.STAGES) & 1)
     turn(
         shared.value.index(stage).reshape([V.KEYS, V.VALUE_BLOCK]), shared.turned.index(t & 1),
         HALF, V.VALUE_FEATURES,
@@ -226,19 +251,6 @@ def turn_step(t, shared, HALF: gl.constexpr, V: gl.constexpr):
 def wait_until_turned(t, shared, HALF: gl.constexpr):
     """Waits for a half's share of the t-th tile of values."""
     mbarrier.wait(shared.turned_full.index(2 * HALF + (t & 1)), (t >> 1) & 1)
-
-
-@gluon.jit
-def load_tile(t, box, source, at, feature, buffers, full, V: gl.constexpr):
-    """Starts to load the t-th tile of keys or values."""
-    KEY_TILE: gl.constexpr = V.KEY_TILE
-    bar = full.index(t % V.STAGES)
-    mbarrier.expect(bar, source.block_type.nbytes)
-    corner, _whole = column_tile(t, box, KEY_TILE, V)
-    load_async(
-        source, [at.memory_batch, corner[0], corner[1], corner[2], feature], bar,
-        buffers.index(t % V.STAGES),
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -269,12 +281,10 @@ def attend(HALF: gl.constexpr, sources, data, heads, scale, shared, V: gl.conste
         sources.query, [memory_batch, x, y, z, head * FEATURES], shared.query_full.index(HALF),
         shared.query.index(HALF),
     )  # fmt: skip
-    source, buffers, full = sources.key, keys.buffers, keys.full
-    if HALF == 1:
-        source, buffers, full = sources.value, shared.value, shared.value_full
+    source = sources.value if HALF else sources.key
     for t in gl.static_range(STAGES):
         if t < steps:
-            load_tile(t, box, source, at, kv_head * FEATURES, buffers, full, V)
+            load_tile(t, box, source, at, kv_head * FEATURES, HALF, shared, V)
 
     # Zero would make NaN of -inf.
     scale = gl.maximum(
@@ -286,9 +296,8 @@ def attend(HALF: gl.constexpr, sources, data, heads, scale, shared, V: gl.conste
     maximum = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
     total = gl.full([ROWS], 0.0, gl.float32, row_layout)
     zeros = gl.full([ROWS, COLUMNS], 0.0, gl.float32, scores_layout)
-    sums = (
-        warpgroup_mma_init(gl.full([ROWS, FEATURES], 0.0, gl.float32, product_layout(FEATURES))),
-    )
+    nothing = gl.full([ROWS, FEATURES], 0.0, gl.float32, product_layout(FEATURES))
+    sums = nothing
     mbarrier.wait(shared.query_full.index(HALF), 0)
     for t in range(steps):
         stage = t % STAGES
@@ -299,8 +308,8 @@ def attend(HALF: gl.constexpr, sources, data, heads, scale, shared, V: gl.conste
         if needed:
             key_tile = keys.buffers.index(stage).reshape([COLUMNS, V.BLOCK])
             scores = multiply(queries, key_tile, zeros, FEATURES)
-            turn_step(t, shared, HALF, V)
-            scores, sums = wait_for(0, scores, sums)
+            supply(t, steps, box, source, at, kv_head * FEATURES, shared, HALF, V)
+            scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(keys.empty.index(stage))
             if V.NEGATE:
                 scores = -scores
@@ -315,7 +324,6 @@ def attend(HALF: gl.constexpr, sources, data, heads, scale, shared, V: gl.conste
             shrink = gl.exp2(maximum - pivot)
             total = total * shrink + gl.sum(weights, 1)
             maximum = new_maximum
-            sums = scaled(sums, shrink)
             # Rounded last: threads then round what they pack.
             operand = gl.convert_layout(in_order(weights, ROWS), operand_layout)
             if HALF == 0:
@@ -323,25 +331,17 @@ def attend(HALF: gl.constexpr, sources, data, heads, scale, shared, V: gl.conste
             else:
                 wait_until_turned(gl.minimum(t + 1, steps - 1), shared, 0)
             turned = shared.turned.index(t & 1).permute((1, 0))
-            sums = (warpgroup_mma(operand.to(gl.float8e4nv), turned, sums[0], is_async=True),)
+            product = warpgroup_mma(
+                operand.to(gl.float8e4nv), turned, nothing, use_acc=False, is_async=True
+            )
+            sums = sums * spread(shrink, sums) + warpgroup_mma_wait(0, deps=[product])
         else:
-            sums = wait(sums)
-            turn_step(t, shared, HALF, V)
-            # In this order here, too: whoever waits for keys[t].empty may take V(t) for turned, and
-            # so turned[t] for a barrier that has no phase of an earlier tile before it.
+            supply(t, steps, box, source, at, kv_head * FEATURES, shared, HALF, V)
             mbarrier.arrive(keys.empty.index(stage))
-            sums = in_flight(sums)
-        if t + STAGES < steps:
-            if HALF == 0:
-                mbarrier.wait(keys.empty.index(stage), phase)
-            else:
-                wait_until_turned(t, shared, 0)
-            load_tile(t + STAGES, box, source, at, kv_head * FEATURES, buffers, full, V)
-    sums = wait(sums)
 
     # A query that sees nothing has output 0 and logsumexp -inf.
     value_scale = gl.load(data.value_scale + kv_head)
-    sums = scaled(sums, value_scale / gl.where(total == 0.0, 1.0, total))
+    sums = scaled((sums,), value_scale / gl.where(total == 0.0, 1.0, total))
     offset, all_exist = row_offsets(rows.memory, rows.exists, data.strides.lse, 1, V.RANK)
     offset += head_offset(memory_batch, head, data.strides.lse, 1)
     lse = (maximum + gl.log2(total) - LARGEST) * LN_2
