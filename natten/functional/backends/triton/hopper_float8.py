@@ -38,8 +38,8 @@ Time goes down, half a step for each half in turn:
 
 A product waits for what it reads. Whoever loads in the place of tile t-1, or turns V(t) in that of
 V(t-2), waits for keys[t-1].empty: by then both halves have turned V(t-1), and multiplied with
-V(t-2). Half 1 could start O += P V(t-1) as soon as V(t-1) is turned. It waits for V(t), by when half
-0's products are all started: if products of both ran at once, so would both softmaxes, and the
+V(t-2). Half 1 could start O += P V(t-1) as soon as V(t-1) is turned. It waits for V(t), by when
+half 0's products are all started: if products of both ran at once, so would both softmaxes, and the
 tensor cores would stand still meanwhile.
 
 Weights go up to 256: what is below a two hundred thousandth of the largest is lost, and not what is
