@@ -573,7 +573,8 @@ def float8_tiling(problem: Problem) -> Tiling:
     """The tiling of `FLOAT8`."""
     (size,) = FLOAT8.sizes[problem.head_dim]
     query, key = best_shapes(problem, FLOAT8, size.rows, size.columns)
-    return Tiling(query, key, size.warps, size.stages, True, tma=True, ping_pong=True)
+    tiling = Tiling(query, key, size.warps, size.stages, True, tma=True, ping_pong=True)
+    return replace(tiling, whole=_whole(problem, tiling, False))
 
 
 def is_fused_faster(problem: Problem, query: Tiling, key_value: Tiling) -> bool:
