@@ -111,7 +111,7 @@ def _computed_scale(tensor: Tensor) -> Tensor:
         return torch.ones(tensor.shape[-2], device=tensor.device)
     axes = [axis for axis in range(tensor.dim()) if axis != tensor.dim() - 2]
     largest = torch.linalg.vector_norm(tensor, torch.inf, axes).float()
-    return torch.where(largest == 0, 1.0, largest / LARGEST)
+    return (largest / LARGEST).masked_fill(largest == 0, 1.0)
 
 
 def _round(tensor: Tensor, scale: Tensor) -> Rounded:
