@@ -32,6 +32,7 @@ from natten.context import (
     use_deterministic_algorithms,
     use_kv_parallelism_in_fused_na,
 )
+from natten.float8 import float8_attention, to_float8
 from natten.functional import (
     attention,
     explain,
@@ -167,6 +168,7 @@ __all__ = [
     "disable_flex_compile",
     "disable_flex_compile_backprop",
     "explain",
+    "float8_attention",
     "get_bwd_configs_for_cutlass_blackwell_fmha",
     "get_bwd_configs_for_cutlass_blackwell_fna",
     "get_bwd_configs_for_cutlass_fmha",
@@ -196,6 +198,7 @@ __all__ = [
     "precompile",
     "set_memory_usage_preference",
     "simulate",
+    "to_float8",
     "use_deterministic_algorithms",
     "use_kv_parallelism_in_fused_na",
 ]

@@ -131,6 +131,13 @@ def attention_backward_flops(*arguments: Any, **_: Any) -> int:
     return total
 
 
+def float8_flops(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **_: Any) -> int:
+    """FLOPs of natten::float8_attention: of as many products as in 16 bits."""
+    window = tuple(rest[3])
+    parameters = Parameters(0, window, 1.0, 0.0, 0, 0, "", "", False)
+    return attention_flops(query, key, value, *[None] * (NUM_TENSORS - 3), *parameters)
+
+
 def window_flops(first: Tensor, second: Tensor, *window: Any, **_: Any) -> int:
     """FLOPs of natten::window_dot, window_sum and window_scatter."""
     batch, heads, *tokens, features = second.shape
@@ -144,6 +151,7 @@ def _formulas() -> dict[str, Callable[..., int]]:
         "neighborhood_attention": attention_flops,
         "neighborhood_attention_traced": attention_flops,
         "neighborhood_attention_backward": attention_backward_flops,
+        "float8_attention": float8_flops,
         "window_dot": window_flops,
         "window_sum": window_flops,
         "window_scatter": window_flops,
@@ -258,6 +266,7 @@ __all__ = [
     "av_2d_flop",
     "av_3d_flop",
     "count_pairs",
+    "float8_flops",
     "get_flops",
     "qk_1d_rpb_flop",
     "qk_2d_rpb_flop",

@@ -328,7 +328,8 @@ def check_is_tensor(name: str, tensor: Any) -> None:
         raise ValueError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
     if tensor.dtype.itemsize < 2:
         raise NotImplementedError(
-            f"{name} is {tensor.dtype}, and no backend computes 8-bit numbers: cast to bfloat16"
+            f"{name} is {tensor.dtype}, and 8-bit numbers are for natten.float8_attention, with "
+            "their scales: cast to bfloat16"
         )
 
 

@@ -114,6 +114,7 @@ def test_the_window_defaults_to_the_whole_input() -> None:
     [
         ("forward_kernel", "attention, forward"),
         ("hopper_forward_kernel", "attention, forward"),
+        ("hopper_float8_kernel", "attention, forward"),
         ("bias_table_kernel", "table of biases"),
         ("query_gradient_kernel", "gradient of queries"),
         ("key_value_gradient_kernel", "gradients of keys and values"),

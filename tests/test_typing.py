@@ -72,6 +72,12 @@ assert_type(natten.merge_attentions([q, q], [q[..., 0], q[..., 0]]), Tensor)
 assert_type(natten.merge_attentions([q, q], [q[..., 0], q[..., 0]], return_lse=True), Pair)
 natten.merge_attentions([q, q], lse=[q[..., 0], q[..., 0]])  # call-overload
 
+rounded = natten.to_float8(q, 0.1)
+assert_type(natten.float8_attention(rounded, rounded, q, 3, stride=2), Tensor)
+assert_type(natten.float8_attention(rounded, rounded, rounded, -1, return_lse=True), Pair)
+natten.float8_attention(rounded, rounded, (q, q), 3)  # call-overload
+natten.float8_attention(rounded, rounded, rounded, 3, softcap=1.0)  # call-overload
+
 assert_type(functional.na2d_qk(q, q, 3, rpb=None, stride=1), Tensor)
 assert_type(functional.na2d_av(q, q, (3, 3), additional_values=None), Tensor)
 functional.na1d_qk(x, x, 3, bias=None)  # call-arg

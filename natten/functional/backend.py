@@ -160,6 +160,18 @@ class Backend(ABC):
                 then, may be written into and that are returned then.
         """
 
+    def float8_refusal(self, problem: Problem, named: bool) -> str | None:
+        """The reason why it does not run the problem with 8-bit inputs and results in the problem's
+        dtype, be it ``named`` or chosen; None if it does."""
+        return "it computes no 8-bit numbers"
+
+    def float8_forward(
+        self, problem: Problem, inputs: Inputs, scales: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` of query, key and value in float8_e4m3fn, which are multiplied by the scales of
+        their heads."""
+        raise NotImplementedError
+
     def record(
         self, function: Callable[[], Tensors], inputs: list[Tensor]
     ) -> tuple[Tensors, Replay | None]:

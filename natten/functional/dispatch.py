@@ -271,6 +271,24 @@ def _decide(problem: Problem, config: Config, name: str) -> Backend:
     raise NotImplementedError("no backend can run this problem; " + "; ".join(reasons))
 
 
+def resolve_float8(problem: Problem, name: str = "") -> Backend:
+    """The backend that runs ``problem`` with 8-bit inputs: the one named, or the first that can.
+
+    Raises:
+        NotImplementedError: the named backend declines the problem, or all do.
+        RuntimeError: the named backend needs what this machine lacks.
+    """
+    reasons = []
+    for candidate in [name] if name else BACKENDS:
+        lacking = None if name else _device_refusal(candidate, problem)
+        reason = lacking or load(candidate).float8_refusal(problem, bool(name))
+        if reason is None:
+            return load(candidate)
+        reasons.append(f"{candidate}: {reason}")
+    kind = RuntimeError if name and isinstance(reason, Unavailable) else NotImplementedError
+    raise kind(f"8-bit numbers are not computed here; {'; '.join(reasons)}")
+
+
 @dataclass(frozen=True)
 class Decision:
     """What one backend said.
@@ -364,5 +382,6 @@ __all__ = [
     "public_names",
     "refusal",
     "resolve",
+    "resolve_float8",
     "tile_pairs",
 ]

@@ -24,7 +24,7 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
     (r"hopper_gradients_kernel", "gradients of queries, keys and values", _OURS),
     (r"key_value_gradient_kernel", "gradients of keys and values", _OURS),
     (r"query_gradient_kernel", "gradient of queries", _OURS),
-    (r"(\b|hopper_)forward_kernel", "attention, forward", _OURS),
+    (r"(\b|hopper_)forward_kernel|hopper_float8_kernel", "attention, forward", _OURS),
     (r"bias_gradient_kernel", "sum of the bias gradient", _EXTRA),
     (r"bias_table_kernel", "table of biases", _EXTRA),
     (r"statistics_kernel", "row sums for the backward pass", _EXTRA),

@@ -14,7 +14,7 @@ can change a bit of another's results.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from natten.functional import sink as sinks
 from natten.functional.backend import Backend, Gradients, Inputs, Results, sequences
-from natten.functional.problem import Config, Problem
+from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
 from natten.window import Axis, absent, bounds_table, cleared
 
 # Scores that exist at once: 8 MB in float64, which stays in a CPU's cache.
@@ -495,6 +495,20 @@ class Reference(Backend):
             rows = part.queries
             _forward(part.problem, part.inputs(inputs), out[:, rows], lse[:, rows])
         return out, lse
+
+    def float8_refusal(self, problem: Problem, named: bool) -> str | None:
+        return None if named else "in 8 bits it is only what results are compared with; name it"
+
+    def float8_forward(
+        self, problem: Problem, inputs: Inputs, scales: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        query, key, value = (
+            tensor.float() * scale.unsqueeze(-1)
+            for tensor, scale in zip(inputs[:3], scales, strict=True)
+        )
+        exact = replace(problem, dtype=torch.float32)
+        out, lse = self.forward(exact, DEFAULT_CONFIG, Inputs(query, key, value))
+        return out.to(problem.dtype), lse
 
     def backward(
         self,

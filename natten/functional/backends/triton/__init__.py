@@ -465,6 +465,33 @@ class _Hopper(_Descriptors):
         """Whether there is a ping-pong kernel: not in the interpreter, nor in an older Triton."""
         return not interpreted() and _has_gluon("hopper_forward")
 
+    def float8_refusal(self, problem: Problem, named: bool) -> str | None:
+        reason = self.refusal(problem, DEFAULT_CONFIG)
+        if reason is not None:
+            return reason
+        if interpreted() or not _has_gluon("hopper_float8"):
+            return Unavailable("its kernel for 8-bit numbers is in Gluon, of Triton 3.6 or newer")
+        widths = tuple(tiles.FLOAT8.sizes)
+        if problem.head_dim not in widths or problem.head_dim_v != problem.head_dim:
+            return (
+                f"in 8 bits, head_dim and head_dim_v must be equal and one of {widths}, got "
+                f"{problem.head_dim} and {problem.head_dim_v}"
+            )
+        if any(d > 1 for d in problem.dilation):
+            return f"in 8 bits, dilation must be 1, got {problem.dilation}"
+        return None
+
+    def float8_forward(
+        self, problem: Problem, inputs: Inputs, scales: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        tiling = tiles.float8_tiling(problem)
+        if not self._must_be_best(problem, None):
+            tiling = tiles.reuse(problem, tiles.FLOAT8, tiling)
+        with _on(problem.device):
+            forward = _kernels().in_gluon("hopper_float8").forward
+            found: tuple[Tensor, Tensor] = forward(problem, tiling, inputs, scales)
+        return found
+
     def _new_forward_tiling(self, problem: Problem, config: Config) -> Tiling:
         """The tiling that the schedule asks for, among those the caller's tiles allow.
 

@@ -30,6 +30,12 @@ from natten.functional.backends.triton.primitives import (
 # Starts to load a tile into shared memory. Triton 3.6 has no other name for it than the second, and
 # 3.9 none than the first.
 load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+# Memory as numbers of another type, in another shape. Public since Triton 3.9.
+as_numbers = (
+    gl.shared_memory_descriptor.reinterpret
+    if hasattr(gl.shared_memory_descriptor, "reinterpret")
+    else gl.shared_memory_descriptor._reinterpret
+)
 
 
 def descriptor(

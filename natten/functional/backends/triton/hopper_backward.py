@@ -62,6 +62,7 @@ from natten.functional.backends.triton import arguments, launcher
 from natten.functional.backends.triton.hopper import (
     Ring,
     add_products,
+    as_numbers,
     barriers,
     descriptor,
     in_flight,
@@ -165,14 +166,6 @@ else:
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
         _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
-
-
-# Memory as numbers of another type, in another shape. Public since Triton 3.9.
-as_numbers = (
-    gl.shared_memory_descriptor.reinterpret
-    if hasattr(gl.shared_memory_descriptor, "reinterpret")
-    else gl.shared_memory_descriptor._reinterpret
-)
 
 
 @gluon.jit

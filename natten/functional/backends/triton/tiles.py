@@ -267,6 +267,13 @@ PING_PONG = Kernel(
     instead_of=FORWARD, by_halves=True, mask=0.4, start=1.5,
 )  # fmt: skip
 
+_FLOAT8_SIZES: _Sizes = {
+    64: (_Size(128, 128, 4, 3, 1.0),),
+    128: (_Size(128, 128, 4, 3, 1.0),),
+}
+# The same with 8-bit queries, keys and values, for calls that ask for it.
+FLOAT8 = replace(PING_PONG, sizes=_FLOAT8_SIZES, mask_edges_sizes=_FLOAT8_SIZES)
+
 # The rate is that of its five products against the seven of two kernels. With heads of 80, the
 # first half's gradients of keys were wrong on an H100 in the features behind 64, for a reason that
 # was not found; heads of 48 were right.
@@ -568,6 +575,15 @@ def fused_tiling(problem: Problem, query: Shape | None = None, key: Shape | None
     if query is None or key is None:
         query, key = best_shapes(problem, FUSED, size.columns, size.rows)
     return Tiling(query, key, size.warps, size.stages, True, tma=True, ping_pong=True)
+
+
+@lru_cache(maxsize=4096)
+def float8_tiling(problem: Problem) -> Tiling:
+    """The tiling of `FLOAT8`."""
+    (size,) = FLOAT8.sizes[problem.head_dim]
+    query, key = best_shapes(problem, FLOAT8, size.rows, size.columns)
+    tiling = Tiling(query, key, size.warps, size.stages, True, tma=True, ping_pong=True)
+    return replace(tiling, whole=_whole(problem, tiling, False))
 
 
 def is_fused_faster(problem: Problem, query: Tiling, key_value: Tiling) -> bool:
