@@ -84,8 +84,8 @@ from natten.functional.backends.triton.primitives import (
 from natten.functional.backends.triton.tiles import FORWARD, Tiling, half
 from natten.functional.problem import Problem
 
-# Products of numbers of an entry's scores and weights, and keys of a window, from which on it pays to
-# read all queries and keys once, and to start programs that end at once.
+# Products of numbers of an entry's scores and weights, and keys of a window, from which on it pays
+# to read all queries and keys once, and to start programs that end at once.
 _LEAST_PRODUCTS, _LEAST_KEYS = 4e11, 4096
 # The largest bound of scores, in base 2, that counts as small: weights are then between 2**-40 and
 # 2**40, and their sums with values in the range of bfloat16.
