@@ -120,7 +120,7 @@ def test_warp_groups_run_apart_where_that_is_faster() -> None:
             "head_dim 64": _large(head_dim=64),
             "values": _large(head_dim=64, head_dim_v=128),
             "head_dim 96": _large(head_dim=96),
-            "head_dim 80": _large(head_dim=80, head_dim_v=48),
+            "head_dim 80": _large(kernel_size=(80, 80), head_dim=80, head_dim_v=48),
             "head_dim 112": _large(head_dim=112),
             "small window": _large(kernel_size=(7, 7)),
             "head_dim 32": _large(head_dim=32),
