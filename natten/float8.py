@@ -50,6 +50,14 @@ def _refuse_gradients(name: str, tensor: Tensor) -> None:
         )
 
 
+def _check_axes(name: str, tensor: Tensor) -> None:
+    if not 4 <= tensor.dim() <= 6:
+        raise ValueError(
+            f"{name} must have 4, 5 or 6 dimensions, [batch, *tokens, heads, head_dim], got shape "
+            f"{tuple(tensor.shape)}"
+        )
+
+
 def _given_scale(scale: Any, tensor: Tensor) -> Tensor:
     heads = tensor.shape[-2]
     if not isinstance(scale, Tensor):
@@ -95,11 +103,7 @@ def to_float8(tensor: Tensor, scale: Tensor | float | None = None) -> Rounded:
         NotImplementedError: The tensor requires a gradient, and gradients are enabled.
     """
     validation.check_is_tensor("tensor", tensor)
-    if not 4 <= tensor.dim() <= 6:
-        raise ValueError(
-            "tensor must have 4, 5 or 6 dimensions, [batch, *tokens, heads, head_dim], got shape "
-            f"{tuple(tensor.shape)}"
-        )
+    _check_axes("tensor", tensor)
     _refuse_gradients("tensor", tensor)
     if scale is None:
         return _round(tensor, _computed_scale(tensor))
@@ -186,11 +190,7 @@ def _check_rounded(name: str, rounded: Rounded) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype != FLOAT8:
         found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name} must be in {FLOAT8} where it is rounded, got {found}")
-    if not 4 <= tensor.dim() <= 6:
-        raise ValueError(
-            f"{name} must have 4, 5 or 6 dimensions, [batch, *tokens, heads, head_dim], got shape "
-            f"{tuple(tensor.shape)}"
-        )
+    _check_axes(name, tensor)
     _check_scale(f"{name}'s scale", scale, tensor)
 
 
@@ -211,6 +211,7 @@ def _rounded(name: str, given: Any) -> Rounded:
         )
     _refuse_gradients(name, given)
     validation.check_is_tensor(name, given)
+    _check_axes(name, given)
     return to_float8(given)
 
 
@@ -313,6 +314,11 @@ def float8_attention(
     validation.optional_bool("return_lse", return_lse)
     tensors, scales = zip(*map(_rounded, Tensors._fields, given))
     dtype = _result_dtype(given)
+    devices = [tensor.device for tensor in tensors]
+    if len(set(devices)) > 1:
+        raise ValueError(
+            f"query, key and value must be on one device, got {', '.join(map(str, devices))}"
+        )
     shapes = [tuple(tensor.shape[1:-2]) for tensor in tensors[:2]]
     if shapes[0] != shapes[1]:
         raise ValueError(

@@ -34,8 +34,8 @@ SHARES = {"cpu": 55, "reference": 37, "flex": 2, "triton": 1, "bounds": 5}
 SIZES = {"cpu": 50, "reference": 50, "flex": 10, "triton": 4, "bounds": 50}
 # Of 100 problems of one backend; where it cannot be named, the CPU's is meant.
 KINDS = {
-    "window": 44, "attention": 16, "packed": 8, "grids": 10, "groups": 8, "merge": 3,
-    "products": 6, "modules": 5,
+    "window": 42, "attention": 15, "packed": 8, "grids": 10, "groups": 8, "merge": 3,
+    "products": 6, "modules": 5, "float8": 3,
 }  # fmt: skip
 
 

@@ -486,6 +486,49 @@ def _modules(seed: int, on: On) -> None:
     _compare(f"module {seed}: {window}", seed, on, tensors, compute, exact)
 
 
+def _float8(seed: int, on: On) -> None:
+    """8-bit numbers, rounded before or on the way, beside their products in float64."""
+    random = Random(f"float8 {seed}")
+    case = random_case(seed, max_tokens=on.max_tokens)
+    tokens, dilation = case.grid or case.key_tokens, case.dilation
+    features, values, backend = case.head_dim, case.head_dim_v, "reference"
+    on_hopper = on.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    if on_hopper:
+        features = values = random.choice((64, 128))
+        dilation, backend = (1,) * case.rank, None
+    dtype = random.choice((torch.bfloat16, torch.float16))
+    given, rounded = [], []
+    for heads, width in (
+        (case.heads, features), (case.heads_kv, features), (case.heads_kv, values),
+    ):  # fmt: skip
+        magnitudes = torch.tensor(
+            [random.choice((0.0, 0.01, 1.0, 1.0, 30.0)) for _ in range(heads)]
+        )
+        tensor = torch.randn(case.batch, *tokens, heads, width) * magnitudes[:, None]
+        tensor = tensor.to(on.device, dtype)
+        scale = random.choice((None, 0.25, magnitudes.to(on.device) + 0.1))
+        tensor = random.choice(LAYOUTS)(tensor, random) if tensor.numel() else tensor
+        rounded.append(natten.to_float8(tensor, scale))
+        given.append(tensor if scale is None and random.random() < 0.5 else rounded[-1])
+    window = {
+        "kernel_size": case.kernel_size, "stride": case.stride, "dilation": dilation,
+        "is_causal": case.is_causal, "scale": case.scale, "return_lse": True,
+    }  # fmt: skip
+    got = natten.float8_attention(*given, **window, backend=backend)
+    doubles = [r.to(torch.float64) for r in rounded]
+    right = getattr(natten, f"na{case.rank}d")(*doubles, **window, backend="reference")
+    assert got[0].dtype == (dtype if len({*map(type, given)}) == 2 or given[0] is not rounded[0]
+                            else torch.bfloat16)  # fmt: skip
+    # Weights of three bits on a GPU, float32 and the result's rounding in the reference.
+    largest = float(doubles[2].abs().max()) if doubles[2].numel() else 0.0
+    limits = (0.07 if on_hopper else 0.01) * largest + 1e-7, 1e-3
+    for name, a, b, limit in zip(("result", "logsumexp"), got, right, limits, strict=True):
+        torch.testing.assert_close(
+            a.double(), b, rtol=1e-3, atol=limit,
+            msg=lambda text, name=name: f"float8 {seed}: {window}: {name}: {text}",
+        )  # fmt: skip
+
+
 KINDS: dict[str, Callable[[int, On], None]] = {
     "window": _window,
     "attention": _attention,
@@ -495,6 +538,7 @@ KINDS: dict[str, Callable[[int, On], None]] = {
     "merge": _merge,
     "products": _products,
     "modules": _modules,
+    "float8": _float8,
 }
 # Those that let a backend be named.
 NAMING = ("window", "attention", "packed", "grids", "groups")

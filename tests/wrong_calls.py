@@ -374,6 +374,72 @@ def _wrong_products(random: Random) -> tuple[Callable[..., Any], dict[str, Any],
     return function, given, wrongs
 
 
+def _wrong_float8(random: Random) -> tuple[Callable[..., Any], dict[str, Any], list[Wrong]]:
+    """Of attention in 8 bits, or of what rounds to them."""
+    tensors = [torch.randn(2, 5, 6, heads, 8).bfloat16() for heads in (4, 2, 2)]
+    three = ("query", "key", "value")
+    scales = (
+        torch.ones(4), torch.ones(2, 1), torch.ones(2).double(), torch.ones(2, device="meta"),
+        *NO_NUMBERS,
+    )  # fmt: skip
+    if random.random() < 0.3:
+        tensor = tensors[1]
+        # Any shape and device are right by themselves.
+        wrongs = [
+            wrong
+            for wrong in _wrong_tensors("tensor", tensor, ("tensor",))
+            if not any(part in wrong.what for part in ("along", "float8", "axis", "data"))
+        ]
+        for scale in (*scales, 0.0, -1.0, torch.tensor([1.0, 0.0]), torch.tensor([1.0, nan])):
+            if not isinstance(scale, Tensor) or scale.is_meta or scale.tolist() != [1.0, 2.0]:
+                wrongs.append(Wrong(f"scale of {scale!r}"[:60], {"scale": scale}, ("scale",)))
+        wrongs.append(Wrong("an unknown argument", {"scales": 1.0}, ("scales",), TypeError))
+        return natten.to_float8, {"tensor": tensor}, wrongs
+    given: dict[str, Any] = dict(zip(three, map(natten.to_float8, tensors)))
+    given |= {"kernel_size": 3, "backend": "reference"}
+    wrongs = []
+    for name, tensor in zip(three, tensors):
+        rounded = given[name]
+        for wrong in _wrong_tensors(name, tensor, three):
+            # A value has any number of features.
+            if f"value with more along {tensor.dim() - 1}" != wrong.what:
+                wrongs.append(wrong)
+        for scale in (*scales, None):
+            if not isinstance(scale, Tensor) or scale.shape != rounded.scale.shape \
+                    or scale.dtype != torch.float32 or scale.is_meta:  # fmt: skip
+                changed = rounded._replace(scale=scale)
+                wrongs.append(Wrong(f"{name} times {scale!r}"[:60], {name: changed}, (name,)))
+        for value in (tensor, None, rounded.tensor.to(torch.float8_e5m2)):
+            changed = rounded._replace(tensor=value)
+            wrongs.append(Wrong(f"{name} rounded to nothing", {name: changed}, (name,)))
+        wrongs.append(Wrong(f"{name} of float32", {name: tensor.float()}, (name,)))
+    for name in ("kernel_size", "stride", "dilation"):
+        wrongs += [w for w in _wrong_integers(name, 2, 1) if w.changes[name] is not None]
+    for value in ({"kernel_size": 6}, {"dilation": 3}, {"stride": 4}):
+        wrongs.append(Wrong(f"{value}", value, ("kernel_size",)))
+    for name in ("is_causal", "return_lse"):
+        wrongs += [Wrong(f"{name} of {v!r}"[:60], {name: v}, (name,)) for v in NO_BOOLS]
+    wrongs += [Wrong(f"scale of {v!r}"[:60], {"scale": v}, ("scale",)) for v in NO_NUMBERS]
+    for backend in (3, b"reference", ["reference"], object()):
+        wrongs.append(Wrong("backend of no text", {"backend": backend}, ("backend",)))
+    for backend in ("", "nobody", "hopper", "cpu-fna"):
+        declined = (ValueError, NotImplementedError)
+        wrongs.append(
+            Wrong(f"backend {backend!r}", {"backend": backend}, ("backend", "8-bit"), declined)
+        )
+    if not torch.cuda.is_available():
+        lacking = (RuntimeError, NotImplementedError)
+        for backend in (None, "hopper-fna", "hopper-fmha", "cutlass-fna", "cpu"):
+            wrongs.append(Wrong(f"{backend} here", {"backend": backend}, ("8-bit",), lacking))
+    wrongs += [
+        Wrong("groups of heads", {"kernel_size": [3, (3, 5)]}, ("kernel_size", "heads"),
+              (ValueError, NotImplementedError)),
+        Wrong("an unknown argument", {"kernel_sise": 3}, ("kernel_sise",), TypeError),
+        Wrong("no query", {"query": ...}, ("query",), TypeError),
+    ]  # fmt: skip
+    return natten.float8_attention, given, wrongs
+
+
 def _wrong_inputs(random: Random) -> tuple[Callable[..., Any], dict[str, Any], list[Wrong]]:
     """Of a module."""
     module = natten.NeighborhoodAttention2D(12, 3, 3)
@@ -440,6 +506,7 @@ def _wrong_calls(
         return function, given, list(wrong(case, given))
     make = {
         "grids": _wrong_grids, "merge": _wrong_merge, "products": _wrong_products,
+        "float8": _wrong_float8,
         "modules": random.choice((_wrong_modules, _wrong_inputs)),
     }[kind]  # fmt: skip
     return make(random)
@@ -453,7 +520,7 @@ def _raised(function: Callable[..., Any], named: dict[str, Any]) -> Exception | 
     return None
 
 
-REFUSING = ("window", "window", "attention", "grids", "merge", "products", "modules")
+REFUSING = ("window", "window", "attention", "grids", "merge", "products", "modules", "float8")
 
 
 def refuse(kind: str, seed: int, on: On, count: int = 10) -> None:
