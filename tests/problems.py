@@ -6,12 +6,13 @@ that are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from math import inf, nan
 from random import Random
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from cases import Case, random_attention, random_case, random_lengths, varied
@@ -48,6 +49,16 @@ class On(NamedTuple):
         """As functions take it."""
         has_suffix = self.backend not in (None, "cpu", "reference")
         return f"{self.backend}-{kind}" if has_suffix else self.backend
+
+
+@contextmanager
+def sharing(splits: int) -> Iterator[None]:
+    """Inside, so many programs share the columns of a row tile, on GPUs and in the interpreter,
+    however many there are."""
+    from natten.functional.backends.triton import tiles
+
+    with mock.patch.object(tiles, "splits", return_value=splits):
+        yield
 
 
 def _window(seed: int, on: On) -> None:

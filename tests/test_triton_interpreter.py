@@ -18,6 +18,7 @@ import pytest
 import torch
 from cases import CASES, Case
 from checks import check_packed, check_problem, make_inputs, run
+from problems import sharing
 
 import natten
 
@@ -495,12 +496,12 @@ def test_splits_of_the_key_tiles(case: Case, backend: str, splits: tuple[int, ..
 )  # fmt: skip
 def test_programs_that_share_columns(case: Case, splits: int, dtype: torch.dtype) -> None:
     """More of them than tiles of columns as well."""
-    with mock.patch.object(tiles, "splits", return_value=splits):
+    with sharing(splits):
         check_problem(case, "cutlass", dtype, factor=FACTOR)
 
 
 def test_packed_gradients_of_shares() -> None:
-    with mock.patch.object(tiles, "splits", return_value=2):
+    with sharing(2):
         check_packed(("cutlass",), SINGLE, "cpu")
 
 
