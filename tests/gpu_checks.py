@@ -1392,6 +1392,11 @@ def _compute_grids(backend: str) -> None:
     assert names["query_gradient_kernel"] == 1, names
 
 
+def _compute_within(context: Any, *problem: Any, **knobs: Any) -> None:
+    with context:
+        compute(*problem, **knobs)
+
+
 def sanitized_cases() -> Iterator[tuple[str, Check]]:
     """A few small problems that reach every kernel and every way of loading, for sanitizers."""
     named = {case.name: case for case in CASES}
@@ -1435,6 +1440,12 @@ def sanitized_cases() -> Iterator[tuple[str, Check]]:
                 yield f"{name} {case.name} float32", partial(compute, case, name, FP32, "cuda")
     for name in backends():
         yield f"{name} grids", partial(_compute_grids, name)
+        for case in (
+            named["2d_rpb_additional"],
+            replace(named["2d_sink_gqa_dv"], head_dim=80, head_dim_v=48),
+        ):
+            shared = partial(_compute_within, problems.sharing(2), case)
+            yield f"{name} shared {case.name}", partial(shared, name, FP16, "cuda")
     yield "packed heads", partial(check_packed, backends(), FP16, "cuda")
     small = problems.On(device="cuda", max_tokens=100, dtypes=(FP16,))
     for seed in range(4):
@@ -1451,6 +1462,12 @@ def sanitized_cases() -> Iterator[tuple[str, Check]]:
             f"hopper {schedule} {case.name}",
             partial(compute, case, "hopper", FP16, "cuda", False, kernel_schedule=schedule),
         )
+    if has_hopper():
+        for schedule, case in schedules[1:4:2]:
+            bounded = partial(_compute_within, _bounding(), case, "hopper", BF16, "cuda", False)
+            yield f"hopper bounded {case.name}", partial(bounded, kernel_schedule=schedule)
+        for seed in range(3):
+            yield f"float8 {seed}", partial(problems.check, "float8", seed, small)
     gradients: list[tuple[Case, str, Any, Any]] = [
         (Case("1d", (300,), (250,), head_dim=128, **one), "shape", (64,), (128,)),
         (Case("2d", (21, 19), (13, 11), head_dim=64, **one), "shape", (8, 16), (16, 8)),
