@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -20,11 +19,3 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function of a module, or a builtin, returns in a process of its own; or it raises."""
     with ProcessPoolExecutor(1, FORKS) as process:
         return process.submit(function, *arguments).result()
-
-
-def free_port() -> int:
-    """Where nothing listens on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port

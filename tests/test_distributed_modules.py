@@ -15,6 +15,7 @@ import distributed_module_checks as checks
 import forks
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,8 +87,8 @@ def _started(world: int, options: list[str], folder: Path) -> str:
     """What the example prints, started as its users do."""
     run = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world),
-            str(EXAMPLE), *options,
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(world), str(EXAMPLE), *options,
         ],
         capture_output=True,
         text=True,
@@ -102,6 +103,8 @@ def _rank(rank: int, world: int, port: int, options: list[str], output: Path) ->
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="",
+        # Whoever started them has the store.
+        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_ATTEMPT="0",
     )  # fmt: skip
     torch.set_num_threads(1)
     sys.argv = [str(EXAMPLE), *options]
@@ -112,8 +115,10 @@ def _rank(rank: int, world: int, port: int, options: list[str], output: Path) ->
 def _forked(world: int, options: list[str], folder: Path) -> str:
     """Likewise, in processes that need not import what takes longer than the example."""
     output = folder / "output"
+    # At a port that was free when it began to listen: one that is looked for may be taken before.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torch.multiprocessing.start_processes(
-        _rank, (world, forks.free_port(), options, output), world,
+        _rank, (world, store.port, options, output), world,
         start_method=forks.FORKS.get_start_method(),
     )  # fmt: skip
     return output.read_text()

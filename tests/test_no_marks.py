@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import forks
 import pytest
@@ -86,12 +86,11 @@ def test_products(dtype):
         assert tensor.untyped_storage().resizable()
 
 
-def _shard(rank: int, port: int) -> None:
+def _shard(rank: int, store: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     alone = natten.NeighborhoodAttention2D(16, 2, 3, rel_pos_bias=True)
     x = torch.randn(2, 6, 7, 16)
@@ -118,8 +117,8 @@ def _shard(rank: int, port: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-def test_fully_sharded_modules():
+def test_fully_sharded_modules(tmp_path):
     """Sharding frees parameters by resizing their storage; gradients are those of one process."""
     torch.multiprocessing.start_processes(
-        _shard, (forks.free_port(),), 2, start_method=forks.FORKS.get_start_method()
+        _shard, (tmp_path / "store",), 2, start_method=forks.FORKS.get_start_method()
     )
