@@ -289,9 +289,9 @@ class _Backend(Backend):
         if config.kernel_schedule is not None or config.q_tile_shape is not None:
             # Named tiles give the same bits whatever else is in a batch.
             return tiling
-        if tiling.ping_pong and self._split(problem, tiles.PING_PONG, tiling).splits == 1:
-            return tiling
         if tiling.ping_pong:
+            if self._split(problem, tiles.PING_PONG, tiling).splits == 1:
+                return tiling
             tiling = self._choose(problem, tiles.FORWARD)
         return self._split(problem, tiles.FORWARD, tiling)
 
@@ -317,16 +317,14 @@ class _Backend(Backend):
         """The tilings that a backward pass runs with."""
         found = self.backward_tilings(problem, config)
         if not self._must_be_best(problem, config.backward_q_tile_shape):
-            fused = found.fused and tiles.reuse(problem, tiles.FUSED, found.fused)
-            found = (
-                replace(found, fused=fused)
-                if fused
-                else replace(
+            if found.fused is not None:
+                found = replace(found, fused=tiles.reuse(problem, tiles.FUSED, found.fused))
+            else:
+                found = replace(
                     found,
                     query=tiles.reuse(problem, tiles.QUERY_GRADIENT, found.query),
                     key_value=tiles.reuse(problem, tiles.KEY_VALUE_GRADIENT, found.key_value),
                 )
-            )
         if config.backward_kv_splits is not None or config.backward_q_tile_shape is not None:
             return found
         if found.fused and self._split(problem, tiles.FUSED, found.fused).splits == 1:

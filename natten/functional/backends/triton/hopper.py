@@ -36,6 +36,9 @@ as_numbers = (
     if hasattr(gl.shared_memory_descriptor, "reinterpret")
     else gl.shared_memory_descriptor._reinterpret
 )
+_ELEMENTS = {
+    torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv,
+}  # fmt: skip
 
 
 def descriptor(
@@ -43,8 +46,7 @@ def descriptor(
 ) -> TensorDescriptor:
     """Like `triton.tools.tensor_descriptor.TensorDescriptor`, for Gluon, which wants to know how a
     tile lies in shared memory."""
-    element = gl.float16 if tensor.dtype == torch.float16 else gl.bfloat16
-    layout = gl.NVMMASharedLayout.get_default_for(tile, element)
+    layout = gl.NVMMASharedLayout.get_default_for(tile, _ELEMENTS[tensor.dtype])
     return TensorDescriptor(tensor, shape, strides, tile, layout)
 
 

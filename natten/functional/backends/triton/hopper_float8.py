@@ -61,7 +61,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from natten.functional.backend import Inputs
 from natten.functional.backends.triton import arguments, launcher
@@ -69,6 +68,7 @@ from natten.functional.backends.triton.hopper import (
     Ring,
     as_numbers,
     barriers,
+    descriptor,
     load_async,
     loaded_ring,
     multiply,
@@ -149,14 +149,6 @@ class Shared(NamedTuple):
     value_full: Any
     turned: Any
     turned_full: Any
-
-
-def descriptor(
-    tensor: Tensor, shape: list[int], strides: list[int], tile: list[int]
-) -> TensorDescriptor:
-    """As `hopper.descriptor`, of 8-bit numbers."""
-    layout = gl.NVMMASharedLayout.get_default_for(tile, gl.float8e4nv)
-    return TensorDescriptor(tensor, shape, strides, tile, layout)
 
 
 @gluon.constexpr_function

@@ -37,6 +37,7 @@ from natten.functional.backends.triton.primitives import (
     valid_rows,
     zero_sums,
 )
+from natten.functional.backends.triton.splits import share
 from natten.functional.backends.triton.tiles import KEY_VALUE_GRADIENT, Tiling
 from natten.functional.problem import Problem
 
@@ -160,9 +161,8 @@ def key_value_gradient_tile(
             0, memory_batch, head, grid.memory, strides.statistics, grid.dilation, 1, V.RANK,
             False,
         )  # fmt: skip
-        for t in tl.range(
-            steps * split // splits, steps * (split + 1) // splits, num_stages=V.STAGES
-        ):
+        first, last = share(steps, split, splits)
+        for t in tl.range(first, last, num_stages=V.STAGES):
             tile = placed_tile(t, box, grid, QUERY_TILE, V)
             query_columns = load_columns(
                 query_source, tile[0], grid, place, V.FEATURES, PARTS, COLUMNS, V
