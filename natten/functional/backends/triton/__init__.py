@@ -84,6 +84,13 @@ def _chip(problem: Problem) -> Chip:
     return Chip(_device_memory(index), tiles.products(_capability(index)))
 
 
+def _most_splits(now: Preferences) -> int:
+    """How many programs may share the queries of additional keys: each takes float32 memory."""
+    if not now.kv_parallelism or now.memory == "strict":
+        return 1
+    return 64 if now.memory == "unrestricted" else 16
+
+
 def _narrow(problem: Problem) -> Problem:
     """The problem that kernels run: values that are too wide come in slices."""
     slices = sliced(problem)
@@ -220,42 +227,38 @@ class _Backend(Backend):
         query = self._choose(problem, tiles.QUERY_GRADIENT, *fixed)
         key_value = self._choose(problem, tiles.KEY_VALUE_GRADIENT, *fixed)
         persistent = 0 if config.backward_kv_splits is None else prod(config.backward_kv_splits)
-        if not problem.num_additional:
-            fused = self._fused(problem, config, now, query, key_value)
-            width = tiles.block(problem.head_dim)
-            sums = 4 * problem.batch * problem.num_queries * problem.heads * width
-            launches = 1 if now.memory == "unrestricted" or sums <= _SMALL_SUMS else 2
-            single = None if fused else self._single(problem, config, query, key_value)
-            return BackwardTilings(
-                query, key_value, key_value, 1, persistent, fused, launches, single
-            )
+        additional, splits = key_value, 1
+        if problem.num_additional:
+            additional, splits = self._additional(problem, now)
+        found = BackwardTilings(query, key_value, additional, splits, persistent)
+        found = self._fused(problem, config, now, found)
+        if found.fused is None:
+            found = replace(found, single=self._single(problem, config, found))
+        return found
+
+    def _additional(self, problem: Problem, now: Preferences) -> tuple[Tiling, int]:
+        """The tiling of additional keys, and how many programs share the queries of a tile."""
         longest = problem.num_queries if problem.grids is None else problem.grids.longest
         dense = dense_problem(problem, longest, problem.num_additional)
         additional = self._existing(dense, tiles.KEY_VALUE_GRADIENT, False)
-        splits = 1
-        if now.kv_parallelism and now.memory != "strict":
-            # Few tiles of additional keys, each with all queries to visit: divide the queries.
-            rows = -(-problem.num_additional // additional.key[0])
-            programs = rows * problem.heads_kv * problem.entries
-            most = 64 if now.memory == "unrestricted" else 16
-            wanted = 512 // max(programs, 1)
-            if now.deterministic:
-                # The order of additions must not depend on how many other entries there are.
-                most = wanted = 4
-            splits = max(1, min(most, wanted, longest // 256))
-        return BackwardTilings(query, key_value, additional, splits, persistent)
+        # Few tiles of additional keys, each with all queries to visit: divide the queries.
+        rows = -(-problem.num_additional // additional.key[0])
+        programs = rows * problem.heads_kv * problem.entries
+        most, wanted = _most_splits(now), 512 // max(programs, 1)
+        if now.deterministic:
+            # The order of additions must not depend on how many other entries there are.
+            most, wanted = min(most, 4), 4
+        return additional, max(1, min(most, wanted, longest // 256))
 
     def _fused(
-        self, problem: Problem, config: Config, now: Preferences, query: Tiling, key_value: Tiling
-    ) -> Tiling | None:
-        """The tiling of a kernel that computes all gradients in one pass, if that is to run instead
-        of those with the other two tilings."""
-        return None
+        self, problem: Problem, config: Config, now: Preferences, found: BackwardTilings
+    ) -> BackwardTilings:
+        """The same, with those of a kernel that computes all gradients in one pass if that is to
+        run instead."""
+        return found
 
     @staticmethod
-    def _single(
-        problem: Problem, config: Config, query: Tiling, key_value: Tiling
-    ) -> Tiling | None:
+    def _single(problem: Problem, config: Config, found: BackwardTilings) -> Tiling | None:
         """The tiling of programs that have all queries of a head, if they are to run instead. Only
         on Hopper GPUs was it measured when that is."""
         chip = _chip(problem)
@@ -263,7 +266,7 @@ class _Backend(Backend):
             config.backward_q_tile_shape is not None
             or config.backward_kv_splits is not None
             or chip.products != "hopper"
-            or not tiles.is_single_faster(problem, query, key_value)
+            or not tiles.is_single_faster(problem, found)
         ):
             return None
         tiling = tiles.single_tiling(problem)
@@ -526,27 +529,38 @@ class _Hopper(_Descriptors):
         return tiles.persistent(tiling, programs, warps)
 
     def _fused(
-        self, problem: Problem, config: Config, now: Preferences, query: Tiling, key_value: Tiling
-    ) -> Tiling | None:
+        self, problem: Problem, config: Config, now: Preferences, found: BackwardTilings
+    ) -> BackwardTilings:
         """Where that is faster, or tiles of its size are asked for, unless something asks for what
         it does not do: the same order of additions on every run, no extra memory, splits."""
         if (
             now.deterministic
             or now.memory == "strict"
             or config.backward_kv_splits is not None
+            or interpreted()
             or not tiles.FUSED.suits(problem)
         ):
-            return None
+            return found
         rows, columns = config.backward_q_tile_shape, config.backward_kv_tile_shape
-        if rows is None or columns is None:
-            faster = tiles.is_fused_faster(problem, query, key_value)
-            found = tiles.fused_tiling(problem) if faster else None
-        else:
-            suits = tiles.is_fused_size(problem, rows, columns)
-            found = tiles.fused_tiling(problem, rows, columns) if suits else None
-        if found is None or not tiles.fits(found, problem, tiles.FUSED, _chip(problem)):
-            return None
-        return found if self._has_ping_pong() and _has_gluon("hopper_backward") else None
+        is_named = rows is not None and columns is not None
+        fused, additional = tiles.fused_tiling(problem, rows, columns), None
+        if is_named and not tiles.is_fused_size(problem, fused.query, fused.key):
+            return found
+        width = tiles.block(problem.head_dim)
+        sums = 4 * problem.batch * problem.num_queries * problem.heads * width
+        launches = 1 if now.memory == "unrestricted" or sums <= _SMALL_SUMS else 2
+        if problem.num_additional:
+            multiprocessors = _multiprocessors(problem.device.index)
+            additional = tiles.fused_additional(
+                problem, launches, multiprocessors, _most_splits(now)
+            )
+        if not (is_named or tiles.is_fused_faster(problem, found, fused, additional)):
+            return found
+        if not tiles.fits(fused, problem, tiles.FUSED, _chip(problem)):
+            return found
+        if not _has_gluon("hopper_backward"):
+            return found
+        return replace(found, fused=fused, launches=launches, fused_additional=additional)
 
     def configs(self, problem: Problem) -> list[Any]:
         """((query tile, key tile), schedule) of the forward pass; the default first."""

@@ -86,6 +86,20 @@ def _statistics_launch(
     )
 
 
+def _parts(problem: Problem, found: list[Tensor], splits: int) -> list[Tensor]:
+    """Memory for what each of several splits sums, in order; of one, the gradients' own."""
+    if splits == 1:
+        return found
+    return [launcher.allocate(problem, (splits, *t.shape), torch.float32, t.device) for t in found]
+
+
+def _join(parts: list[Tensor], found: list[Tensor], splits: int) -> None:
+    """Write the gradients, given the sums of each split."""
+    if splits > 1:
+        for part, gradient in zip(parts, found, strict=True):
+            merge(part, gradient)
+
+
 class BackwardPass:
     """One backward pass: its tensors in readable layouts, and the launches on them."""
 
@@ -178,7 +192,7 @@ class BackwardPass:
     def run(self) -> Gradients:
         if self.fused is not None:
             self._statistics()
-            return (*self._all(self.fused), None, None, None)
+            return self._all(self.fused)
         query = key = value = bias = additional_key = additional_value = None
         needs = self.needs
         if not self.in_passing:
@@ -219,15 +233,25 @@ class BackwardPass:
             return self.destinations[number]
         return launcher.allocate(self.problem, tensor.shape, self.dtype, tensor.device)
 
-    def _all(self, tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of query, key and value, in one pass."""
+    def _all(self, tiling: Tiling) -> Gradients:
+        """All gradients but that of a bias, in one pass."""
         tensors = (self.query, self.key, self.value)
         query, key, value = (self._destination(*numbered) for numbered in enumerate(tensors))
+        more = self.tilings.fused_additional
+        splits = 1 if more is None else more.splits
+        found = [
+            launcher.allocate(self.problem, t.shape, self.dtype, t.device) for t in self.additional
+        ]
+        parts = _parts(self.problem, found, splits)
         launcher.in_gluon("hopper_backward").gradients(
             self.problem, tiling, self.sequences, self.tilings.launches, (*tensors, self.grad_out),
-            self.statistics, self.cumulative, (query, key, value),
+            self.statistics, self.cumulative, (query, key, value), more, self.additional, parts,
         )  # fmt: skip
-        return query, key, value
+        # Queries need the launch for additional keys even where nobody needs these' own gradients.
+        if not (self.needs[4] or self.needs[5]):
+            return query, key, value, None, None, None
+        _join(parts, found, splits)
+        return query, key, value, None, found[0], found[1]
 
     def _single(
         self, tiling: Tiling, with_statistics: bool
@@ -296,13 +320,7 @@ class BackwardPass:
             found = [
                 launcher.allocate(problem, t.shape, self.dtype, t.device) for t in (key, value)
             ]
-        targets = found
-        if splits > 1:
-            # The sums of each of the splits, in order.
-            targets = [
-                launcher.allocate(problem, (splits, *t.shape), torch.float32, t.device)
-                for t in found
-            ]
+        targets = _parts(problem, found, splits)
         gradients = tuple([t.stride()[-key.dim() :] for t in targets])
         launch = key_value_gradient_launch(
             problem, tiling, launcher.sequences(problem, cumulative[0]), self.precision,
@@ -318,9 +336,7 @@ class BackwardPass:
             placed_table(problem, launch.variant.KEY_TILE, key.device), counts,
             arguments.as_bytes(key_mask),
         )  # fmt: skip
-        if splits > 1:
-            for parts, gradient in zip(targets, found, strict=True):
-                merge(parts, gradient)
+        _join(targets, found, splits)
         return found[0], found[1]
 
     def _fixed_point(self) -> Tensor:

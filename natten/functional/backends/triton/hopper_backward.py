@@ -40,6 +40,7 @@ tiles are in rings of `STAGES` places, scores' gradients in one of two.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -91,7 +92,12 @@ from natten.functional.backends.triton.primitives import (
     sequence_of,
     unravel,
 )
-from natten.functional.backends.triton.tiles import KEY_VALUE_GRADIENT, Tiling, block
+from natten.functional.backends.triton.tiles import (
+    KEY_VALUE_GRADIENT,
+    Tiling,
+    additional_problem,
+    block,
+)
 from natten.functional.problem import Problem
 
 
@@ -551,6 +557,68 @@ def _launch(
     )  # fmt: skip
 
 
+def _launches(
+    problem: Problem,
+    tiling: Tiling,
+    sequences: int,
+    tensors: tuple[Tensor, ...],
+    statistics: Tensor,
+    cumulative: tuple[Tensor | None, Tensor | None],
+    results: tuple[Tensor, ...],
+) -> Callable[[Tensor, int, int], None]:
+    """What launches the kernel: given sums of queries to add to, the first of the heads of keys
+    that are theirs, and how many these are. Writes to ``results``, the gradients of key and value.
+    """
+    query, key, value, grad_out = tensors
+    strides, gradients = tuple([t.stride() for t in tensors]), tuple([t.stride() for t in results])
+    statistics = statistics.view(-1, *problem.query_shape, 1, statistics.shape[-1])
+    query_tile, key_tile = arguments.pad(tiling.query, 1), arguments.pad(tiling.key, 1)
+    descriptors = (
+        launcher.descriptor(query, query_tile, descriptor),
+        launcher.descriptor(key, key_tile, descriptor),
+        launcher.descriptor(value, key_tile, descriptor),
+        launcher.descriptor(grad_out, query_tile, descriptor),
+        launcher.descriptor(statistics, query_tile, statistics_descriptor),
+    )
+
+    def run(sums: Tensor, first: int, heads: int) -> None:
+        sums = sums.view(-1, *problem.query_shape, *sums.shape[-2:])
+        _launch(problem, tiling, sequences, strides, gradients, first, heads).run(
+            *descriptors, launcher.descriptor(sums, query_tile, sums_descriptor), *results,
+            *cumulative,
+        )  # fmt: skip
+
+    return run
+
+
+def _additional_launches(
+    problem: Problem,
+    tiling: Tiling,
+    tensors: tuple[Tensor, ...],
+    statistics: Tensor,
+    additional: tuple[Tensor, ...],
+    parts: Sequence[Tensor],
+) -> Callable[[Tensor, int, int], None]:
+    """`_launches` for additional keys and values. Each of ``tiling.splits`` shares of the queries
+    has a copy of them, and writes one of the ``parts`` of their gradients."""
+    query, *_, grad_out = tensors
+    splits = tiling.splits
+    dense = additional_problem(problem, splits)
+    query, grad_out = [
+        t.reshape(-1, *dense.query_shape, *t.shape[-2:]) for t in (query, grad_out)
+    ]  # fmt: skip
+    key, value = [
+        t.unsqueeze(1).expand(-1, splits, -1, -1, -1).reshape(-1, *dense.key_shape, *t.shape[-2:])
+        for t in additional
+    ]
+    results = tuple([
+        part.view(splits, *t.shape).transpose(0, 1).view(-1, *dense.key_shape, *t.shape[-2:])
+        for part, t in zip(parts, additional, strict=True)
+    ])  # fmt: skip
+    tensors = tuple(map(launcher.describable, (query, key, value, grad_out)))
+    return _launches(dense, tiling, dense.batch, tensors, statistics, (None, None), results)
+
+
 def gradients(
     problem: Problem,
     tiling: Tiling,
@@ -560,6 +628,9 @@ def gradients(
     statistics: Tensor,
     cumulative: tuple[Tensor | None, Tensor | None],
     results: tuple[Tensor, Tensor, Tensor],
+    additional_tiling: Tiling | None,
+    additional: tuple[Tensor, ...],
+    additional_results: Sequence[Tensor],
 ) -> None:
     """Write the gradients of query, key and value, ``results``, in so many launches.
 
@@ -570,35 +641,31 @@ def gradients(
         statistics: Four numbers of each ``[batch, head, token]``, logsumexp and delta first.
         cumulative: Where packed sequences of queries and keys begin.
         results: Memory for them.
+        additional_tiling: For additional keys, in as many launches more; None if there are none.
+        additional: Additional keys and values.
+        additional_results: Memory for their gradients, those of each of the tiling's splits.
     """
-    query, key, value, grad_out = tensors
-    query_gradient, key_gradient, value_gradient = results
+    query, *_ = tensors
+    query_gradient, *others = results
     group = -(-problem.heads_kv // launches)
     members = problem.heads // problem.heads_kv
     sums = torch.empty(
         (*query.shape[:-2], group * members, block(problem.head_dim)),
         dtype=torch.float32, device=query.device,
     )  # fmt: skip
-    strides = query.stride(), key.stride(), value.stride(), grad_out.stride()
-    statistics = statistics.view(-1, *problem.query_shape, 1, statistics.shape[-1])
-    query_tile, key_tile = arguments.pad(tiling.query, 1), arguments.pad(tiling.key, 1)
-    descriptors = (
-        launcher.descriptor(query, query_tile, descriptor),
-        launcher.descriptor(key, key_tile, descriptor),
-        launcher.descriptor(value, key_tile, descriptor),
-        launcher.descriptor(grad_out, query_tile, descriptor),
-        launcher.descriptor(statistics, query_tile, statistics_descriptor),
-    )
+    runs = [
+        _launches(problem, tiling, sequences, tensors, statistics, cumulative, tuple(others))
+    ]  # fmt: skip
+    if additional_tiling is not None:
+        runs.append(
+            _additional_launches(
+                problem, additional_tiling, tensors, statistics, additional, additional_results
+            )
+        )
     for first in range(0, problem.heads_kv, group):
         heads = min(group, problem.heads_kv - first)
-        launch = _launch(
-            problem, tiling, sequences, strides, (key_gradient.stride(), value_gradient.stride()),
-            first, heads,
-        )  # fmt: skip
         part = sums.narrow(-2, 0, heads * members).zero_()
-        launch.run(
-            *descriptors, launcher.descriptor(part, query_tile, sums_descriptor),
-            key_gradient, value_gradient, *cumulative,
-        )  # fmt: skip
+        for run in runs:
+            run(part, first, heads)
         target = query_gradient.narrow(-2, first * members, heads * members)
         torch.mul(part[..., : problem.head_dim], problem.scale, out=target)

@@ -248,7 +248,6 @@ def _suits_fused(problem: Problem) -> bool:
         and problem.head_dim in _FUSED_SIZES
         and problem.head_dim == problem.head_dim_v
         and problem.num_queries > 0
-        and not problem.num_additional
     )
 
 
@@ -323,10 +322,16 @@ _SINGLE_QUERIES, _SINGLE_FEATURES, _SINGLE_KEYS = 128, 64, 64
 SINGLE = Kernel("query", False, 5, {}, {}, suits=_suits_single, instead_of=QUERY_GRADIENT)
 
 
-def _cost_of_two(problem: Problem, query: Tiling, key_value: Tiling) -> float:
+def _cost_of_two(problem: Problem, found: BackwardTilings) -> float:
     """Estimated time of the kernels for the gradients of query, and of key and value."""
-    two = ((QUERY_GRADIENT, query), (KEY_VALUE_GRADIENT, key_value))
-    return sum(k.products * k.cost(problem, t.query, t.key) for k, t in two)
+    query, other = found.query, found.key_value
+    query_cost = QUERY_GRADIENT.cost(problem, query.query, query.key)
+    other_cost = KEY_VALUE_GRADIENT.cost(problem, other.query, other.key)
+    if problem.num_additional:
+        dense, last = additional_problem(problem), found.additional
+        query_cost += QUERY_GRADIENT.cost(dense, (prod(query.query),), (prod(query.key),))
+        other_cost += KEY_VALUE_GRADIENT.cost(dense, last.query, last.key)
+    return QUERY_GRADIENT.products * query_cost + KEY_VALUE_GRADIENT.products * other_cost
 
 
 def single_tiling(problem: Problem) -> Tiling:
@@ -341,13 +346,13 @@ def single_tiling(problem: Problem) -> Tiling:
     return replace(tiling, whole=_whole(problem, tiling, False))
 
 
-def is_single_faster(problem: Problem, query: Tiling, key_value: Tiling) -> bool:
+def is_single_faster(problem: Problem, found: BackwardTilings) -> bool:
     """Whether `SINGLE` is estimated to take less time than two kernels with these tilings."""
     if not SINGLE.suits(problem):
         return False
-    separate = _cost_of_two(problem, query, key_value)
     tiling = single_tiling(problem)
-    return SINGLE.products * SINGLE.cost(problem, tiling.query, tiling.key) < separate
+    cost = SINGLE.products * SINGLE.cost(problem, tiling.query, tiling.key)
+    return cost < _cost_of_two(problem, found)
 
 
 def bias_paddings(*tilings: Tiling) -> tuple[int, ...]:
@@ -374,6 +379,8 @@ class BackwardTilings:
         fused: Of query, key and value in one pass, where that runs instead.
         launches: Of that pass, which divide the heads: the fewer heads at a time, the less memory
             for float32 sums.
+        fused_additional: Of additional keys and values in that pass. Its splits divide the queries,
+            see `additional_problem`.
         single: Of all gradients but those of additional keys, where programs that have all queries
             of a head run instead.
     """
@@ -385,6 +392,7 @@ class BackwardTilings:
     persistent_programs: int = 0
     fused: Tiling | None = None
     launches: int = 1
+    fused_additional: Tiling | None = None
     single: Tiling | None = None
 
     def bias_paddings(self, single: Tiling | None) -> tuple[int, ...]:
@@ -417,14 +425,32 @@ def dense_problem(problem: Problem, num_queries: int, num_keys: int) -> Problem:
     )
 
 
-def additional_problem(problem: Problem) -> Problem:
+def additional_problem(problem: Problem, splits: int = 1) -> Problem:
     """Attention of all queries to the additional keys; of grids of different sizes as of packed
-    sequences, the queries of each and its additional keys."""
+    sequences, the queries of each and its additional keys.
+
+    Splits make a second axis of them: in each is an equal share of the queries, one after the
+    other, and all keys once more, which the window keeps apart from those of other splits.
+    """
     grids, context = problem.grids, problem.num_additional
-    if grids is None:
-        return dense_problem(problem, problem.num_queries, context)
-    dense = dense_problem(problem, grids.tokens, grids.number * context)
-    return replace(dense, varlen=True, max_seqlen_q=grids.longest, max_seqlen_kv=context)
+    if grids is not None:
+        dense = dense_problem(problem, grids.tokens, grids.number * context)
+        return replace(dense, varlen=True, max_seqlen_q=grids.longest, max_seqlen_kv=context)
+    dense = dense_problem(problem, problem.num_queries // splits, context)
+    if splits == 1:
+        return dense
+    return replace(
+        dense,
+        query_shape=(splits, *dense.query_shape),
+        key_shape=(splits, *dense.key_shape),
+        kernel_size=(1, *dense.kernel_size),
+        stride=(1, 1),
+        dilation=(1, 1),
+        is_causal=(False, False),
+        grid=(splits, *dense.grid),
+        query_origin=(0, 0),
+        key_origin=(0, 0),
+    )
 
 
 class Work(NamedTuple):
@@ -577,6 +603,35 @@ def fused_tiling(problem: Problem, query: Shape | None = None, key: Shape | None
     return Tiling(query, key, size.warps, size.stages, True, tma=True, ping_pong=True)
 
 
+# Queries that a program with additional keys visits at least, and most where several share them,
+# whose tiles kernels number. How often multiprocessors are to take one of these programs, at most.
+_LEAST_QUERIES, _MOST_QUERIES, _MOST_TURNS = 256, 2**20, 4
+
+
+def fused_additional(problem: Problem, launches: int, multiprocessors: int, most: int) -> Tiling:
+    """The tiling of `FUSED` for the additional keys. There may be few programs with all queries to
+    visit: up to ``most`` share these, so that multiprocessors are done with all soonest."""
+    tiling = fused_tiling(additional_problem(problem))
+    row_tiles = -(-problem.num_additional // prod(tiling.key))
+    programs = row_tiles * -(-problem.heads_kv // launches) * problem.batch
+    members = problem.heads // problem.heads_kv
+
+    def time(splits: int) -> float:
+        turns = -(-programs * splits // multiprocessors)
+        steps = -(-problem.num_queries // (splits * prod(tiling.query))) * members
+        return turns * (steps + FUSED.start)
+
+    most = min(most, _MOST_TURNS * multiprocessors // programs)
+    shares = [
+        splits
+        for splits in range(2, most + 1)
+        if problem.num_queries % splits == 0
+        and _LEAST_QUERIES <= problem.num_queries // splits <= _MOST_QUERIES
+    ]
+    splits = min((1, *shares), key=time)
+    return replace(fused_tiling(additional_problem(problem, splits)), splits=splits)
+
+
 @lru_cache(maxsize=4096)
 def float8_tiling(problem: Problem) -> Tiling:
     """The tiling of `FLOAT8`."""
@@ -586,14 +641,23 @@ def float8_tiling(problem: Problem) -> Tiling:
     return replace(tiling, whole=_whole(problem, tiling, False))
 
 
-def is_fused_faster(problem: Problem, query: Tiling, key_value: Tiling) -> bool:
-    """Whether `FUSED` is estimated to take less time than two kernels with these tilings."""
-    separate = _cost_of_two(problem, query, key_value)
+def _fused_time(problem: Problem, tiling: Tiling) -> float:
+    cost = FUSED.products * FUSED.cost(problem, tiling.query, tiling.key)
+    return cost / FUSED.rate(problem)
+
+
+def is_fused_faster(
+    problem: Problem, found: BackwardTilings, fused: Tiling, additional: Tiling | None
+) -> bool:
+    """Whether `FUSED`, with a tiling for the grid's keys and one for additional ones, is estimated
+    to take less time than the other kernels with those found."""
+    separate = _cost_of_two(problem, found)
     if separate / 7 * problem.heads * problem.batch * problem.head_dim < MIN_TMA_PRODUCTS:
         return False
-    tiling = fused_tiling(problem)
-    cost = FUSED.products * FUSED.cost(problem, tiling.query, tiling.key)
-    return cost / FUSED.rate(problem) < separate
+    together = _fused_time(problem, fused)
+    if additional is not None:
+        together += _fused_time(additional_problem(problem, additional.splits), additional)
+    return together < separate
 
 
 # The shapes that calls ran with, in the order of their first use, by all else that a kernel is
