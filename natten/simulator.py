@@ -161,6 +161,8 @@ _SINGLE = _FUSED._replace(
     warp_specialized=False,
 )
 _CONTEXT = _KEY_VALUE._replace(name="gradient of additional keys")
+# With the additional keys' part of the query's gradient.
+_FUSED_CONTEXT = _FUSED._replace(name=_CONTEXT.name)
 _BACKWARD_PRODUCTS = (3, 2)  # that cannot be avoided
 
 
@@ -599,7 +601,7 @@ def simulate_problem(
         kernels = [(_QUERY, tiling), (_KEY_VALUE, tiling)]
     backward = [_simulate_pass(problem, planned, device, aligned) for planned in kernels]
     if problem.num_additional:
-        backward.append(_simulate_context(problem, device))
+        backward.append(_simulate_context(problem, device, config))
     times = problem.batch * problem.heads
     dense = dense_of(problem)
     try:
@@ -616,21 +618,22 @@ def simulate_problem(
     )  # fmt: skip
 
 
-def _simulate_context(problem: Problem, device: Device) -> Pass:
+def _simulate_context(problem: Problem, device: Device, config: Config) -> Pass:
     """The kernel of the gradients of additional keys: dense attention of all queries to them."""
-    length = (max(problem.num_queries, problem.num_additional),)
-    context = replace(
-        dense_of(problem), key_shape=(problem.num_additional,), kernel_size=length, grid=length,
-        num_additional=0,
-    )  # fmt: skip
-    tiling = _Tiling((64,), (64,))
+    from natten.functional.backends.triton import tiles
+
+    kernel, tiling, splits = _CONTEXT, _Tiling((64,), (64,)), 1
     with suppress(RuntimeError):
         backend, there = gpu_backend(problem, device), on_gpu(problem)
         with devices.pretending(device):
-            tiling = _as_asked(
-                backend.backward_tilings(there, DEFAULT_CONFIG).additional, None, None
-            )
-    return _simulate_pass(context, (_CONTEXT, tiling), device, False)
+            chosen = backend.backward_tilings(there, config)
+        if chosen.fused:
+            kernel, splits = _FUSED_CONTEXT, chosen.fused_additional.splits
+        tiling = _as_asked(chosen.fused_additional or chosen.additional, None, None)
+    context = tiles.additional_problem(problem, splits)
+    found = _simulate_pass(context, (kernel, tiling), device, False)
+    # Queries of one share do not skip the copies of the keys that are for others.
+    return replace(found, skipped=0)
 
 
 def predict(
@@ -642,6 +645,8 @@ def predict(
     else:
         kernels = [_forward_kernel(problem, device, config)]
     passes = [_simulate_pass(problem, planned, device, False) for planned in kernels]
+    if backward and problem.num_additional:
+        passes.append(_simulate_context(problem, device, config))
     d, dv = problem.head_dim, problem.head_dim_v
     products = _BACKWARD_PRODUCTS if backward else _FORWARD.products
     needed = 2 * needed_pairs(problem) * (products[0] * d + products[1] * dv)

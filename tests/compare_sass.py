@@ -67,7 +67,7 @@ SETTINGS = [
     Setting("3d_d128", 90, (30, 48, 80), (18, 24, 24), 128),
     Setting("1d_varlen", 90, (4096,), (4096,), 128, {"varlen": True}),
     Setting("1d_negative", 90, (16384,), (4096,), 64, {"scale": -0.5}),
-    Setting("2d_additional", 90, (128, 128), (80, 80), 64, {"num_additional": 77}, backward=False),
+    Setting("2d_additional", 90, (128, 128), (80, 80), 64, {"num_additional": 77}),
     Setting("2d_packed", 90, (128, 128), (80, 80), 128, packed=True),
     # Triton on Hopper: descriptors and warp-group products.
     Setting("2d_bias", 90, (56, 56), (7, 7), 32, {"has_rpb": True}),

@@ -506,7 +506,7 @@ def gluon_family(number: int) -> Family:
         dilated=(False,) * rank,
         contiguous=random.random() < 0.7,
         rpb=False,
-        additional=random.random() < 0.2,
+        additional=random.random() < 0.4,
         negative=random.random() < 0.2,
         deterministic=False,
         lengths=False,
@@ -523,12 +523,22 @@ def check_gluon_problem(number: int, seed: int) -> None:
     # All gradients, which one kernel computes.
     case = replace(family_case(chosen, seed), frozen=())
     # Of every other family, scores are bounded, where they are in bfloat16.
-    with _bounding() if number % 2 else nullcontext(), _launched() as names:
+    with _bounding() if number % 2 else nullcontext(), _sharing_queries(), _launched() as names:
         check(case, "hopper", chosen.dtype, **dict(chosen.knobs))
     wanted = {"hopper_forward_kernel"}
-    if not case.additional and case.head_dim in tiles.FUSED.sizes:
+    if case.head_dim in tiles.FUSED.sizes:
         wanted.add("hopper_gradients_kernel")
     assert wanted <= names.keys(), f"{wanted - names.keys()} did not run, but {names}"
+
+
+@contextmanager
+def _sharing_queries() -> Iterator[None]:
+    """Inside, programs with additional keys share queries in one pass of all gradients however few
+    there are."""
+    triton_backends.HOPPER._backward_tilings.cache_clear()
+    with mock.patch.object(tiles, "_LEAST_QUERIES", 1):
+        yield
+    triton_backends.HOPPER._backward_tilings.cache_clear()
 
 
 # Kernels for grids of different sizes are compiled for each of these.
@@ -1177,6 +1187,20 @@ def check_one_pass() -> None:
         # Sums of so many heads as to be made in two launches, of two heads and of one.
         with mock.patch.object(triton_backends, "_SMALL_SUMS", 0):
             check(case, "hopper", BF16)
+        # Another launch for additional keys, so few that programs share queries unless forbidden.
+        for more in (
+            replace(case, kernel_size=(8192,), additional=77),
+            replace(case, kernel_size=(4000,), additional=300, batch=2, heads=6),
+            replace(case, tokens=(64, 128), kernel_size=(64, 128), additional=1,
+                    frozen=("additional_keys", "additional_values")),
+        ):  # fmt: skip
+            for is_parallel in (True, False):
+                with natten.use_kv_parallelism_in_fused_na(is_parallel), _launched() as names:
+                    check(more, "hopper", BF16)
+                assert names[name] == 2 * names["statistics_kernel"], names
+                assert ("merge_kernel" in names) == (is_parallel and not more.frozen), names
+            with mock.patch.object(triton_backends, "_SMALL_SUMS", 0):
+                check(more, "hopper", BF16)
 
 
 def check_precision() -> None:
@@ -1480,3 +1504,7 @@ def sanitized_cases() -> Iterator[tuple[str, Check]]:
             f"hopper one pass {case.name}",
             partial(compute, case, "hopper", FP16, "cuda", **knobs),
         )
+        if case.name in ("1d", "2d"):
+            more = replace(case, additional=70)
+            shared = partial(_compute_within, _sharing_queries(), more, "hopper", FP16, "cuda")
+            yield f"hopper one pass {case.name} additional", partial(shared, **knobs)

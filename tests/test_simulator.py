@@ -14,8 +14,8 @@ import torch
 
 import natten
 from natten import devices, window
-from natten.functional.problem import Problem
-from natten.simulator import make_problem, needed_pairs, simulate
+from natten.functional.problem import DEFAULT_CONFIG, Problem
+from natten.simulator import make_problem, needed_pairs, predict, simulate
 
 pytest.importorskip("triton")
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "h100.json"
@@ -152,6 +152,28 @@ def test_additional_keys_are_visited_by_every_row_tile() -> None:
     assert found.forward.visited - without.forward.visited == 16 * 2
     assert found.forward.full - without.forward.full == 16
     assert found.needed_pairs - without.needed_pairs == 256 * 20
+
+
+def test_gradients_of_additional_keys_are_as_planned() -> None:
+    """In one pass, and by a kernel of their own; either way the same pairs are needed."""
+    call = dict(shape=(128, 128), kernel_size=(80, 80), heads=8, additional=512)
+    tiles = {"backward_q_tile_shape": (8, 8), "backward_kv_tile_shape": (8, 8)}
+    one, two = (simulate(**call, **named) for named in ({}, tiles))
+    names = ["all gradients", "gradient of additional keys"]
+    assert [p.name for p in one.backward] == names
+    assert [p.name for p in two.backward] == ["query gradient", "key and value gradient", names[1]]
+    fused, alone = one.backward[1], two.backward[2]
+    assert (fused.warp_specialized, alone.warp_specialized) == (True, False)
+    assert (fused.q_tile_shape, fused.kv_tile_shape) == ((1, 64), (1, 128))
+    pairs = 8 * 128 * 128 * 512
+    assert (fused.executed_flops, alone.executed_flops) == (
+        2 * 5 * 128 * pairs,
+        2 * 4 * 128 * pairs,
+    )
+    assert fused.skipped == alone.skipped == 0
+    # Programs that share queries: four tiles of keys of each head, in each of four shares.
+    assert fused.row_tiles == 4 * 8 * 4
+    assert predict(one.problem, one.device, DEFAULT_CONFIG, True)[0] == one.backward_ms
 
 
 def test_boxes_of_a_grid_add_up_to_the_grid() -> None:

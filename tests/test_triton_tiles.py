@@ -155,6 +155,8 @@ def test_gradients_come_in_one_pass_where_that_is_faster(monkeypatch: pytest.Mon
             "dilation": _large(kernel_size=(30, 30), dilation=(1, 2)),
             "bias": replace(_large(), has_rpb=True),
             "context": replace(_large(), num_additional=64),
+            "lengths": replace(_large(), num_additional=64, has_lengths=True),
+            "context of a small window": replace(_large(kernel_size=(7, 7)), num_additional=77),
             "small": _large(shape=(2048,), kernel_size=(2048,)),
         }
         together = {
@@ -166,6 +168,7 @@ def test_gradients_come_in_one_pass_where_that_is_faster(monkeypatch: pytest.Mon
         "dense",
         "head_dim 64",
         "head_dim 96",
+        "context",
     ]
     assert (prod(together["dense"].query), prod(together["dense"].key)) == (64, 128)
     assert (prod(together["head_dim 64"].query), prod(together["head_dim 64"].key)) == (128, 128)

@@ -608,6 +608,13 @@ def fused_tiling(problem: Problem, query: Shape | None = None, key: Shape | None
 _LEAST_QUERIES, _MOST_QUERIES, _MOST_TURNS = 256, 2**20, 4
 
 
+def shared_queries(tiling: Tiling, splits: int) -> Tiling:
+    """The tiling of programs that share the queries, with the axis of splits that
+    `additional_problem` has. Tiles of one split each: others would be further kernels to compile.
+    """
+    return replace(tiling, query=(1, *tiling.query), key=(1, *tiling.key), splits=splits)
+
+
 def fused_additional(problem: Problem, launches: int, multiprocessors: int, most: int) -> Tiling:
     """The tiling of `FUSED` for the additional keys. There may be few programs with all queries to
     visit: up to ``most`` share these, so that multiprocessors are done with all soonest."""
@@ -629,7 +636,7 @@ def fused_additional(problem: Problem, launches: int, multiprocessors: int, most
         and _LEAST_QUERIES <= problem.num_queries // splits <= _MOST_QUERIES
     ]
     splits = min((1, *shares), key=time)
-    return replace(fused_tiling(additional_problem(problem, splits)), splits=splits)
+    return tiling if splits == 1 else shared_queries(tiling, splits)
 
 
 @lru_cache(maxsize=4096)
