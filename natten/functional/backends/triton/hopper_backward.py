@@ -5,7 +5,8 @@ Two groups of four warps own half of a key tile each and visit the queries that 
 of queries are sums over all key tiles: the halves share the scores' gradients in memory, each
 multiplies them with half the features of the keys, and the memory accelerator adds the product to a
 sum in global memory. That is five matrix products where the kernels of `backward.py` compute
-seven, but the order of the additions is left to chance.
+seven, but the order of the additions is left to chance. Additional keys have a launch of their own,
+as of dense attention, which adds to the same sums.
 
 Time goes down: what each half does in step i, both at their own pace.
 
@@ -604,9 +605,7 @@ def _additional_launches(
     query, *_, grad_out = tensors
     splits = tiling.splits
     dense = additional_problem(problem, splits)
-    query, grad_out = [
-        t.reshape(-1, *dense.query_shape, *t.shape[-2:]) for t in (query, grad_out)
-    ]  # fmt: skip
+    query, grad_out = [t.reshape(-1, *dense.query_shape, *t.shape[-2:]) for t in (query, grad_out)]
     key, value = [
         t.unsqueeze(1).expand(-1, splits, -1, -1, -1).reshape(-1, *dense.key_shape, *t.shape[-2:])
         for t in additional
@@ -653,9 +652,8 @@ def gradients(
         (*query.shape[:-2], group * members, block(problem.head_dim)),
         dtype=torch.float32, device=query.device,
     )  # fmt: skip
-    runs = [
-        _launches(problem, tiling, sequences, tensors, statistics, cumulative, tuple(others))
-    ]  # fmt: skip
+    keys = tuple(others)
+    runs = [_launches(problem, tiling, sequences, tensors, statistics, cumulative, keys)]
     if additional_tiling is not None:
         runs.append(
             _additional_launches(

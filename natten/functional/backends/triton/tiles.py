@@ -425,6 +425,7 @@ def dense_problem(problem: Problem, num_queries: int, num_keys: int) -> Problem:
     )
 
 
+@lru_cache(maxsize=4096)
 def additional_problem(problem: Problem, splits: int = 1) -> Problem:
     """Attention of all queries to the additional keys; of grids of different sizes as of packed
     sequences, the queries of each and its additional keys.
