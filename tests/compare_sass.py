@@ -69,6 +69,7 @@ SETTINGS = [
     Setting("1d_negative", 90, (16384,), (4096,), 64, {"scale": -0.5}),
     Setting("2d_additional", 90, (128, 128), (80, 80), 64, {"num_additional": 77}),
     Setting("2d_packed", 90, (128, 128), (80, 80), 128, packed=True),
+    Setting("2d_dilated", 90, (128, 128), (64, 32), 128, {"dilation": (2, 4), "heads_kv": 2}),
     # Triton on Hopper: descriptors and warp-group products.
     Setting("2d_bias", 90, (56, 56), (7, 7), 32, {"has_rpb": True}),
     Setting("2d_bias_in_order", 90, (56, 56), (7, 7), 32, {"has_rpb": True}, {}, True, False,

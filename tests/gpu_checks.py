@@ -498,12 +498,14 @@ def gluon_family(number: int) -> Family:
     drawn = Random(f"scores of {number}")
     scores = {name: drawn.random() < 0.15 for name in ("sink", "query_mask")}
     scores = {**PLAIN_SCORES, **scores}
+    drawn = Random(f"dilation of {number}")
+    likely = drawn.choice((0.0, 0.8))
     return Family(
         rank, tuple(random.random() < 0.25 for _ in range(rank)), "hopper",
         random.choice((BF16, FP16)), head_dim, head_dim,
         group=random.choice((1, 1, 3)),
         strided=tuple(random.random() < 0.4 for _ in range(rank)),
-        dilated=(False,) * rank,
+        dilated=tuple(drawn.random() < likely for _ in range(rank)),
         contiguous=random.random() < 0.7,
         rpb=False,
         additional=random.random() < 0.4,
@@ -517,11 +519,22 @@ def gluon_family(number: int) -> Family:
     )  # fmt: skip
 
 
+def in_equal_groups(case: Case) -> Case:
+    """The case on a whole grid whose dilation groups have as many tokens each."""
+    extents = case.grid or case.tokens
+    grid = tuple(-(-n // d) * d for n, d in zip(extents, case.dilation))
+    return replace(
+        case, tokens=grid, key_tokens=grid, grid=None, query_origin=None, key_origin=None
+    )
+
+
 def check_gluon_problem(number: int, seed: int) -> None:
     """Check problem ``seed`` of such a family, and that these kernels computed what they can."""
     chosen = gluon_family(number)
     # All gradients, which one kernel computes.
     case = replace(family_case(chosen, seed), frozen=())
+    if any(d > 1 for d in case.dilation):
+        case = in_equal_groups(case)
     # Of every other family, scores are bounded, where they are in bfloat16.
     with _bounding() if number % 2 else nullcontext(), _sharing_queries(), _launched() as names:
         check(case, "hopper", chosen.dtype, **dict(chosen.knobs))
@@ -884,6 +897,37 @@ def check_bounded_scores() -> None:
             errors.append((out.double() - exact)[finite].abs().max())
             torch.testing.assert_close(lse[rows], exact_lse[rows].float(), rtol=1e-3, atol=1e-3)
         assert errors[1] <= 1.1 * errors[0], errors
+
+
+def check_dilation_groups() -> None:
+    """Hopper's own kernels read nothing of other dilation groups and batch entries: NaN stays in
+    its group. Of packed tensors, and of contiguous ones."""
+    if not has_hopper():
+        return
+    for grid, dilation in (((600,), (3,)), ((40, 36), (2, 3)), ((10, 12, 16), (2, 3, 4))):
+        rank, kernel_size = len(grid), tuple(n // d - 1 for n, d in zip(grid, dilation))
+        packed = torch.randn(3, *grid, 3, 2, 128, device="cuda", dtype=BF16)
+        group = (1, *(slice(d - 1, None, d) for d in dilation))
+        spoilt = packed.clone()
+        spoilt[group] = torch.nan
+        others = torch.ones(3, *grid, dtype=torch.bool, device="cuda")
+        others[group] = False
+        fast = {"kernel_size": kernel_size, "dilation": dilation, "kernel_schedule": "pp"}
+        tile = (1,) * (rank - 1)
+        fast |= {"backward_q_tile_shape": (*tile, 64), "backward_kv_tile_shape": (*tile, 128)}
+        for is_packed in (True, False):
+            results = []
+            for tensor in (packed, spoilt):
+                views = [t if is_packed else t.contiguous() for t in tensor.unbind(-3)]
+                leaves = [t.detach().requires_grad_() for t in views]
+                with _launched() as names:
+                    out = getattr(natten, f"na{rank}d")(*leaves, backend="hopper-fna", **fast)
+                    gradients = torch.autograd.grad(out.sum(), leaves)
+                assert {"hopper_forward_kernel", "hopper_gradients_kernel"} <= names.keys(), names
+                results.append([t[others] for t in (out, *gradients)])
+            for got, wanted in zip(*results):
+                # Sums for queries are added in any order.
+                torch.testing.assert_close(got, wanted, atol=2e-2, rtol=2e-2)
 
 
 def check_shared_keys() -> None:
@@ -1372,6 +1416,7 @@ def check_training_step() -> None:
 SINGLE: dict[str, Check] = {
     "training_step": check_training_step,
     "schedules": check_schedules,
+    "dilation_groups": check_dilation_groups,
     **PACKED_BITS,
     "entries_bits": check_entries_bits,
     "packed": check_packed_gradients,

@@ -135,6 +135,19 @@ def test_problems(compiled):
     assert len({programs for _, programs in compiled}) == 2
 
 
+def test_kernels_of_dilation_groups(compiled):
+    """Hopper's own, as without dilation."""
+    if launcher.in_gluon("hopper_forward") is None:
+        pytest.skip("this Triton has no Gluon")
+    problem = make_problem(
+        (256, 256), (128, 32), dilation=(1, 4), heads=8, head_dim=128, dtype=torch.bfloat16
+    )
+    natten.precompile(problem, gpu="h100")
+    assert {name for name, _ in compiled} == {
+        "longest_kernel", "hopper_forward_kernel", "statistics_kernel", "hopper_gradients_kernel",
+    }  # fmt: skip
+
+
 def test_whatever_the_order_of_the_sizes_will_be():
     """Tiles are those that each size has where it is the first, not those of sizes before it."""
     grids = [(40 + 9 * n, 31 + 5 * n) for n in range(12)]

@@ -59,6 +59,7 @@ class Setting:
     head_dim: int
     heads: int = 8
     batch: int = 1
+    dilation: tuple[int, ...] = ()
     is_causal: tuple[bool, ...] = ()
     is_circular: tuple[bool, ...] = ()
     upsampling: tuple[int, ...] = ()
@@ -87,9 +88,10 @@ class Setting:
         queries = tuple(n * r for n, r in zip(self.tokens, self.upsampling or ones))
         return Problem(
             self.batch, queries, self.tokens, self.heads, self.heads, self.head_dim,
-            self.head_dim, self.kernel_size, ones, ones, self.is_causal or (False,) * rank,
-            self.tokens, zeros, zeros, self.head_dim**-0.5, self.additional, self.lengths,
-            self.rpb, is_circular=self.is_circular, upsampling=self.upsampling,
+            self.head_dim, self.kernel_size, ones, self.dilation or ones,
+            self.is_causal or (False,) * rank, self.tokens, zeros, zeros, self.head_dim**-0.5,
+            self.additional, self.lengths, self.rpb,
+            is_circular=self.is_circular, upsampling=self.upsampling,
             softcap=30.0 * self.scores, has_sink=self.scores, has_key_mask=self.scores,
             has_query_mask=self.scores, grids=self.grids(), dtype=torch.bfloat16,
             device=torch.device("cuda"), requires_grad=self.backward,
@@ -114,6 +116,7 @@ MORE_SETTINGS = [
     Setting("2d_d64", 90, (128, 128), (13, 13), 64, additional=77),
     Setting("2d_d64_lengths", 90, (128, 128), (13, 13), 64, additional=77, lengths=True),
     Setting("2d_d128", 90, (256, 256), (80, 80), 128, heads=24),
+    Setting("2d_d128_dilated", 90, (256, 256), (80, 40), 128, heads=24, dilation=(2, 4)),
     Setting("3d_d32", 90, (16, 32, 32), (5, 7, 7), 32),
     Setting("3d_d64", 90, (16, 32, 32), (9, 13, 13), 64, rpb=True),
     Setting("1d_d128", 90, (16384,), (16384,), 128),
@@ -304,6 +307,7 @@ def test_descriptors() -> None:
 
 @pytest.mark.parametrize("title", [
     "sm_90/1d_d64", "sm_90/1d_d128_causal", "sm_90/3d_d128", "sm_90/1d_d96", "sm_90/2d_d80",
+    "sm_90/2d_d128_dilated",
 ])  # fmt: skip
 def test_products_of_the_ping_pong_kernel_stay_in_flight(title: str) -> None:
     """Products of the warp-specialized kernel stay in flight: the assembler waits for each of them
@@ -326,6 +330,7 @@ def test_products_of_the_ping_pong_kernel_stay_in_flight(title: str) -> None:
 
 @pytest.mark.parametrize("title", [
     "sm_90/1d_d128_causal", "sm_90/2d_d128", "sm_90/1d_d64_dense", "sm_90/1d_d96",
+    "sm_90/2d_d128_dilated",
 ])  # fmt: skip
 def test_gradients_in_one_pass(title: str) -> None:
     """The same of the kernel for all gradients, of the grid's keys and of additional ones; it is

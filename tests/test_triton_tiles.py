@@ -124,7 +124,13 @@ def test_warp_groups_run_apart_where_that_is_faster() -> None:
             "head_dim 112": _large(head_dim=112),
             "small window": _large(kernel_size=(7, 7)),
             "head_dim 32": _large(head_dim=32),
-            "dilation": _large(kernel_size=(30, 30), dilation=(1, 2)),
+            "dilation": _large(kernel_size=(60, 30), dilation=(1, 2)),
+            "dilation in space": _large(
+                shape=(32, 48, 80), kernel_size=(16, 24, 20), dilation=(2, 1, 4)
+            ),
+            "unequal groups": _large(kernel_size=(60, 40), dilation=(1, 3)),
+            "a box": replace(_large(kernel_size=(60, 30), dilation=(1, 2)), query_shape=(64, 128)),
+            "small groups": _large(kernel_size=(4, 4), dilation=(32, 32)),
             "float32": _large(dtype=torch.float32),
             "bias": replace(_large(), has_rpb=True),
             "lengths": replace(_large(), num_additional=64, has_lengths=True),
@@ -134,7 +140,8 @@ def test_warp_groups_run_apart_where_that_is_faster() -> None:
             for name, problem in chosen.items()
         }
     assert [name for name, chosen in ping_pong.items() if chosen] == [
-        "large", "dense", "head_dim 64", "values", "head_dim 96", "head_dim 80",
+        "large", "dense", "head_dim 64", "values", "head_dim 96", "head_dim 80", "dilation",
+        "dilation in space",
     ]  # fmt: skip
 
 
@@ -152,7 +159,8 @@ def test_gradients_come_in_one_pass_where_that_is_faster(monkeypatch: pytest.Mon
             "head_dim 48": _large(head_dim=48),
             "small window": _large(kernel_size=(7, 7)),
             "space": _large(shape=(30, 48, 80), kernel_size=(18, 24, 24)),
-            "dilation": _large(kernel_size=(30, 30), dilation=(1, 2)),
+            "dilation": _large(shape=(256, 256), kernel_size=(128, 64), dilation=(1, 2)),
+            "unequal groups": _large(shape=(256, 256), kernel_size=(128, 64), dilation=(1, 3)),
             "bias": replace(_large(), has_rpb=True),
             "context": replace(_large(), num_additional=64),
             "lengths": replace(_large(), num_additional=64, has_lengths=True),
@@ -169,6 +177,7 @@ def test_gradients_come_in_one_pass_where_that_is_faster(monkeypatch: pytest.Mon
         "head_dim 64",
         "head_dim 96",
         "context",
+        "dilation",
     ]
     assert (prod(together["dense"].query), prod(together["dense"].key)) == (64, 128)
     assert (prod(together["head_dim 64"].query), prod(together["head_dim 64"].key)) == (128, 128)

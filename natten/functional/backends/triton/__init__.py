@@ -478,7 +478,7 @@ class _Hopper(_Descriptors):
                 f"in 8 bits, head_dim and head_dim_v must be equal and one of {widths}, got "
                 f"{problem.head_dim} and {problem.head_dim_v}"
             )
-        if any(d > 1 for d in problem.dilation):
+        if tiles.is_dilated(problem):
             return f"in 8 bits, dilation must be 1, got {problem.dilation}"
         return None
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from natten.devices import capability
-from natten.functional.backends.triton.tiles import Tiling, block, parts
+from natten.functional.backends.triton.tiles import Tiling, block, is_dilated, parts
 from natten.functional.problem import Grid, Grids, Problem
 
 LOG2_E = 1.4426950408889634
@@ -161,6 +161,11 @@ def strides_of(stride: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of batch, three axes of tokens, and heads, from those of a tensor."""
     batch, *tokens, head, _ = stride
     return (batch, *pad(tokens, 0), head)
+
+
+def group_steps(problem: Problem, stride: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Strides of three axes of tokens, where there are several dilation groups; else None."""
+    return unspecialized(strides_of(stride)[1:4]) if is_dilated(problem) else None
 
 
 def statistic_strides(shape: Sequence[int], heads: int, heads_last: bool) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ has one that takes less, for large windows.
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import torch
 import triton
@@ -126,8 +126,9 @@ class BackwardPass:
         # Each of them is read as columns by one of the kernels.
         describe = self.fused is not None
         separate = self.single is None
-        query_layout = describable if describe or (separate and tilings.key_value.tma) else readable
-        key_layout = describable if describe or (separate and tilings.query.tma) else readable
+        described = partial(describable, dilation=problem.dilation)
+        query_layout = described if describe or (separate and tilings.key_value.tma) else readable
+        key_layout = described if describe or (separate and tilings.query.tma) else readable
         self.query, self.grad_out = query_layout(query), query_layout(grad_out)
         self.key, self.value = key_layout(key), key_layout(value)
         self.rpb = rpb

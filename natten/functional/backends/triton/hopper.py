@@ -254,6 +254,22 @@ def row_corner(half, corner, origins, first, TILE: gl.constexpr):
 
 
 @gluon.jit
+def group_start(group, steps, RANK: gl.constexpr):
+    """What coordinates of the features of a dilation group begin with, see `launcher.descriptor`.
+    `group` is the place of its first token, `steps` what `arguments.group_steps` gives."""
+    if steps is None:
+        return 0
+    else:
+        step_x, step_y, step_z = decode(steps)
+        start = group[2] * step_z
+        if RANK >= 2:
+            start += group[1] * step_y
+        if RANK == 3:
+            start += group[0] * step_x
+        return start.to(gl.int32)
+
+
+@gluon.jit
 def sight(begin, width, exists):
     """Along one axis: where the windows of the rows that exist begin and end, together (two
     numbers) and in common (two more)."""

@@ -67,6 +67,7 @@ from natten.functional.backends.triton.hopper import (
     as_numbers,
     barriers,
     descriptor,
+    group_start,
     in_flight,
     load_async,
     loaded_ring,
@@ -103,10 +104,17 @@ from natten.functional.problem import Problem
 
 
 class Strides(NamedTuple):
-    """Strides of batch, three axes of tokens, and heads, see `arguments.Common.steps`."""
+    """Strides of batch, three axes of tokens, and heads, see `arguments.Common.steps`; of what has
+    descriptors, `arguments.group_steps`."""
 
     key_gradient: Any
     value_gradient: Any
+    query: Any
+    key: Any
+    value: Any
+    out_gradient: Any
+    statistics: Any
+    query_sums: Any
 
 
 class Data(NamedTuple):
@@ -128,6 +136,17 @@ class Sources(NamedTuple):
     query: Any
     key: Any
     value: Any
+    out_gradient: Any
+    statistics: Any
+    query_sums: Any
+
+
+class Starts(NamedTuple):
+    """What coordinates of queries begin with: of tokens, the first of a sequence; of features,
+    `group_start` in each tensor."""
+
+    sequence: Any
+    query: Any
     out_gradient: Any
     statistics: Any
     query_sums: Any
@@ -189,17 +208,18 @@ def place_of(i, steps, kv_head, box, V: gl.constexpr):
 
 @gluon.jit
 def load_queries(
-    HALF: gl.constexpr, i, place, sequence, sources, batch, heads, shared, V: gl.constexpr
+    HALF: gl.constexpr, i, place, starts, sources, batch, heads, shared, V: gl.constexpr
 ):  # fmt: skip
     """Starts to load the i-th tile: the first half queries, the second all else about them."""
     head, corner = place
     stage = i % V.STAGES
-    z = sequence + corner[2]
+    z = starts.sequence + corner[2]
+    feature = head * V.FEATURES
     if HALF == 0:
         full = shared.queries.full.index(stage)
         mbarrier.expect(full, sources.query.block_type.nbytes)
         load_async(
-            sources.query, [batch, corner[0], corner[1], z, head * V.FEATURES], full,
+            sources.query, [batch, corner[0], corner[1], z, starts.query + feature], full,
             shared.queries.buffers.index(stage),
         )  # fmt: skip
     else:
@@ -208,11 +228,12 @@ def load_queries(
         mbarrier.expect(full, sources.out_gradient.block_type.nbytes)
         mbarrier.expect(statistics_full, sources.statistics.block_type.nbytes)
         load_async(
-            sources.out_gradient, [batch, corner[0], corner[1], z, head * V.FEATURES], full,
+            sources.out_gradient,
+            [batch, corner[0], corner[1], z, starts.out_gradient + feature], full,
             shared.gradients.buffers.index(stage),
         )  # fmt: skip
         load_async(
-            sources.statistics, [batch * heads + head, corner[0], corner[1], z, 0],
+            sources.statistics, [batch * heads + head, corner[0], corner[1], z, starts.statistics],
             statistics_full, shared.statistics.buffers.index(stage),
         )  # fmt: skip
 
@@ -250,7 +271,7 @@ def multiply_keys(score_gradients, keys, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def add_queries(
-    part, place, queries, query_sums, sums, batch, first_head, HALF: gl.constexpr,
+    part, place, starts, query_sums, sums, batch, first_head, HALF: gl.constexpr,
     V: gl.constexpr,
 ):  # fmt: skip
     """Starts to add a half's share of a tile's query gradients to memory."""
@@ -261,8 +282,8 @@ def add_queries(
     add_to_global(
         query_sums,
         [
-            batch, corner[0], corner[1], queries + corner[2],
-            (head - first_head) * V.BLOCK + HALF * WIDTH,
+            batch, corner[0], corner[1], starts.sequence + corner[2],
+            starts.query_sums + (head - first_head) * V.BLOCK + HALF * WIDTH,
         ],
         sums,
     )  # fmt: skip
@@ -270,7 +291,7 @@ def add_queries(
 
 @gluon.jit
 def add_step(
-    i, place, keys, sequence, sources, shared, batch, first_head, HALF: gl.constexpr,
+    i, place, keys, starts, sources, shared, batch, first_head, HALF: gl.constexpr,
     V: gl.constexpr,
 ):  # fmt: skip
     """Computes what step i is to add to a half's share of the queries' gradients, and starts to
@@ -282,7 +303,7 @@ def add_step(
     part = warpgroup_mma_wait(0, deps=[part])
     mbarrier.arrive(ring.empty.index(i & 1))
     add_queries(
-        part, place, sequence, sources.query_sums, shared.sums.index(HALF), batch, first_head,
+        part, place, starts, sources.query_sums, shared.sums.index(HALF), batch, first_head,
         HALF, V,
     )  # fmt: skip
 
@@ -320,7 +341,15 @@ def attend_back(
     kv_head, batch, memory_batch = at
     kv_head += first_head
     width = rows.width
-    sequence = grid.sequence
+    group, steps_of = grid.memory, data.strides
+    starts = Starts(
+        grid.sequence,
+        group_start(group, steps_of.query, V.RANK),
+        group_start(group, steps_of.out_gradient, V.RANK),
+        group_start(group, steps_of.statistics, V.RANK),
+        group_start(group, steps_of.query_sums, V.RANK),
+    )
+    row_start = group_start(group, steps_of.value if HALF else steps_of.key, V.RANK)
     own = sights(rows.begin, width, rows.exists, V.RANK)
     # Rows that do not exist see nothing: unmasked, they would add to the queries' gradients.
     widths = width[2]
@@ -336,13 +365,14 @@ def attend_back(
     x, y, z = row_corner(0, rows.corner, data.window.key_origins, row_first, KEY_TILE)
     mbarrier.expect(shared.rows_full.index(HALF), sources.key.block_type.nbytes)
     load_async(
-        sources.key if HALF == 0 else sources.value, [memory_batch, x, y, z, kv_head * FEATURES],
+        sources.key if HALF == 0 else sources.value,
+        [memory_batch, x, y, z, row_start + kv_head * FEATURES],
         shared.rows_full.index(HALF), shared.key if HALF == 0 else shared.value,
     )  # fmt: skip
     for i in gl.static_range(STAGES):
         if i < total:
             load_queries(
-                HALF, i, place_of(i, steps, kv_head, box, V), sequence, sources, memory_batch,
+                HALF, i, place_of(i, steps, kv_head, box, V), starts, sources, memory_batch,
                 heads * V.HEADS_PER_KV, shared, V,
             )  # fmt: skip
 
@@ -413,7 +443,7 @@ def attend_back(
                 mbarrier.arrive(gradients.empty.index(stage))
                 value_sums = in_flight(value_sums)
                 add_queries(
-                    part, place_of(i - 1, steps, kv_head, box, V), sequence, sources.query_sums,
+                    part, place_of(i - 1, steps, kv_head, box, V), starts, sources.query_sums,
                     sums, memory_batch, first_head * V.HEADS_PER_KV, HALF, V,
                 )  # fmt: skip
                 key_sums = wait(key_sums)
@@ -441,7 +471,7 @@ def attend_back(
             mbarrier.arrive(score_gradients.full.index(here))
             if i > 0:
                 add_step(
-                    i - 1, place_of(i - 1, steps, kv_head, box, V), key_features, sequence, sources,
+                    i - 1, place_of(i - 1, steps, kv_head, box, V), key_features, starts, sources,
                     shared, memory_batch, first_head * V.HEADS_PER_KV, HALF, V,
                 )  # fmt: skip
         if i + STAGES < total:
@@ -450,13 +480,13 @@ def attend_back(
             else:
                 mbarrier.wait(gradients.empty.index(stage), phase)
             load_queries(
-                HALF, i + STAGES, place_of(i + STAGES, steps, kv_head, box, V), sequence, sources,
+                HALF, i + STAGES, place_of(i + STAGES, steps, kv_head, box, V), starts, sources,
                 memory_batch, heads * V.HEADS_PER_KV, shared, V,
             )  # fmt: skip
     key_sums, value_sums = wait_for_both(key_sums, value_sums)
     if total > 0:
         add_step(
-            total - 1, place_of(total - 1, steps, kv_head, box, V), key_features, sequence, sources,
+            total - 1, place_of(total - 1, steps, kv_head, box, V), key_features, starts, sources,
             shared, memory_batch, first_head * V.HEADS_PER_KV, HALF, V,
         )  # fmt: skip
     key_sums = scaled(key_sums, gl.full([ROWS], 1.0, gl.float32, row_layout) * scales.gradients)
@@ -534,12 +564,14 @@ def _launch(
     tiling: Tiling,
     sequences: int,
     strides: tuple[tuple[int, ...], ...],
+    sums: tuple[tuple[int, ...], ...],
     gradients: tuple[tuple[int, ...], ...],
     first_head: int,
     group_heads: int,
 ) -> Launch:
-    """``strides`` are those of query, key, value and the output's gradient, ``gradients`` those of
-    the gradients of key and value."""
+    """``strides`` are those of query, key, value and the output's gradient, ``sums`` those of
+    statistics and the sums for the query's gradient, ``gradients`` those of the gradients of key
+    and value."""
     common = arguments.common(
         problem, tiling, sequences, "tf32", strides, *gradients, inverse=True
     )  # fmt: skip
@@ -551,7 +583,11 @@ def _launch(
         group=Data,
         alone=6,
         grouped=(
-            Strides(key_gradient, value_gradient), common.window._replace(bias_paddings=None),
+            Strides(
+                key_gradient, value_gradient,
+                *(arguments.group_steps(problem, stride) for stride in (*strides, *sums)),
+            ),
+            common.window._replace(bias_paddings=None),
         ),
         options=common.options,
         tiles=(tiling, KEY_VALUE_GRADIENT),
@@ -574,19 +610,24 @@ def _launches(
     strides, gradients = tuple([t.stride() for t in tensors]), tuple([t.stride() for t in results])
     statistics = statistics.view(-1, *problem.query_shape, 1, statistics.shape[-1])
     query_tile, key_tile = arguments.pad(tiling.query, 1), arguments.pad(tiling.key, 1)
+    dilation = problem.dilation
     descriptors = (
-        launcher.descriptor(query, query_tile, descriptor),
-        launcher.descriptor(key, key_tile, descriptor),
-        launcher.descriptor(value, key_tile, descriptor),
-        launcher.descriptor(grad_out, query_tile, descriptor),
-        launcher.descriptor(statistics, query_tile, statistics_descriptor),
+        launcher.descriptor(query, query_tile, descriptor, dilation),
+        launcher.descriptor(key, key_tile, descriptor, dilation),
+        launcher.descriptor(value, key_tile, descriptor, dilation),
+        launcher.descriptor(grad_out, query_tile, descriptor, dilation),
+        launcher.descriptor(statistics, query_tile, statistics_descriptor, dilation),
     )
 
     def run(sums: Tensor, first: int, heads: int) -> None:
         sums = sums.view(-1, *problem.query_shape, *sums.shape[-2:])
-        _launch(problem, tiling, sequences, strides, gradients, first, heads).run(
-            *descriptors, launcher.descriptor(sums, query_tile, sums_descriptor), *results,
-            *cumulative,
+        launch = _launch(
+            problem, tiling, sequences, strides, (statistics.stride(), sums.stride()), gradients,
+            first, heads,
+        )  # fmt: skip
+        launch.run(
+            *descriptors, launcher.descriptor(sums, query_tile, sums_descriptor, dilation),
+            *results, *cumulative,
         )  # fmt: skip
 
     return run

@@ -50,6 +50,7 @@ from natten.functional.backends.triton.hopper import (
     barriers,
     descriptor,
     divided,
+    group_start,
     in_flight,
     kept,
     load_async,
@@ -94,11 +95,15 @@ _PARTS = gl.constexpr(norms.PARTS)
 
 
 class Strides(NamedTuple):
-    """Strides of batch, three axes of tokens, and heads, see `arguments.Common.steps`."""
+    """Strides of batch, three axes of tokens, and heads, see `arguments.Common.steps`; of what
+    descriptors load, `arguments.group_steps`."""
 
     out: Any
     lse: Any
     query_mask: Any
+    query: Any
+    key: Any
+    value: Any
 
 
 class Data(NamedTuple):
@@ -135,8 +140,11 @@ class Shared(NamedTuple):
 
 
 @gluon.jit
-def load_tile(t, steps, box, source, additional, at, sequence, feature, ring, V: gl.constexpr):
-    """Starts to load the t-th tile of keys or values."""
+def load_tile(
+    t, steps, box, source, additional, at, sequence, start, feature, ring, V: gl.constexpr
+):  # fmt: skip
+    """Starts to load the t-th tile of keys or values, of a sequence or a dilation group that has
+    its `group_start`."""
     KEY_TILE: gl.constexpr = V.KEY_TILE
     bar = ring.full.index(t % V.STAGES)
     buffer = ring.buffers.index(t % V.STAGES)
@@ -150,7 +158,7 @@ def load_tile(t, steps, box, source, additional, at, sequence, feature, ring, V:
             buffer.reshape(additional.block_type.shape), pred=t >= steps,
         )  # fmt: skip
     load_async(
-        source, [at.memory_batch, corner[0], corner[1], sequence + corner[2], feature], bar,
+        source, [at.memory_batch, corner[0], corner[1], sequence + corner[2], start + feature], bar,
         buffer, pred=in_grid,
     )  # fmt: skip
 
@@ -179,6 +187,8 @@ def attend(
     )
     head, batch, memory_batch = at
     sequence = grid.sequence
+    query_start = group_start(grid.memory, data.strides.query, V.RANK)
+    start = group_start(grid.memory, data.strides.value if HALF else data.strides.key, V.RANK)
     kv_head = head // V.HEADS_PER_KV
     steps = column_steps(box)
     all_steps = steps
@@ -189,20 +199,20 @@ def attend(
     x, y, z = row_corner(HALF, rows.corner, data.window.query_origins, row_first, QUERY_TILE)
     mbarrier.expect(shared.query_full.index(HALF), sources.query.block_type.nbytes)
     load_async(
-        sources.query, [memory_batch, x, y, z, head * FEATURES], shared.query_full.index(HALF),
-        shared.query.index(HALF),
+        sources.query, [memory_batch, x, y, z, query_start + head * FEATURES],
+        shared.query_full.index(HALF), shared.query.index(HALF),
     )  # fmt: skip
     for t in gl.static_range(STAGES):
         if t < all_steps:
             if HALF == 0:
                 load_tile(
                     t, steps, box, sources.key, sources.additional_key, at, sequence,
-                    kv_head * FEATURES, keys, V,
+                    start, kv_head * FEATURES, keys, V,
                 )  # fmt: skip
             else:
                 load_tile(
                     t, steps, box, sources.value, sources.additional_value, at, sequence,
-                    kv_head * VALUE_FEATURES, values, V,
+                    start, kv_head * VALUE_FEATURES, values, V,
                 )  # fmt: skip
 
     exists = rows.exists
@@ -273,7 +283,7 @@ def attend(
                 mbarrier.wait(keys.empty.index(stage), phase)
                 load_tile(
                     t + STAGES, steps, box, sources.key, sources.additional_key, at, sequence,
-                    kv_head * FEATURES, keys, V,
+                    start, kv_head * FEATURES, keys, V,
                 )  # fmt: skip
         else:
             # The product with the last tile of values runs until the next step.
@@ -284,7 +294,7 @@ def attend(
                 )
                 load_tile(
                     t + STAGES - 1, steps, box, sources.value, sources.additional_value, at,
-                    sequence, kv_head * VALUE_FEATURES, values, V,
+                    sequence, start, kv_head * VALUE_FEATURES, values, V,
                 )  # fmt: skip
     sums = wait(sums)
 
@@ -378,7 +388,10 @@ def _launch(
         group=Data,
         alone=5,
         grouped=(
-            Strides(common.steps(out), lse, query_mask),
+            Strides(
+                common.steps(out), lse, query_mask,
+                *(arguments.group_steps(problem, stride) for stride in strides),
+            ),
             common.window._replace(bias_paddings=None),
         ),
         options=common.options,
@@ -403,7 +416,7 @@ def forward(
     problem: Problem, tiling: Tiling, inputs: Inputs, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """out, written into a view if one is given, and logsumexp."""
-    query, key, value = map(describable, (inputs.query, inputs.key, inputs.value))
+    query, key, value = (describable(tensor, problem.dilation) for tensor in inputs[:3])
     cumulative_query = launcher.adjacent(inputs.cumulative_seqlen_q)
     if out is None:
         out = launcher.allocate(problem, problem.output_shape, query.dtype, query.device)
@@ -428,9 +441,9 @@ def forward(
     tokens = (1, 1, variant.KEYS)
     launcher.run_all(
         launches,
-        launcher.descriptor(query, half(variant.QUERY_TILE), descriptor),
-        launcher.descriptor(key, variant.KEY_TILE, descriptor),
-        launcher.descriptor(value, variant.KEY_TILE, descriptor),
+        launcher.descriptor(query, half(variant.QUERY_TILE), descriptor, problem.dilation),
+        launcher.descriptor(key, variant.KEY_TILE, descriptor, problem.dilation),
+        launcher.descriptor(value, variant.KEY_TILE, descriptor, problem.dilation),
         *(
             None if tensor is None else launcher.descriptor(tensor, tokens, descriptor)
             for tensor in context

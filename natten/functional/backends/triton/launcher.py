@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from natten.functional.backends.triton.arguments import Variant, pad
 from natten.functional.backends.triton.replay import note, observed
 from natten.functional.backends.triton.tiles import Kernel, Tiling, next_power
+from natten.functional.geometry import Shape
 from natten.functional.problem import Problem
 
 
@@ -259,7 +260,13 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def describable(tensor: Tensor) -> Tensor:
+def _last_start(tensor: Tensor, dilation: Shape) -> int:
+    """How far the first token of the last dilation group lies behind that of the first group."""
+    steps = tensor.stride()[1:-2]
+    return sum([(d - 1) * step for d, step in zip(dilation, steps, strict=True)])
+
+
+def describable(tensor: Tensor, dilation: Shape = ()) -> Tensor:
     """The tensor itself if a TMA descriptor can view it as [batch, tokens, heads * features]."""
     size = tensor.element_size()
     suits = (
@@ -267,6 +274,8 @@ def describable(tensor: Tensor) -> Tensor:
         and (tensor.shape[-2] == 1 or tensor.stride(-2) == tensor.shape[-1])
         and tensor.data_ptr() % 16 == 0
         and all(s > 0 and s * size % 16 == 0 for s in tensor.stride()[:-2])
+        # A coordinate is an integer of 32 bits.
+        and not (dilation and _last_start(tensor, dilation) >= 2**31 - tensor.shape[-2:].numel())
     )
     # contiguous() keeps strides of axes of one token, whatever they are, and addresses. Nor would a
     # stride of 0 (an expanded tensor) go away by clone() alone.
@@ -284,17 +293,27 @@ _descriptors: dict[Any, tuple[Any, dict[str, Any]]] = {}
 _MAX_DESCRIPTORS = 4096
 
 
-def descriptor(tensor: Tensor, tile: tuple[int, ...], make: Any = TensorDescriptor) -> Any:
-    """A descriptor of the tensor that loads tiles."""
-    identity = (tensor.shape, tensor.stride(), tensor.dtype, tile, make)
+def descriptor(
+    tensor: Tensor, tile: Shape, make: Any = TensorDescriptor, dilation: Shape = ()
+) -> Any:
+    """A descriptor of the tensor that loads tiles: boxes of one dilation group.
+
+    It has no dimensions for groups. Steps along the axes are those from neighbor to neighbor, which
+    divide the grid, and coordinates of features lead to the first token of a group as well: they
+    are counted from the first feature of the grid's first token.
+    """
+    identity = (tensor.shape, tensor.stride(), tensor.dtype, tile, make, dilation)
     found = _descriptors.get(identity)
     if found is None:
         batch, *tokens, heads, features = tensor.shape
         batch_stride, *steps = tensor.stride()[:-2]
+        dilation = dilation or (1,) * len(tokens)
+        tokens = [n // d for n, d in zip(tokens, dilation, strict=True)]
+        steps = [d * step for d, step in zip(dilation, steps, strict=True)]
         # Axes that the grid lacks are never stepped along; any valid stride will do.
         checked = make(
             tensor,
-            [batch, *pad(tokens, 1), heads * features],
+            [batch, *pad(tokens, 1), _last_start(tensor, dilation) + heads * features],
             [batch_stride, *pad(steps, batch_stride), 1],
             [1, *tile, next_power(features)],
         )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from natten.functional import geometry
 from natten.functional.geometry import Array, Shape
@@ -98,6 +99,17 @@ def _always(_: Problem) -> bool:
     return True
 
 
+def _largest_group(problem: Problem, extents: Shape) -> Shape:
+    """The extents of the largest dilation group of a box."""
+    return tuple([-(-n // d) for n, d in zip(extents, problem.dilation, strict=True)])
+
+
+def _covering(problem: Problem, extents: Shape, tile: ArrayLike) -> Array:
+    """`geometry.covering` of all dilation groups of a box."""
+    found = geometry.covering(_largest_group(problem, extents), tile)
+    return found * prod(problem.dilation)
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """What the choice of tiles knows of a kernel.
@@ -158,7 +170,7 @@ class Kernel:
         extents, rows, columns = problem.query_shape, query, key
         if self.inverse:
             extents, rows, columns = problem.key_shape, key, query
-        started = int(geometry.covering(extents, rows)) * prod(columns)
+        started = int(_covering(problem, extents, rows)) * prod(columns)
         return float(self.time(problem, covered, inside, started))
 
 
@@ -227,6 +239,22 @@ def has_ping_pong_heads(problem: Problem) -> bool:
     return all(known) and problem.dtype != torch.float32
 
 
+def is_dilated(problem: Problem) -> bool:
+    """Whether tokens form several dilation groups."""
+    return any(d > 1 for d in problem.dilation)
+
+
+def _has_equal_groups(problem: Problem) -> bool:
+    """Whether descriptors find every dilation group in all tensors: as many tokens, which a number
+    of 32 bits leads to from the first, see `launcher.descriptor`."""
+    width = problem.heads * block(max(problem.head_dim, problem.head_dim_v))
+    return (
+        problem.query_shape == problem.key_shape == problem.grid
+        and all(n % d == 0 for n, d in zip(problem.grid, problem.dilation, strict=True))
+        and problem.num_queries * width < 2**31
+    )
+
+
 def _suits_gluon(problem: Problem) -> bool:
     return (
         has_ping_pong_heads(problem)
@@ -236,8 +264,8 @@ def _suits_gluon(problem: Problem) -> bool:
         # It loads whole tiles of additional keys, whatever they hold behind a length.
         and not problem.has_lengths
         and problem.num_keys > 0
-        and not any(d > 1 for d in problem.dilation)
         and not (problem.is_circular or problem.upsampling or problem.grids)
+        and (not is_dilated(problem) or _has_equal_groups(problem))
     )
 
 
@@ -305,14 +333,9 @@ def _suits_single(problem: Problem) -> bool:
     )
 
 
-def _single_group(problem: Problem) -> Shape:
-    """The extents of the largest dilation group."""
-    return tuple([-(-n // d) for n, d in zip(problem.grid, problem.dilation, strict=True)])
-
-
 def _single_queries(problem: Problem) -> Shape:
     """The query tile that holds a dilation group."""
-    *tile, last = map(next_power, _single_group(problem))
+    *tile, last = map(next_power, _largest_group(problem, problem.grid))
     return (*tile, max(last, _SINGLE_KEYS // prod(tile)))
 
 
@@ -336,10 +359,9 @@ def _cost_of_two(problem: Problem, found: BackwardTilings) -> float:
 
 def single_tiling(problem: Problem) -> Tiling:
     """The tiling of `SINGLE`, for a problem that suits it."""
-    group = _single_group(problem)
 
     def tokens(key: Shape) -> tuple[int, int]:
-        return int(geometry.covering(group, np.array(key))), -key[-1]
+        return int(_covering(problem, problem.grid, key)), -key[-1]
 
     key = min(shapes(_SINGLE_KEYS, problem.rank), key=tokens)
     tiling = Tiling(_single_queries(problem), key)
@@ -578,7 +600,7 @@ def best_shapes(problem: Problem, kernel: Kernel, queries: int, keys: int) -> tu
     if kernel.by_halves:
         # Fewest pairs that are computed, then that are loaded.
         halves = _work_of_all(problem, _halved(queries, keys, problem.rank))
-        tokens = geometry.covering(problem.query_shape, np.array(pairs.queries))
+        tokens = _covering(problem, problem.query_shape, pairs.queries)
         return _first_least(pairs, kernel.time(problem, *halves, tokens[:, None] * keys), covered)
     if kernel is QUERY_GRADIENT and problem.has_rpb:
         # Of the pairs of short runs, more numbers are added to the bias's gradient in memory.
@@ -727,7 +749,7 @@ def _pays_to_mask_edges(problem: Problem, pair: tuple[Shape, Shape], inverse: bo
 
 def _whole(problem: Problem, tiling: Tiling, inverse: bool) -> bool:
     """Whether every tile is in full sight of its rows: counted for one dilation group only."""
-    if problem.varlen or problem.grids is not None or any(d > 1 for d in problem.dilation):
+    if problem.varlen or problem.grids is not None or is_dilated(problem):
         return False
     covered, inside = work(problem, tiling.query, tiling.key, inverse)
     return inside == covered
@@ -926,7 +948,7 @@ def splits(problem: Problem, kernel: Kernel, tiling: Tiling, multiprocessors: in
     tile, columns, extents, heads = tiling.query, tiling.key, problem.query_shape, problem.heads
     if inverse:
         tile, columns, extents, heads = columns, tile, problem.key_shape, problem.heads_kv
-    in_head = int(geometry.covering(extents, np.array(tile))) // prod(tile)
+    in_head = int(_covering(problem, extents, tile)) // prod(tile)
     programs = in_head * heads * problem.entries
     # Measured on an H100: with more programs than this, joining what they find takes as long as is
     # won, and kernels with warp groups are faster as they are.
@@ -957,13 +979,14 @@ def _make(
     mask_edges: bool,
     tma: bool,
 ) -> Tiling:
-    # Narrow heads gain nothing from descriptors; dilated boxes have none, nor do empty tensors.
-    use_tma = tma and problem.head_dim > 32 and not any(d > 1 for d in problem.dilation)
-    use_tma = use_tma and problem.num_keys > 0 and problem.grids is None
+    # Narrow heads gain nothing from descriptors; empty tensors have none.
+    use_tma = tma and problem.head_dim > 32 and problem.num_keys > 0 and problem.grids is None
     is_ping_pong = kernel is PING_PONG
     if not is_ping_pong:
-        # Behind the features of other heads, a box has those of the next head.
+        # Behind the features of other heads, a box has those of the next head. Dilation groups
+        # of any size are read through pointers.
         use_tma = use_tma and all(d == block(d) for d in (problem.head_dim, problem.head_dim_v))
+        use_tma = use_tma and not is_dilated(problem)
     return Tiling(*pair, size.warps, size.stages, mask_edges, tma=use_tma, ping_pong=is_ping_pong)
 
 
