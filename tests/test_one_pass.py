@@ -58,7 +58,7 @@ def _compute_gradients(launch: Launch, *tensors: Any) -> None:
     queries = [t.unflatten(-1, (heads * members, features)) for t in (query, grad_out)]
     targets = [
         _pointed(target, steps, like, variant.UNIT)
-        for target, steps, like in zip(tensors[6:8], strides, keys, strict=True)
+        for target, steps, like in zip(tensors[6:8], strides[:2], keys, strict=True)
     ]
     lengths, sizes = _decoded(seen.lengths), _decoded(seen.kernels)
     axes = [

@@ -176,8 +176,9 @@ def test_gradients_come_in_one_pass_where_that_is_faster(monkeypatch: pytest.Mon
         "dense",
         "head_dim 64",
         "head_dim 96",
-        "context",
+        "space",
         "dilation",
+        "context",
     ]
     assert (prod(together["dense"].query), prod(together["dense"].key)) == (64, 128)
     assert (prod(together["head_dim 64"].query), prod(together["head_dim 64"].key)) == (128, 128)

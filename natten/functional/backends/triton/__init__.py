@@ -40,8 +40,8 @@ from natten.functional.problem import DEFAULT_CONFIG, Config, Problem, Unavailab
 MAX_HEAD_DIM, MAX_FLOAT32_HEAD_DIM = 1024, 256
 # The GPU that is planned for where the interpreter runs kernels.
 _INTERPRETED = Chip(227 * 1024)
-# Bytes of float32 sums of a backward pass that are not worth a second launch.
-_SMALL_SUMS = 2**26
+# Bytes of float32 sums of a backward pass that are not worth a second launch, and most of one.
+_SMALL_SUMS, _LARGE_SUMS = 2**26, 2**28
 
 
 @cache
@@ -548,7 +548,9 @@ class _Hopper(_Descriptors):
             return found
         width = tiles.block(problem.head_dim)
         sums = 4 * problem.batch * problem.num_queries * problem.heads * width
-        launches = 1 if now.memory == "unrestricted" or sums <= _SMALL_SUMS else 2
+        launches = max(2, -(-sums // _LARGE_SUMS))
+        if now.memory == "unrestricted" or sums <= _SMALL_SUMS:
+            launches = 1
         if problem.num_additional:
             multiprocessors = _multiprocessors(problem.device.index)
             additional = tiles.fused_additional(

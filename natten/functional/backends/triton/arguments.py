@@ -104,6 +104,7 @@ class Variant:
         PRECISION: Of float32 products.
         PERSISTENT: Whether there are fewer programs than row tiles, and each takes several.
         WARP_SPECIALIZE: Whether loads, products and softmax get warps of their own.
+        SKIPS: Whether halves of row tiles that own their warps skip what they do not see.
     """
 
     HEADS_PER_KV: int
@@ -134,6 +135,7 @@ class Variant:
     PRECISION: str
     PERSISTENT: bool
     WARP_SPECIALIZE: bool
+    SKIPS: bool
 
     @property
     def QUERIES(self) -> int:
@@ -465,6 +467,7 @@ def common(
             PRECISION=precision,
             PERSISTENT=persistent,
             WARP_SPECIALIZE=tiling.warp_specialize,
+            SKIPS=tiling.skips,
         ),
         Scales(scale, problem.scale),
         options,

@@ -229,18 +229,17 @@ def barriers(PLACES: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def ring_of(buffers, PLACES: gl.constexpr, WRITERS: gl.constexpr):
-    """A ring: the memory accelerator is one writer, the halves of the program are two."""
-    return Ring(buffers, barriers(PLACES, WRITERS), barriers(PLACES, 2))
+def places(source, PLACES: gl.constexpr):
+    """Room for so many of the tiles that a descriptor loads."""
+    return gl.allocate_shared_memory(
+        source.dtype, [PLACES] + source.block_type.shape, source.layout
+    )
 
 
 @gluon.jit
 def loaded_ring(source, PLACES: gl.constexpr):
-    """A ring of the tiles that a descriptor loads."""
-    buffers = gl.allocate_shared_memory(
-        source.dtype, [PLACES] + source.block_type.shape, source.layout
-    )
-    return ring_of(buffers, PLACES, 1)
+    """A ring of the tiles that a descriptor loads: one writes, the halves of a program read."""
+    return Ring(places(source, PLACES), barriers(PLACES, 1), barriers(PLACES, 2))
 
 
 @gluon.jit
@@ -270,17 +269,25 @@ def group_start(group, steps, RANK: gl.constexpr):
 
 
 @gluon.jit
+def least_of_each(a, b, c, d, e, f, g, h):
+    return gl.minimum(a, e), gl.minimum(b, f), gl.minimum(c, g), gl.minimum(d, h)
+
+
+@gluon.jit
 def sight(begin, width, exists):
     """Along one axis: where the windows of the rows that exist begin and end, together (two
     numbers) and in common (two more)."""
     far: gl.constexpr = 2**30
     end = begin + width
-    return (
-        gl.min(gl.where(exists, begin, far), 0),
-        gl.max(gl.where(exists, end, -far), 0),
-        gl.max(gl.where(exists, begin, -far), 0),
-        gl.min(gl.where(exists, end, far), 0),
-    )
+    # Four numbers in one reduction: warps meet as often as for one.
+    first, last, last_first, first_last = gl.reduce(
+        (
+            gl.where(exists, begin, far), gl.where(exists, -end, far),
+            gl.where(exists, -begin, far), gl.where(exists, end, far),
+        ),
+        0, least_of_each,
+    )  # fmt: skip
+    return first, -last, -last_first, first_last
 
 
 @gluon.jit

@@ -16,27 +16,28 @@ Time goes down: what each half does in step i, both at their own pace.
     start    dP = V dO(i)^T
     wait     statistics[i].full, and for S
     compute  P
-    start    dV += P dO(i)                      tiles of 128 queries: when dS is in memory
     wait     for dP
     compute  dS
-    wait     score_gradients[i].empty           of step i-2: there are two places
+    wait     empty[i-1], by when dS of step i-2 has been read, and score_gradients[i-1].full
     store    dS
+    start    dV += P dO(i)
     arrive   score_gradients[i].full
-    wait     score_gradients[i-1].full          both halves' dS of the step before
     start    dQ of step i-1, half the features
     start    dK += dS Q(i)
-    wait     for dQ and dV
-    arrive   score_gradients[i-1].empty, gradients[i].empty
+    wait     for dV and dQ
     start    to add dQ to memory
     wait     for dK
-    arrive   queries[i].empty
+    arrive   empty[i]
+    wait     empty[i], of both halves
+    load     queries[i+STAGES] in its place (half 0), gradients and statistics[i+STAGES] (half 1)
 
-    half 0                                      half 1
-    wait     queries[i].empty, of both halves   wait     gradients[i].empty, of both halves
-    load     queries[i+STAGES] in its place     load     gradients, statistics[i+STAGES]
+A step's product for the query runs in the next step, so that neither half waits long for the other.
+Query tiles and all that comes with them are in rings of `STAGES` places, scores' gradients in one
+of two. A warp group arrives at a barrier together, for which its warps meet: one barrier says that
+all of a step has been read.
 
-A step's product for the query runs in the next step, so that no half waits for the other. Query
-tiles are in rings of `STAGES` places, scores' gradients in one of two.
+A half computes tiles that it sees nothing of as well. Programs that take as long for each of their
+tiles stay side by side, and find the queries, and the sums of their gradients, in the cache.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ from natten.functional.backends.triton.hopper import (
     load_async,
     loaded_ring,
     multiply,
-    ring_of,
+    places,
     row_corner,
     scaled,
     seen,
@@ -290,25 +291,6 @@ def add_queries(
 
 
 @gluon.jit
-def add_step(
-    i, place, keys, starts, sources, shared, batch, first_head, HALF: gl.constexpr,
-    V: gl.constexpr,
-):  # fmt: skip
-    """Computes what step i is to add to a half's share of the queries' gradients, and starts to
-    add it."""
-    ring = shared.score_gradients
-    mbarrier.wait(ring.full.index(i & 1), (i >> 1) & 1)
-    part = multiply_keys(ring.buffers.index(i & 1), keys, V.QUERIES)
-    tma.store_wait(0)
-    part = warpgroup_mma_wait(0, deps=[part])
-    mbarrier.arrive(ring.empty.index(i & 1))
-    add_queries(
-        part, place, starts, sources.query_sums, shared.sums.index(HALF), batch, first_head,
-        HALF, V,
-    )  # fmt: skip
-
-
-@gluon.jit
 def attend_back(
     HALF: gl.constexpr, sources, data, heads, first_head, group_heads, scales, shared,
     V: gl.constexpr,
@@ -326,8 +308,6 @@ def attend_back(
     SHARE: gl.constexpr = share(HALF, FEATURES)
     # Products that a product with sums for all features is made of.
     PARTS: gl.constexpr = len(sums_widths(FEATURES))
-    # Two products of 128 columns at a time and a sum that waits for a third spill registers.
-    LATE: gl.constexpr = COLUMNS == 128
     dtype: gl.constexpr = queries.buffers.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     operand_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout(sums_widths(FEATURES)[0]), 2)
@@ -390,104 +370,77 @@ def attend_back(
     zeros = gl.full([ROWS, COLUMNS], 0.0, gl.float32, scores_layout)
     key_sums = zero_sums(ROWS, FEATURES)
     value_sums = zero_sums(ROWS, FEATURES)
+    # Step -1 adds nothing to the gradients of queries, and all others are alike.
+    score_gradients.buffers.index(0).slice(HALF * ROWS, ROWS, 0).store(zeros.to(dtype))
+    fence_async_shared()
+    mbarrier.arrive(score_gradients.full.index(0))
     mbarrier.wait(shared.rows_full.index(0), 0)
     mbarrier.wait(shared.rows_full.index(1), 0)
     for i in range(total):
         stage = i % STAGES
         phase = (i // STAGES) & 1
-        here = i & 1
+        here = (i + 1) & 1
         _head, corner = place_of(i, steps, kv_head, box, V)
-        needed, whole = seen(corner, own, QUERY_TILE, V.RANK)
-        own_part = score_gradients.buffers.index(here).slice(HALF * ROWS, ROWS, 0)
+        whole = seen(corner, own, QUERY_TILE, V.RANK)[1]
+        query_tile = queries.buffers.index(stage).reshape([COLUMNS, V.BLOCK])
+        gradient_tile = gradients.buffers.index(stage).reshape([COLUMNS, V.BLOCK])
+        pairs = as_numbers(statistics.buffers.index(stage), gl.float32, [COLUMNS, 4], flat)
         mbarrier.wait(queries.full.index(stage), phase)
-        if needed:
-            query_tile = queries.buffers.index(stage).reshape([COLUMNS, V.BLOCK])
-            gradient_tile = gradients.buffers.index(stage).reshape([COLUMNS, V.BLOCK])
-            pairs = as_numbers(statistics.buffers.index(stage), gl.float32, [COLUMNS, 4], flat)
-            scores = multiply(keys, query_tile, zeros, FEATURES)
-            mbarrier.wait(gradients.full.index(stage), phase)
-            weight_gradient = multiply(values, gradient_tile, zeros, FEATURES)
-            mbarrier.wait(statistics.full.index(stage), phase)
-            column_lse = statistic(pairs, 0, COLUMNS, column_layout)
-            scores = warpgroup_mma_wait(PARTS, deps=[scores])
-            if V.NEGATE:
-                scores = -scores
-            if not (whole & see_some):
-                scores = gl.where(
-                    in_sight(corner, place, rows.begin, width, V.RANK), scores, float("-inf")
-                )
-            weights = gl.exp2(scores * scales.scores - column_lse[None, :])
-            operand = gl.convert_layout(weights.to(dtype), operand_layout)
-            if LATE:
-                weight_gradient = warpgroup_mma_wait(0, deps=[weight_gradient])
-            else:
-                value_sums = add_products(operand, gradient_tile, value_sums, FEATURES)
-                weight_gradient = warpgroup_mma_wait(PARTS, deps=[weight_gradient])
-            column_delta = statistic(pairs, 1, COLUMNS, column_layout)
-            score_gradient = weights * (weight_gradient - column_delta[None, :])
-            score_gradient = score_gradient.to(dtype)
-            mbarrier.wait(score_gradients.empty.index(here), ((i >> 1) + 1) & 1)
-            own_part.store(score_gradient)
-            if LATE:
-                value_sums = add_products(operand, gradient_tile, value_sums, FEATURES)
-            operand = gl.convert_layout(score_gradient, operand_layout)
-            fence_async_shared()
-            mbarrier.arrive(score_gradients.full.index(here))
-            if i > 0:
-                mbarrier.wait(score_gradients.full.index(1 - here), ((i - 1) >> 1) & 1)
-                part = multiply_keys(score_gradients.buffers.index(1 - here), key_features, COLUMNS)
-                key_sums = add_products(operand, query_tile, key_sums, FEATURES)
-                tma.store_wait(0)
-                part, value_sums = wait_for(PARTS, part, value_sums)
-                mbarrier.arrive(score_gradients.empty.index(1 - here))
-                mbarrier.arrive(gradients.empty.index(stage))
-                value_sums = in_flight(value_sums)
-                add_queries(
-                    part, place_of(i - 1, steps, kv_head, box, V), starts, sources.query_sums,
-                    sums, memory_batch, first_head * V.HEADS_PER_KV, HALF, V,
-                )  # fmt: skip
-                key_sums = wait(key_sums)
-                mbarrier.arrive(queries.empty.index(stage))
-                key_sums = in_flight(key_sums)
-            else:
-                key_sums = add_products(operand, query_tile, key_sums, FEATURES)
-                key_sums, value_sums = wait_for_both(key_sums, value_sums)
-                mbarrier.arrive(gradients.empty.index(stage))
-                mbarrier.arrive(queries.empty.index(stage))
-                key_sums = in_flight(key_sums)
-                value_sums = in_flight(value_sums)
-        else:
-            key_sums, value_sums = wait_for_both(key_sums, value_sums)
-            key_sums = in_flight(key_sums)
-            value_sums = in_flight(value_sums)
-            # Buffers are filled again only after they have been full.
-            mbarrier.wait(gradients.full.index(stage), phase)
-            mbarrier.wait(statistics.full.index(stage), phase)
-            mbarrier.arrive(gradients.empty.index(stage))
-            mbarrier.arrive(queries.empty.index(stage))
-            mbarrier.wait(score_gradients.empty.index(here), ((i >> 1) + 1) & 1)
-            own_part.store(gl.full([ROWS, COLUMNS], 0.0, dtype, scores_layout))
-            fence_async_shared()
-            mbarrier.arrive(score_gradients.full.index(here))
-            if i > 0:
-                add_step(
-                    i - 1, place_of(i - 1, steps, kv_head, box, V), key_features, starts, sources,
-                    shared, memory_batch, first_head * V.HEADS_PER_KV, HALF, V,
-                )  # fmt: skip
+        scores = multiply(keys, query_tile, zeros, FEATURES)
+        mbarrier.wait(gradients.full.index(stage), phase)
+        weight_gradient = multiply(values, gradient_tile, zeros, FEATURES)
+        mbarrier.wait(statistics.full.index(stage), phase)
+        column_lse = statistic(pairs, 0, COLUMNS, column_layout)
+        scores = warpgroup_mma_wait(PARTS, deps=[scores])
+        if V.NEGATE:
+            scores = -scores
+        if not (whole & see_some):
+            scores = gl.where(
+                in_sight(corner, place, rows.begin, width, V.RANK), scores, float("-inf")
+            )
+        weights = gl.exp2(scores * scales.scores - column_lse[None, :])
+        weight_operand = gl.convert_layout(weights.to(dtype), operand_layout)
+        weight_gradient = warpgroup_mma_wait(0, deps=[weight_gradient])
+        column_delta = statistic(pairs, 1, COLUMNS, column_layout)
+        score_gradient = weights * (weight_gradient - column_delta[None, :])
+        score_gradient = score_gradient.to(dtype)
+        mbarrier.wait(
+            queries.empty.index((i + STAGES - 1) % STAGES), ((i + STAGES - 1) // STAGES + 1) & 1,
+            pred=i > 0,
+        )  # fmt: skip
+        mbarrier.wait(score_gradients.full.index(1 - here), (i >> 1) & 1)
+        score_gradients.buffers.index(here).slice(HALF * ROWS, ROWS, 0).store(score_gradient)
+        value_sums = add_products(weight_operand, gradient_tile, value_sums, FEATURES)
+        operand = gl.convert_layout(score_gradient, operand_layout)
+        fence_async_shared()
+        mbarrier.arrive(score_gradients.full.index(here))
+        part = multiply_keys(score_gradients.buffers.index(1 - here), key_features, COLUMNS)
+        key_sums = add_products(operand, query_tile, key_sums, FEATURES)
+        tma.store_wait(0)
+        part, value_sums = wait_for(PARTS, part, value_sums)
+        value_sums = in_flight(value_sums)
+        add_queries(
+            part, place_of(gl.maximum(i - 1, 0), steps, kv_head, box, V), starts,
+            sources.query_sums, sums, memory_batch, first_head * V.HEADS_PER_KV, HALF, V,
+        )  # fmt: skip
+        key_sums = wait(key_sums)
+        mbarrier.arrive(queries.empty.index(stage))
+        key_sums = in_flight(key_sums)
         if i + STAGES < total:
-            if HALF == 0:
-                mbarrier.wait(queries.empty.index(stage), phase)
-            else:
-                mbarrier.wait(gradients.empty.index(stage), phase)
+            mbarrier.wait(queries.empty.index(stage), phase)
             load_queries(
                 HALF, i + STAGES, place_of(i + STAGES, steps, kv_head, box, V), starts, sources,
                 memory_batch, heads * V.HEADS_PER_KV, shared, V,
             )  # fmt: skip
     key_sums, value_sums = wait_for_both(key_sums, value_sums)
     if total > 0:
-        add_step(
-            total - 1, place_of(total - 1, steps, kv_head, box, V), key_features, starts, sources,
-            shared, memory_batch, first_head * V.HEADS_PER_KV, HALF, V,
+        mbarrier.wait(score_gradients.full.index(total & 1), (total >> 1) & 1)
+        part = multiply_keys(score_gradients.buffers.index(total & 1), key_features, COLUMNS)
+        tma.store_wait(0)
+        part = warpgroup_mma_wait(0, deps=[part])
+        add_queries(
+            part, place_of(total - 1, steps, kv_head, box, V), starts, sources.query_sums, sums,
+            memory_batch, first_head * V.HEADS_PER_KV, HALF, V,
         )  # fmt: skip
     key_sums = scaled(key_sums, gl.full([ROWS], 1.0, gl.float32, row_layout) * scales.gradients)
     store_sums(
@@ -525,23 +478,20 @@ def hopper_gradients_kernel(
     KEYS: gl.constexpr = V.KEYS
     QUERIES: gl.constexpr = V.QUERIES
     shape: gl.constexpr = [KEYS, QUERIES]
-    gradients = loaded_ring(out_gradient, STAGES)
+    queries = loaded_ring(query, STAGES)
     score_gradients = gl.allocate_shared_memory(
         query.dtype, [2] + shape, gl.NVMMASharedLayout.get_default_for(shape, query.dtype)
-    )
-    statistics_buffers = gl.allocate_shared_memory(
-        gl.float32, [STAGES] + statistics.block_type.shape, statistics.layout
     )
     sources = Sources(query, key, value, out_gradient, statistics, query_sums)
     shared = Shared(
         gl.allocate_shared_memory(key.dtype, key.block_type.shape, key.layout),
         gl.allocate_shared_memory(value.dtype, value.block_type.shape, value.layout),
         barriers(2, 1),
-        loaded_ring(query, STAGES),
-        gradients,
-        # They come with the gradients, and places are free when those of the gradients are.
-        Ring(statistics_buffers, barriers(STAGES, 1), gradients.empty),
-        ring_of(score_gradients, 2, 2),
+        queries,
+        # Their places are free when those of the queries are.
+        Ring(places(out_gradient, STAGES), barriers(STAGES, 1), queries.empty),
+        Ring(places(statistics, STAGES), barriers(STAGES, 1), queries.empty),
+        Ring(score_gradients, barriers(2, 2), queries.empty),
         gl.allocate_shared_memory(gl.float32, [2] + query_sums.block_type.shape, query_sums.layout),
     )
     gl.warp_specialize(

@@ -3,9 +3,9 @@
 Two groups of four warps own half of a query tile each and visit the same tiles of keys and values,
 in two rings of places in shared memory. In `forward.py` all warps of a program meet at every step,
 so that no product runs during the softmax; here nothing but the rings ties the halves, and one
-multiplies while the other computes its softmax. Each of them also skips tiles that none of its own
-rows sees. There is no interpreter for Gluon: `forward.py` is this kernel's equal, and what runs
-everywhere else.
+multiplies while the other computes its softmax. Where many tiles are seen by the rows of one half
+alone, the other skips them. There is no interpreter for Gluon: `forward.py` is this kernel's equal,
+and what runs everywhere else.
 
 Time goes down. Half 1 does the same as half 0, at its own pace, here half a step later:
 
@@ -14,15 +14,16 @@ Time goes down. Half 1 does the same as half 0, at its own pace, here half a ste
     wait     keys[t].full                       softmax of step t-1
     compute  S = Q K(t)^T                       wait     values[t-1].full
     wait     for S, and O of step t-1           start    O += P V(t-1)
-    arrive   keys[t].empty, values[t-1].empty   wait     values[t-2].empty, of both halves
+    arrive   empty[t]                           wait     empty[t-1], of both halves
     softmax of step t                           load     values[t-2+STAGES] in its place
     wait     values[t].full                     wait     keys[t].full
     start    O += P V(t), which runs on         compute  S = Q K(t)^T
-    wait     keys[t].empty, of both halves      wait     for S, and O of step t-1
-    load     keys[t+STAGES] in its place        arrive   keys[t].empty, values[t-1].empty
+    wait     empty[t], of both halves           wait     for S, and O of step t-1
+    load     keys[t+STAGES] in its place        arrive   empty[t]
     wait     keys[t+1].full                     softmax of step t
 
 Tile t is in place t % STAGES of its ring, and completes phase (t // STAGES) & 1 of its barriers.
+One barrier says that both the keys of step t and the values of step t-1 have been read.
 
 The running maximum keeps weights in the range of numbers. Lengths of queries and keys bound the
 scores, and where a head's bound is small, its weights need no maximum: large problems are launched
@@ -170,6 +171,8 @@ def attend(
 ):  # fmt: skip
     """Four warps with half of a query tile. The first half loads keys, the second values."""
     keys, values = shared.key_ring, shared.value_ring
+    # Of the keys of step t and the values of step t-1.
+    empty = keys.empty
     KEY_TILE: gl.constexpr = V.KEY_TILE
     QUERY_TILE: gl.constexpr = V.QUERY_TILE
     STAGES: gl.constexpr = V.STAGES
@@ -237,16 +240,18 @@ def attend(
         phase = (t // STAGES) & 1
         corner, _whole = column_tile(t, box, KEY_TILE, V)
         needed, whole = seen(corner, own, KEY_TILE, V.RANK)
-        if sources.additional_key is not None:
+        if not V.SKIPS:
+            needed = True
+        elif sources.additional_key is not None:
             needed = needed | (t >= steps)
+        if sources.additional_key is not None:
             whole = whole | (t >= steps)
         mbarrier.wait(keys.full.index(stage), phase)
         if needed:
             key_tile = keys.buffers.index(stage).reshape([COLUMNS, V.BLOCK])
             scores = multiply(queries, key_tile, zeros, FEATURES)
             scores, sums = wait_for(0, scores, sums)
-            mbarrier.arrive(keys.empty.index(stage))
-            mbarrier.arrive(values.empty.index((t + STAGES - 1) % STAGES), pred=t > 0)
+            mbarrier.arrive(empty.index(stage))
             if V.NEGATE:
                 scores = -scores
             if not whole:
@@ -273,14 +278,13 @@ def attend(
             sums = add_products(weights.to(dtype), value_tile, sums, VALUE_FEATURES)
         else:
             sums = wait(sums)
-            mbarrier.arrive(keys.empty.index(stage))
-            mbarrier.arrive(values.empty.index((t + STAGES - 1) % STAGES), pred=t > 0)
+            mbarrier.arrive(empty.index(stage))
             # A buffer is filled again only after it has been full.
             mbarrier.wait(values.full.index(stage), phase)
             sums = in_flight(sums)
         if HALF == 0:
             if t + STAGES < all_steps:
-                mbarrier.wait(keys.empty.index(stage), phase)
+                mbarrier.wait(empty.index(stage), phase)
                 load_tile(
                     t + STAGES, steps, box, sources.key, sources.additional_key, at, sequence,
                     start, kv_head * FEATURES, keys, V,
@@ -288,10 +292,7 @@ def attend(
         else:
             # The product with the last tile of values runs until the next step.
             if (t > 0) & (t + STAGES - 1 < all_steps):
-                mbarrier.wait(
-                    values.empty.index((t + STAGES - 1) % STAGES),
-                    ((t + STAGES - 1) // STAGES + 1) & 1,
-                )
+                mbarrier.wait(empty.index(stage), phase)
                 load_tile(
                     t + STAGES - 1, steps, box, sources.value, sources.additional_value, at,
                     sequence, start, kv_head * VALUE_FEATURES, values, V,

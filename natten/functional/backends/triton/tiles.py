@@ -65,6 +65,7 @@ class Tiling:
         warp_specialize: Whether loads, products and softmax get warps of their own.
         ping_pong: Whether two groups of warps own half of the rows each and do not wait for each
             other.
+        skips: Whether each of these groups skips tiles that none of its own rows sees.
         splits: Programs that share the columns of a row tile.
     """
 
@@ -78,6 +79,7 @@ class Tiling:
     programs: int = 0
     warp_specialize: bool = False
     ping_pong: bool = False
+    skips: bool = False
     splits: int = 1
 
 
@@ -305,15 +307,15 @@ FLOAT8 = replace(PING_PONG, sizes=_FLOAT8_SIZES, mask_edges_sizes=_FLOAT8_SIZES)
 # first half's gradients of keys were wrong on an H100 in the features behind 64, for a reason that
 # was not found; heads of 48 were right.
 _FUSED_SIZES: _Sizes = {
-    64: (_Size(128, 128, 4, 2, 0.9),),
-    96: (_Size(128, 64, 4, 2, 1.04),),
-    128: (_Size(128, 64, 4, 2, 0.92),),
+    64: (_Size(128, 128, 4, 2, 0.92),),
+    96: (_Size(128, 64, 4, 2, 1.13),),
+    128: (_Size(128, 64, 4, 2, 0.99),),
 }
 # All gradients in one pass. Halves of key tiles wait for each other: skipping gains nothing. In
 # 3-D, the sums of the queries that its programs see do not stay in the cache.
 FUSED = Kernel(
     "key_value", True, 5, _FUSED_SIZES, _FUSED_SIZES, suits=_suits_fused,
-    instead_of=KEY_VALUE_GRADIENT, mask=0.1, start=6.0, space=0.75,
+    instead_of=KEY_VALUE_GRADIENT, mask=0.1, start=3.0, space=0.92,
 )  # fmt: skip
 
 
@@ -747,6 +749,15 @@ def _pays_to_mask_edges(problem: Problem, pair: tuple[Shape, Shape], inverse: bo
     return inside >= 0.2 * max(covered, 1.0)
 
 
+def _pays_to_skip(problem: Problem, tiling: Tiling) -> bool:
+    """Whether the halves of `PING_PONG`'s tiles see so much less that it is worth to ask for each
+    tile: without the branch, all others take a twentieth less time."""
+    if not tiling.ping_pong:
+        return False
+    seen = work(problem, half(tiling.query), tiling.key).covered
+    return seen < 0.95 * work(problem, tiling.query, tiling.key).covered
+
+
 def _whole(problem: Problem, tiling: Tiling, inverse: bool) -> bool:
     """Whether every tile is in full sight of its rows: counted for one dilation group only."""
     if problem.varlen or problem.grids is not None or is_dilated(problem):
@@ -1019,7 +1030,11 @@ def choose(
     fitting = _fit(tiling, problem, general, chip, named)
     if fitting is None:
         return None
-    return replace(fitting, whole=_whole(problem, fitting, kernel.inverse))
+    return replace(
+        fitting,
+        whole=_whole(problem, fitting, kernel.inverse),
+        skips=_pays_to_skip(problem, fitting),
+    )
 
 
 def _named(
