@@ -1235,8 +1235,8 @@ def check_one_pass() -> None:
         for more in (
             replace(case, kernel_size=(8192,), additional=77),
             replace(case, kernel_size=(4000,), additional=300, batch=2, heads=6),
-            replace(case, tokens=(64, 128), kernel_size=(64, 128), additional=1,
-                    frozen=("additional_keys", "additional_values")),
+            Case("frozen", (64, 128), (64, 128), batch=1, heads=3, heads_kv=3, head_dim=head_dim,
+                 additional=1, frozen=("additional_keys", "additional_values")),
         ):  # fmt: skip
             for is_parallel in (True, False):
                 with natten.use_kv_parallelism_in_fused_na(is_parallel), _launched() as names:

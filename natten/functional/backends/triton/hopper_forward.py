@@ -57,6 +57,7 @@ from natten.functional.backends.triton.hopper import (
     load_async,
     loaded_ring,
     multiply,
+    places,
     row_corner,
     scaled,
     seen,
@@ -348,12 +349,14 @@ def hopper_forward_kernel(
         if has_small_bound(data, heads, scale, V) != IS_BOUNDED:
             return
     STAGES: gl.constexpr = V.STAGES
+    keys = loaded_ring(key, STAGES)
     sources = Sources(query, key, value, additional_key, additional_value)
     shared = Shared(
         gl.allocate_shared_memory(query.dtype, [2] + query.block_type.shape, query.layout),
         barriers(2, 1),
-        loaded_ring(key, STAGES),
-        loaded_ring(value, STAGES),
+        keys,
+        # One barrier says of both that a place is free.
+        Ring(places(value, STAGES), barriers(STAGES, 1), keys.empty),
     )
     gl.warp_specialize(
         [
