@@ -1,6 +1,7 @@
 """The simulator's predictions beside measured times: python benchmarks/predictions.py [RESULTS]
 
-RESULTS is what `benchmarks/gpu.py --output` writes; by default results/h100.json.
+RESULTS is what `benchmarks/gpu.py --output` writes; by default results/h100.json. Of the random
+problems in realistic.json beside it, it is counted how many predictions are near.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ import natten
 from natten.simulator import Simulation
 
 HERE = Path(__file__).parent
+# Names of passes in results, and in those of random problems.
+WAYS = (("fwd", "forward"), ("bwd", "backward"))
+# Random problems of less time are those of launches.
+LEAST_MS = 0.05
 
 
 def simulated(case: dict[str, Any], dtype: torch.dtype, device: str = "h100") -> Simulation:
@@ -26,6 +31,18 @@ def simulated(case: dict[str, Any], dtype: torch.dtype, device: str = "h100") ->
         head_dim=case["head_dim"], head_dim_v=case.get("head_dim_v"),
         additional=case.get("additional_kv", 0), dtype=dtype, device=device,
     )  # fmt: skip
+
+
+def drawn(path: Path) -> list[tuple[str, str, Simulation, dict[str, Any]]]:
+    """The same of the problems that `realistic.py` drew, in milliseconds."""
+    found = []
+    for result in json.loads(path.read_text()):
+        if "backward" in result:
+            dtype = result["dtype"].removeprefix("torch.")
+            simulation = simulated(result, getattr(torch, dtype))
+            times = {f"{key}_ms": 1e3 * result[way] for key, way in WAYS}
+            found.append((result["name"], dtype, simulation, {**result, **times}))
+    return found
 
 
 def rows(path: Path) -> list[tuple[str, str, Simulation, dict[str, Any]]]:
@@ -66,6 +83,11 @@ def host_bound(result: dict[str, Any], results: list[dict[str, Any]]) -> tuple[b
     return forward, result["bwd_ms"] < 1.6 * floor
 
 
+def is_near(ratio: float) -> bool:
+    """Whether a prediction is within 15 % of the measured time."""
+    return 1 / 1.15 <= ratio <= 1.15
+
+
 def main() -> int:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results" / "h100.json"
     if not path.exists():
@@ -77,12 +99,8 @@ def main() -> int:
     results = json.loads(path.read_text())["cases"]
     for name, dtype, found, result in rows(path):
         cells = []
-        for kind, measured, predicted, by_host in zip(
-            near,
-            (result["fwd_ms"], result.get("bwd_ms")),
-            (found.forward_ms, found.backward_ms),
-            host_bound(result, results),
-        ):
+        for (key, kind), by_host in zip(WAYS, host_bound(result, results)):
+            measured, predicted = result.get(f"{key}_ms"), getattr(found, f"{kind}_ms")
             if measured is None:
                 cells.append(" | | ")
                 continue
@@ -91,10 +109,23 @@ def main() -> int:
                 f"{measured:.3f} | {predicted:.3f} | {'host' if by_host else f'{ratio:.2f}'}"
             )
             if not by_host:
-                near[kind].append(1 / 1.15 <= ratio <= 1.15)
+                near[kind].append(is_near(ratio))
         print(f"| {name} | {dtype} | {cells[0]} | {cells[1]} |")
     for kind, within in near.items():
         print(f"{kind}: {sum(within)} of {len(within)} within 15 %")
+    random = path.with_name("realistic.json")
+    if random.exists():
+        problems = drawn(random)
+        for key, kind in WAYS:
+            ratios = [
+                getattr(found, f"{kind}_ms") / result[f"{key}_ms"]
+                for _, _, found, result in problems
+                if result[f"{key}_ms"] > LEAST_MS
+            ]
+            print(
+                f"{kind} of random problems: {sum(map(is_near, ratios))} of {len(ratios)} within "
+                f"15 %, {sum(1 / 1.3 <= ratio <= 1.3 for ratio in ratios)} within 30 %"
+            )
     print("host: the time is about what the host needs to launch the call, and is not predicted")
     return 0
 

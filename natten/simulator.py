@@ -47,19 +47,24 @@ class _Costs(NamedTuple):
     mask_operations: float  # vector instructions per masked pair
     visit: float  # seconds of a multiprocessor for every tile that is visited
     row_tile: float  # and for every tile of rows
+    column_loads: float  # of reading the tiles that are visited from the cache, not hidden
+    row_loads: float  # of reading and writing tiles of rows in memory, not hidden
+    step: float  # seconds of a program, however many run, for 256 features of every visited tile
     launch: float  # seconds of a kernel
 
 
-_FORWARD_COSTS = _Costs(0.578, 0.5, 5.3, 40e-9, 0.70e-6, 5e-6)
+_FORWARD_COSTS = _Costs(1, 0.708, 4.36, 1.42e-07, 6.48e-08, 0.0649, 2.02, 1.4e-06, 5e-06)
+_FORWARD_FLOAT32_COSTS = _Costs(1, 0, 0, 0, 0, 0.905, 2.68, 4.7e-06, 5e-06)
 # The forward kernel of two groups of warps that take turns.
-_PING_PONG_COSTS = _Costs(0.977, 0.301, 0.949, 5.05e-07, 2.91e-06, 5e-06)
+_PING_PONG_COSTS = _Costs(1, 0.0592, 0.624, 5.67e-07, 2.83e-06, 0, 0.177, 1.25e-06, 5e-06)
 # The backward kernel that computes all gradients in one pass. From the times of a step and of a
 # program: as all its tiles need the same products, no fit tells these from what a visit takes.
-_FUSED_COSTS = _Costs(0.55, 0.03, 1.0, 1e-07, 1.6e-05, 2e-05)
+_FUSED_COSTS = _Costs(1, 1.93, 11.2, 3.16e-07, 0, 0.275, 3.52, 3.24e-06, 2e-05)
 # Twice the masks; the products hide most of the exponentials.
-_BACKWARD_COSTS = _Costs(0.62, 0.027, 9.9, 55e-9, 0.82e-6, 3.6e-6)
-# Lanes of a multiprocessor, for arithmetic and for exponentials.
-_LANES, _EXPONENTIAL_LANES = 128, 16
+_BACKWARD_COSTS = _Costs(1, 0, 0, 2.07e-07, 0, 0.169, 1.92, 1.69e-06, 3.6e-06)
+_BACKWARD_FLOAT32_COSTS = _Costs(1, 0, 0, 2.82e-08, 0, 2.34, 1.32, 4.83e-06, 3.6e-06)
+# Of a multiprocessor: lanes for arithmetic and for exponentials, bytes from the cache a clock.
+_LANES, _EXPONENTIAL_LANES, _CACHE_BYTES = 128, 16, 24
 # Shares of the maker's bandwidth that a copy reaches.
 _BANDWIDTH_EFFICIENCY = 0.9
 
@@ -136,6 +141,8 @@ class _Kernel(NamedTuple):
         products: Of each pair, with head_dim and with head_dim_v features.
         traffic: Bytes that it must read and write.
         costs: What it spends its time on.
+        float32_costs: The same with float32, whose products are three each; None where that has
+            another kernel.
         warp_specialized: As of its `Pass`.
     """
 
@@ -144,16 +151,22 @@ class _Kernel(NamedTuple):
     products: tuple[int, int]
     traffic: Callable[[Problem], float]
     costs: _Costs
+    float32_costs: _Costs | None = None
     warp_specialized: bool = False
 
 
-_FORWARD = _Kernel("forward", False, (1, 1), partial(traffic, backward=False), _FORWARD_COSTS)
-_PING_PONG = _FORWARD._replace(costs=_PING_PONG_COSTS, warp_specialized=True)
+_FORWARD = _Kernel(
+    "forward", False, (1, 1), partial(traffic, backward=False), _FORWARD_COSTS,
+    _FORWARD_FLOAT32_COSTS,
+)  # fmt: skip
+_PING_PONG = _FORWARD._replace(costs=_PING_PONG_COSTS, float32_costs=None, warp_specialized=True)
 # Two passes, each of which computes the weights and their gradients again ...
-_QUERY = _Kernel("query gradient", False, (2, 1), _backward_share, _BACKWARD_COSTS)
-_KEY_VALUE = _Kernel("key and value gradient", True, (2, 2), _backward_share, _BACKWARD_COSTS)
+_QUERY = _Kernel(
+    "query gradient", False, (2, 1), _backward_share, _BACKWARD_COSTS, _BACKWARD_FLOAT32_COSTS
+)
+_KEY_VALUE = _QUERY._replace(name="key and value gradient", inverse=True, products=(2, 2))
 # ... or one.
-_FUSED = _Kernel("all gradients", True, (3, 2), _fused_traffic, _FUSED_COSTS, True)
+_FUSED = _Kernel("all gradients", True, (3, 2), _fused_traffic, _FUSED_COSTS, warp_specialized=True)
 _SINGLE = _FUSED._replace(
     inverse=False,
     traffic=partial(traffic, backward=True),
@@ -263,16 +276,16 @@ def _simulate_pass(problem: Problem, planned: _Planned, device: Device, aligned:
     masked = pairs - (full * prod(rows) * prod(columns) if tiling.mask_edges else 0)
     d, dv = problem.head_dim, problem.head_dim_v
     flops = 2 * pairs * (kernel.products[0] * d + kernel.products[1] * dv)
-    # A warp group's product has 64 rows, whether the tile has them or not.
-    rows_of_product = 64 if (device.capability or (0,))[0] in (9, 10) else 16
-    padded = max(rows_of_product / prod(rows), 1.0)
-    terms = _terms(problem, device, flops * padded, pairs, masked, visited, row_tiles)
+    numbers = (pairs, masked, visited, row_tiles)
+    terms = _terms(problem, device, kernel, numbers, prod(rows), prod(columns))
     costs = kernel.costs
+    if problem.dtype == torch.float32 and kernel.float32_costs is not None:
+        costs = kernel.float32_costs
     memory = kernel.traffic(problem) / (_BANDWIDTH_EFFICIENCY * device.bandwidth * 1e9)
     *busy, launch = (1 / costs.efficiency, *costs[1:])
     compute = sum(cost * term for cost, term in zip(busy, terms))
     limit = "occupancy" if 0 < row_tiles < device.multiprocessors else "compute"
-    if memory > compute:
+    if max(memory, 2 * costs.row_loads * terms[6]) > compute:
         limit = "memory"
     return Pass(
         kernel.name, tiling.query, tiling.key, row_tiles, visited, full, skipped, flops,
@@ -284,24 +297,40 @@ def _simulate_pass(problem: Problem, planned: _Planned, device: Device, aligned:
 def _terms(
     problem: Problem,
     device: Device,
-    flops: float,
-    pairs: int,
-    masked: int,
-    visited: int,
-    row_tiles: int,
+    kernel: _Kernel,
+    numbers: tuple[int, int, int, int],
+    rows: int,
+    columns: int,
 ) -> tuple[float, ...]:
-    """`Pass.terms`: of all costs but `launch`, in the order of `_Costs`."""
-    lanes = device.multiprocessors * device.clock * 1e9
-    # Multiprocessors without a tile of rows are idle.
-    idle = max(device.multiprocessors / row_tiles, 1.0) if row_tiles else 1.0
+    """`Pass.terms`: of all costs but `launch`, in the order of `_Costs`. ``numbers`` are those of
+    pairs, masked pairs, visited tiles and row tiles, of so many ``rows`` and ``columns``."""
+    from natten.functional.backends.triton import tiles
+
+    pairs, masked, visited, row_tiles = numbers
+    features = [problem.head_dim, problem.head_dim_v]
+    if not kernel.warp_specialized:
+        # Products are of whole tiles of features.
+        features = [sum(tiles.parts(d, problem.dtype)) for d in features]
+    products, width = kernel.products, sum(features) * problem.dtype.itemsize
+    flops = 2 * pairs * (products[0] * features[0] + products[1] * features[1])
+    clocks = device.multiprocessors * device.clock * 1e9
+    # Rows are read, and what is written is as wide as they are in all.
+    ways = 1 if kernel.name == _FORWARD.name else 2
     terms = (
         flops / (device.rate(problem.dtype) * 1e12),
-        pairs / (_EXPONENTIAL_LANES * lanes),
-        masked / (_LANES * lanes),
+        pairs / (_EXPONENTIAL_LANES * clocks),
+        masked / (_LANES * clocks),
         visited / device.multiprocessors,
         row_tiles / device.multiprocessors,
+        visited * columns * width / (_CACHE_BYTES * clocks),
     )
-    return tuple(idle * term for term in terms)
+    # Multiprocessors without a tile of rows are idle.
+    idle = max(device.multiprocessors / row_tiles, 1.0) if row_tiles else 1.0
+    return (
+        *(idle * term for term in terms),
+        ways * row_tiles * rows * width / (device.bandwidth * 1e9),
+        visited * sum(features) / (256 * row_tiles) if row_tiles else 0.0,
+    )
 
 
 def _rounded(value: float) -> str:

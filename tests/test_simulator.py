@@ -300,7 +300,7 @@ def test_the_fit_finds_the_costs_that_times_were_made_of(monkeypatch: pytest.Mon
         assert fit_costs.seconds_of(case, present) == pytest.approx(
             sum(kernel.ms for kernel in case.kernels) / 1e3
         )
-    truth = present * [1.2, 0.8, 1.3, 0.7, 1.1, 1.0]
+    truth = present * [1.2, 0.8, 1.3, 0.7, 1.1, 1.0, 0.9, 1.2, 1.0]
     made = [replace(case, seconds=fit_costs.seconds_of(case, truth)) for case in cases]
     found = fit_costs.fit(made, present)
     for case in made:

@@ -312,7 +312,7 @@ _FUSED_SIZES: _Sizes = {
 # All gradients in one pass. Halves of key tiles wait for each other: skipping gains nothing.
 FUSED = Kernel(
     "key_value", True, 5, _FUSED_SIZES, _FUSED_SIZES, suits=_suits_fused,
-    instead_of=KEY_VALUE_GRADIENT, start=3.0,
+    instead_of=KEY_VALUE_GRADIENT, start=4.0,
 )  # fmt: skip
 
 
