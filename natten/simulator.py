@@ -57,10 +57,8 @@ _FORWARD_COSTS = _Costs(1, 0.708, 4.36, 1.42e-07, 6.48e-08, 0.0649, 2.02, 1.4e-0
 _FORWARD_FLOAT32_COSTS = _Costs(1, 0, 0, 0, 0, 0.905, 2.68, 4.7e-06, 5e-06)
 # The forward kernel of two groups of warps that take turns.
 _PING_PONG_COSTS = _Costs(1, 0.0592, 0.624, 5.67e-07, 2.83e-06, 0, 0.177, 1.25e-06, 5e-06)
-# The backward kernel that computes all gradients in one pass. From the times of a step and of a
-# program: as all its tiles need the same products, no fit tells these from what a visit takes.
+# The backward kernel that computes all gradients in one pass.
 _FUSED_COSTS = _Costs(1, 1.93, 11.2, 3.16e-07, 0, 0.275, 3.52, 3.24e-06, 2e-05)
-# Twice the masks; the products hide most of the exponentials.
 _BACKWARD_COSTS = _Costs(1, 0, 0, 2.07e-07, 0, 0.169, 1.92, 1.69e-06, 3.6e-06)
 _BACKWARD_FLOAT32_COSTS = _Costs(1, 0, 0, 2.82e-08, 0, 2.34, 1.32, 4.83e-06, 3.6e-06)
 # Of a multiprocessor: lanes for arithmetic and for exponentials, bytes from the cache a clock.
