@@ -26,7 +26,7 @@ from compiling import DEVICE, Memory, launches, measuring, without_memory
 from triton.runtime.errors import OutOfResources
 
 from natten.functional.backends.triton import BLACKWELL, CUTLASS, HOPPER, tiles
-from natten.functional.backends.triton.launcher import Launch, TooLargeError
+from natten.functional.backends.triton.launcher import Launch, TooLargeError, in_gluon
 
 BACKENDS = {"cutlass": CUTLASS, "hopper": HOPPER, "blackwell": BLACKWELL}
 GRIDS = {1: ((2000,), (555,)), 2: ((60, 50), (23, 17)), 3: ((12, 14, 18), (5, 7, 9))}
@@ -286,6 +286,26 @@ def test_default_tiles_that_do_not_fit_become_smaller(
     for tiling in tilings:
         assert prod(tiling.query) * prod(tiling.key) <= ROOM
         assert tiling.stages == 1
+
+
+@pytest.mark.skipif(in_gluon("hopper_backward") is None, reason="another dialect of Gluon")
+@pytest.mark.usefixtures("_forgetful")
+@pytest.mark.parametrize("additional", [0, 77])
+def test_where_one_pass_does_not_fit_there_are_two(additional: int) -> None:
+    problem = make_problem(
+        (16384,), 16384, heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda",
+        additional=additional,
+    )  # fmt: skip
+    problem = replace(problem, requires_grad=True)
+    inputs, results, needs = without_memory(problem)
+    launched: list[str] = []
+    with launches(90, lambda name, _: launched.append(name)):
+        assert HOPPER.backward_tilings(problem, DEFAULT_CONFIG).fused is not None
+        with _too_large({"hopper_gradients_kernel"}, ROOM):
+            HOPPER.backward(problem, DEFAULT_CONFIG, inputs, results, needs)
+        assert HOPPER.backward_tilings(problem, DEFAULT_CONFIG).fused is None
+    assert {"query_gradient_kernel", "key_value_gradient_kernel"} <= set(launched)
+    assert "hopper_gradients_kernel" not in launched
 
 
 @pytest.mark.usefixtures("_forgetful")

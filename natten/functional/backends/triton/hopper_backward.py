@@ -96,7 +96,7 @@ from natten.functional.backends.triton.primitives import (
     unravel,
 )
 from natten.functional.backends.triton.tiles import (
-    KEY_VALUE_GRADIENT,
+    FUSED,
     Tiling,
     additional_problem,
     block,
@@ -540,7 +540,7 @@ def _launch(
             common.window._replace(bias_paddings=None),
         ),
         options=common.options,
-        tiles=(tiling, KEY_VALUE_GRADIENT),
+        tiles=(tiling, FUSED),
     )  # fmt: skip
 
 
