@@ -675,18 +675,25 @@ def _fused_time(problem: Problem, tiling: Tiling) -> float:
     return cost / FUSED.rate(problem)
 
 
-def is_fused_faster(
+def fused_share(
     problem: Problem, found: BackwardTilings, fused: Tiling, additional: Tiling | None
-) -> bool:
-    """Whether `FUSED`, with a tiling for the grid's keys and one for additional ones, is estimated
-    to take less time than the other kernels with those found."""
-    separate = _cost_of_two(problem, found)
-    if separate / 7 * problem.heads * problem.batch * problem.head_dim < MIN_TMA_PRODUCTS:
-        return False
+) -> float:
+    """Estimated time of `FUSED`, with a tiling for the grid's keys and one for additional ones,
+    over that of the other kernels with those found."""
     together = _fused_time(problem, fused)
     if additional is not None:
         together += _fused_time(additional_problem(problem, additional.splits), additional)
-    return together < separate
+    return together / _cost_of_two(problem, found)
+
+
+def is_fused_faster(
+    problem: Problem, found: BackwardTilings, fused: Tiling, additional: Tiling | None
+) -> bool:
+    """Whether `fused_share` is less than one, and the problem worth descriptors."""
+    separate = _cost_of_two(problem, found)
+    if separate / 7 * problem.heads * problem.batch * problem.head_dim < MIN_TMA_PRODUCTS:
+        return False
+    return fused_share(problem, found, fused, additional) < 1
 
 
 # The shapes that calls ran with, in the order of their first use, by all else that a kernel is
