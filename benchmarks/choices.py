@@ -16,11 +16,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu
 import torch
-from gpu import TOLERANCE, median_ms
+from predictions import simulated
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -29,14 +31,15 @@ import natten
 from natten import devices
 from natten.functional.backends.triton import HOPPER, tiles
 from natten.functional.problem import DEFAULT_CONFIG, Config, Problem
-from natten.simulator import make_problem
+from natten.simulator import on_gpu
 
 SPACE, IMAGE, SEQUENCE = (30, 48, 80), (128, 128), (16384,)
 IN_TIME = (True, False, False)
 
 
 def _case(name: str, shape: tuple[int, ...], window: Any, **more: Any) -> dict[str, Any]:
-    usual = {"stride": 1, "dilation": 1, "is_causal": False, "head_dim": 128, "heads": 12}
+    usual = {"batch": 1, "heads": 12, "head_dim": 128}
+    usual |= {"stride": 1, "dilation": 1, "is_causal": False}
     return {"name": name, "shape": shape, "kernel_size": window, **usual, **more}
 
 
@@ -74,22 +77,9 @@ CASES = [
 ]
 
 
-def windows(case: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Size, stride, dilation and causality, each with one value per axis."""
-    found = [case[n] for n in ("kernel_size", "stride", "dilation", "is_causal")]
-    rank = len(case["shape"])
-    return [tuple(v) if isinstance(v, (tuple, list)) else (v,) * rank for v in found]
-
-
 def problem_of(case: dict[str, Any]) -> Problem:
     """What tiles are chosen for."""
-    kernel_size, stride, dilation, is_causal = windows(case)
-    found = make_problem(
-        tuple(case["shape"]), kernel_size, batch=case.get("batch", 1), heads=case["heads"],
-        head_dim=case["head_dim"], dtype=torch.bfloat16, stride=stride, dilation=dilation,
-        is_causal=is_causal, additional=case.get("additional_kv", 0),
-    )  # fmt: skip
-    return replace(found, device=torch.device("cuda"), requires_grad=True)
+    return replace(on_gpu(simulated(case, torch.bfloat16).problem), requires_grad=True)
 
 
 def expected(case: dict[str, Any]) -> tuple[float, bool, bool]:
@@ -104,8 +94,8 @@ def expected(case: dict[str, Any]) -> tuple[float, bool, bool]:
             two = HOPPER.backward_tilings(problem, DEFAULT_CONFIG)
         chosen = HOPPER.backward_tilings(problem, DEFAULT_CONFIG).fused is not None
         apart = HOPPER.forward_tiling(problem, DEFAULT_CONFIG).ping_pong
-    share = tiles.fused_share(problem, two, one, asked.fused_additional)
-    return share, chosen, apart
+    together = tiles.cost_of_one(problem, one, asked.fused_additional)
+    return together / tiles.cost_of_two(problem, two), chosen, apart
 
 
 def difference(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> float:
@@ -116,24 +106,9 @@ def difference(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> float:
 
 def measured(case: dict[str, Any], is_timed: bool) -> dict[str, Any]:
     """Milliseconds of each way, and by how much results differ."""
-    rank, batch, heads = len(case["shape"]), case.get("batch", 1), case["heads"]
     torch.manual_seed(0)
-
-    def made(*tokens: int) -> Tensor:
-        shape = (batch, *tokens, heads, case["head_dim"])
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-
-    given = [made(*case["shape"]) for _ in range(3)]
-    more = {}
-    if number := case.get("additional_kv", 0):
-        more = {"additional_keys": made(number), "additional_values": made(number)}
-    inputs, gradient = [*given, *more.values()], torch.randn_like(given[0])
-    function = getattr(natten, f"na{rank}d")
-
-    def attend(**knobs: Any) -> Tensor:
-        out: Tensor = function(*given, *windows(case), backend="hopper-fna", **more, **knobs)
-        return out
-
+    problem = gpu.Problem(case, torch.bfloat16)
+    attend = partial(problem.forward, backend="hopper-fna")
     row: dict[str, Any] = dict(case)
     results: dict[str, list[Sequence[Tensor]]] = {"forward": [], "backward": []}
 
@@ -141,20 +116,18 @@ def measured(case: dict[str, Any], is_timed: bool) -> dict[str, Any]:
         results[way].append(call())
         torch.cuda.synchronize()
         if is_timed:
-            row[name] = median_ms(call, rep=70)
+            row[name] = gpu.median_ms(call, rep=70)
 
     with torch.no_grad():
         for schedule in ("pp", "non"):
-            run("forward", f"forward_{schedule}", lambda: (attend(kernel_schedule=schedule),))  # noqa: B023
+            call = partial(attend, kernel_schedule=schedule)
+            run("forward", f"forward_{schedule}", lambda call=call: (call(),))
     one = tiles.fused_tiling(problem_of(case))
     named = {"backward_q_tile_shape": one.query, "backward_kv_tile_shape": one.key}
     for name, memory, knobs in (("one", "default", named), ("two", "strict", {})):
         with natten.set_memory_usage_preference(memory):
             out = attend(**knobs)
-            run(
-                "backward", f"backward_{name}",
-                lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True),  # noqa: B023
-            )  # fmt: skip
+            run("backward", f"backward_{name}", partial(problem.backward, out))
     for way, (first, second) in results.items():
         row[f"{way}_difference"] = difference(first, second)
     return row
@@ -208,7 +181,7 @@ def main() -> int:
         if options.output is not None:
             options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     show(rows)
-    limit = TOLERANCE[torch.bfloat16]
+    limit = gpu.TOLERANCE[torch.bfloat16]
     ways = ("forward_difference", "backward_difference")
     return int(any(not row[way] <= limit for row in rows for way in ways))
 

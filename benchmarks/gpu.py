@@ -41,7 +41,7 @@ def median_ms(function: Callable[[], Any], rep: int = 200) -> float:
 
 
 def per_axis(value: Any, rank: int) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list) else (value,) * rank
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * rank
 
 
 class Problem:
@@ -52,7 +52,7 @@ class Problem:
         self.tokens = tuple(case["shape"])
         rank = len(self.tokens)
         self.window = {
-            "kernel_size": tuple(case["kernel_size"]),
+            "kernel_size": per_axis(case["kernel_size"], rank),
             "stride": per_axis(case["stride"], rank),
             "dilation": per_axis(case["dilation"], rank),
             "is_causal": per_axis(case["is_causal"], rank),
@@ -78,9 +78,9 @@ class Problem:
                 "additional_values": randn(batch, count, heads_kv, value_features),
             }
 
-    def forward(self) -> Tensor:
+    def forward(self, **knobs: Any) -> Tensor:
         return neighborhood_attention_generic(
-            self.query, self.key, self.value, **self.window, **self.context
+            self.query, self.key, self.value, **self.window, **self.context, **knobs
         )
 
     @property

@@ -283,7 +283,8 @@ def _simulate_pass(problem: Problem, planned: _Planned, device: Device, aligned:
     *busy, launch = (1 / costs.efficiency, *costs[1:])
     compute = sum(cost * term for cost, term in zip(busy, terms))
     limit = "occupancy" if 0 < row_tiles < device.multiprocessors else "compute"
-    if max(memory, 2 * costs.row_loads * terms[6]) > compute:
+    in_memory = costs.row_loads * terms[_Costs._fields.index("row_loads")]
+    if max(memory, 2 * in_memory) > compute:
         limit = "memory"
     return Pass(
         kernel.name, tiling.query, tiling.key, row_tiles, visited, full, skipped, flops,

@@ -50,6 +50,19 @@ def descriptor(
     return TensorDescriptor(tensor, shape, strides, tile, layout)
 
 
+class Places(NamedTuple):
+    """Places in shared memory that are filled in turn, as those of a `Ring`, where something else
+    says that they are free.
+
+    Attributes:
+        buffers: A tile per place.
+        full: Barriers: the tile is there.
+    """
+
+    buffers: Any
+    full: Any
+
+
 class Ring(NamedTuple):
     """Places in shared memory that are filled in turn, tile t in place t modulo their number.
 
@@ -229,17 +242,19 @@ def barriers(PLACES: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def places(source, PLACES: gl.constexpr):
-    """Room for so many of the tiles that a descriptor loads."""
-    return gl.allocate_shared_memory(
+def loaded_places(source, PLACES: gl.constexpr):
+    """Places for so many of the tiles that a descriptor loads."""
+    buffers = gl.allocate_shared_memory(
         source.dtype, [PLACES] + source.block_type.shape, source.layout
     )
+    return Places(buffers, barriers(PLACES, 1))
 
 
 @gluon.jit
 def loaded_ring(source, PLACES: gl.constexpr):
-    """A ring of the tiles that a descriptor loads: one writes, the halves of a program read."""
-    return Ring(places(source, PLACES), barriers(PLACES, 1), barriers(PLACES, 2))
+    """A ring of them: the memory accelerator writes, the halves of the program read."""
+    places = loaded_places(source, PLACES)
+    return Ring(places.buffers, places.full, barriers(PLACES, 2))
 
 
 @gluon.jit

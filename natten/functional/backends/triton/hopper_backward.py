@@ -63,6 +63,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from natten.functional.backends.triton import arguments, launcher
 from natten.functional.backends.triton.hopper import (
+    Places,
     Ring,
     add_products,
     as_numbers,
@@ -71,9 +72,9 @@ from natten.functional.backends.triton.hopper import (
     group_start,
     in_flight,
     load_async,
+    loaded_places,
     loaded_ring,
     multiply,
-    places,
     row_corner,
     scaled,
     seen,
@@ -154,16 +155,16 @@ class Starts(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Shared memory: the rows, barriers that say that they are there, rings, and per half the
+    """Shared memory: the rows, barriers that say that they are there, places, and per half the
     query gradients that are on their way to memory."""
 
     key: Any
     value: Any
     rows_full: Any
     queries: Ring
-    gradients: Ring
-    statistics: Ring
-    score_gradients: Ring
+    gradients: Places
+    statistics: Places
+    score_gradients: Places
     sums: Any
 
 
@@ -488,10 +489,9 @@ def hopper_gradients_kernel(
         gl.allocate_shared_memory(value.dtype, value.block_type.shape, value.layout),
         barriers(2, 1),
         queries,
-        # Their places are free when those of the queries are.
-        Ring(places(out_gradient, STAGES), barriers(STAGES, 1), queries.empty),
-        Ring(places(statistics, STAGES), barriers(STAGES, 1), queries.empty),
-        Ring(score_gradients, barriers(2, 2), queries.empty),
+        loaded_places(out_gradient, STAGES),
+        loaded_places(statistics, STAGES),
+        Places(score_gradients, barriers(2, 2)),
         gl.allocate_shared_memory(gl.float32, [2] + query_sums.block_type.shape, query_sums.layout),
     )
     gl.warp_specialize(

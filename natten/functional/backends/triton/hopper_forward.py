@@ -46,6 +46,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from natten.functional.backend import Inputs
 from natten.functional.backends.triton import arguments, launcher, norms
 from natten.functional.backends.triton.hopper import (
+    Places,
     Ring,
     add_products,
     barriers,
@@ -55,9 +56,9 @@ from natten.functional.backends.triton.hopper import (
     in_flight,
     kept,
     load_async,
+    loaded_places,
     loaded_ring,
     multiply,
-    places,
     row_corner,
     scaled,
     seen,
@@ -133,12 +134,13 @@ class Sources(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Shared memory: both halves' rows, barriers that say that they are there, and rings."""
+    """Shared memory: both halves' rows, barriers that say that they are there, a ring of keys, and
+    places for values."""
 
     query: Any
     query_full: Any
     key_ring: Ring
-    value_ring: Ring
+    value_places: Places
 
 
 @gluon.jit
@@ -171,7 +173,7 @@ def attend(
     IS_BOUNDED: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     """Four warps with half of a query tile. The first half loads keys, the second values."""
-    keys, values = shared.key_ring, shared.value_ring
+    keys, values = shared.key_ring, shared.value_places
     # Of the keys of step t and the values of step t-1.
     empty = keys.empty
     KEY_TILE: gl.constexpr = V.KEY_TILE
@@ -355,8 +357,7 @@ def hopper_forward_kernel(
         gl.allocate_shared_memory(query.dtype, [2] + query.block_type.shape, query.layout),
         barriers(2, 1),
         keys,
-        # One barrier says of both that a place is free.
-        Ring(places(value, STAGES), barriers(STAGES, 1), keys.empty),
+        loaded_places(value, STAGES),
     )
     gl.warp_specialize(
         [

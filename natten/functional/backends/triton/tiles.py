@@ -344,7 +344,7 @@ _SINGLE_QUERIES, _SINGLE_FEATURES, _SINGLE_KEYS = 128, 64, 64
 SINGLE = Kernel("query", False, 5, {}, {}, suits=_suits_single, instead_of=QUERY_GRADIENT)
 
 
-def _cost_of_two(problem: Problem, found: BackwardTilings) -> float:
+def cost_of_two(problem: Problem, found: BackwardTilings) -> float:
     """Estimated time of the kernels for the gradients of query, and of key and value."""
     query, other = found.query, found.key_value
     query_cost = QUERY_GRADIENT.cost(problem, query.query, query.key)
@@ -373,7 +373,7 @@ def is_single_faster(problem: Problem, found: BackwardTilings) -> bool:
         return False
     tiling = single_tiling(problem)
     cost = SINGLE.products * SINGLE.cost(problem, tiling.query, tiling.key)
-    return cost < _cost_of_two(problem, found)
+    return cost < cost_of_two(problem, found)
 
 
 def bias_paddings(*tilings: Tiling) -> tuple[int, ...]:
@@ -670,30 +670,25 @@ def float8_tiling(problem: Problem) -> Tiling:
     return replace(tiling, whole=_whole(problem, tiling, False))
 
 
-def _fused_time(problem: Problem, tiling: Tiling) -> float:
-    cost = FUSED.products * FUSED.cost(problem, tiling.query, tiling.key)
-    return cost / FUSED.rate(problem)
-
-
-def fused_share(
-    problem: Problem, found: BackwardTilings, fused: Tiling, additional: Tiling | None
-) -> float:
-    """Estimated time of `FUSED`, with a tiling for the grid's keys and one for additional ones,
-    over that of the other kernels with those found."""
-    together = _fused_time(problem, fused)
+def cost_of_one(problem: Problem, fused: Tiling, additional: Tiling | None) -> float:
+    """Estimated time of `FUSED` with a tiling for the grid's keys and one for additional ones, in
+    the unit of `cost_of_two`."""
+    runs = [(problem, fused)]
     if additional is not None:
-        together += _fused_time(additional_problem(problem, additional.splits), additional)
-    return together / _cost_of_two(problem, found)
+        runs.append((additional_problem(problem, additional.splits), additional))
+    costs = [FUSED.cost(part, tiling.query, tiling.key) for part, tiling in runs]
+    return FUSED.products * sum(costs) / FUSED.rate(problem)
 
 
 def is_fused_faster(
     problem: Problem, found: BackwardTilings, fused: Tiling, additional: Tiling | None
 ) -> bool:
-    """Whether `fused_share` is less than one, and the problem worth descriptors."""
-    separate = _cost_of_two(problem, found)
+    """Whether `FUSED` with these tilings is estimated to take less time than the other kernels with
+    those found."""
+    separate = cost_of_two(problem, found)
     if separate / 7 * problem.heads * problem.batch * problem.head_dim < MIN_TMA_PRODUCTS:
         return False
-    return fused_share(problem, found, fused, additional) < 1
+    return cost_of_one(problem, fused, additional) < separate
 
 
 # The shapes that calls ran with, in the order of their first use, by all else that a kernel is
