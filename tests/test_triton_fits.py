@@ -309,6 +309,23 @@ def test_where_one_pass_does_not_fit_there_are_two(additional: int) -> None:
 
 
 @pytest.mark.usefixtures("_forgetful")
+def test_where_one_program_for_a_head_does_not_fit_there_are_more() -> None:
+    problem = make_problem((8, 8), 7, heads=16, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    problem = replace(problem, batch=32, requires_grad=True)
+    inputs, results, needs = without_memory(problem)
+    launched: list[str] = []
+    with launches(90, lambda name, _: launched.append(name)):
+        assert CUTLASS.backward_tilings(problem, DEFAULT_CONFIG).single is not None
+        CUTLASS.backward(problem, DEFAULT_CONFIG, inputs, results, needs)
+        assert launched == ["query_gradient_kernel"]
+        with _too_large({"query_gradient_kernel"}, 64 * 64 - 1):
+            CUTLASS.backward(problem, DEFAULT_CONFIG, inputs, results, needs)
+        found = CUTLASS.backward_tilings(problem, DEFAULT_CONFIG)
+    assert found.single is None
+    assert "key_value_gradient_kernel" in launched
+
+
+@pytest.mark.usefixtures("_forgetful")
 @pytest.mark.parametrize("backward", [False, True])
 def test_named_tiles_that_do_not_fit(backward: bool) -> None:
     problem = _problem()
