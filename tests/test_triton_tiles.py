@@ -176,6 +176,7 @@ def test_gradients_come_in_one_pass_where_that_is_faster(monkeypatch: pytest.Mon
         "dense",
         "head_dim 64",
         "head_dim 96",
+        "head_dim 48",
         "space",
         "dilation",
         "context",
@@ -283,13 +284,15 @@ def test_few_shapes_for_many_grids(kernel_size, dilation, head_dim, most):
                 )  # fmt: skip
                 best = tiles.choose(problem, kernel, True, tiles.Chip(227 * 1024))
                 found = tiles.reuse(problem, kernel, best)
-                assert replace(found, query=best.query, key=best.key) == best
+                sizes = {"query": best.query, "key": best.key}
+                sizes |= {"warps": best.warps, "stages": best.stages}
+                assert replace(found, **sizes) == best
                 assert tiles.reuse(problem, kernel, best) == found
                 seen.add(found)
                 best_seen.add(best)
-                costs = [kernel.cost(problem, t.query, t.key) for t in (found, best)]
+                costs = [kernel.cost(problem, t.query, t.key) / t.rate for t in (found, best)]
                 ratios.append(costs[0] / costs[1])
             assert len(seen) <= min(most, len(best_seen))
             assert max(ratios) <= 1.1
-            assert prod(ratios) ** (1 / len(ratios)) <= 1.03
+            assert prod(ratios) ** (1 / len(ratios)) <= 1.035
         tiles.reuse.cache_clear()

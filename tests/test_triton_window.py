@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 from random import Random
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -27,7 +28,9 @@ from natten.functional.backends.triton.primitives import (  # noqa: E402
     axis_rows,
     axis_tile,
     column_tile,
+    divided_by,
     key_window,
+    program_place,
     query_window,
     quotient,
     reciprocal,
@@ -54,14 +57,14 @@ def window_kernel(
 def axis_kernel(
     parameters, row_results, tile_results,
     COUNT: tl.constexpr, TILE: tl.constexpr, COLUMN_TILE: tl.constexpr,
-    CAUSAL: tl.constexpr, UPSAMPLING: tl.constexpr, INVERSE: tl.constexpr,
+    CAUSAL: tl.constexpr, UPSAMPLING: tl.constexpr, DILATED: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """All that `axis_rows` says about COUNT tiles. One column of parameters each."""
     i = tl.arange(0, COUNT)[:, None]
     offset = tl.arange(0, TILE)[None, :]
     at = parameters + i
     rows, box, columns = axis_rows(
-        (tl.load(at), tl.load(at + COUNT)), offset,
+        (tl.load(at), tl.load(at + COUNT) if DILATED else None), offset,
         (tl.load(at + 2 * COUNT), tl.load(at + 3 * COUNT), tl.load(at + 4 * COUNT),
          tl.load(at + 5 * COUNT)),
         (tl.load(at + 6 * COUNT), tl.load(at + 7 * COUNT)),
@@ -125,6 +128,27 @@ def quotient_kernel(dividend, divisor, result, COUNT: tl.constexpr):
     at = tl.arange(0, COUNT)
     by = tl.load(divisor + at)
     tl.store(result + at, quotient(tl.load(dividend + at), by, reciprocal(by)))
+
+
+@triton.jit
+def division_kernel(number, divisor, factor, result, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    by = tl.load(divisor + at)
+    tl.store(result + at, divided_by(tl.load(number + at), by, tl.load(factor + at)))
+
+
+@triton.jit
+def place_kernel(
+    tiles, dilations, heads, factors, results,
+    COUNT: tl.constexpr, V: tl.constexpr, LAST_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Tile along three axes, head and batch of COUNT programs."""
+    at = tl.arange(0, COUNT)
+    tile, head, batch = program_place(at, tiles, dilations, heads, factors, V, LAST_FIRST)
+    for axis in tl.static_range(3):
+        tl.store(results + axis * COUNT + at, tile[axis])
+    tl.store(results + 3 * COUNT + at, head)
+    tl.store(results + 4 * COUNT + at, batch)
 
 
 def _lengths() -> list[int]:
@@ -250,9 +274,11 @@ def _check_tiles(
     table = torch.tensor(parameters, dtype=torch.int32).T.contiguous()
     row_results = torch.empty(5, count, tile_size, dtype=torch.int32)
     tile_results = torch.empty(7, count, dtype=torch.int32)
+    is_dilated = any(axis.dilation > 1 for axis, *_ in problems)
     axis_kernel[(1,)](
-        table, row_results, tile_results, count, tile_size, column_size, causal, upsampling, inverse
-    )
+        table, row_results, tile_results, count, tile_size, column_size, causal, upsampling,
+        is_dilated, inverse,
+    )  # fmt: skip
     done = 0
     for problem in problems:
         mask = problem.mask()
@@ -384,3 +410,54 @@ def test_quotients() -> None:
     result = torch.empty_like(dividend)
     quotient_kernel[(1,)](dividend, divisor, result, len(pairs))
     assert torch.equal(result, dividend // divisor)
+
+
+def test_division() -> None:
+    """By what a factor stands for, of any number of 31 bits: at multiples of the divisor, and one
+    before, where a quotient that is off by little would differ."""
+    random = Random(0)
+    most = 2**31 - 1
+    divisors = [*range(1, 70), *(2**n + d for n in range(7, 31) for d in (-1, 0, 1)), most]
+    divisors += [random.randint(1, most) for _ in range(400)]
+    pairs = []
+    for divisor in divisors:
+        multiples = {0, 1, most // divisor, random.randint(0, most // divisor)}
+        numbers = {n * divisor + d for n in multiples for d in (-1, 0, 1)} | {most}
+        pairs += [(number, divisor) for number in numbers if 0 <= number <= most]
+    count = triton.next_power_of_2(len(pairs))
+    pairs += pairs[-1:] * (count - len(pairs))
+    number, divisor = torch.tensor(pairs, dtype=torch.int32).T.contiguous()
+    factor = torch.tensor([arguments.division(by) for _, by in pairs])
+    result = torch.empty(count, dtype=torch.int32)
+    division_kernel[(1,)](number, divisor, factor, result, count)
+    torch.testing.assert_close(result, number // divisor)
+    # Launches make a kernel for each pattern of even numbers, ones, and numbers of 32 bits.
+    assert bool((factor % 2 == 1).all())
+    assert int(factor.min()) >= 2**32
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+@pytest.mark.parametrize(
+    ("rank", "first_axis_fastest"), [(1, False), (2, False), (3, False), (3, True)]
+)
+def test_program_place(rank: int, first_axis_fastest: bool, last_first: bool) -> None:
+    """Tiles of one head are numbered along one axis first, then heads, then batch entries."""
+    random = Random(0)
+    variant = SimpleNamespace(RANK=rank, FIRST_AXIS_FASTEST=first_axis_fastest)
+    for has_factors in (False, True):
+        tiles = arguments.pad([random.randint(1, 5) for _ in range(rank)], 1)
+        dilations = arguments.pad([random.randint(1, 3) for _ in range(rank)], 1)
+        heads, batch = random.randint(2, 5), 2
+        extents = [t * d for t, d in zip(tiles, dilations, strict=True)]
+        order = extents if not first_axis_fastest else extents[::-1]
+        places = [p if not first_axis_fastest else p[::-1] for p in product(*map(range, order))]
+        if last_first:
+            places.reverse()
+        expected = [(*p, h, b) for b in range(batch) for h in range(heads) for p in places]
+        count = triton.next_power_of_2(len(expected))
+        results = torch.empty(5, count, dtype=torch.int32)
+        factors = None
+        if has_factors:
+            factors = arguments.divisions(tiles, dilations, heads, first_axis_fastest)
+        place_kernel[(1,)](tiles, dilations, heads, factors, results, count, variant, last_first)
+        assert results.T[: len(expected)].tolist() == [list(place) for place in expected]

@@ -49,6 +49,7 @@ class Window(NamedTuple):
         key_origins: Where the keys' box starts.
         key_extents: Of the keys' box.
         tiles: Row tiles of one dilation group.
+        divisions: `divisions` by them; None where grids differ in size.
     """
 
     bias_paddings: Any
@@ -61,6 +62,7 @@ class Window(NamedTuple):
     key_origins: Any
     key_extents: Any
     tiles: Any
+    divisions: Any
 
 
 class Scales(NamedTuple):
@@ -90,9 +92,10 @@ class Variant:
         CAUSAL: Whether queries attend to no later token, of each axis.
         CIRCULAR: Whether windows wrap around, of each axis.
         UPSAMPLING: Queries of each key, along each axis.
+        DILATED: Whether tokens form several dilation groups, along each axis.
         TMA: Whether column tiles are loaded through descriptors.
         UNIT: Divides all strides, which kernels take in multiples of it.
-        WIDE: Whether offsets inside a column tile take 64 bits.
+        WIDE: Whether offsets of elements take 64 bits.
         VARLEN: Whether the batch holds packed sequences.
         GRIDS: Whether it holds grids of different sizes, which a table tells apart.
         HAS_RPB: Whether scores have a bias.
@@ -101,6 +104,7 @@ class Variant:
         NEGATE: Whether the scale is negative.
         MASK: Which tiles are masked, see `primitives.tile_scores`.
         STAGES: Column tiles in flight.
+        THREADS: Of a program.
         PRECISION: Of float32 products.
         PERSISTENT: Whether there are fewer programs than row tiles, and each takes several.
         WARP_SPECIALIZE: Whether loads, products and softmax get warps of their own.
@@ -121,6 +125,7 @@ class Variant:
     CAUSAL: tuple[bool, ...]
     CIRCULAR: tuple[bool, ...]
     UPSAMPLING: tuple[int, ...]
+    DILATED: tuple[bool, ...]
     TMA: bool
     UNIT: int
     WIDE: bool
@@ -132,6 +137,7 @@ class Variant:
     NEGATE: bool
     MASK: str
     STAGES: int
+    THREADS: int
     PRECISION: str
     PERSISTENT: bool
     WARP_SPECIALIZE: bool
@@ -157,6 +163,28 @@ def unspecialized(numbers: tuple[int, ...]) -> tuple[int, ...]:
     """Integers that Triton finds nothing special about, odd ones above 1; kernels undo it with
     `primitives.decode`."""
     return tuple([2 * number + 3 for number in numbers])
+
+
+def division(divisor: int) -> int:
+    """What `primitives.divided_by` needs to divide integers of 31 bits: a factor of 32 bits and how
+    far the product is shifted, which make an odd number that never fits into 32 bits.
+
+    Round-up method of T. Granlund and P. L. Montgomery, "Division by Invariant Integers using
+    Multiplication", 1994.
+    """
+    shift = 31 + (divisor - 1).bit_length()
+    return (-(-(1 << shift) // divisor) << 7) | (shift << 1) | 1
+
+
+def divisions(
+    tiles: tuple[int, ...], dilations: tuple[int, ...], heads: int, first_axis_fastest: bool
+) -> tuple[int, ...]:
+    """Divisions by the row tiles of a head, by heads, and by the tiles along the axis by which they
+    are numbered first, and second."""
+    along = [count * dilation for count, dilation in zip(tiles, dilations, strict=True)]
+    if not first_axis_fastest:
+        along.reverse()
+    return tuple(map(division, (prod(along), heads, *along[:2])))
 
 
 def strides_of(stride: tuple[int, ...]) -> tuple[int, ...]:
@@ -316,17 +344,21 @@ def table(grids: Grids, row_tile: tuple[int, ...]) -> Table:
     return Table(np.concatenate([owners, rows.ravel()]), len(owners))
 
 
-def _column_steps(problem: Problem, stride: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """How far neighboring columns of a dilation group lie apart along each axis; ``stride`` is
-    what `strides_of` gives."""
-    if problem.grids is None:
-        return [tuple([d * s for d, s in zip(pad(problem.dilation, 1), stride[1:4])])]
-    token = stride[3]
-    found: list[tuple[int, ...]] = []
-    for grid, _ in problem.grids.runs:
-        (x, y, z), (_, rows, columns) = pad(grid.dilation, 1), pad(grid.extents, 1)
-        found.append((x * rows * columns * token, y * columns * token, z * token))
-    return found
+def _is_wide(problem: Problem, tiling: Tiling, strides: Sequence[tuple[int, ...]]) -> bool:
+    """Whether 32 bits may be too few for an element's offset in a tensor with any of these strides,
+    of batch, three axes of tokens, and heads, or in the statistics of queries."""
+    keys = problem.key_shape if problem.grids is None else problem.tokens
+    tokens = list(map(max, pad(problem.tokens, 1), pad(keys, 1)))
+    tokens[-1] = max(tokens[-1], problem.num_additional)
+    entries = problem.entries if problem.num_additional else problem.batch
+    extents = (entries, *tokens, problem.heads)
+    reaches = [
+        sum([(extent - 1) * step for extent, step in zip(extents, stride, strict=True)])
+        for stride in strides
+    ]
+    features = max(block(problem.head_dim), block(problem.head_dim_v))
+    elements = max(max(reaches) + features, 2 * prod(extents))
+    return elements * tiling.splits >= 2**31
 
 
 @dataclass(frozen=True)
@@ -394,16 +426,16 @@ def common(
     ``strides`` are those of query, key, value and, in the backward pass, the output's gradient;
     ``others`` those of all else with features. ``inverse`` says that key tiles own the programs.
     """
-    groups = tuple(map(strides_of, strides))
+    groups = tuple(map(strides_of, (*strides, *others)))
     query_tile, key_tile = pad(tiling.query, 1), pad(tiling.key, 1)
     dilations = pad(problem.dilation, 1)
     query_box = (pad(problem.query_origin, 0), pad(problem.query_shape, 1))
     key_box = (pad(problem.key_origin, 0), pad(problem.key_shape, 1))
     row_box, row_tile, column_tile = query_box, query_tile, key_tile
-    heads, columns_read = problem.heads, groups[1:3]
+    heads = problem.heads
     if inverse:
         row_box, row_tile, column_tile = key_box, key_tile, query_tile
-        heads, columns_read = problem.heads_kv, (groups[0], groups[-1])
+        heads = problem.heads_kv
     if problem.varlen:
         # As many programs for each sequence as the longest needs.
         row_box = row_box[0], pad((problem.max_seqlen_kv if inverse else problem.max_seqlen_q,), 1)
@@ -418,6 +450,8 @@ def common(
     for grid in grids:
         _check_steps(problem, grid, row_tile, column_tile)
     scale, negate = scales(problem)
+    first_axis_fastest, has_grids = _first_axis_fastest(problem), problem.grids is not None
+    factors = None if has_grids else divisions(tiles, dilations, heads, first_axis_fastest)
     options = {"num_warps": tiling.warps, "enable_fp_fusion": scale <= _LARGEST_FUSED_SCALE}
     return Common(
         programs * heads * sequences,
@@ -433,6 +467,7 @@ def common(
             key_origins=unspecialized(key_box[0]),
             key_extents=unspecialized(key_box[1]),
             tiles=unspecialized(tiles),
+            divisions=factors,
         ),
         Variant(
             HEADS_PER_KV=problem.heads // problem.heads_kv,
@@ -445,25 +480,23 @@ def common(
             PARTS=parts(problem.head_dim, problem.dtype),
             VALUE_PARTS=parts(problem.head_dim_v, problem.dtype),
             RANK=problem.rank,
-            FIRST_AXIS_FASTEST=_first_axis_fastest(problem),
+            FIRST_AXIS_FASTEST=first_axis_fastest,
             CAUSAL=pad(problem.is_causal, False),
             CIRCULAR=pad(problem.is_circular or (False,) * problem.rank, False),
             UPSAMPLING=pad(problem.upsampling or (1,) * problem.rank, 1),
+            DILATED=tuple([has_grids or step > 1 for step in dilations]),
             TMA=tiling.tma,
-            UNIT=gcd(16, *(s for group in (*groups, *map(strides_of, others)) for s in group)),
-            WIDE=any(
-                sum(t * s for t, s in zip(column_tile, steps, strict=True)) >= 2**31
-                for group in columns_read
-                for steps in _column_steps(problem, group)
-            ),
+            UNIT=gcd(16, *(step for group in groups for step in group)),
+            WIDE=_is_wide(problem, tiling, groups),
             VARLEN=problem.varlen,
-            GRIDS=problem.grids is not None,
+            GRIDS=has_grids,
             HAS_RPB=problem.has_rpb,
             HAS_ADDITIONAL=has_additional,
             HAS_QUERY_MASK=problem.has_query_mask,
             NEGATE=negate,
             MASK=_mask(problem, tiling),
             STAGES=tiling.stages,
+            THREADS=32 * tiling.warps,
             PRECISION=precision,
             PERSISTENT=persistent,
             WARP_SPECIALIZE=tiling.warp_specialize,

@@ -38,6 +38,7 @@ from natten.functional.backends.triton.primitives import (
     kept,
     load_columns,
     load_parts,
+    log2,
     mask_source,
     placed_tile,
     row_offsets,
@@ -123,18 +124,17 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
     kv_head = head // V.HEADS_PER_KV
     place = unravel(tl.arange(0, COLUMNS), KEY_TILE)
 
-    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.query, V.UNIT, V.RANK)
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.query, V.UNIT, V.WIDE, V.RANK)
     query_rows = load_parts(
-        query + head_offset(memory_batch, head, strides.query, V.UNIT),
+        query + head_offset(memory_batch, head, strides.query, V.UNIT, V.WIDE),
         offset, all_exist, V.FEATURES, PARTS,
     )  # fmt: skip
     key_source = column_source(
-        key, memory_batch, kv_head, grid.memory, strides.key, grid.dilation, V.UNIT, V.RANK, V.TMA
+        key, memory_batch, kv_head, grid, strides.key, V.UNIT, V.WIDE, V.RANK, V.TMA
     )
     value_source = column_source(
-        value, memory_batch, kv_head, grid.memory, strides.value, grid.dilation, V.UNIT, V.RANK,
-        V.TMA,
-    )  # fmt: skip
+        value, memory_batch, kv_head, grid, strides.value, V.UNIT, V.WIDE, V.RANK, V.TMA
+    )
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -206,12 +206,12 @@ def forward_tile(program, query, key, value, data, heads, num_additional, scale,
     accumulator = divided(accumulator, tl.where(total == 0.0, 1.0, total))
     if data.splits is not None:
         memory_batch += split * entries
-    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.out, V.UNIT, V.RANK)
-    start = head_offset(memory_batch, head, strides.out, V.UNIT)
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.out, V.UNIT, V.WIDE, V.RANK)
+    start = head_offset(memory_batch, head, strides.out, V.UNIT, V.WIDE)
     store_parts(data.out + start, accumulator, offset, all_exist, V.VALUE_FEATURES, VALUE_PARTS)
-    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.lse, 1, V.RANK)
-    offset += head_offset(memory_batch, head, strides.lse, 1)
-    tl.store(data.lse + offset, (maximum + tl.math.log2(total)) * LN_2, mask=all_exist)
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.lse, 1, V.WIDE, V.RANK)
+    offset += head_offset(memory_batch, head, strides.lse, 1, V.WIDE)
+    tl.store(data.lse + offset, (maximum + log2(total)) * LN_2, mask=all_exist)
 
 
 @triton.jit(do_not_specialize=["programs", "heads", "num_additional"])

@@ -225,11 +225,7 @@ def kept(sums, flags):
 @gluon.jit
 def divided(sums, divisors):
     """The sums of each row by its divisor."""
-    main = sums[0] / spread(divisors, sums[0])
-    if len(sums) == 1:
-        return (main,)
-    else:
-        return main, sums[1] / spread(divisors, sums[1])
+    return scaled(sums, 1.0 / divisors)
 
 
 @gluon.jit
@@ -345,7 +341,7 @@ def store_tile(
     """Rows of tokens of one head, 16 bytes per thread: the first features, which a tile may have
     more columns than."""
     COLUMNS: gl.constexpr = tile.shape[1]
-    offset, all_exist = row_offsets(rows.memory, rows.exists, strides, V.UNIT, V.RANK)
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides, V.UNIT, V.WIDE, V.RANK)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     features = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
@@ -354,7 +350,7 @@ def store_tile(
     if FEATURES < COLUMNS:
         mask = mask & (features < FEATURES)
     gl.store(
-        target + head_offset(batch, head, strides, V.UNIT) + offset,
+        target + head_offset(batch, head, strides, V.UNIT, V.WIDE) + offset,
         gl.convert_layout(tile.to(target.dtype.element_ty), layout),
         mask=mask,
     )

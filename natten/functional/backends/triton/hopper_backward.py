@@ -526,6 +526,8 @@ def _launch(
         problem, tiling, sequences, "tf32", strides, *gradients, inverse=True
     )  # fmt: skip
     key_gradient, value_gradient = map(common.steps, gradients)
+    by_tiles, _by_heads, *others = common.window.divisions
+    divisions = (by_tiles, arguments.division(group_heads), *others)
     return Launch(
         hopper_gradients_kernel,
         common.tiles // problem.heads_kv * group_heads,
@@ -537,7 +539,7 @@ def _launch(
                 key_gradient, value_gradient,
                 *(arguments.group_steps(problem, stride) for stride in (*strides, *sums)),
             ),
-            common.window._replace(bias_paddings=None),
+            common.window._replace(bias_paddings=None, divisions=divisions),
         ),
         options=common.options,
         tiles=(tiling, FUSED),

@@ -334,8 +334,8 @@ def attend(HALF: gl.constexpr, sources, data, heads, scale, shared, V: gl.conste
     # A query that sees nothing has output 0 and logsumexp -inf.
     value_scale = gl.load(data.value_scale + kv_head)
     sums = scaled((sums,), value_scale / gl.where(total == 0.0, 1.0, total))
-    offset, all_exist = row_offsets(rows.memory, rows.exists, data.strides.lse, 1, V.RANK)
-    offset += head_offset(memory_batch, head, data.strides.lse, 1)
+    offset, all_exist = row_offsets(rows.memory, rows.exists, data.strides.lse, 1, V.WIDE, V.RANK)
+    offset += head_offset(memory_batch, head, data.strides.lse, 1, V.WIDE)
     lse = (maximum + gl.log2(total) - LARGEST) * LN_2
     gl.store(data.lse + offset, lse, mask=all_exist)
     store_sums(data.out, sums, memory_batch, head, rows, data.strides.out, FEATURES, V)

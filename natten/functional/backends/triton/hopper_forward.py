@@ -308,8 +308,8 @@ def attend(
         maximum = gl.where(valid, maximum, 0.0)
     # A query that sees nothing has output 0 and logsumexp -inf.
     sums = divided(sums, gl.where(total == 0.0, 1.0, total))
-    offset, all_exist = row_offsets(rows.memory, rows.exists, data.strides.lse, 1, V.RANK)
-    offset += head_offset(memory_batch, head, data.strides.lse, 1)
+    offset, all_exist = row_offsets(rows.memory, rows.exists, data.strides.lse, 1, V.WIDE, V.RANK)
+    offset += head_offset(memory_batch, head, data.strides.lse, 1, V.WIDE)
     lse = gl.log2(total)
     if not IS_BOUNDED:
         lse += maximum
@@ -329,7 +329,7 @@ def has_small_bound(data, heads, scale, V: gl.constexpr):
     """Whether the scores of a program's head have one."""
     window = data.window
     _tile, head, batch = program_place(
-        gl.program_id(0), decode(window.tiles), window.dilations, heads, V, False
+        gl.program_id(0), decode(window.tiles), window.dilations, heads, window.divisions, V, False
     )
     heads_kv = heads // V.HEADS_PER_KV
     first = batch * (heads + heads_kv)

@@ -31,6 +31,7 @@ from natten.functional.backends.triton.primitives import (
     row_offsets,
     row_tile,
     scaled,
+    sized,
     store_parts,
     tile_scores,
     unravel,
@@ -78,29 +79,43 @@ class Data(NamedTuple):
 
 
 @triton.jit
+def first_of(equal):
+    """One of equal numbers in each row."""
+    if equal.shape[1] == 1:
+        return equal.reshape(equal.shape[0])
+    else:
+        some, _others = tl.split(equal.reshape(equal.shape[0], equal.shape[1] // 2, 2))
+        return first_of(some)
+
+
+@triton.jit
 def load_statistics(pointer, corner, place, extent, steps, dilation, V: tl.constexpr):
     """lse and delta of a tile of query columns, contiguous along the last axis but for dilation.
 
-    Loaded together: of a load with fewer elements than threads, every thread would load all that
-    it needs itself, sixteen of each where the columns are those of a matrix product.
+    Loaded together, and several times where they are few: of a load with fewer elements than
+    threads, every thread would load all that it needs itself, sixteen of each where the columns are
+    those of a matrix product.
     """
-    start = corner[2].to(tl.int64) * dilation
+    COLUMNS: tl.constexpr = V.QUERIES
+    TIMES: tl.constexpr = 1 if V.THREADS <= 2 * COLUMNS else V.THREADS // (2 * COLUMNS)
+    start = sized(corner[2], V.WIDE) * dilation
     offset = place[2] * dilation
     exists = place[2] < extent[2] - corner[2]
     if V.RANK >= 2:
         start += corner[1] * steps[1]
-        offset += place[1] * steps[1].to(tl.int32)
+        offset += place[1] * steps[1]
         exists = exists & (place[1] < extent[1] - corner[1])
     if V.RANK == 3:
         start += corner[0] * steps[0]
-        offset += place[0] * steps[0].to(tl.int32)
+        offset += place[0] * steps[0]
         exists = exists & (place[0] < extent[0] - corner[0])
-    source = pointer + 2 * start + (2 * offset[:, None] + tl.arange(0, 2)[None, :])
+    source = pointer + (2 * (start + offset)[:, None] + tl.arange(0, 2 * TIMES)[None, :] % 2)
     if V.MASK == "never":
-        pair = tl.load(source)
+        pairs = tl.load(source)
     else:
-        pair = tl.load(source, mask=exists[:, None], other=0.0)
-    return tl.split(pair)
+        pairs = tl.load(source, mask=exists[:, None], other=0.0)
+    lse, delta = tl.split(pairs.reshape(COLUMNS, TIMES, 2))
+    return first_of(lse), first_of(delta)
 
 
 @triton.jit
@@ -115,9 +130,10 @@ def key_value_gradient_tile(
     VALUE_PARTS: tl.constexpr = V.VALUE_PARTS
     PRECISION: tl.constexpr = V.PRECISION
     strides, window = data.strides, data.window
-    tile_of_rows = program // splits
-    split = program % splits
-    at, rows, box, grid = row_tile(tile_of_rows, tl.arange(0, ROWS), data, heads, True, V)
+    if splits is not None:
+        split = program % splits
+        program = program // splits
+    at, rows, box, grid = row_tile(program, tl.arange(0, ROWS), data, heads, True, V)
     memory_batch, kv_head = at.memory_batch, at.head
     place = unravel(tl.arange(0, COLUMNS), QUERY_TILE)
     steps = column_steps(box)
@@ -134,14 +150,14 @@ def key_value_gradient_tile(
         present = (exists[0], exists[1], exists[2] & valid)
         steps = tl.where(any_of(valid), steps, 0)
 
-    offset, all_exist = row_offsets(rows.memory, present, strides.key, V.UNIT, V.RANK)
+    offset, all_exist = row_offsets(rows.memory, present, strides.key, V.UNIT, V.WIDE, V.RANK)
     key_rows = load_parts(
-        key + head_offset(memory_batch, kv_head, strides.key, V.UNIT),
+        key + head_offset(memory_batch, kv_head, strides.key, V.UNIT, V.WIDE),
         offset, all_exist, V.FEATURES, PARTS,
     )  # fmt: skip
-    offset, all_exist = row_offsets(rows.memory, present, strides.value, V.UNIT, V.RANK)
+    offset, all_exist = row_offsets(rows.memory, present, strides.value, V.UNIT, V.WIDE, V.RANK)
     value_rows = load_parts(
-        value + head_offset(memory_batch, kv_head, strides.value, V.UNIT),
+        value + head_offset(memory_batch, kv_head, strides.value, V.UNIT, V.WIDE),
         offset, all_exist, V.VALUE_FEATURES, VALUE_PARTS,
     )  # fmt: skip
     key_accumulator = zero_sums(ROWS, PARTS)
@@ -150,18 +166,18 @@ def key_value_gradient_tile(
     for member in tl.range(0, V.HEADS_PER_KV, num_stages=1):
         head = kv_head * V.HEADS_PER_KV + member
         query_source = column_source(
-            query, memory_batch, head, grid.memory, strides.query, grid.dilation, V.UNIT, V.RANK,
+            query, memory_batch, head, grid, strides.query, V.UNIT, V.WIDE, V.RANK, V.TMA
+        )
+        gradient_source = column_source(
+            out_gradient, memory_batch, head, grid, strides.out_gradient, V.UNIT, V.WIDE, V.RANK,
             V.TMA,
         )  # fmt: skip
-        gradient_source = column_source(
-            out_gradient, memory_batch, head, grid.memory, strides.out_gradient, grid.dilation,
-            V.UNIT, V.RANK, V.TMA,
-        )  # fmt: skip
         statistics = column_source(
-            0, memory_batch, head, grid.memory, strides.statistics, grid.dilation, 1, V.RANK,
-            False,
-        )  # fmt: skip
-        first, last = share(steps, split, splits)
+            0, memory_batch, head, grid, strides.statistics, 1, V.WIDE, V.RANK, False
+        )
+        first, last = 0, steps
+        if splits is not None:
+            first, last = share(steps, split, splits)
         for t in tl.range(first, last, num_stages=V.STAGES):
             tile = placed_tile(t, box, grid, QUERY_TILE, V)
             query_columns = load_columns(
@@ -196,18 +212,22 @@ def key_value_gradient_tile(
         # Their scores were not masked.
         key_accumulator = kept(key_accumulator, present[2])
         value_accumulator = kept(value_accumulator, present[2])
-    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.key_gradient, V.UNIT, V.RANK)
-    start = head_offset(memory_batch, kv_head, strides.key_gradient, V.UNIT)
-    start += split * (split_size * V.UNIT)
+    offset, all_exist = row_offsets(
+        rows.memory, rows.exists, strides.key_gradient, V.UNIT, V.WIDE, V.RANK
+    )
+    start = head_offset(memory_batch, kv_head, strides.key_gradient, V.UNIT, V.WIDE)
+    if splits is not None:
+        start += split.to(tl.int64) * split_size * V.UNIT
     store_parts(
         data.key_gradient + start, scaled(key_accumulator, scales.gradients), offset, all_exist,
         V.FEATURES, PARTS,
     )  # fmt: skip
     offset, all_exist = row_offsets(
-        rows.memory, rows.exists, strides.value_gradient, V.UNIT, V.RANK
+        rows.memory, rows.exists, strides.value_gradient, V.UNIT, V.WIDE, V.RANK
     )  # fmt: skip
-    start = head_offset(memory_batch, kv_head, strides.value_gradient, V.UNIT)
-    start += split * (value_split_size * V.UNIT)
+    start = head_offset(memory_batch, kv_head, strides.value_gradient, V.UNIT, V.WIDE)
+    if splits is not None:
+        start += split.to(tl.int64) * value_split_size * V.UNIT
     store_parts(
         data.value_gradient + start, value_accumulator, offset, all_exist, V.VALUE_FEATURES,
         VALUE_PARTS,
@@ -223,7 +243,8 @@ def key_value_gradient_kernel(
 ):  # fmt: skip
     """Query and the output's gradient are descriptors of query tiles if `V.TMA`, else pointers.
 
-    `splits` programs share the queries of a tile of keys; each writes sums of its own.
+    `splits` programs share the queries of a tile of keys, and each writes sums of its own; None for
+    one.
     """
     if V.PERSISTENT:
         for program in tl.range(tl.program_id(0), programs, tl.num_programs(0)):
@@ -285,10 +306,13 @@ def key_value_gradient_launch(
     return Launch(
         key_value_gradient_kernel,
         launched,
-        (programs, common.heads, splits, *split_sizes, common.scales, variant),
+        (
+            programs, common.heads, splits if splits > 1 else None, *split_sizes, common.scales,
+            variant,
+        ),
         group=Data,
         alone=4,
         grouped=(arguments.cap(problem), steps, common.window),
         options=common.options,
         tiles=(tiling, KEY_VALUE_GRADIENT),
-    )
+    )  # fmt: skip

@@ -122,6 +122,18 @@ def ceil_div(numerator, denominator):
 
 
 @triton.jit
+def log2(x):
+    """The logarithm within 2**-22, of itself or, from 0.5 to 2, of one: what the GPU has an
+    instruction for. Without PTX, Triton's, which takes thirty."""
+    if INLINE:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+        )
+    else:
+        return tl.math.log2(x)
+
+
+@triton.jit
 def decode(numbers):
     """The integers behind `arguments.unspecialized` ones, three (axes) or five (strides)."""
     x = (numbers[0] >> 1) - 1
@@ -216,9 +228,9 @@ def axis_rows(
     """Everything about one axis of a row tile.
 
     `numbers` are that of the tile, among all of all dilation groups of the axis, and how many one
-    group has; `offset` the place of each row inside the tile. `axis` is the grid's length, the
-    window's size, stride and dilation; the boxes of rows and columns are where they begin and how
-    many.
+    group has, or None where there is one group; `offset` the place of each row inside the tile.
+    `axis` is the grid's length, the window's size, stride and dilation; the boxes of rows and
+    columns are where they begin and how many.
 
     Returns three groups: all of `Rows`, all of `Box` but inverses, and all of `Columns` but the
     sequence.
@@ -228,7 +240,10 @@ def axis_rows(
         length, kernel, stride, dilation = axis
         row_origin, row_extent = row_box
         column_origin, column_extent = column_box
-        group = tile // tiles
+        group = 0
+        if tiles is not None:
+            group = tile // tiles
+            tile -= group * tiles
         group_length = ceil_div(length - group, dilation)
         row_begin = ceil_div(tl.maximum(row_origin - group, 0), dilation)
         row_end = (row_origin + row_extent - group + dilation - 1) // dilation
@@ -237,7 +252,7 @@ def axis_rows(
         column_end = tl.maximum(column_end, column_begin)
 
         # Tiles sit on multiples of their size, so that they line up with groups of a stride.
-        first = (row_begin // TILE + tile % tiles) * TILE
+        first = (row_begin // TILE + tile) * TILE
         first_row = tl.maximum(first, row_begin)
         end_of_rows = tl.minimum(first + TILE, row_end)
         last_row = tl.maximum(end_of_rows - 1, 0)
@@ -282,8 +297,28 @@ def axis_rows(
 
 
 @triton.jit
-def program_place(program, tiles, dilations, heads, V: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """Row tile along each axis, head and batch of a program. Tiles of one head are neighbors."""
+def divided_by(number, divisor, factor):
+    """number // divisor, of numbers below 2**31; `factor` is `arguments.division` by it, or None.
+
+    A division takes more than twenty instructions, this a few.
+    """
+    if factor is None:
+        return number // divisor
+    else:
+        product = tl.cast(number, tl.uint32).to(tl.uint64) * (factor >> 7).to(tl.uint32)
+        return (product >> ((factor >> 1) & 63).to(tl.uint64)).to(tl.int32)
+
+
+@triton.jit
+def program_place(
+    program, tiles, dilations, heads, factors, V: tl.constexpr, LAST_FIRST: tl.constexpr
+):  # fmt: skip
+    """Row tile along each axis, head and batch of a program. Tiles of one head are neighbors.
+    `factors` are `arguments.divisions`, or None."""
+    if factors is None:
+        by_tiles, by_heads, by_first, by_second = None, None, None, None
+    else:
+        by_tiles, by_heads, by_first, by_second = factors
     tiles_z = tiles[2] * dilations[2]
     tiles_y = 1
     tiles_x = 1
@@ -292,20 +327,26 @@ def program_place(program, tiles, dilations, heads, V: tl.constexpr, LAST_FIRST:
     if V.RANK == 3:
         tiles_x = tiles[0] * dilations[0]
     in_head = tiles_x * tiles_y * tiles_z
-    tile = program % in_head
+    rest = divided_by(program, in_head, by_tiles)
+    tile = program - rest * in_head
     if LAST_FIRST:
         # The longest rows of a causal problem come last: start them first.
         tile = in_head - 1 - tile
-    rest = program // in_head
+    batch = divided_by(rest, heads, by_heads)
+    head = rest - batch * heads
+    x, y, z = tile * 0, tile * 0, tile
     if V.FIRST_AXIS_FASTEST:
-        x = tile % tiles_x
-        y = (tile // tiles_x) % tiles_y
-        z = tile // (tiles_x * tiles_y)
-    else:
-        z = tile % tiles_z
-        y = (tile // tiles_z) % tiles_y
-        x = tile // (tiles_z * tiles_y)
-    return (x, y, z), rest % heads, rest // heads
+        y = divided_by(tile, tiles_x, by_first)
+        x = tile - y * tiles_x
+        z = divided_by(y, tiles_y, by_second)
+        y -= z * tiles_y
+    elif V.RANK >= 2:
+        y = divided_by(tile, tiles_z, by_first)
+        z = tile - y * tiles_z
+        if V.RANK == 3:
+            x = divided_by(y, tiles_y, by_second)
+            y -= x * tiles_y
+    return (x, y, z), head, batch
 
 
 @triton.jit
@@ -433,25 +474,34 @@ def before_seam(place, corner, length, CIRCULAR: tl.constexpr):
 
 
 @triton.jit
-def row_offsets(memory, exists, strides, UNIT: tl.constexpr, RANK: tl.constexpr):
+def sized(number, WIDE: tl.constexpr):
+    """An integer of as many bits as element offsets take."""
+    return tl.cast(number, tl.int64 if WIDE else tl.int32)
+
+
+@triton.jit
+def row_offsets(
+    memory, exists, strides, UNIT: tl.constexpr, WIDE: tl.constexpr, RANK: tl.constexpr
+):  # fmt: skip
     """Element offset of each row's token from the start of its batch and head, and its mask."""
     strides = decode(strides)
-    offset = memory[2].to(tl.int64) * (strides[3] * UNIT)
+    offset = sized(memory[2], WIDE) * (sized(strides[3], WIDE) * UNIT)
     all_exist = exists[2]
     if RANK >= 2:
-        offset += memory[1].to(tl.int64) * (strides[2] * UNIT)
+        offset += sized(memory[1], WIDE) * (sized(strides[2], WIDE) * UNIT)
         all_exist = all_exist & exists[1]
     if RANK == 3:
-        offset += memory[0].to(tl.int64) * (strides[1] * UNIT)
+        offset += sized(memory[0], WIDE) * (sized(strides[1], WIDE) * UNIT)
         all_exist = all_exist & exists[0]
     return offset, all_exist
 
 
 @triton.jit
-def head_offset(batch, head, strides, UNIT: tl.constexpr):
+def head_offset(batch, head, strides, UNIT: tl.constexpr, WIDE: tl.constexpr):
     """Element offset of a batch and head. `UNIT` divides every stride: it tells the alignment."""
     strides = decode(strides)
-    return tl.cast(batch, tl.int64) * (strides[0] * UNIT) + head.to(tl.int64) * (strides[4] * UNIT)
+    offset = sized(batch, WIDE) * (sized(strides[0], WIDE) * UNIT)
+    return offset + sized(head, WIDE) * (sized(strides[4], WIDE) * UNIT)
 
 
 @triton.jit
@@ -560,11 +610,7 @@ def scaled(sums, factors):
 @triton.jit
 def divided(sums, divisors):
     """The sums of each row by its divisor."""
-    main = sums[0] / divisors[:, None]
-    if len(sums) == 1:
-        return (main,)
-    else:
-        return main, sums[1] / divisors[:, None]
+    return scaled(sums, (1.0 / divisors)[:, None])
 
 
 @triton.jit
@@ -588,29 +634,32 @@ def row_products(rows, others):
 
 @triton.jit
 def column_source(
-    source, batch, head, memory, strides, dilations,
-    UNIT: tl.constexpr, RANK: tl.constexpr, TMA: tl.constexpr,
+    source, batch, head, columns, strides,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, RANK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Where the columns of one batch, head and dilation group come from, and their strides.
 
-    `memory` is the coordinate of the first column. With `TMA`, `source` is a descriptor of the
-    whole tensor, else a pointer to it.
+    With `TMA`, `source` is a descriptor of the whole tensor, else a pointer to it.
     """
+    memory, dilations = columns.memory, columns.dilation
     _batch, stride_x, stride_y, stride_z, _head = decode(strides)
-    step_x, step_y, step_z = 0, 0, stride_z.to(tl.int64) * UNIT * dilations[2]
+    stride_z = sized(stride_z, WIDE) * UNIT
+    step_x, step_y, step_z = 0, 0, stride_z * dilations[2]
     if RANK >= 2:
-        step_y = stride_y.to(tl.int64) * UNIT * dilations[1]
+        stride_y = sized(stride_y, WIDE) * UNIT
+        step_y = stride_y * dilations[1]
     if RANK == 3:
-        step_x = stride_x.to(tl.int64) * UNIT * dilations[0]
+        stride_x = sized(stride_x, WIDE) * UNIT
+        step_x = stride_x * dilations[0]
     if TMA:
         return Source(source, (step_x, step_y, step_z), batch, head)
     else:
-        start = head_offset(batch, head, strides, UNIT)
-        start += memory[2].to(tl.int64) * (stride_z * UNIT)
+        start = head_offset(batch, head, strides, UNIT, WIDE)
+        start += sized(memory[2], WIDE) * stride_z
         if RANK >= 2:
-            start += memory[1].to(tl.int64) * (stride_y * UNIT)
+            start += sized(memory[1], WIDE) * stride_y
         if RANK == 3:
-            start += memory[0].to(tl.int64) * (stride_x * UNIT)
+            start += sized(memory[0], WIDE) * stride_x
         return Source(source + start, (step_x, step_y, step_z), batch, head)
 
 
@@ -632,48 +681,48 @@ def load_columns(
         )  # fmt: skip
         return (box.reshape(COLUMNS, PARTS[0]),)
     else:
-        start, offset, exists = column_offsets(source, corner, columns, place, V)
-        return load_parts(source.data + start, offset, exists, FEATURES, PARTS)
+        offset, exists = column_offsets(source, corner, columns, place, V.WIDE, V.RANK)
+        return load_parts(source.data, offset, exists, FEATURES, PARTS)
 
 
 @triton.jit
-def column_offsets(source, corner, columns, place, V: tl.constexpr):
-    """Element offset of the column tile at `corner`, those of its columns, and which exist."""
+def column_offsets(
+    source, corner, columns, place, WIDE: tl.constexpr, RANK: tl.constexpr
+):  # fmt: skip
+    """Element offsets of the columns of the tile at `corner`, and which of them exist."""
     extent, steps = columns.extent, source.steps
     exists = place[2] < extent[2] - corner[2]
     start = corner[2] * steps[2]
-    offset = place[2] * (steps[2] if V.WIDE else steps[2].to(tl.int32))
-    if V.RANK >= 2:
+    offset = place[2] * steps[2]
+    if RANK >= 2:
         exists = exists & (place[1] < extent[1] - corner[1])
         start += corner[1] * steps[1]
-        offset += place[1] * (steps[1] if V.WIDE else steps[1].to(tl.int32))
-    if V.RANK == 3:
+        offset += place[1] * steps[1]
+    if RANK == 3:
         exists = exists & (place[0] < extent[0] - corner[0])
         start += corner[0] * steps[0]
-        offset += place[0] * (steps[0] if V.WIDE else steps[0].to(tl.int32))
-    return start, offset, exists
+        offset += place[0] * steps[0]
+    return start + offset, exists
 
 
 @triton.jit
 def mask_source(mask, at, grid, strides, V: tl.constexpr):
     """Where the mask of the columns of one batch entry and dilation group comes from."""
-    return column_source(
-        mask, at.memory_batch, at.head, grid.memory, strides, grid.dilation, 1, V.RANK, False
-    )
+    return column_source(mask, at.memory_batch, at.head, grid, strides, 1, True, V.RANK, False)
 
 
 @triton.jit
 def valid_columns(source, corner, columns, place, V: tl.constexpr):
     """Which columns of the tile at `corner` are valid."""
-    start, offset, exists = column_offsets(source, corner, columns, place, V)
-    return tl.load(source.data + start + offset, mask=exists, other=0) != 0
+    offset, exists = column_offsets(source, corner, columns, place, True, V.RANK)
+    return tl.load(source.data + offset, mask=exists, other=0) != 0
 
 
 @triton.jit
 def valid_rows(mask, at, rows, strides, V: tl.constexpr):
     """Which rows of a tile are valid."""
-    offset, all_exist = row_offsets(rows.memory, rows.exists, strides, 1, V.RANK)
-    offset += head_offset(at.memory_batch, at.head, strides, 1)
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides, 1, True, V.RANK)
+    offset += head_offset(at.memory_batch, at.head, strides, 1, True)
     return tl.load(mask + offset, mask=all_exist, other=0) != 0
 
 
@@ -873,7 +922,7 @@ def grid_place(
         ceil_div(ceil_div(lengths[2], dilations[2]), ROW_TILE[2]),
     )
     in_grid = program % programs - tl.load(grid + 12)
-    tile, _head, _batch = program_place(in_grid, tiles, dilations, 1, V, LAST_FIRST)
+    tile, _head, _batch = program_place(in_grid, tiles, dilations, 1, None, V, LAST_FIRST)
     first_token = tl.load(grid + 13)
     return (
         tile, program // programs, number, first_token, tiles, lengths, kernels, strides, dilations,
@@ -915,7 +964,9 @@ def row_tile(program, row, data, heads, INVERSE: tl.constexpr, V: tl.constexpr):
         )  # fmt: skip
         row_origins, row_extents = decode(row_origins), decode(row_extents)
         column_origins, column_extents = decode(column_origins), decode(column_extents)
-        tile, head, batch = program_place(program, tiles, dilations, heads, V, LAST_FIRST)
+        tile, head, batch = program_place(
+            program, tiles, dilations, heads, window.divisions, V, LAST_FIRST
+        )
     row_first, row_extent = sequence_of(cumulative_row, batch, row_extents[2], V.VARLEN)
     column_first, column_extent = sequence_of(cumulative_column, batch, column_extents[2], V.VARLEN)
     length, kernel, memory_batch = lengths[2], kernels[2], batch
@@ -928,19 +979,22 @@ def row_tile(program, row, data, heads, INVERSE: tl.constexpr, V: tl.constexpr):
 
     row = unravel(row, ROW_TILE)
     rows_x, box_x, columns_x = axis_rows(
-        (tile[0], tiles[0]), row[0], (lengths[0], kernels[0], strides[0], dilations[0]),
+        (tile[0], tiles[0] if V.DILATED[0] else None), row[0],
+        (lengths[0], kernels[0], strides[0], dilations[0]),
         (row_origins[0], row_extents[0]), (column_origins[0], column_extents[0]),
         ROW_TILE[0], COLUMN_TILE[0], V.CAUSAL[0], V.CIRCULAR[0], V.UPSAMPLING[0],
         INVERSE, V.RANK == 3,
     )  # fmt: skip
     rows_y, box_y, columns_y = axis_rows(
-        (tile[1], tiles[1]), row[1], (lengths[1], kernels[1], strides[1], dilations[1]),
+        (tile[1], tiles[1] if V.DILATED[1] else None), row[1],
+        (lengths[1], kernels[1], strides[1], dilations[1]),
         (row_origins[1], row_extents[1]), (column_origins[1], column_extents[1]),
         ROW_TILE[1], COLUMN_TILE[1], V.CAUSAL[1], V.CIRCULAR[1], V.UPSAMPLING[1],
         INVERSE, V.RANK >= 2,
     )  # fmt: skip
     rows_z, box_z, columns_z = axis_rows(
-        (tile[2], tiles[2]), row[2], (length, kernel, strides[2], dilations[2]),
+        (tile[2], tiles[2] if V.DILATED[2] else None), row[2],
+        (length, kernel, strides[2], dilations[2]),
         (row_origins[2], row_extent), (column_origins[2], column_extent),
         ROW_TILE[2], COLUMN_TILE[2], V.CAUSAL[2], V.CIRCULAR[2], V.UPSAMPLING[2],
         INVERSE, True,
@@ -1010,8 +1064,9 @@ def additional_count(counts, batch, most):
 def additional_source(batch, head, data, most, V: tl.constexpr):
     """One head's additional tokens."""
     strides = data.strides
-    key = data.additional_key + head_offset(batch, head, strides.additional_key, V.UNIT)
-    value = data.additional_value + head_offset(batch, head, strides.additional_value, V.UNIT)
+    key = head_offset(batch, head, strides.additional_key, V.UNIT, V.WIDE)
+    value = head_offset(batch, head, strides.additional_value, V.UNIT, V.WIDE)
+    key, value = data.additional_key + key, data.additional_value + value
     return Additional(key, value, additional_count(data.additional_counts, batch, most))
 
 
@@ -1022,17 +1077,16 @@ def additional_tile(t, additional, strides, COLUMNS: tl.constexpr, V: tl.constex
     value_stride = decode(strides.additional_value)[3]
     token = t * COLUMNS + tl.arange(0, COLUMNS)
     present = token < additional.number
-    token = token.to(tl.int64)
+    token = sized(token, V.WIDE)
+    key_offset = token * (sized(key_stride, V.WIDE) * V.UNIT)
+    value_offset = token * (sized(value_stride, V.WIDE) * V.UNIT)
     PARTS: tl.constexpr = V.PARTS
     VALUE_PARTS: tl.constexpr = V.VALUE_PARTS
     return (
-        load_parts(additional.key, token * (key_stride * V.UNIT), present, V.FEATURES, PARTS),
-        load_parts(
-            additional.value, token * (value_stride * V.UNIT), present, V.VALUE_FEATURES,
-            VALUE_PARTS,
-        ),
+        load_parts(additional.key, key_offset, present, V.FEATURES, PARTS),
+        load_parts(additional.value, value_offset, present, V.VALUE_FEATURES, VALUE_PARTS),
         present,
-    )  # fmt: skip
+    )
 
 
 @triton.jit

@@ -186,11 +186,11 @@ def store_column_gradient(
     FEATURES: tl.constexpr, PARTS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradient of the column tile at `corner`: the sum of all rows that there are."""
-    start, offset, exists = column_offsets(target, corner, columns, place, V)
+    offset, exists = column_offsets(target, corner, columns, place, V.WIDE, V.RANK)
     COLUMNS: tl.constexpr = V.KEYS
     PRECISION: tl.constexpr = V.PRECISION
     gradient = add_products(weights.T, rows, zero_sums(COLUMNS, PARTS), PRECISION)
-    store_parts(target.data + start, scaled(gradient, scale), offset, exists, FEATURES, PARTS)
+    store_parts(target.data, scaled(gradient, scale), offset, exists, FEATURES, PARTS)
 
 
 @triton.jit(do_not_specialize=["heads", "num_additional", "bias_copies"])
@@ -215,20 +215,20 @@ def query_gradient_kernel(
     kv_head = head // V.HEADS_PER_KV
     place = unravel(tl.arange(0, COLUMNS), KEY_TILE)
 
-    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.query, V.UNIT, V.RANK)
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.query, V.UNIT, V.WIDE, V.RANK)
     query_rows = load_parts(
-        query + head_offset(memory_batch, head, strides.query, V.UNIT),
+        query + head_offset(memory_batch, head, strides.query, V.UNIT, V.WIDE),
         offset, all_exist, V.FEATURES, PARTS,
     )  # fmt: skip
     gradient_offset, all_exist = row_offsets(
-        rows.memory, rows.exists, strides.out_gradient, V.UNIT, V.RANK
+        rows.memory, rows.exists, strides.out_gradient, V.UNIT, V.WIDE, V.RANK
     )
     gradient_rows = load_parts(
-        data.out_gradient + head_offset(memory_batch, head, strides.out_gradient, V.UNIT),
+        data.out_gradient + head_offset(memory_batch, head, strides.out_gradient, V.UNIT, V.WIDE),
         gradient_offset, all_exist, V.VALUE_FEATURES, VALUE_PARTS,
     )  # fmt: skip
-    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.statistics, 1, V.RANK)
-    offset += head_offset(memory_batch, head, strides.statistics, 1)
+    offset, all_exist = row_offsets(rows.memory, rows.exists, strides.statistics, 1, V.WIDE, V.RANK)
+    offset += head_offset(memory_batch, head, strides.statistics, 1, V.WIDE)
     statistics = data.statistics
     if data.out is None:
         row_lse = tl.load(statistics + 2 * offset, mask=all_exist, other=0.0)
@@ -237,12 +237,14 @@ def query_gradient_kernel(
         # The rows are here already: compute what the kernel for key and value reads later. Output
         # and gradient have the same strides.
         out_rows = load_parts(
-            data.out + head_offset(memory_batch, head, strides.out_gradient, V.UNIT),
+            data.out + head_offset(memory_batch, head, strides.out_gradient, V.UNIT, V.WIDE),
             gradient_offset, all_exist, V.VALUE_FEATURES, VALUE_PARTS,
         )  # fmt: skip
         row_delta = row_products(out_rows, gradient_rows)
-        lse_offset, all_exist = row_offsets(rows.memory, rows.exists, strides.lse, 1, V.RANK)
-        lse_offset += head_offset(memory_batch, head, strides.lse, 1)
+        lse_offset, all_exist = row_offsets(
+            rows.memory, rows.exists, strides.lse, 1, V.WIDE, V.RANK
+        )
+        lse_offset += head_offset(memory_batch, head, strides.lse, 1, V.WIDE)
         if data.lse_gradient is not None:
             row_delta -= tl.load(data.lse_gradient + lse_offset, mask=all_exist, other=0.0)
         row_lse = base2_lse(data.lse + lse_offset, all_exist)
@@ -250,22 +252,20 @@ def query_gradient_kernel(
             tl.store(statistics + 2 * offset, row_lse, mask=all_exist)
             tl.store(statistics + 2 * offset + 1, row_delta, mask=all_exist)
     key_source = column_source(
-        key, memory_batch, kv_head, grid.memory, strides.key, grid.dilation, V.UNIT, V.RANK,
-        V.TMA,
-    )  # fmt: skip
+        key, memory_batch, kv_head, grid, strides.key, V.UNIT, V.WIDE, V.RANK, V.TMA
+    )
     value_source = column_source(
-        value, memory_batch, kv_head, grid.memory, strides.value, grid.dilation, V.UNIT, V.RANK,
-        V.TMA,
-    )  # fmt: skip
+        value, memory_batch, kv_head, grid, strides.value, V.UNIT, V.WIDE, V.RANK, V.TMA
+    )
 
     if data.key_gradient is not None:
         key_target = column_source(
-            data.key_gradient, memory_batch, kv_head, grid.memory, strides.key_gradient,
-            grid.dilation, V.UNIT, V.RANK, False,
+            data.key_gradient, memory_batch, kv_head, grid, strides.key_gradient, V.UNIT, V.WIDE,
+            V.RANK, False,
         )  # fmt: skip
         value_target = column_source(
-            data.value_gradient, memory_batch, kv_head, grid.memory, strides.value_gradient,
-            grid.dilation, V.UNIT, V.RANK, False,
+            data.value_gradient, memory_batch, kv_head, grid, strides.value_gradient, V.UNIT,
+            V.WIDE, V.RANK, False,
         )  # fmt: skip
 
     if data.bias_gradient is not None:
@@ -345,11 +345,12 @@ def query_gradient_kernel(
     if data.splits is not None:
         memory_batch += split * entries
     offset, all_exist = row_offsets(
-        rows.memory, rows.exists, strides.query_gradient, V.UNIT, V.RANK
+        rows.memory, rows.exists, strides.query_gradient, V.UNIT, V.WIDE, V.RANK
     )  # fmt: skip
+    start = head_offset(memory_batch, head, strides.query_gradient, V.UNIT, V.WIDE)
     store_parts(
-        data.query_gradient + head_offset(memory_batch, head, strides.query_gradient, V.UNIT),
-        scaled(accumulator, scales.gradients), offset, all_exist, V.FEATURES, PARTS,
+        data.query_gradient + start, scaled(accumulator, scales.gradients), offset, all_exist,
+        V.FEATURES, PARTS,
     )  # fmt: skip
 
 
