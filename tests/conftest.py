@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from natten.context import NattenContext
+from natten.functional.backends.triton import tiles
 
 # Triton looks at it when it is imported, and kernels that it has wrapped stay what they are: a
 # process either interprets kernels or compiles them.
@@ -38,6 +39,9 @@ def _clean_state():
     yield
     NattenContext.reset()
     torch.use_deterministic_algorithms(False)
+    # Calls run with tilings of earlier ones.
+    tiles._used.clear()
+    tiles.reuse.cache_clear()
 
 
 @pytest.fixture(autouse=True)

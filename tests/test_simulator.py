@@ -14,6 +14,7 @@ import torch
 
 import natten
 from natten import devices, window
+from natten.functional.backends.triton import tiles
 from natten.functional.problem import DEFAULT_CONFIG, Problem
 from natten.simulator import make_problem, needed_pairs, predict, simulate
 
@@ -232,8 +233,10 @@ def test_the_result_is_text_and_json() -> None:
     assert json.loads(json.dumps(found.as_dict()))["waste"] == found.waste
 
 
-def test_advice_removes_waste() -> None:
-    found = simulate((64, 64), 16, heads=8)
+def test_advice_removes_waste(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tests on a GPU set it to zero. A size that no other test has asked for.
+    monkeypatch.setattr(tiles, "MIN_TMA_PRODUCTS", 1.2e10)
+    found = simulate((64, 64), 16, heads=7)
     advice = found.advise()
     assert advice.strides[0].stride == (1, 1)
     assert advice.strides[0].speedup == pytest.approx(1)

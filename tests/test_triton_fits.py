@@ -242,9 +242,7 @@ def _forgetful() -> Any:
     """Forgets afterwards which tiles were too large."""
     yield
     tiles._refused.clear()
-    tiles._used.clear()
     tiles.choose.cache_clear()
-    tiles.reuse.cache_clear()
     for cached in (CUTLASS._forward_tiling, CUTLASS._backward_tilings):
         cached.cache_clear()
 
