@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import natten
+from natten import devices
 from natten.simulator import Simulation
 
 HERE = Path(__file__).parent
@@ -39,7 +40,8 @@ def drawn(path: Path) -> list[tuple[str, str, Simulation, dict[str, Any]]]:
     for result in json.loads(path.read_text()):
         if "backward" in result:
             dtype = result["dtype"].removeprefix("torch.")
-            simulation = simulated(result, getattr(torch, dtype))
+            device = devices.find(result.get("device", "h100")).name
+            simulation = simulated(result, getattr(torch, dtype), device)
             times = {f"{key}_ms": 1e3 * result[way] for key, way in WAYS}
             found.append((result["name"], dtype, simulation, {**result, **times}))
     return found
@@ -49,18 +51,19 @@ def rows(path: Path) -> list[tuple[str, str, Simulation, dict[str, Any]]]:
     """Name, dtype, simulation and measurement of each case and each dense one."""
     results = json.loads(path.read_text())
     cases = {c["name"]: c for c in json.loads((HERE / "peers" / "h100.json").read_text())["cases"]}
+    device = devices.find(results["device"]).name
     found = []
     for result in results["cases"]:
         if "fwd_ms" in result and result["case"] in cases:
             name = result["dtype"].removeprefix("torch.")
-            simulation = simulated(cases[result["case"]], getattr(torch, name))
+            simulation = simulated(cases[result["case"]], getattr(torch, name), device)
             found.append((result["case"], name, simulation, result))
     for result in results.get("dense", []):
         if "fwd_ms" in result:
             length = result["length"]
             simulation = natten.simulate(
                 (length,), length, is_causal=result["causal"], heads=result["heads"],
-                head_dim=result["head_dim"],
+                head_dim=result["head_dim"], device=device,
             )  # fmt: skip
             kind = "causal" if result["causal"] else "dense"
             name = f"{kind} {length}, head_dim {result['head_dim']}"

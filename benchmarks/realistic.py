@@ -198,6 +198,7 @@ def measured(seed: int) -> dict[str, Any]:
     torch.cuda.empty_cache()
     problem = Problem(case, dtype)
     row: dict[str, Any] = {**case, "dtype": str(dtype), "limits": least, "error": problem.check()}
+    row["device"] = torch.cuda.get_device_name()
     if not row["error"] <= TOLERANCE[dtype]:
         return row
     with torch.no_grad():

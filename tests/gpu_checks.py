@@ -1216,7 +1216,7 @@ def check_one_pass() -> None:
     if not has_hopper():
         return
     name = "hopper_gradients_kernel"
-    for head_dim in (64, 96, 128):
+    for head_dim in (48, 64, 80, 96, 128):
         case = Case("large", (8192,), None, batch=1, heads=3, heads_kv=3, head_dim=head_dim)
         for preference in ("strict", "default", "unrestricted"):
             with natten.set_memory_usage_preference(preference), _launched() as names:
