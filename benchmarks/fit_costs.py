@@ -3,10 +3,10 @@
     python benchmarks/fit_costs.py [RESULTS]     # prints them, and how well they predict
     python benchmarks/fit_costs.py --write       # also puts them into natten/simulator.py
 
-RESULTS is what `benchmarks/gpu.py --output` writes on an H100; by default results/h100.json. The
-random problems in realistic.json beside it are cases, too. Run it when kernels or their choice of
-tiles have changed, then `benchmarks/predictions.py`. No GPU is needed: tiles are counted here, and
-times are read.
+RESULTS is what `benchmarks/gpu.py --output` writes on a Hopper GPU; by default results/h200.json.
+The random problems in realistic.json beside it are cases, too. Run it when kernels or their choice
+of tiles have changed, then `benchmarks/predictions.py`. No GPU is needed: tiles are counted here,
+and times are read.
 
 All constants of each kind of kernel but one are fitted, none of them negative, no efficiency above
 one, by the least sum of logarithms of ratios, squared where they are small. The last, `launch`, is
@@ -121,7 +121,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "results", nargs="?", type=Path, default=HERE / "results" / "h100.json", metavar="RESULTS"
+        "results", nargs="?", type=Path, default=HERE / "results" / "h200.json", metavar="RESULTS"
     )
     parser.add_argument("--write", action="store_true", help="change natten/simulator.py")
     options = parser.parse_args()

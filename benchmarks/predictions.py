@@ -1,6 +1,6 @@
 """The simulator's predictions beside measured times: python benchmarks/predictions.py [RESULTS]
 
-RESULTS is what `benchmarks/gpu.py --output` writes; by default results/h100.json. Of the random
+RESULTS is what `benchmarks/gpu.py --output` writes; by default results/h200.json. Of the random
 problems in realistic.json beside it, it is counted how many predictions are near.
 """
 
@@ -92,7 +92,7 @@ def is_near(ratio: float, most: float = 1.15) -> bool:
 
 
 def main() -> int:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results" / "h100.json"
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results" / "h200.json"
     if not path.exists():
         print(f"{path}: no such file", file=sys.stderr)
         return 2

@@ -94,8 +94,11 @@ def counted(case: str, seed: int) -> dict[str, Any]:
             compiled = replace(tiling, splits=min(tiling.splits, 2))
             shapes.setdefault(name, set()).add((backend.name, compiled))
             alone.setdefault(name, set()).add((backend.name, ideal))
-            cost = kernel.cost(problem, tiling.query, tiling.key)
-            losses.setdefault(name, []).append(cost / kernel.cost(problem, ideal.query, ideal.key))
+            time_of, least = [
+                kernel.cost(problem, found.query, found.key) / found.rate
+                for found in (tiling, ideal)
+            ]
+            losses.setdefault(name, []).append(time_of / least)
         curves.append((sum(map(len, shapes.values())), sum(map(len, alone.values()))))
     return {
         "case": case,

@@ -28,6 +28,8 @@ import predictions  # noqa: E402
 
 FIGURES = Path(__file__).parent / "figures"
 RESULTS = ROOT / "benchmarks" / "results" / "h100.json"
+# What the model of times was fitted to.
+FITTED = RESULTS.with_name("h200.json")
 PEERS = ROOT / "benchmarks" / "peers" / "h100.json"
 DISTRIBUTED = RESULTS.with_name("distributed.json")
 TRAINING = [RESULTS.with_name(f"training-{device}.json") for device in ("cpu", "cuda")]
@@ -302,8 +304,8 @@ def benchmark() -> Figure:
 
 def prediction() -> Figure:
     """Predicted over measured times."""
-    results = json.loads(RESULTS.read_text())["cases"]
-    measured = predictions.rows(RESULTS)
+    results = json.loads(FITTED.read_text())["cases"]
+    measured = predictions.rows(FITTED)
     bound = [predictions.host_bound(result, results) for _, _, _, result in measured]
     shown = [n for n in range(len(measured)) if not all(bound[n])]
     figure = Figure(figsize=(8, 0.3 * len(shown) + 1.3), layout="constrained")

@@ -37,7 +37,7 @@ from natten.types import BoolOrSequence, IntOrSequence
 class _Costs(NamedTuple):
     """What a kind of kernel spends its time on; see `_terms`.
 
-    Fitted to the times of our kernels on an H100 by `benchmarks/fit_costs.py`, which writes the
+    Fitted to the times of our kernels on an H200 by `benchmarks/fit_costs.py`, which writes the
     lines below; `benchmarks/predictions.py` compares times and predictions. Other devices are
     scaled by their facts, untested.
     """
@@ -53,14 +53,14 @@ class _Costs(NamedTuple):
     launch: float  # seconds of a kernel
 
 
-_FORWARD_COSTS = _Costs(1, 0.708, 4.36, 1.42e-07, 6.48e-08, 0.0649, 2.02, 1.4e-06, 5e-06)
-_FORWARD_FLOAT32_COSTS = _Costs(1, 0, 0, 0, 0, 0.905, 2.68, 4.7e-06, 5e-06)
+_FORWARD_COSTS = _Costs(1, 0.924, 6.02, 3.2e-08, 5.33e-08, 0.127, 1.8, 1.19e-06, 5e-06)
+_FORWARD_FLOAT32_COSTS = _Costs(0.974, 0.756, 0, 0, 0, 0.714, 3.01, 3.4e-06, 5e-06)
 # The forward kernel of two groups of warps that take turns.
-_PING_PONG_COSTS = _Costs(1, 0.0592, 0.624, 5.67e-07, 2.83e-06, 0, 0.177, 1.25e-06, 5e-06)
+_PING_PONG_COSTS = _Costs(1, 0.0214, 0.422, 6.04e-07, 2.65e-06, 0, 0.295, 1.1e-06, 5e-06)
 # The backward kernel that computes all gradients in one pass.
-_FUSED_COSTS = _Costs(1, 1.93, 11.2, 3.16e-07, 0, 0.275, 3.52, 3.24e-06, 2e-05)
-_BACKWARD_COSTS = _Costs(1, 0, 0, 2.07e-07, 0, 0.169, 1.92, 1.69e-06, 3.6e-06)
-_BACKWARD_FLOAT32_COSTS = _Costs(1, 0, 0, 2.82e-08, 0, 2.34, 1.32, 4.83e-06, 3.6e-06)
+_FUSED_COSTS = _Costs(0.999, 1.68, 14, 5.43e-07, 0, 0.0091, 6.24, 2.91e-06, 2e-05)
+_BACKWARD_COSTS = _Costs(1, 0, 4.66, 2.7e-08, 0, 0.442, 2.19, 1.04e-06, 3.6e-06)
+_BACKWARD_FLOAT32_COSTS = _Costs(1, 0, 0, 1.63e-07, 0, 1.76, 1.52, 5.97e-06, 3.6e-06)
 # Of a multiprocessor: lanes for arithmetic and for exponentials, bytes from the cache a clock.
 _LANES, _EXPONENTIAL_LANES, _CACHE_BYTES = 128, 16, 24
 # Shares of the maker's bandwidth that a copy reaches.

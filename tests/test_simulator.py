@@ -19,7 +19,7 @@ from natten.functional.problem import DEFAULT_CONFIG, Problem
 from natten.simulator import make_problem, needed_pairs, predict, simulate
 
 pytest.importorskip("triton")
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "h100.json"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "h200.json"
 
 CASES = [
     dict(shape=(23,), kernel_size=7),

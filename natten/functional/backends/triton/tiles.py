@@ -2,7 +2,7 @@
 
 The time of a kernel is, to first order, the pairs of queries and keys that its tiles cover,
 divided by the rate at which a tile of that size is computed. The first factor follows from the
-windows exactly (`work`). The second is measured, on an H100, relative to the best tile: the
+windows exactly (`work`). The second is measured, on Hopper GPUs, relative to the best tile: the
 tables below. Nothing is timed at run time.
 """
 
@@ -713,7 +713,7 @@ def is_fused_faster(
 _used: dict[Any, list[Tiling]] = {}
 # How much longer a call may take with shapes that have been used already: a few percent, and more
 # where there are many of them.
-_LITTLE, _MORE, _MANY = 1.05, 1.1, 6
+_LITTLE, _MORE, _MANY = 1.05, 1.1, 5
 
 
 @lru_cache(maxsize=4096)
@@ -736,10 +736,13 @@ def reuse(problem: Problem, kernel: Kernel, tiling: Tiling) -> Tiling:
     def time(one: Tiling) -> float:
         return kernel.cost(problem, one.query, one.key) / one.rate
 
-    most = time(tiling) * (_LITTLE if len(used) < _MANY else _MORE)
+    are_many = len(used) >= _MANY
+    most = time(tiling) * (_MORE if are_many else _LITTLE)
     for found in used:
         if (
             time(found) <= most
+            # What the rates of two sizes say of a problem is a guess.
+            and (are_many or (found.warps, found.stages) == (tiling.warps, tiling.stages))
             and _whole(problem, found, kernel.inverse) == tiling.whole
             and not (
                 problem.has_rpb and min(found.query[-1], found.key[-1]) < min(tiling.query[-1], 8)
