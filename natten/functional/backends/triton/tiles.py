@@ -889,8 +889,8 @@ def _shared_memory(
         numbers += 2 * scores
     taken = numbers * itemsize + _SMALL_THINGS
     if kernel is KEY_VALUE_GRADIENT:
-        # Logsumexp and delta of the columns.
-        taken += 8 * columns * max(stages - 1, 1)
+        # Logsumexp and delta of the columns, as many numbers as there are threads.
+        taken += max(8 * columns, 128 * tiling.warps) * max(stages - 1, 1)
     return taken + (12 * rows if tiling.warp_specialize else 0)
 
 
