@@ -94,11 +94,8 @@ def counted(case: str, seed: int) -> dict[str, Any]:
             compiled = replace(tiling, splits=min(tiling.splits, 2))
             shapes.setdefault(name, set()).add((backend.name, compiled))
             alone.setdefault(name, set()).add((backend.name, ideal))
-            time_of, least = [
-                kernel.cost(problem, found.query, found.key) / found.rate
-                for found in (tiling, ideal)
-            ]
-            losses.setdefault(name, []).append(time_of / least)
+            loss = kernel.time_of(problem, tiling) / kernel.time_of(problem, ideal)
+            losses.setdefault(name, []).append(loss)
         curves.append((sum(map(len, shapes.values())), sum(map(len, alone.values()))))
     return {
         "case": case,

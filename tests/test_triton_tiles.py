@@ -290,9 +290,9 @@ def test_few_shapes_for_many_grids(kernel_size, dilation, head_dim, most):
                 assert tiles.reuse(problem, kernel, best) == found
                 seen.add(found)
                 best_seen.add(best)
-                costs = [kernel.cost(problem, t.query, t.key) / t.rate for t in (found, best)]
+                costs = [kernel.time_of(problem, tiling) for tiling in (found, best)]
                 ratios.append(costs[0] / costs[1])
             assert len(seen) <= min(most, len(best_seen))
             assert max(ratios) <= 1.1
-            assert prod(ratios) ** (1 / len(ratios)) <= 1.035
+            assert prod(ratios) ** (1 / len(ratios)) <= 1.03
         tiles.reuse.cache_clear()

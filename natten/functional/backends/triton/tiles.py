@@ -175,6 +175,10 @@ class Kernel:
         started = int(_covering(problem, extents, rows)) * prod(columns)
         return float(self.time(problem, covered, inside, started))
 
+    def time_of(self, problem: Problem, tiling: Tiling) -> float:
+        """`cost` at the rate of tiles of this size."""
+        return self.cost(problem, tiling.query, tiling.key) / tiling.rate
+
 
 _FORWARD_SIZES: _Sizes = {
     32: (_Size(64, 64, 4, 3, 1.0), _Size(32, 32, 2, 3, 0.71), _Size(64, 128, 4, 2, 0.88)),
@@ -713,7 +717,7 @@ def is_fused_faster(
 _used: dict[Any, list[Tiling]] = {}
 # How much longer a call may take with shapes that have been used already: a few percent, and more
 # where there are many of them.
-_LITTLE, _MORE, _MANY = 1.05, 1.1, 5
+_LITTLE, _MORE, _MANY = 1.05, 1.08, 5
 
 
 @lru_cache(maxsize=4096)
@@ -732,15 +736,11 @@ def reuse(problem: Problem, kernel: Kernel, tiling: Tiling) -> Tiling:
         problem.device,
     )  # fmt: skip
     used = _used.setdefault(alike, [])
-
-    def time(one: Tiling) -> float:
-        return kernel.cost(problem, one.query, one.key) / one.rate
-
     are_many = len(used) >= _MANY
-    most = time(tiling) * (_MORE if are_many else _LITTLE)
+    most = kernel.time_of(problem, tiling) * (_MORE if are_many else _LITTLE)
     for found in used:
         if (
-            time(found) <= most
+            kernel.time_of(problem, found) <= most
             # What the rates of two sizes say of a problem is a guess.
             and (are_many or (found.warps, found.stages) == (tiling.warps, tiling.stages))
             and _whole(problem, found, kernel.inverse) == tiling.whole
@@ -1096,7 +1096,7 @@ def _fastest(
             fitting = _fit(tiling, problem, general, chip, True)
             # Smaller tiles are better than tiles that nothing is loaded ahead of.
             is_cramped = fitting is None or fitting.stages < min(tiling.stages, 2)
-            found.append((is_cramped, general.cost(problem, *pair) / size.rate, tiling))
+            found.append((is_cramped, general.time_of(problem, tiling), tiling))
     if not found:
         raise RuntimeError("no tile size suits the problem")
     _is_cramped, time, tiling = min(found, key=lambda candidate: candidate[:2])
